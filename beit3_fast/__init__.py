@@ -1,0 +1,69 @@
+"""beit3_fast: a fast runtime for BEiT-3, Microsoft's multimodal foundation model.
+
+Names are resolved on first use, so that importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from beit3_fast.checkpoint import load_checkpoint, save_checkpoint
+    from beit3_fast.config import BEiT3Config
+    from beit3_fast.data import Processor, Tokenizer
+    from beit3_fast.derived import forget as refresh
+    from beit3_fast.explanation import explain
+    from beit3_fast.integrations.torchscale import accelerate, restore
+    from beit3_fast.layout import TokenLayout
+    from beit3_fast.model import create_model, list_models
+
+_HOMES = {
+    "BEiT3Config": ("beit3_fast.config", "BEiT3Config"),
+    "Processor": ("beit3_fast.data", "Processor"),
+    "TokenLayout": ("beit3_fast.layout", "TokenLayout"),
+    "Tokenizer": ("beit3_fast.data", "Tokenizer"),
+    "accelerate": ("beit3_fast.integrations.torchscale", "accelerate"),
+    "create_model": ("beit3_fast.model", "create_model"),
+    "explain": ("beit3_fast.explanation", "explain"),
+    "list_models": ("beit3_fast.model", "list_models"),
+    "load_checkpoint": ("beit3_fast.checkpoint", "load_checkpoint"),
+    "refresh": ("beit3_fast.derived", "forget"),
+    "restore": ("beit3_fast.integrations.torchscale", "restore"),
+    "save_checkpoint": ("beit3_fast.checkpoint", "save_checkpoint"),
+}
+
+__all__ = [
+    "BEiT3Config",
+    "Processor",
+    "TokenLayout",
+    "Tokenizer",
+    "accelerate",
+    "create_model",
+    "explain",
+    "list_models",
+    "load_checkpoint",
+    "refresh",
+    "restore",
+    "save_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("beit3-fast")
+        except PackageNotFoundError:
+            return "0+unknown"
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'beit3_fast' has no attribute {name!r}; it has {__all__}")
+    value = getattr(import_module(home[0]), home[1])
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,133 @@
+"""expert_linear from LayerNorm, linear and GELU calls of PyTorch, and its gradient formula."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit3_fast.derived import derived
+
+
+def expert_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    residual: Tensor | None,
+    rows: Tensor | None,
+    bounds: Sequence[int],
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """Arguments and result as in ``beit3_fast.reference.expert_linear``; obeys autocast and autograd."""
+    if rows is not None:
+        gathered = None if residual is None else residual[rows]
+        y = expert_linear(
+            x[rows], weights, biases, norm_weights, norm_biases, gathered, None, bounds, eps, activation
+        )
+        return y.new_zeros(x.shape[0], y.shape[1]).index_copy(0, rows, y)
+    parts = []
+    for expert, weight in enumerate(weights):
+        part = x[bounds[expert] : bounds[expert + 1]]
+        if norm_weights:
+            part = F.layer_norm(
+                part, part.shape[-1:], norm_weights[expert], norm_biases[expert], eps
+            )
+        bias = biases[expert] if biases else None
+        parts.append(_linear(part, weight, bias, activation))
+    if len(parts) == 1:
+        return parts[0] if residual is None else residual + parts[0]
+    if residual is None:
+        return torch.cat(parts)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return residual + torch.cat(parts)
+    # One pass instead of a concatenation followed by an addition.
+    y = residual.new_empty(
+        residual.shape, dtype=torch.promote_types(residual.dtype, parts[0].dtype)
+    )
+    for expert, part in enumerate(parts):
+        own = slice(bounds[expert], bounds[expert + 1])
+        torch.add(residual[own], part, out=y[own])
+    return y
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    if _prepacks(x, weight):
+        packed = derived(
+            "onednn", (weight,), lambda: torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        )
+        name, algorithm = ("gelu", "none") if activation == "gelu" else ("none", "")
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
+    y = F.linear(x, weight, bias)
+    return F.gelu(y) if activation == "gelu" else y
+
+
+def _prepacks(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's prepacked product applies: bf16 inference on a CPU."""
+    return (
+        x.dtype == weight.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and x.shape[0] > 0
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def expert_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    rows: Tensor | None,
+    bounds: Sequence[int],
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients of x, weights, biases, norm weights and norm biases, given that of the result [M, O].
+
+    The normalised operand and the pre-activation are recomputed. The residual's gradient is ``grad`` itself
+    on the rows named by ``rows``.
+    """
+    sorted_grad = grad if rows is None else grad[rows]
+    sorted_x = x if rows is None else x[rows]
+    dx_parts: list[Tensor] = []
+    dweights: list[Tensor] = []
+    dbiases: list[Tensor] = []
+    dgammas: list[Tensor] = []
+    dbetas: list[Tensor] = []
+    for expert, weight in enumerate(weights):
+        own = slice(bounds[expert], bounds[expert + 1])
+        operand, dy = sorted_x[own], sorted_grad[own]
+        if norm_weights:
+            gamma, beta = norm_weights[expert], norm_biases[expert]
+            shape = list(operand.shape[-1:])
+            normed, mean, rstd = torch.ops.aten.native_layer_norm(operand, shape, gamma, beta, eps)
+        else:
+            normed = operand
+        if activation == "gelu":
+            z = F.linear(normed, weight, biases[expert] if biases else None)
+            dy = torch.ops.aten.gelu_backward(dy, z)
+        dweights.append(dy.T @ normed)
+        if biases:
+            dbiases.append(dy.sum(0))
+        dnormed = dy @ weight
+        if norm_weights:
+            dnormed, dgamma, dbeta = torch.ops.aten.native_layer_norm_backward(
+                dnormed, operand, shape, mean, rstd, gamma, beta, [True, True, True]
+            )
+            dgammas.append(dgamma)
+            dbetas.append(dbeta)
+        dx_parts.append(dnormed)
+    dx = torch.cat(dx_parts)
+    if rows is not None:
+        dx = torch.zeros_like(x).index_add(0, rows, dx)
+    return dx, dweights, dbiases, dgammas, dbetas

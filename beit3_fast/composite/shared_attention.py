@@ -1,0 +1,102 @@
+"""shared_attention from scaled_dot_product_attention calls of PyTorch, and its gradient formula."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit3_fast.layout import TokenLayout
+from beit3_fast.reference.shared_attention import sample_mask
+
+
+def shared_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: TokenLayout,
+    queries: TokenLayout,
+    num_heads: int,
+    scale: float,
+    mask: str | Tensor,
+) -> Tensor:
+    """Arguments and result as in ``beit3_fast.reference.shared_attention``; obeys autocast and autograd.
+
+    Equally long vision-only rows take one batched call. Everything else takes one call per sample, which
+    neither pads nor (without a mask) materialises scores.
+    """
+    if isinstance(mask, str) and queries is keys and keys.is_uniform_vision and keys.num_rows:
+        batch, tokens = keys.batch_size, keys.vision_lengths[0]
+        q, k, v = (
+            t.view(batch, tokens, num_heads, t.shape[1] // num_heads).transpose(1, 2)
+            for t in (q, k, v)
+        )
+        o = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=mask == "causal")
+        return o.transpose(1, 2).reshape(batch * tokens, -1)
+    vision_parts, text_parts = [], []
+    for sample in range(keys.batch_size):
+        own_q = _heads(q, queries, sample, num_heads)
+        own_k, own_v = (_heads(t, keys, sample, num_heads) for t in (k, v))
+        visible = None
+        if mask != "bidirectional" if isinstance(mask, str) else True:
+            visible = sample_mask(mask, keys, queries, sample)
+        o = F.scaled_dot_product_attention(own_q, own_k, own_v, attn_mask=visible, scale=scale)
+        o = o[0].transpose(0, 1).flatten(1)  # [Nq, C]
+        if visible is not None:
+            o = torch.where(visible.any(dim=1, keepdim=True), o, 0.0)
+        split = queries.vision_lengths[sample]
+        vision_parts.append(o[:split])
+        text_parts.append(o[split:])
+    if not vision_parts:
+        return q.new_zeros(q.shape)
+    return torch.cat(vision_parts + text_parts)
+
+
+def _heads(rows: Tensor, layout: TokenLayout, sample: int, num_heads: int) -> Tensor:
+    """[1, H, N, D]: the rows of one packed sample, vision first, by head."""
+    vision, text = layout.segments(sample)
+    if layout.text_lengths[sample] == 0:
+        own = rows[vision]
+    elif layout.vision_lengths[sample] == 0:
+        own = rows[text]
+    else:
+        own = torch.cat([rows[vision], rows[text]])
+    return own.unflatten(1, (num_heads, rows.shape[1] // num_heads)).transpose(0, 1).unsqueeze(0)
+
+
+def shared_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: TokenLayout,
+    queries: TokenLayout,
+    num_heads: int,
+    scale: float,
+    mask: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, given that of the result [Rq, C]; the softmax is recomputed in fp32."""
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for sample in range(keys.batch_size):
+        own_q, own_grad = (_heads(t, queries, sample, num_heads)[0] for t in (q, grad))
+        own_k, own_v = (_heads(t, keys, sample, num_heads)[0] for t in (k, v))
+        visible = sample_mask(mask, keys, queries, sample)
+        scores = (own_q @ own_k.transpose(1, 2)).float() * scale
+        scores = scores.masked_fill(~visible, float("-inf"))
+        weights = scores.softmax(dim=-1).nan_to_num(0.0)  # [H, Nq, Nk]; no visible key: all zero
+        own_dv = weights.to(v.dtype).transpose(1, 2) @ own_grad
+        dweights = (own_grad @ own_v.transpose(1, 2)).float()
+        dscores = weights * (dweights - (dweights * weights).sum(-1, keepdim=True)) * scale
+        dscores = dscores.to(q.dtype)
+        _add_heads(dq, dscores @ own_k, queries, sample)
+        _add_heads(dk, dscores.transpose(1, 2) @ own_q, keys, sample)
+        _add_heads(dv, own_dv, keys, sample)
+    return dq, dk, dv
+
+
+def _add_heads(rows: Tensor, heads: Tensor, layout: TokenLayout, sample: int) -> None:
+    own = heads.transpose(0, 1).flatten(1)  # [N, C]
+    vision, text = layout.segments(sample)
+    split = layout.vision_lengths[sample]
+    rows[vision] = own[:split]
+    rows[text] = own[split:]

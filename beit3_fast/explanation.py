@@ -1,0 +1,57 @@
+"""Which implementation each op of a model takes on this machine, and why not the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from beit3_fast.ops import dispatch
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One op: the implementation taken, and the reason against each other one."""
+
+    op: str
+    impl: str
+    rejected: tuple[tuple[str, str], ...]
+
+
+def explain(model: nn.Module, *, quiet: bool = False) -> list[Explanation]:
+    """Print (unless ``quiet``) and return op, choice and why not the others, for inference and for training.
+
+    ``model`` is a beit3_fast model or one that ``beit3_fast.accelerate`` has treated. Raises KernelUnavailable
+    when the model names an implementation that cannot run here.
+    """
+    parameter = next(model.parameters())
+    impl = next(
+        (m.impl for m in model.modules() if isinstance(getattr(m, "impl", None), str)), "auto"
+    )
+    explanations = []
+    for needs_grad in (False, True):
+        for op in dispatch.OPS:
+            at = dispatch.Situation(
+                op=op,
+                device=parameter.device.type,
+                dtype=parameter.dtype,
+                needs_grad=needs_grad,
+                autocast=torch.is_autocast_enabled(parameter.device.type),
+                compiling=False,
+                mask_tensor=False,
+            )
+            choice = dispatch.choose(at, impl)
+            name = f"{op} ({'training' if needs_grad else 'inference'})"
+            explanations.append(Explanation(name, choice.impl, choice.rejected))
+    if not quiet:
+        print(_table(explanations))
+    return explanations
+
+
+def _table(explanations: list[Explanation]) -> str:
+    lines = []
+    for item in explanations:
+        lines.append(f"{item.op}: {item.impl}")
+        lines += [f"    not {name}: {reason}" for name, reason in item.rejected]
+    return "\n".join(lines)

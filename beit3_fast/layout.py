@@ -1,0 +1,214 @@
+"""TokenLayout: where the rows of a batch lie once padding is gone.
+
+All vision rows of the batch come first, then all text rows, so every expert of a layer owns one contiguous
+range of rows. Samples are ordered by kind (image only, pairs, text only): a vision-language expert's rows,
+those of the pairs, are then contiguous too. Shape letters: B samples, R rows (Rv vision, Rt text), N tokens
+of one sample (Nv vision, Nt text).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from beit3_fast.errors import ShapeError
+
+Pick = Literal["all", "first", "none"]
+
+
+class Selection(NamedTuple):
+    """Some rows of a layout: ``rows`` int64 [Rq], ascending, and the layout that they form."""
+
+    rows: Tensor
+    layout: TokenLayout
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLayout:
+    """Modality-major rows of one batch; immutable, built once and passed down as an argument.
+
+    ``vision_lengths`` and ``text_lengths`` hold the rows of each packed sample; packed sample i is sample
+    ``order[i]`` of the caller's batch. The first ``image_only`` packed samples have no text, the last
+    ``text_only`` have no image. ``positions`` int32 [R], present in a selection only, is the place of each
+    row within its own sample's vision or text rows (what a causal mask compares).
+    """
+
+    vision_lengths: tuple[int, ...]
+    text_lengths: tuple[int, ...]
+    order: tuple[int, ...]
+    image_only: int
+    text_only: int
+    device: torch.device
+    positions: Tensor | None = None
+
+    @classmethod
+    def from_lengths(
+        cls,
+        vision_lengths: Sequence[int],
+        text_lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+    ) -> TokenLayout:
+        """The layout of B samples, given their token counts in the caller's order.
+
+        Raises ShapeError when the two lists differ in length or a count is negative.
+        """
+        if len(vision_lengths) != len(text_lengths):
+            raise ShapeError(
+                "vision_lengths and text_lengths must have one entry per sample, got "
+                f"{len(vision_lengths)} and {len(text_lengths)}"
+            )
+        lengths = list(zip(vision_lengths, text_lengths, strict=True))
+        if any(vision < 0 or text < 0 for vision, text in lengths):
+            raise ShapeError(f"token counts must not be negative, got {lengths}")
+        kinds = [0 if text == 0 else 1 if vision else 2 for vision, text in lengths]
+        order = sorted(range(len(lengths)), key=kinds.__getitem__)
+        return cls(
+            vision_lengths=tuple(lengths[i][0] for i in order),
+            text_lengths=tuple(lengths[i][1] for i in order),
+            order=tuple(order),
+            image_only=kinds.count(0),
+            text_only=kinds.count(2),
+            device=torch.device(device),
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(self.order)
+
+    @cached_property
+    def num_vision_rows(self) -> int:
+        """Rv."""
+        return sum(self.vision_lengths)
+
+    @cached_property
+    def num_text_rows(self) -> int:
+        """Rt."""
+        return sum(self.text_lengths)
+
+    @property
+    def num_rows(self) -> int:
+        """R = Rv + Rt."""
+        return self.num_vision_rows + self.num_text_rows
+
+    @cached_property
+    def vision_starts(self) -> tuple[int, ...]:
+        """First vision row of each packed sample, and Rv at the end: B + 1 numbers."""
+        return tuple(accumulate(self.vision_lengths, initial=0))
+
+    @cached_property
+    def text_starts(self) -> tuple[int, ...]:
+        """First text row of each packed sample counted from Rv, and Rt at the end: B + 1 numbers."""
+        return tuple(accumulate(self.text_lengths, initial=0))
+
+    @cached_property
+    def cu_vision(self) -> Tensor:
+        """``vision_starts`` as int32 [B + 1] on the layout's device."""
+        return torch.tensor(self.vision_starts, dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def cu_text(self) -> Tensor:
+        """``text_starts`` as int32 [B + 1] on the layout's device."""
+        return torch.tensor(self.text_starts, dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def sample_of_row(self) -> Tensor:
+        """int64 [R]: the caller's sample that each row belongs to."""
+        order = torch.tensor(self.order, dtype=torch.int64)
+        lengths = torch.tensor((self.vision_lengths, self.text_lengths), dtype=torch.int64)
+        rows = [order.repeat_interleave(segment) for segment in lengths]
+        return torch.cat(rows).to(self.device)
+
+    @cached_property
+    def is_uniform_vision(self) -> bool:
+        """True when there is no text and every sample has equally many vision rows."""
+        return self.num_text_rows == 0 and len(set(self.vision_lengths)) <= 1
+
+    def expert_bounds(self, experts: str) -> tuple[int, ...]:
+        """Row ranges of the experts: E + 1 ascending numbers from 0 to R.
+
+        ``experts`` is "A" (one expert for all rows), "AB" (vision, text) or "ACB" (vision rows of image-only
+        samples, all rows of pairs, text rows of text-only samples).
+        """
+        if experts == "A":
+            return (0, self.num_rows)
+        if experts == "AB":
+            return (0, self.num_vision_rows, self.num_rows)
+        if experts == "ACB":
+            first_text_only = self.batch_size - self.text_only
+            return (
+                0,
+                self.vision_starts[self.image_only],
+                self.num_vision_rows + self.text_starts[first_text_only],
+                self.num_rows,
+            )
+        raise ValueError(f"experts must be 'A', 'AB' or 'ACB', got {experts!r}")
+
+    def segments(self, sample: int) -> tuple[slice, slice]:
+        """The vision rows and the text rows of a packed sample, as two slices of [0, R)."""
+        offset = self.num_vision_rows
+        vision = slice(self.vision_starts[sample], self.vision_starts[sample + 1])
+        text = slice(
+            offset + self.text_starts[sample],
+            offset + self.text_starts[sample + 1],
+        )
+        return vision, text
+
+    def select(self, vision: Pick = "none", text: Pick | Tensor = "none") -> Selection:
+        """Keep some rows of every sample: all, the first (class token, beginning of text) or none.
+
+        ``text`` may also be a bool tensor [Rt] that names text rows in packed order.
+        """
+        vision_rows, vision_lengths, vision_positions = _pick(
+            vision, self.vision_lengths, self.vision_starts, self.device
+        )
+        if isinstance(text, Tensor):
+            picked = text.nonzero().flatten()
+            counts = self._text_sample_of(picked)
+            text_lengths = tuple(
+                torch.bincount(counts, minlength=self.batch_size).tolist()
+            )
+            starts = torch.tensor(self.text_starts, device=self.device)
+            text_rows, text_positions = picked, picked - starts[counts]
+        else:
+            text_rows, text_lengths, text_positions = _pick(
+                text, self.text_lengths, self.text_starts, self.device
+            )
+        rows = torch.cat([vision_rows, text_rows + self.num_vision_rows])
+        layout = TokenLayout(
+            vision_lengths=vision_lengths,
+            text_lengths=text_lengths,
+            order=self.order,
+            image_only=self.image_only,
+            text_only=self.text_only,
+            device=self.device,
+            positions=torch.cat([vision_positions, text_positions]).to(torch.int32),
+        )
+        return Selection(rows, layout)
+
+    def _text_sample_of(self, text_rows: Tensor) -> Tensor:
+        ends = torch.tensor(self.text_starts[1:], device=self.device)
+        return torch.searchsorted(ends, text_rows, right=True)
+
+
+def _pick(
+    pick: str, lengths: tuple[int, ...], starts: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, tuple[int, ...], Tensor]:
+    """Rows, their count per sample and their positions within the sample, for one segment."""
+    if pick == "all":
+        rows = torch.arange(starts[-1], device=device)
+        first = torch.tensor(starts[:-1], dtype=torch.int64, device=device)
+        counts = torch.tensor(lengths, dtype=torch.int64, device=device)
+        return rows, lengths, rows - first.repeat_interleave(counts)
+    if pick not in ("first", "none"):
+        raise ValueError(f"rows to keep must be 'all', 'first' or 'none', got {pick!r}")
+    counts_kept = tuple(min(length, 1) if pick == "first" else 0 for length in lengths)
+    kept = [start for start, count in zip(starts, counts_kept, strict=False) if count]
+    rows = torch.tensor(kept, dtype=torch.int64, device=device)
+    return rows, counts_kept, torch.zeros_like(rows)

@@ -1,0 +1,226 @@
+"""From images and texts, padded or ragged, to packed rows, and back to the padded form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beit3_fast.errors import ConfigError, ShapeError
+from beit3_fast.layout import TokenLayout
+from beit3_fast.model.embedding import POSITION_OFFSET, text_rows, vision_positions
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A batch as packed rows.
+
+    ``rows`` [R, C] have positions added, ``words`` [R, C] have not. ``source`` int64 [R] names the row of the
+    padded batch [B * N] behind each packed row (None: the same order), N = num_vision + num_text.
+    """
+
+    rows: Tensor
+    words: Tensor
+    layout: TokenLayout
+    source: Tensor | None = None
+    num_vision: int = 0
+    num_text: int = 0
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """Packed rows [R, C] -> padded batch [B, N, C], zeros at padding."""
+        batch, tokens = self.layout.batch_size, self.num_vision + self.num_text
+        if self.source is None:
+            return rows.view(batch, tokens, rows.shape[1])
+        padded = rows.new_zeros(batch * tokens, rows.shape[1])
+        return padded.index_copy(0, self.source, rows).view(batch, tokens, -1)
+
+
+def embed_padded(
+    model: Any,
+    image: Tensor | None,
+    text: Tensor | None,
+    text_padding: Tensor | None = None,
+    masked_position: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Embedded:
+    """Embed a padded batch with the tables of a BEiT3 ``model``, dropping padding.
+
+    image [B, 3, H, W]; text int64 [B, Nt]; text_padding [B, Nt], nonzero for padding; masked_position
+    [B, patches]; positions [1 or B, Nt], rows of the text position table. Raises ShapeError and ConfigError.
+    """
+    _check(image, text, text_padding, masked_position, positions)
+    first = image if image is not None else text
+    assert first is not None
+    batch, device = first.shape[0], first.device
+    num_vision = num_text = 0
+    if image is not None:
+        grid = _branch(model, "vision_embed").grid_size(image)
+        num_vision = grid[0] * grid[1] + 1
+    text_lengths, kept = [0] * batch, None
+    if text is not None:
+        num_text = text.shape[1]
+        text_lengths = [num_text] * batch
+        if text_padding is not None:
+            kept = ~text_padding.bool()
+            text_lengths = kept.sum(1).tolist()
+    layout = TokenLayout.from_lengths([num_vision] * batch, text_lengths, device)
+    in_order = layout.order == tuple(range(batch))
+    order = None if in_order else torch.tensor(layout.order, device=device)
+
+    def sorted_samples(tensor: Tensor | None) -> Any:
+        return tensor if tensor is None or order is None else tensor[order]
+
+    kept = sorted_samples(kept)
+    parts: list[tuple[Tensor, Tensor]] = []
+    if image is not None:
+        parts.append(_vision_rows(model, sorted_samples(image), sorted_samples(masked_position)))
+    if text is not None:
+        places = torch.arange(num_text, device=device)[None]
+        if positions is not None:
+            places = positions - POSITION_OFFSET
+        places = sorted_samples(places.expand(batch, num_text))
+        tokens = sorted_samples(text)
+        tokens, places = (t.flatten() if kept is None else t[kept] for t in (tokens, places))
+        parts.append(_text_rows(model, tokens, places))
+    source = None
+    if num_text and (image is not None or kept is not None):
+        source = _sources(layout, num_vision, num_text, kept)
+    words, rows = (_cat(list(column)) for column in zip(*parts, strict=True))
+    return Embedded(rows, words, layout, source, num_vision, num_text)
+
+
+def embed_samples(
+    model: Any, images: Sequence[Tensor | None] | None, text: Sequence[Tensor | None] | None
+) -> Embedded:
+    """Embed a batch given sample by sample: images [3, H, W] of any size, texts int64 [Nt] of any length.
+
+    None stands for what a sample has not. Raises ShapeError for a sample with neither.
+    """
+    batch = len(images) if images is not None else len(text) if text is not None else 0
+    images = [None] * batch if images is None else images
+    text = [None] * batch if text is None else text
+    if not batch or len(images) != len(text):
+        raise ShapeError(
+            "images and text must have one entry per sample (None where there is none), got "
+            f"{len(images)} and {len(text)}"
+        )
+    vision_lengths, text_lengths = [], []
+    for index, (image, tokens) in enumerate(zip(images, text, strict=True)):
+        if image is None and tokens is None:
+            raise ShapeError(f"sample {index} has neither an image nor a text")
+        if tokens is not None and (tokens.dim() != 1 or tokens.dtype != torch.int64):
+            raise ShapeError(
+                f"text[{index}] must be int64 [Nt], got {tokens.dtype} of shape {list(tokens.shape)}"
+            )
+        grid = (0, 0)
+        if image is not None:
+            grid = _branch(model, "vision_embed").grid_size(image[None])
+        vision_lengths.append(0 if image is None else grid[0] * grid[1] + 1)
+        text_lengths.append(0 if tokens is None else tokens.shape[0])
+    device = next(t for t in (*images, *text) if t is not None).device
+    layout = TokenLayout.from_lengths(vision_lengths, text_lengths, device)
+    parts: list[tuple[Tensor, Tensor]] = []
+    same_size: list[Tensor] = []
+    for place in (*layout.order, None):
+        image = None if place is None else images[place]
+        if same_size and (image is None or image.shape != same_size[0].shape):
+            parts.append(_vision_rows(model, torch.stack(same_size), None))
+            same_size = []
+        if image is not None:
+            same_size.append(image)
+    sentences = [tokens for place in layout.order if (tokens := text[place]) is not None]
+    if sentences:
+        places = [torch.arange(len(tokens), device=device) for tokens in sentences]
+        parts.append(_text_rows(model, torch.cat(sentences), torch.cat(places)))
+    words, rows = (_cat(list(column)) for column in zip(*parts, strict=True))
+    return Embedded(rows, words, layout)
+
+
+def packed_choice(chosen: Tensor, text_padding: Tensor | None, layout: TokenLayout) -> Tensor:
+    """bool [Rt] in packed order from a mask [B, Nt] over the padded text.
+
+    Raises ShapeError when the mask has another shape than the padding or chooses padding.
+    """
+    chosen = chosen.bool()
+    if text_padding is None:
+        return chosen.flatten()
+    padding = text_padding.bool()
+    if chosen.shape != padding.shape or bool((chosen & padding).any()):
+        raise ShapeError(
+            "the mask of text rows to read must have the text's shape and must not choose padding"
+        )
+    order = torch.tensor(layout.order, device=chosen.device)
+    return chosen[order][~padding[order]]
+
+
+def _branch(model: nn.Module, name: str) -> Any:
+    module = model._modules.get(name)
+    if module is None:
+        kind = "vision" if name == "vision_embed" else "text"
+        raise ConfigError(
+            f"this model has no {kind} branch, but the batch has {kind} input; create it with "
+            "modalities=('vision', 'text')"
+        )
+    return module
+
+
+def _vision_rows(
+    model: Any, images: Tensor, masked_position: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    embed = _branch(model, "vision_embed")
+    x = embed(images, masked_position, model.impl)
+    table = model.encoder.embed_positions.A.weight
+    positions = vision_positions(table, model.config.grid_size, embed.grid_size(images))
+    return x.flatten(0, 1), (x + positions.to(x.dtype)).flatten(0, 1)
+
+
+def _text_rows(model: Any, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    words = _branch(model, "text_embed").weight
+    return text_rows(tokens, places, words, model.encoder.embed_positions.B.weight)
+
+
+def _sources(
+    layout: TokenLayout, num_vision: int, num_text: int, kept: Tensor | None
+) -> Tensor:
+    tokens = num_vision + num_text
+    samples = torch.tensor(layout.order, device=layout.device)[:, None]
+    places = torch.arange(tokens, device=layout.device)[None] + samples * tokens
+    text = places[:, num_vision:]
+    text = text.flatten() if kept is None else text[kept]
+    return torch.cat([places[:, :num_vision].flatten(), text])
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _check(
+    image: Tensor | None,
+    text: Tensor | None,
+    text_padding: Tensor | None,
+    masked_position: Tensor | None,
+    positions: Tensor | None,
+) -> None:
+    if image is None and text is None:
+        raise ShapeError("an image, a text or both are needed, got neither")
+    if positions is not None and image is not None:
+        raise ConfigError("positions can only be given for a text without an image")
+    if masked_position is not None and image is None:
+        raise ShapeError("vision_masked_position was given without an image")
+    if text is not None and (text.dim() != 2 or text.dtype not in (torch.int64, torch.int32)):
+        raise ShapeError(
+            f"text must be token ids, int64 [B, Nt], got {text.dtype} of shape {list(text.shape)}"
+        )
+    if text_padding is not None and (text is None or text_padding.shape != text.shape):
+        raise ShapeError(
+            "text_padding must have the text's shape, got "
+            f"{list(text_padding.shape)} and {None if text is None else list(text.shape)}"
+        )
+    if image is not None and text is not None and image.shape[:1] != text.shape[:1]:
+        raise ShapeError(
+            f"image and text must have the same batch size, got {list(image.shape)} and "
+            f"{list(text.shape)}"
+        )

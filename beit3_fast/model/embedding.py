@@ -1,0 +1,122 @@
+"""Images and token ids become rows of width C, positions included.
+
+Released position tables keep two unused rows in front (a fairseq habit): token t reads row t + 2.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beit3_fast.checkpoint.positions import interpolate_positions
+from beit3_fast.config import BEiT3Config
+from beit3_fast.derived import derived
+from beit3_fast.errors import ShapeError
+from beit3_fast.ops import expert_linear
+
+POSITION_OFFSET = 2
+
+
+class VisionEmbedding(nn.Module):
+    """Patches of an image and the class token in front of them; parameters carry the official names."""
+
+    def __init__(self, config: BEiT3Config) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
+        self.proj = nn.Conv2d(
+            config.in_chans, config.embed_dim, config.patch_size, stride=config.patch_size
+        )
+
+    def grid_size(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches. Raises ShapeError unless images is [B, 3, H, W] in whole patches."""
+        patch = self.patch_size
+        if (
+            images.dim() != 4
+            or images.shape[1] != self.proj.in_channels
+            or images.shape[2] % patch
+            or images.shape[3] % patch
+            or not images.shape[2:].numel()
+        ):
+            raise ShapeError(
+                f"images must be [B, {self.proj.in_channels}, H, W] with H and W positive multiples of "
+                f"{patch}, got {list(images.shape)}; resize them (see beit3_fast.Processor)"
+            )
+        if not images.is_floating_point():
+            raise ShapeError(
+                f"images must be floating point and normalised, got {images.dtype}; "
+                "use beit3_fast.Processor"
+            )
+        return images.shape[2] // patch, images.shape[3] // patch
+
+    def forward(
+        self, images: Tensor, masked_position: Tensor | None = None, impl: str = "auto"
+    ) -> Tensor:
+        """images [B, 3, H, W] -> [B, Nv, C], class token first, no positions yet.
+
+        ``masked_position`` [B, Nv - 1], bool or 0/1: patches that the mask token replaces.
+        """
+        rows, columns = self.grid_size(images)
+        batch, channels = images.shape[:2]
+        patch = self.patch_size
+        patches = images.reshape(batch, channels, rows, patch, columns, patch)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch * rows * columns, -1)
+        weight = self.proj.weight
+        if torch.is_grad_enabled():
+            matrix = weight.flatten(1)
+        else:
+            matrix = derived("matrix", (weight,), lambda: weight.detach().flatten(1))
+        bias = self.proj.bias
+        x = expert_linear(
+            patches,
+            [matrix],
+            None if bias is None else [bias],
+            bounds=(0, patches.shape[0]),
+            impl=impl,
+        ).unflatten(0, (batch, rows * columns))
+        if masked_position is not None:
+            if tuple(masked_position.shape) != (batch, rows * columns):
+                raise ShapeError(
+                    f"vision_masked_position must be [B, patches] = [{batch}, {rows * columns}], "
+                    f"got {list(masked_position.shape)}"
+                )
+            mask = masked_position.unsqueeze(-1).to(x.dtype)
+            x = x * (1 - mask) + self.mask_token * mask
+        return torch.cat([self.cls_token.to(x.dtype).expand(batch, -1, -1), x], dim=1)
+
+
+def vision_positions(table: Tensor, trained_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Position rows [Nv, C] for a patch grid; bicubic in fp32 where it is not the trained one."""
+    if grid == trained_grid:
+        return table[POSITION_OFFSET:]
+    if torch.is_grad_enabled():
+        return interpolate_positions(table, trained_grid, grid)[POSITION_OFFSET:]
+    resized = derived(
+        f"positions {trained_grid} to {grid}",
+        (table,),
+        lambda: interpolate_positions(table, trained_grid, grid),
+    )
+    return resized[POSITION_OFFSET:]
+
+
+def text_rows(tokens: Tensor, places: Tensor, words: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Embed packed tokens: ids int64 [Rt] and their places in the sentence -> word rows, with positions.
+
+    Raises ShapeError for an id outside the vocabulary (checked on the CPU only) or a sentence longer than the
+    position table.
+    """
+    if tokens.device.type == "cpu" and tokens.numel():
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= words.shape[0]:
+            raise ShapeError(
+                f"token ids must be in [0, {words.shape[0]}), got ids from {low} to {high}"
+            )
+        if int(places.max()) + POSITION_OFFSET >= table.shape[0]:
+            raise ShapeError(
+                f"a text may have at most {table.shape[0] - POSITION_OFFSET} tokens, got one of "
+                f"{int(places.max()) + 1}; truncate it"
+            )
+    embedded = F.embedding(tokens, words)
+    return embedded, embedded + F.embedding(places + POSITION_OFFSET, table)

@@ -1,0 +1,114 @@
+"""Decoding token by token with torchscale's cache: a dictionary per layer with prev_key and prev_value.
+
+Rows of vision and text stay where they are in [B, n, C]; expert_linear finds them by index. Keys and values of
+earlier tokens have the shape [B, H, T, D].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit3_fast.errors import ShapeError
+from beit3_fast.layout import TokenLayout
+from beit3_fast.model.encoder import feed_forward, layer_norm, route
+from beit3_fast.ops import Norm, expert_linear
+
+
+def encode_incremental(
+    encoder: Any,
+    x: Tensor,
+    num_vision: int,
+    blocked: Tensor | None,
+    state: dict[int, dict[str, Tensor]],
+    impl: str = "auto",
+    hidden_states: list[Tensor] | None = None,
+) -> Tensor:
+    """Run new tokens x [B, n, C], the first ``num_vision`` of them vision, against the cache in ``state``.
+
+    ``blocked`` [n, T] (nonzero: blocked) covers the cached and the new keys. ``state[layer]`` is extended by
+    the new keys and values. Returns [B, n, C]. Padding is not masked here, as in torchscale. Raises ShapeError
+    when the mask or a cache does not fit.
+    """
+    batch, tokens, width = x.shape
+    layout = TokenLayout.from_lengths(
+        [num_vision] * batch, [tokens - num_vision] * batch, x.device
+    )
+    places = torch.arange(batch * tokens, device=x.device).view(batch, tokens)
+    order = torch.cat([places[:, :num_vision].flatten(), places[:, num_vision:].flatten()])
+    rows = None if num_vision in (0, tokens) else order
+    flat = x.reshape(batch * tokens, width)
+    if hidden_states is not None:
+        hidden_states.append(x)
+    for index, layer in enumerate(encoder.layers):
+        flat = _layer(layer, flat, layout, rows, batch, blocked, state[index], impl)
+        if hidden_states is not None:
+            hidden_states.append(flat.view(batch, tokens, width))
+    if encoder.layer_norm is not None:
+        packed = flat if rows is None else flat[rows]
+        packed = layer_norm(encoder.layer_norm, packed, layout)
+        flat = packed if rows is None else torch.empty_like(packed).index_copy(0, rows, packed)
+    return flat.view(batch, tokens, width)
+
+
+def _layer(
+    layer: Any,
+    x: Tensor,
+    layout: TokenLayout,
+    rows: Tensor | None,
+    batch: int,
+    blocked: Tensor | None,
+    cache: dict[str, Tensor],
+    impl: str,
+) -> Tensor:
+    attention = layer.self_attn
+
+    def linear(x: Tensor, modules: list[Any], norm: Any, residual: Tensor | None = None) -> Tensor:
+        experts = [route(module, layout) for module in modules]
+        inner = None
+        if norm is not None:
+            norms = route(norm, layout).modules
+            inner = Norm([n.weight for n in norms], [n.bias for n in norms], norms[0].eps)
+        per_expert = list(zip(*(e.modules for e in experts), strict=True))
+        return expert_linear(
+            x,
+            [tuple(m.weight for m in parts) for parts in per_expert],
+            [tuple(m.bias for m in parts) for parts in per_expert],
+            bounds=experts[0].bounds,
+            norm=inner,
+            residual=residual,
+            rows=rows,
+            impl=impl,
+        )
+
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    qkv = linear(x, projections, layer.self_attn_layer_norm)
+    heads = attention.num_heads
+    q, k, v = qkv.view(batch, -1, 3, heads, x.shape[1] // heads).permute(2, 0, 3, 1, 4)
+    if "prev_key" in cache:
+        past = cache["prev_key"].shape
+        if past[:2] != k.shape[:2] or past[3] != k.shape[3]:
+            raise ShapeError(
+                f"prev_key must be [B, H, T, D] = [{batch}, {heads}, T, {k.shape[3]}], got {list(past)}"
+            )
+        k = torch.cat([cache["prev_key"], k], dim=2)
+        v = torch.cat([cache["prev_value"], v], dim=2)
+    cache["prev_key"], cache["prev_value"] = k, v
+    visible = None
+    if blocked is not None:
+        if tuple(blocked.shape) != (q.shape[2], k.shape[2]):
+            raise ShapeError(
+                f"attn_mask must be [new tokens, all tokens] = {[q.shape[2], k.shape[2]]}, "
+                f"got {list(blocked.shape)}"
+            )
+        visible = blocked == 0
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # [B, H, n, D]
+    o = o.transpose(1, 2).reshape(x.shape[0], -1)
+    x = linear(o, [attention.out_proj], attention.inner_attn_ln, residual=x)
+    if rows is None:
+        return feed_forward(layer, x, layout, 0.0, impl)
+    packed = feed_forward(layer, x[rows], layout, 0.0, impl)
+    return torch.empty_like(packed).index_copy(0, rows, packed)

@@ -1,0 +1,135 @@
+"""Model names: the official entrypoints, the plain backbones and a tiny one for tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+
+from beit3_fast.checkpoint import load_checkpoint
+from beit3_fast.config import SIZES, BEiT3Config
+from beit3_fast.errors import ConfigError
+from beit3_fast.model.beit3 import BEiT3
+from beit3_fast.model.tasks import (
+    BEiT3ForCaptioning,
+    BEiT3ForImageClassification,
+    BEiT3ForRetrieval,
+    BEiT3ForVisualQuestionAnswering,
+    BEiT3ForVisualReasoning,
+)
+from beit3_fast.ops import dispatch
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model class and what it fixes in the configuration."""
+
+    make: type[nn.Module]
+    normalize_output: bool
+    has_classes: bool
+
+
+TASKS = {
+    "imageclassification": Task(BEiT3ForImageClassification, False, True),
+    "nlvr2": Task(BEiT3ForVisualReasoning, True, True),
+    "vqav2": Task(BEiT3ForVisualQuestionAnswering, False, True),
+    "captioning": Task(BEiT3ForCaptioning, True, False),
+    "retrieval": Task(BEiT3ForRetrieval, True, False),
+}
+
+_SIZES_AND_PIXELS = {
+    "imageclassification": (("base", 224), ("large", 224)),
+    "nlvr2": (("base", 224), ("large", 224)),
+    "vqav2": (("base", 384), ("base", 480), ("large", 384), ("large", 480), ("large", 768)),
+    "captioning": (("base", 224), ("base", 480), ("large", 224), ("large", 480)),
+    "retrieval": (("base", 224), ("base", 384), ("large", 224), ("large", 384)),
+}
+
+
+def _entrypoints() -> dict[str, tuple[str, int, str | None]]:
+    names: dict[str, tuple[str, int, str | None]] = {}
+    for task, variants in _SIZES_AND_PIXELS.items():
+        for size, pixels in variants:
+            names[f"beit3_{size}_patch16_{pixels}_{task}"] = (size, pixels, task)
+    for task in TASKS:
+        names[f"beit3_tiny_patch16_32_{task}"] = ("tiny", 32, task)
+    for size, pixels in (("tiny", 32), ("base", 224), ("large", 224), ("giant", 224)):
+        names[f"beit3_{size}_patch{SIZES[size].patch_size}_{pixels}"] = (size, pixels, None)
+    return names
+
+
+_ENTRYPOINTS = _entrypoints()
+
+
+def list_models() -> list[str]:
+    """Every name that ``create_model`` knows, sorted."""
+    return sorted(_ENTRYPOINTS)
+
+
+def create_model(
+    name: str,
+    checkpoint: str | PathLike[str] | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    impl: str = "auto",
+    *,
+    num_classes: int | None = None,
+    **overrides: Any,
+) -> Any:
+    """Build a model by its official name, in evaluation mode.
+
+    ``checkpoint`` is an official ``.pth`` or a ``.safetensors`` file, loaded strictly; positions are interpolated
+    to this model's image size. ``overrides`` are fields of BEiT3Config (img_size, drop_path_rate, modalities,
+    ...). Raises ConfigError for an unknown name, field, dtype or impl and CheckpointError for a file that does
+    not fit.
+    """
+    if name not in _ENTRYPOINTS:
+        raise ConfigError(f"unknown model {name!r}; beit3_fast.list_models() has {list_models()}")
+    if impl not in ("auto", *dispatch.IMPLEMENTATIONS):
+        raise ConfigError(
+            f"impl must be 'auto' or one of {list(dispatch.IMPLEMENTATIONS)}, got {impl!r}"
+        )
+    size, pixels, task_name = _ENTRYPOINTS[name]
+    task = None if task_name is None else TASKS[task_name]
+    fields: dict[str, Any] = {"img_size": pixels, **overrides}
+    if task is not None:
+        fields.setdefault("normalize_output", task.normalize_output)
+    config = SIZES[size].replace(**fields)
+    model: Any
+    if task is None or not task.has_classes:
+        if num_classes is not None:
+            raise ConfigError(f"{name} has no classes; num_classes cannot be set")
+        model = BEiT3(config, impl) if task is None else task.make(config, impl=impl)
+    else:
+        classes = {} if num_classes is None else {"num_classes": num_classes}
+        model = task.make(config, impl=impl, **classes)
+    model.name = name
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+    return model.to(device=device, dtype=_dtype(dtype)).eval()
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    raise ConfigError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}")
+
+
+def model_config(model: nn.Module) -> BEiT3Config:
+    """The configuration of a model made here. Raises ConfigError for any other module."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, BEiT3Config):
+        raise ConfigError(f"expected a beit3_fast model, got {type(model).__name__}")
+    return config

@@ -1,0 +1,143 @@
+"""Which implementation of an op runs, and why not the others.
+
+``impl="auto"`` takes the first candidate that applies and is known to be the faster one here; an
+implementation asked for by name either runs or raises KernelUnavailable with the reason. The environment
+variable ``BEIT3_FAST_IMPL`` replaces "auto" and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from beit3_fast.errors import ConfigError, KernelUnavailable
+from beit3_fast.ops import library
+
+logger = logging.getLogger("beit3_fast")
+
+IMPLEMENTATIONS = ("reference", "composite", "cpu", "triton", "cuda", "flash_attn", "xformers")
+OPS = ("expert_linear", "shared_attention")
+_AUTO_ORDER = ("cpu", "composite")
+_NOT_BUILT = "is not part of this version of beit3_fast; use 'auto', 'cpu', 'composite' or 'reference'"
+
+
+class Situation(NamedTuple):
+    """All that a choice depends on."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    needs_grad: bool
+    autocast: bool
+    compiling: bool
+    mask_tensor: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation taken, and the reason against each one that was passed over."""
+
+    impl: str
+    rejected: tuple[tuple[str, str], ...]
+
+
+def situation(op: str, tensors: list[Tensor], mask_tensor: bool = False) -> Situation:
+    """The situation of a call: ``tensors`` are all operands, the first one gives device and dtype."""
+    first = tensors[0]
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return Situation(
+        op=op,
+        device=first.device.type,
+        dtype=first.dtype,
+        needs_grad=grad,
+        autocast=torch.is_autocast_enabled(first.device.type),
+        compiling=torch.compiler.is_compiling(),
+        mask_tensor=mask_tensor,
+    )
+
+
+def _cpu_obstacle(at: Situation) -> str | None:
+    """Why the compiled CPU kernels cannot take this call, or None."""
+    if at.device != "cpu":
+        return f"takes CPU tensors, these are on {at.device}"
+    if at.dtype not in (torch.float32, torch.bfloat16):
+        return f"takes float32 and bfloat16, got {str(at.dtype).removeprefix('torch.')}"
+    if at.autocast:
+        return "reads operands in their own dtype, and autocast is on"
+    if at.mask_tensor:
+        return "takes mask structures, not a mask tensor"
+    return None if library.available() else library.why_unavailable()
+
+
+def _cpu_slower(at: Situation) -> str | None:
+    """Why "auto" expects another implementation to be faster than the CPU kernels, or None.
+
+    docs/measurements.md holds the figures behind these rules.
+    """
+    features = library.cpu_features()
+    if at.needs_grad:
+        return "recomputes in the backward pass what composite keeps"
+    if at.compiling:
+        return "is opaque to torch.compile, which fuses composite"
+    if not features.get("avx512f"):
+        return "has only its portable path on this CPU (no AVX-512)"
+    if at.op == "expert_linear" and at.dtype is torch.bfloat16:
+        if features.get("amx_bf16"):
+            return "has no AMX path yet, and oneDNN has"
+        if not features.get("avx512_bf16"):
+            return "widens bfloat16 to float32 on this CPU (no AVX-512 BF16)"
+    return None
+
+
+def _obstacle(impl: str, at: Situation) -> str | None:
+    if impl == "cpu":
+        return _cpu_obstacle(at)
+    return None if impl in ("reference", "composite") else _NOT_BUILT
+
+
+@lru_cache(maxsize=1024)
+def _choose(at: Situation, requested: str) -> Choice:
+    if requested not in ("auto", *IMPLEMENTATIONS):
+        raise ConfigError(
+            f"impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {requested!r}"
+        )
+    if requested != "auto":
+        obstacle = _obstacle(requested, at)
+        if obstacle:
+            raise KernelUnavailable(
+                f"{at.op}: impl={requested!r} was asked for, but it {obstacle}. "
+                "Use impl='auto' to fall back."
+            )
+        return Choice(requested, ())
+    rejected: list[tuple[str, str]] = []
+    for impl in _AUTO_ORDER:
+        reason = _obstacle(impl, at) or (_cpu_slower(at) if impl == "cpu" else None)
+        if reason is None:
+            break
+        rejected.append((impl, reason))
+    for impl in IMPLEMENTATIONS:
+        if impl not in (*_AUTO_ORDER, "reference"):
+            rejected.append((impl, _NOT_BUILT))
+    rejected.append(("reference", "is the readable formula, kept for checking"))
+    logger.info("%s: %s; not cpu: %s", at.op, impl, dict(rejected).get("cpu", "-"))
+    return Choice(impl, tuple(rejected))
+
+
+def choose(at: Situation, requested: str = "auto") -> Choice:
+    """The implementation for a situation.
+
+    Raises ConfigError for an unknown name and KernelUnavailable when a named implementation cannot run.
+    """
+    if requested == "auto":
+        requested = os.environ.get("BEIT3_FAST_IMPL") or "auto"
+    return _choose(at, requested)
+
+
+reset: Callable[[], None] = _choose.cache_clear

@@ -1,0 +1,241 @@
+"""expert_linear: a grouped matrix product with LayerNorm, bias, GELU and residual inside.
+
+    y[r] = activation(LayerNorm_e(x[r]) W_e^T + b_e) + residual[r]      for bounds[e] <= r < bounds[e + 1]
+
+One call of a Multiway layer instead of one per modality plus a split and a concatenation. Exact (erf) GELU;
+LayerNorm statistics, GELU and residual in fp32 inside the kernels. Method: BEiT-3 (arXiv 2208.10442) for the
+experts, Magneto (arXiv 2210.06423) for the LayerNorm in front of every product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from beit3_fast.composite.expert_linear import expert_linear as composite_impl
+from beit3_fast.composite.expert_linear import expert_linear_backward
+from beit3_fast.derived import derived
+from beit3_fast.errors import ShapeError
+from beit3_fast.ops import dispatch, library
+from beit3_fast.reference.expert_linear import expert_linear as reference_impl
+
+Weight = Tensor | tuple[Tensor, ...]
+
+
+class Norm(NamedTuple):
+    """LayerNorm in front of the product: one weight and bias [I] per expert, and epsilon."""
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    eps: float = 1e-5
+
+
+def expert_linear(
+    x: Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[Weight] | None = None,
+    *,
+    bounds: Sequence[int],
+    norm: Norm | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    rows: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Multiply rows of expert e with the weights of expert e.
+
+    x [M, I]: fp32, bf16 or fp16 (fp64 too in "reference" and "composite"). ``weights``: per expert [O, I], or a
+    tuple of tensors stacked along O (query, key, value). ``biases``: per expert [O], stacked likewise.
+    ``bounds``: E + 1 ascending row numbers from 0 to R. ``residual`` [M, O]. Without ``rows``, M = R; with
+    ``rows`` int64 [R], sorted row r is row rows[r] of x, residual and result, and rows of the result that it
+    does not name are zero; it must not name a row twice. Returns [M, O] in x's dtype (autocast aside).
+
+    Differentiable in every tensor argument but ``rows``. Raises ShapeError for operands that do not fit,
+    ConfigError and KernelUnavailable for ``impl``.
+    """
+    _check(x, weights, biases, bounds, norm, activation, residual, rows)
+    used = [e for e in range(len(weights)) if bounds[e] < bounds[e + 1]] or [0]
+    if len(used) < len(weights):
+        weights = [weights[e] for e in used]
+        biases = None if biases is None else [biases[e] for e in used]
+        if norm is not None:
+            norm = Norm([norm.weights[e] for e in used], [norm.biases[e] for e in used], norm.eps)
+        bounds = [bounds[used[0]], *(bounds[e + 1] for e in used)]
+    norm_weights, norm_biases, eps = norm or Norm((), ())
+    tensors = [x, *_flat(weights), *norm_weights]
+    if residual is not None:
+        tensors.append(residual)
+    choice = dispatch.choose(dispatch.situation("expert_linear", tensors), impl)
+    tail = (residual, rows, tuple(bounds), eps, activation or "none")
+    if choice.impl == "cpu":
+        return _cpu(x, weights, biases, norm_weights, norm_biases, tail)
+    run = reference_impl if choice.impl == "reference" else composite_impl
+    stacked = [_stack(weight) for weight in weights]
+    stacked_biases = [_stack(bias) for bias in biases or ()]
+    return run(x, stacked, stacked_biases, norm_weights, norm_biases, *tail)
+
+
+def _flat(weights: Sequence[Weight]) -> list[Tensor]:
+    return [part for w in weights for part in (w if isinstance(w, tuple) else (w,))]
+
+
+def _stack(weight: Weight) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight
+    if torch.is_grad_enabled() and any(part.requires_grad for part in weight):
+        return torch.cat(weight)
+    return derived("stacked", weight, lambda: torch.cat(weight))
+
+
+def _shape(weight: Weight) -> tuple[int, ...]:
+    if isinstance(weight, Tensor):
+        return tuple(weight.shape)
+    return (sum(part.shape[0] for part in weight), *weight[0].shape[1:])
+
+
+def _cpu(
+    x: Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[Weight] | None,
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    tail: tuple[Any, ...],
+) -> Tensor:
+    op = _op()
+    if torch.is_grad_enabled():
+        stacked, packed = [_stack(weight) for weight in weights], []
+    else:
+        pairs = [_packed(weight) for weight in weights]
+        stacked, packed = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    stacked_biases = [_stack(bias) for bias in biases or ()]
+    return op(x, stacked, packed, stacked_biases, list(norm_weights), list(norm_biases), *tail)
+
+
+def _packed(weight: Weight) -> tuple[Tensor, Tensor]:
+    """A stand-in for the weight that has its shape but no memory, and the weight as the kernel reads it."""
+    parts = weight if isinstance(weight, tuple) else (weight,)
+
+    def make() -> tuple[Tensor, Tensor]:
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        stand_in = whole.new_zeros(()).expand(whole.shape)
+        return stand_in, torch.ops.beit3_fast.pack_weight(whole)
+
+    return derived("packed", parts, make)
+
+
+@cache
+def _op() -> Any:
+    """The compiled op, with its shape function and gradient registered once."""
+    library.load()
+
+    @torch.library.register_fake("beit3_fast::pack_weight")
+    def _(weight: Tensor) -> Tensor:
+        size = torch.library.get_ctx().new_dynamic_size()
+        return weight.new_empty(size)
+
+    @torch.library.register_fake("beit3_fast::expert_linear")
+    def _(x: Tensor, weights: list[Tensor], *_: Any) -> Tensor:
+        return x.new_empty(x.shape[0], weights[0].shape[0])
+
+    torch.library.register_autograd(
+        "beit3_fast::expert_linear", _backward, setup_context=_setup_context
+    )
+    return torch.ops.beit3_fast.expert_linear.default
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weights, packed, biases, norm_weights, norm_biases, residual, rows, *rest = inputs
+    ctx.sizes = [len(group) for group in (weights, biases, norm_weights, norm_biases)]
+    ctx.num_packed, ctx.has_residual, ctx.rest = len(packed), residual is not None, rest
+    ctx.save_for_backward(x, rows, *weights, *biases, *norm_weights, *norm_biases)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, rows, *flat = ctx.saved_tensors
+    groups = []
+    for size in ctx.sizes:
+        groups.append(flat[:size])
+        flat = flat[size:]
+    weights, biases, norm_weights, norm_biases = groups
+    dx, *lists = expert_linear_backward(
+        grad, x, weights, biases, norm_weights, norm_biases, rows, *ctx.rest
+    )
+    dresidual = None
+    if ctx.has_residual:
+        dresidual = grad
+        if rows is not None:
+            dresidual = torch.zeros_like(grad).index_copy(0, rows, grad[rows])
+    dweights, dbiases, dgammas, dbetas = lists
+    packed = [None] * ctx.num_packed
+    return dx, dweights, packed, dbiases, dgammas, dbetas, dresidual, None, None, None, None
+
+
+def _check(
+    x: Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[Weight] | None,
+    bounds: Sequence[int],
+    norm: Norm | None,
+    activation: str | None,
+    residual: Tensor | None,
+    rows: Tensor | None,
+) -> None:
+    if x.dim() != 2 or not x.dtype.is_floating_point:
+        raise ShapeError(
+            f"x must be a floating-point tensor [M, I], got {x.dtype} of shape {tuple(x.shape)}"
+        )
+    if not weights:
+        raise ShapeError("weights must hold at least one expert, got none")
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for tensor in () if autocast else (*_flat(weights), *(() if residual is None else (residual,))):
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ShapeError(
+                f"weights and residual must have x's dtype and device ({x.dtype}, {x.device}), got "
+                f"{tensor.dtype}, {tensor.device}; convert them or run under torch.autocast"
+            )
+    features = x.shape[1]
+    out, inner = (*_shape(weights[0]), 0)[:2]
+    for expert, weight in enumerate(weights):
+        if _shape(weight) != (out, inner) or inner != features:
+            raise ShapeError(
+                f"weights[{expert}] must have shape [O, I] = [{out}, {features}] like x and the other "
+                f"experts, got {list(_shape(weight))}"
+            )
+    if biases is not None:
+        _check_vectors("biases", [_shape(bias) for bias in biases], len(weights), out)
+    if norm is not None:
+        _check_vectors("norm.weights", [t.shape for t in norm.weights], len(weights), features)
+        _check_vectors("norm.biases", [t.shape for t in norm.biases], len(weights), features)
+    if activation not in (None, "gelu"):
+        raise ShapeError(f"activation must be None or 'gelu', got {activation!r}")
+    count = x.shape[0] if rows is None else rows.shape[0]
+    if (
+        len(bounds) != len(weights) + 1
+        or bounds[0] != 0
+        or bounds[-1] != count
+        or any(bounds[e] > bounds[e + 1] for e in range(len(weights)))
+    ):
+        raise ShapeError(
+            f"bounds must be {len(weights) + 1} ascending row numbers from 0 to {count}, "
+            f"got {list(bounds)}"
+        )
+    if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
+        raise ShapeError(f"rows must be int64 [R], got {rows.dtype} of shape {tuple(rows.shape)}")
+    if residual is not None and tuple(residual.shape) != (x.shape[0], out):
+        raise ShapeError(
+            f"residual must have shape [M, O] = [{x.shape[0]}, {out}], got {list(residual.shape)}"
+        )
+
+
+def _check_vectors(
+    name: str, shapes: Sequence[Sequence[int]], experts: int, size: int
+) -> None:
+    if [tuple(shape) for shape in shapes] != [(size,)] * experts:
+        raise ShapeError(
+            f"{name} must hold {experts} tensors of shape [{size}], "
+            f"got {[list(shape) for shape in shapes]}"
+        )

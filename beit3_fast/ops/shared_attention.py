@@ -1,0 +1,187 @@
+"""shared_attention: one softmax over the vision and text keys of each sample.
+
+    o = softmax(scale q K^T) V      K, V: the sample's vision rows and its text rows, wherever they lie
+
+Rows are packed (``TokenLayout``): no padding, no mask tensor. Masks are structure:
+
+- "bidirectional": every query sees every key of its sample;
+- "seq2seq": text sees the image and text up to itself, the image sees the image (captioning);
+- "causal": every query sees keys up to itself in the order vision, text.
+
+A bool tensor is accepted as well and takes PyTorch's own attention, one sample at a time.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit3_fast.composite.shared_attention import shared_attention as composite_impl
+from beit3_fast.composite.shared_attention import shared_attention_backward
+from beit3_fast.errors import ShapeError
+from beit3_fast.layout import TokenLayout
+from beit3_fast.ops import dispatch, library
+from beit3_fast.reference.shared_attention import shared_attention as reference_impl
+
+MASKS = ("bidirectional", "seq2seq", "causal")
+
+
+def shared_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TokenLayout,
+    *,
+    num_heads: int,
+    scale: float | None = None,
+    mask: str | Tensor = "bidirectional",
+    queries: TokenLayout | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attend from the query rows to the keys of the same sample.
+
+    q [Rq, C], k and v [R, C]: fp32, bf16 or fp16 (fp64 too in "reference" and "composite"), C = H * D; column
+    slices of one fused tensor are fine. ``layout`` describes the key rows; ``queries`` the query rows when they
+    are only some of them (``TokenLayout.select``). ``scale`` defaults to D ** -0.5. ``mask`` is one of MASKS or
+    a bool tensor [N, N] or [B, N, N], True where a query may look, over the longest image's tokens followed by
+    the longest text's, samples in the caller's order. Returns [Rq, C]; a query that sees no key gives zeros.
+
+    Differentiable in q, k and v. Raises ShapeError for operands that do not fit, ConfigError and
+    KernelUnavailable for ``impl``.
+    """
+    queries = queries or layout
+    _check(q, k, v, layout, queries, num_heads, mask)
+    if scale is None:
+        scale = (q.shape[1] // num_heads) ** -0.5
+    at = dispatch.situation("shared_attention", [q, k, v], isinstance(mask, Tensor))
+    choice = dispatch.choose(at, impl)
+    if choice.impl == "cpu":
+        selected = queries is not layout
+        return _op()(
+            q,
+            k,
+            v,
+            layout.cu_vision,
+            layout.cu_text,
+            queries.cu_vision if selected else None,
+            queries.cu_text if selected else None,
+            queries.positions if selected else None,
+            num_heads,
+            scale,
+            mask,
+        )
+    run = reference_impl if choice.impl == "reference" else composite_impl
+    return run(q, k, v, layout, queries, num_heads, scale, mask)
+
+
+@cache
+def _op() -> Any:
+    """The compiled op, with its shape function and gradient registered once."""
+    library.load()
+
+    @torch.library.register_fake("beit3_fast::shared_attention")
+    def _(q: Tensor, *_: Any) -> Tensor:
+        return q.new_empty(q.shape)
+
+    torch.library.register_autograd(
+        "beit3_fast::shared_attention", _backward, setup_context=_setup_context
+    )
+    return torch.ops.beit3_fast.shared_attention.default
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.num_heads, ctx.scale, ctx.mask = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    gradients = _backward_op(grad, *ctx.saved_tensors, ctx.num_heads, ctx.scale, ctx.mask)
+    return (*gradients, *[None] * 8)
+
+
+@torch.library.custom_op("beit3_fast::shared_attention_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_vision: Tensor,
+    cu_text: Tensor,
+    cu_vision_q: Tensor | None,
+    cu_text_q: Tensor | None,
+    positions_q: Tensor | None,
+    num_heads: int,
+    scale: float,
+    mask: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    keys = _layout_of(cu_vision, cu_text, None)
+    queries = keys
+    if cu_vision_q is not None and cu_text_q is not None:
+        queries = _layout_of(cu_vision_q, cu_text_q, positions_q)
+    return shared_attention_backward(grad, q, k, v, keys, queries, num_heads, scale, mask)
+
+
+@_backward_op.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _layout_of(cu_vision: Tensor, cu_text: Tensor, positions: Tensor | None) -> TokenLayout:
+    vision, text = (tuple(cu.diff().tolist()) for cu in (cu_vision, cu_text))
+    return TokenLayout(
+        vision_lengths=vision,
+        text_lengths=text,
+        order=tuple(range(len(vision))),
+        image_only=0,
+        text_only=0,
+        device=cu_vision.device,
+        positions=positions,
+    )
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TokenLayout,
+    queries: TokenLayout,
+    num_heads: int,
+    mask: str | Tensor,
+) -> None:
+    if q.dim() != 2 or num_heads < 1 or q.shape[1] % num_heads:
+        raise ShapeError(
+            f"q must have shape [Rq, H * D] with H = num_heads = {num_heads}, got {list(q.shape)}"
+        )
+    if q.shape[0] != queries.num_rows:
+        raise ShapeError(f"q must have one row per query: {queries.num_rows}, got {q.shape[0]}")
+    expected = (layout.num_rows, q.shape[1])
+    for name, tensor in (("k", k), ("v", v)):
+        if tuple(tensor.shape) != expected:
+            raise ShapeError(
+                f"{name} must have shape [R, C] = {list(expected)}, got {list(tensor.shape)}"
+            )
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ShapeError(
+                f"{name} must have q's dtype and device ({q.dtype}, {q.device}), "
+                f"got {tensor.dtype}, {tensor.device}"
+            )
+    if queries is not layout and (
+        queries.batch_size != layout.batch_size or queries.positions is None
+    ):
+        raise ShapeError("queries must come from layout.select(...) of the same batch")
+    if isinstance(mask, str):
+        if mask not in MASKS:
+            raise ShapeError(f"mask must be one of {MASKS} or a bool tensor, got {mask!r}")
+        return
+    tokens = max(layout.vision_lengths, default=0) + max(layout.text_lengths, default=0)
+    shapes = ((tokens, tokens), (layout.batch_size, tokens, tokens))
+    if mask.dtype != torch.bool or tuple(mask.shape) not in shapes:
+        raise ShapeError(
+            f"a mask tensor must be bool, True where a query may look, of shape {list(shapes[0])} or "
+            f"{list(shapes[1])}, got {mask.dtype} of shape {list(mask.shape)}"
+        )
