@@ -8,11 +8,13 @@ PyTorch: call ``beit3_fast.refresh(model)`` after it.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 T = TypeVar("T")
@@ -22,8 +24,32 @@ _lock = threading.RLock()
 _store: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+class _Entry(NamedTuple):
+    """A derived value, the state of its sources, and the sources and their storages, held weakly.
+
+    The weak references tell a source from a later one at the same address: memory is soon used again.
+    """
+
+    stamp: Stamp
+    sources: tuple[weakref.ref[Tensor], ...]
+    storages: tuple[StorageWeakRef, ...]
+    value: Any
+
+    def holds(self, sources: Sequence[Tensor], stamp: Stamp) -> bool:
+        """Whether the value belongs to these very sources in the state ``stamp``."""
+        return self.stamp == stamp and all(
+            own() is source for own, source in zip(self.sources, sources, strict=True)
+        )
+
+
 def _stamp(source: Tensor) -> tuple[Any, ...]:
-    return (id(source), source.data_ptr(), source._version, source.dtype, source.device)
+    return (
+        source.untyped_storage()._cdata,
+        source.data_ptr(),
+        source._version,
+        source.dtype,
+        source.device,
+    )
 
 
 def derived(kind: str, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
@@ -39,16 +65,22 @@ def derived(kind: str, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
     entries = _store.get(owner)
     if entries is not None:
         entry = entries.get(kind)
-        if entry is not None and entry[0] == stamp:
-            return entry[1]
+        if entry is not None and entry.holds(sources, stamp):
+            return entry.value
     with _lock:
         entries = _store.setdefault(owner, {})
         entry = entries.get(kind)
-        if entry is None or entry[0] != stamp:
+        if entry is None or not entry.holds(sources, stamp):
             with torch.no_grad(), torch.inference_mode(False):
-                entry = (stamp, make())
+                value = make()
+            entry = _Entry(
+                stamp,
+                tuple(weakref.ref(source) for source in sources),
+                tuple(StorageWeakRef(source.untyped_storage()) for source in sources),
+                value,
+            )
             entries[kind] = entry
-        return entry[1]
+        return entry.value
 
 
 def forget(module: nn.Module) -> None:

@@ -26,9 +26,8 @@ def explain(model: nn.Module, *, quiet: bool = False) -> list[Explanation]:
     when the model names an implementation that cannot run here.
     """
     parameter = next(model.parameters())
-    impl = next(
-        (m.impl for m in model.modules() if isinstance(getattr(m, "impl", None), str)), "auto"
-    )
+    named = (getattr(module, "impl", None) for module in model.modules())
+    impl = next((name for name in named if isinstance(name, str)), "auto")
     explanations = []
     for needs_grad in (False, True):
         for op in dispatch.OPS:

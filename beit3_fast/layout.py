@@ -171,9 +171,7 @@ class TokenLayout:
         if isinstance(text, Tensor):
             picked = text.nonzero().flatten()
             counts = self._text_sample_of(picked)
-            text_lengths = tuple(
-                torch.bincount(counts, minlength=self.batch_size).tolist()
-            )
+            text_lengths = tuple(torch.bincount(counts, minlength=self.batch_size).tolist())
             starts = torch.tensor(self.text_starts, device=self.device)
             text_rows, text_positions = picked, picked - starts[counts]
         else:

@@ -27,7 +27,16 @@ def expert_linear(
     if rows is not None:
         gathered = None if residual is None else residual[rows]
         y = expert_linear(
-            x[rows], weights, biases, norm_weights, norm_biases, gathered, None, bounds, eps, activation
+            x[rows],
+            weights,
+            biases,
+            norm_weights,
+            norm_biases,
+            gathered,
+            None,
+            bounds,
+            eps,
+            activation,
         )
         return y.new_zeros(x.shape[0], y.shape[1]).index_copy(0, rows, y)
     parts = []

@@ -182,9 +182,7 @@ def _text_rows(model: Any, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tens
     return text_rows(tokens, places, words, model.encoder.embed_positions.B.weight)
 
 
-def _sources(
-    layout: TokenLayout, num_vision: int, num_text: int, kept: Tensor | None
-) -> Tensor:
+def _sources(layout: TokenLayout, num_vision: int, num_text: int, kept: Tensor | None) -> Tensor:
     tokens = num_vision + num_text
     samples = torch.tensor(layout.order, device=layout.device)[:, None]
     places = torch.arange(tokens, device=layout.device)[None] + samples * tokens

@@ -92,7 +92,12 @@ class BEiT3(nn.Module):
         Raises ShapeError and ConfigError for inputs that do not fit.
         """
         embedded = embed_padded(
-            self, visual_tokens, textual_tokens, text_padding_position, vision_masked_position, positions
+            self,
+            visual_tokens,
+            textual_tokens,
+            text_padding_position,
+            vision_masked_position,
+            positions,
         )
         num_vision, num_text = embedded.num_vision, embedded.num_text
         batch, tokens = embedded.layout.batch_size, num_vision + num_text
@@ -114,9 +119,7 @@ class BEiT3(nn.Module):
         else:
             mask: str | Tensor = "bidirectional"
             if attn_mask is not None:
-                mask = read_blocked_mask(
-                    attn_mask, num_vision, num_text, padding[:, num_vision:]
-                )
+                mask = read_blocked_mask(attn_mask, num_vision, num_text, padding[:, num_vision:])
             hidden: list[Tensor] | None = [] if return_all_hiddens else None
             rows = self._encode(embedded.rows, embedded.layout, mask, None, hidden)
             out = embedded.unpack(rows)
@@ -197,7 +200,7 @@ class BEiT3(nn.Module):
         read: Any,
         hidden: list[Tensor] | None,
     ) -> Tensor:
-        rates = [layer.drop_path_rate for layer in self.encoder.layers] if self.training else []
+        rates = self.encoder.drop_path_rates if self.training else ()
         return encode_rows(
             self.encoder,
             rows,
@@ -209,6 +212,7 @@ class BEiT3(nn.Module):
             checkpoint_activations=self.training and self.encoder.checkpoint_activations,
             impl=self.impl,
         )
+
 
 def init_weights(module: nn.Module) -> None:
     """The official initialisation: truncated normal (std 0.02) projections, LayerNorm at one and zero."""

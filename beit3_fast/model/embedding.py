@@ -101,7 +101,9 @@ def vision_positions(table: Tensor, trained_grid: tuple[int, int], grid: tuple[i
     return resized[POSITION_OFFSET:]
 
 
-def text_rows(tokens: Tensor, places: Tensor, words: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+def text_rows(
+    tokens: Tensor, places: Tensor, words: Tensor, table: Tensor
+) -> tuple[Tensor, Tensor]:
     """Embed packed tokens: ids int64 [Rt] and their places in the sentence -> word rows, with positions.
 
     Raises ShapeError for an id outside the vocabulary (checked on the CPU only) or a sentence longer than the

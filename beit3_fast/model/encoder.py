@@ -77,7 +77,6 @@ class EncoderLayer(nn.Module):
         self.self_attn_layer_norm = multiway(attention, nn.LayerNorm, width, eps)
         self.ffn = multiway(experts, FeedForward, config)
         self.final_layer_norm = multiway(experts, nn.LayerNorm, width, eps)
-        self.drop_path_rate = config.drop_path_rate * depth / max(config.num_layers - 1, 1)
 
 
 class Encoder(nn.Module):
@@ -102,6 +101,10 @@ class Encoder(nn.Module):
             else None
         )
         self.checkpoint_activations = config.checkpoint_activations
+        steps = max(config.num_layers - 1, 1)
+        self.drop_path_rates = tuple(
+            config.drop_path_rate * depth / steps for depth in range(config.num_layers)
+        )
 
 
 class Route(NamedTuple):
@@ -120,7 +123,9 @@ def route(module: nn.Module, layout: TokenLayout) -> Route:
         return Route([children["A"], children["B"]], layout.expert_bounds("AB"))
     if "A" not in children and "B" not in children:
         return Route([module], layout.expert_bounds("A"))
-    missing, rows = ("text", layout.num_text_rows) if "A" in children else ("vision", layout.num_vision_rows)
+    missing, rows = (
+        ("text", layout.num_text_rows) if "A" in children else ("vision", layout.num_vision_rows)
+    )
     if rows:
         raise ShapeError(
             f"this model has no {missing} branch, but the batch has {rows} {missing} rows; create it with "
@@ -194,7 +199,9 @@ def feed_forward(
     """The second half of a layer: x + fc2(LN(gelu(fc1(LN(x))))), x [R, C]."""
     experts = route(layer.ffn, layout)
     norm = _norm(layer.final_layer_norm, layout)
-    h = _experts_linear(x, [e.fc1 for e in experts.modules], experts.bounds, norm, "gelu", None, impl)
+    h = _experts_linear(
+        x, [e.fc1 for e in experts.modules], experts.bounds, norm, "gelu", None, impl
+    )
     norms = [e.ffn_layernorm for e in experts.modules]
     inner = None
     if norms[0] is not None:

@@ -34,9 +34,7 @@ def encode_incremental(
     when the mask or a cache does not fit.
     """
     batch, tokens, width = x.shape
-    layout = TokenLayout.from_lengths(
-        [num_vision] * batch, [tokens - num_vision] * batch, x.device
-    )
+    layout = TokenLayout.from_lengths([num_vision] * batch, [tokens - num_vision] * batch, x.device)
     places = torch.arange(batch * tokens, device=x.device).view(batch, tokens)
     order = torch.cat([places[:, :num_vision].flatten(), places[:, num_vision:].flatten()])
     rows = None if num_vision in (0, tokens) else order

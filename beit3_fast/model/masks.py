@@ -26,8 +26,9 @@ def read_blocked_mask(
         )
     visible = blocked == 0
     for name in MASKS:
-        positions = (torch.arange(n, device=blocked.device) for n in (num_vision, num_text))
-        if torch.equal(visible, visible_keys(name, *positions, num_vision, num_text)):
+        vision = torch.arange(num_vision, device=blocked.device)
+        text = torch.arange(num_text, device=blocked.device)
+        if torch.equal(visible, visible_keys(name, vision, text, num_vision, num_text)):
             return name
     if text_padding is None or not bool(text_padding.any()):
         return visible

@@ -105,18 +105,23 @@ def create_model(
     if task is not None:
         fields.setdefault("normalize_output", task.normalize_output)
     config = SIZES[size].replace(**fields)
-    model: Any
-    if task is None or not task.has_classes:
-        if num_classes is not None:
+    make = BEiT3 if task is None else task.make
+    options: dict[str, Any] = {"impl": impl}
+    if num_classes is not None:
+        if task is None or not task.has_classes:
             raise ConfigError(f"{name} has no classes; num_classes cannot be set")
-        model = BEiT3(config, impl) if task is None else task.make(config, impl=impl)
+        options["num_classes"] = num_classes
+    wanted = _dtype(dtype)
+    if checkpoint is None:
+        model: Any = make(config, **options).to(device=device, dtype=wanted)
     else:
-        classes = {} if num_classes is None else {"num_classes": num_classes}
-        model = task.make(config, impl=impl, **classes)
-    model.name = name
-    if checkpoint is not None:
+        # A strict load writes every tensor, so nothing needs initial values.
+        with torch.device("meta"):
+            model = make(config, **options).to(wanted)
+        model.to_empty(device=device)
         load_checkpoint(model, checkpoint)
-    return model.to(device=device, dtype=_dtype(dtype)).eval()
+    model.name = name
+    return model.eval()
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

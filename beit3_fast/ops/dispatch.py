@@ -25,7 +25,9 @@ logger = logging.getLogger("beit3_fast")
 IMPLEMENTATIONS = ("reference", "composite", "cpu", "triton", "cuda", "flash_attn", "xformers")
 OPS = ("expert_linear", "shared_attention")
 _AUTO_ORDER = ("cpu", "composite")
-_NOT_BUILT = "is not part of this version of beit3_fast; use 'auto', 'cpu', 'composite' or 'reference'"
+_NOT_BUILT = (
+    "is not part of this version of beit3_fast; use 'auto', 'cpu', 'composite' or 'reference'"
+)
 
 
 class Situation(NamedTuple):
@@ -122,9 +124,8 @@ def _choose(at: Situation, requested: str) -> Choice:
         if reason is None:
             break
         rejected.append((impl, reason))
-    for impl in IMPLEMENTATIONS:
-        if impl not in (*_AUTO_ORDER, "reference"):
-            rejected.append((impl, _NOT_BUILT))
+    others = [name for name in IMPLEMENTATIONS if name not in (*_AUTO_ORDER, "reference")]
+    rejected += [(name, _NOT_BUILT) for name in others]
     rejected.append(("reference", "is the readable formula, kept for checking"))
     logger.info("%s: %s; not cpu: %s", at.op, impl, dict(rejected).get("cpu", "-"))
     return Choice(impl, tuple(rejected))

@@ -231,9 +231,7 @@ def _check(
         )
 
 
-def _check_vectors(
-    name: str, shapes: Sequence[Sequence[int]], experts: int, size: int
-) -> None:
+def _check_vectors(name: str, shapes: Sequence[Sequence[int]], experts: int, size: int) -> None:
     if [tuple(shape) for shape in shapes] != [(size,)] * experts:
         raise ShapeError(
             f"{name} must hold {experts} tensors of shape [{size}], "

@@ -41,9 +41,7 @@ def visible_keys(
     return torch.cat([torch.cat(blocks, dim=1), torch.cat(lower, dim=1)])
 
 
-def sample_mask(
-    mask: str | Tensor, keys: TokenLayout, queries: TokenLayout, sample: int
-) -> Tensor:
+def sample_mask(mask: str | Tensor, keys: TokenLayout, queries: TokenLayout, sample: int) -> Tensor:
     """bool [Nq, Nk] for one packed sample; ``mask`` as in ``ops.shared_attention``."""
     nv, nt = keys.vision_lengths[sample], keys.text_lengths[sample]
     if queries.positions is None:
