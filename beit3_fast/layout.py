@@ -126,6 +126,21 @@ class TokenLayout:
         return torch.cat(rows).to(self.device)
 
     @cached_property
+    def padded_rows(self) -> tuple[Tensor, Tensor]:
+        """int64 [B, N]: the row at each place of a packed sample padded to the longest, and bool [B, N]: is one.
+
+        Places hold the vision rows, then the text rows; padding points at row 0.
+        """
+        starts = torch.tensor((self.vision_starts[:-1], self.text_starts[:-1]), dtype=torch.int64)
+        lengths = torch.tensor((self.vision_lengths, self.text_lengths), dtype=torch.int64)
+        places = torch.arange(int(lengths.sum(0).max()) if self.order else 0)[None]
+        vision = lengths[0][:, None]
+        text = places - vision + starts[1][:, None] + self.num_vision_rows
+        rows = torch.where(places < vision, places + starts[0][:, None], text)
+        valid = places < lengths.sum(0)[:, None]
+        return rows.where(valid, 0).to(self.device), valid.to(self.device)
+
+    @cached_property
     def is_uniform_vision(self) -> bool:
         """True when there is no text and every sample has equally many vision rows."""
         return self.num_text_rows == 0 and len(set(self.vision_lengths)) <= 1

@@ -22,8 +22,9 @@ def shared_attention(
 ) -> Tensor:
     """Arguments and result as in ``beit3_fast.reference.shared_attention``; obeys autocast and autograd.
 
-    Equally long vision-only rows take one batched call. Everything else takes one call per sample, which
-    neither pads nor (without a mask) materialises scores.
+    Equally long vision-only rows take one batched call. Everything else takes one call per sample on a CPU,
+    which neither pads nor (without a mask) materialises scores, and one padded call elsewhere, where launches
+    cost more than padding. A mask tensor always takes one call per sample.
     """
     if isinstance(mask, str) and queries is keys and keys.is_uniform_vision and keys.num_rows:
         batch, tokens = keys.batch_size, keys.vision_lengths[0]
@@ -33,6 +34,8 @@ def shared_attention(
         )
         o = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=mask == "causal")
         return o.transpose(1, 2).reshape(batch * tokens, -1)
+    if isinstance(mask, str) and (q.device.type != "cpu" or torch.compiler.is_compiling()):
+        return padded_attention(q, k, v, keys, queries, num_heads, scale, mask)
     vision_parts, text_parts = [], []
     for sample in range(keys.batch_size):
         own_q = _heads(q, queries, sample, num_heads)
@@ -50,6 +53,55 @@ def shared_attention(
     if not vision_parts:
         return q.new_zeros(q.shape)
     return torch.cat(vision_parts + text_parts)
+
+
+def padded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: TokenLayout,
+    queries: TokenLayout,
+    num_heads: int,
+    scale: float,
+    mask: str,
+) -> Tensor:
+    """shared_attention in one call: samples padded to the longest, padding and structure as a bool mask."""
+    (key_rows, key_valid), (query_rows, query_valid) = keys.padded_rows, queries.padded_rows
+    if not query_rows.numel():
+        return q.new_zeros(q.shape)
+    visible = key_valid[:, None, :]
+    if mask != "bidirectional":
+        key_places, key_text = _places(keys)
+        query_places, query_text = _places(queries, keys)
+        earlier = key_places[:, None, :] <= query_places[:, :, None]
+        if mask == "seq2seq":
+            earlier = ~key_text[:, None, :] | (earlier & query_text[:, :, None])
+        visible = visible & earlier
+    padded_q, padded_k, padded_v = (
+        t[rows].unflatten(2, (num_heads, q.shape[1] // num_heads)).transpose(1, 2)
+        for t, rows in ((q, query_rows), (k, key_rows), (v, key_rows))
+    )
+    o = F.scaled_dot_product_attention(
+        padded_q, padded_k, padded_v, attn_mask=visible[:, None], scale=scale
+    )
+    o = torch.where(visible.any(dim=2)[:, None, :, None], o, 0.0)  # [B, H, Nq, D]
+    slots = query_valid.flatten().nonzero().flatten()
+    of_row = torch.empty_like(slots).index_copy(0, query_rows.flatten()[slots], slots)
+    return o.transpose(1, 2).flatten(2).flatten(0, 1)[of_row]
+
+
+def _places(layout: TokenLayout, keys: TokenLayout | None = None) -> tuple[Tensor, Tensor]:
+    """int64 [B, N]: place of every padded slot in its sample's order vision, text; bool [B, N]: is text."""
+    rows, _ = layout.padded_rows
+    slots = torch.arange(rows.shape[1], device=layout.device)[None]
+    own_vision, full_vision = (
+        torch.tensor(lengths, device=layout.device)[:, None]
+        for lengths in (layout.vision_lengths, (keys or layout).vision_lengths)
+    )
+    text = slots >= own_vision
+    if layout.positions is None:
+        return slots.expand_as(rows), text
+    return layout.positions[rows] + text * full_vision, text
 
 
 def _heads(rows: Tensor, layout: TokenLayout, sample: int, num_heads: int) -> Tensor:

@@ -1,0 +1,113 @@
+# `make test` and `make bench` need Python 3.10+ (with venv) and, for the compiled ops, a C++ compiler; they make the rest in .venv.
+# A finished step leaves a stamp in .venv, so a second run repeats nothing, and a run that was stopped goes on where it stopped.
+
+PYTHON     ?= python3
+# The torch to install. pip takes it from where it is configured to look; a CPU build is enough.
+TORCH      ?= torch==2.13.0
+# Must belong to that torch; only the baselines of the benchmark import it.
+TORCHVISION ?= torchvision==0.28.0
+JOBS       ?= 2
+BENCH_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
+# pip's lines about what is there already are not progress.
+QUIET  := | sed -u '/^Requirement already satisfied/d'
+# Baselines and tests compare with these; their own pins contradict the torch above, so they come without their dependencies.
+BASELINES := torchscale==0.3.0 fairscale==0.4.13 timm==1.0.31 $(TORCHVISION)
+BUILD_TOOLS := 'setuptools>=77' wheel cmake ninja 'pybind11>=2.13'
+NATIVE_SOURCES := $(shell find csrc) CMakeLists.txt setup.py
+# Named after what was asked for, so that another TORCH=... is another step to do.
+sum = $(shell printf '%s' "$(1)" | cksum | cut -d' ' -f1)
+TORCH_STAMP := .venv/.stamp-torch-$(call sum,$(TORCH))
+BASELINES_STAMP := .venv/.stamp-baselines-$(call sum,$(BASELINES))
+
+# With a compiler, sources that do not compile are an error; without one the package does without them.
+export BEIT3_FAST_BUILD ?= $(if $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++),1,auto)
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help test test-full bench lint format build clean distclean
+
+help:
+	@echo "make test        environment, then style, types and tests (a first run: a few minutes to install; then at most 10 minutes)"
+	@echo "make bench       environment, then bench/run.py; BENCH_ARGS='--quick' for the short one, '--help' for the options"
+	@echo "make test-full   the tests with the long matrices"
+	@echo "make build       environment and compiled ops only"
+	@echo "make lint        ruff and mypy;  make format  rewrites the files"
+	@echo "make clean       removes what was built;  make distclean  removes .venv too"
+	@echo "variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  JOBS=$(JOBS)  BENCH_ARGS  PYTEST_ARGS"
+
+test: lint
+	@echo "== tests: pytest on $(JOBS) processes"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -p no:benchmark $(PYTEST_ARGS)
+
+test-full: lint
+	@echo "== tests, long matrices included: pytest on $(JOBS) processes"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -p no:benchmark -m "full or not full" $(PYTEST_ARGS)
+
+bench: build
+	@echo "== benchmark: bench/run.py $(BENCH_ARGS)"
+	@$(BIN)/python bench/run.py $(BENCH_ARGS)
+
+lint: build
+	@echo "== style: ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "== types: mypy"
+	@$(BIN)/mypy
+
+format: build
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+build: .venv/.stamp-native $(BASELINES_STAMP)
+	@$(BIN)/python -c 'from beit3_fast.ops import library; print("== " + library.load().describe())'
+
+.venv/.stamp-venv:
+	@echo "== 1/6 environment: .venv with $(PYTHON)"
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "; name another with PYTHON=...")'
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+$(TORCH_STAMP): .venv/.stamp-venv
+	@echo "== 2/6 $(TORCH) (about a minute; the download is some 200 MB, more for a CUDA build)"
+	@$(PIP) install '$(TORCH)'
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
+	  echo "   torch does not import (an earlier run was stopped while copying it?): once more"; \
+	  $(PIP) install --ignore-installed --no-deps '$(TORCH)'; $(BIN)/python -c 'import torch'; }
+	@rm -f .venv/.stamp-torch-*
+	@touch $@
+
+.venv/.stamp-tools: $(TORCH_STAMP)
+	@echo "== 3/6 build tools"
+	@$(PIP) install $(BUILD_TOOLS) $(QUIET)
+	@touch $@
+
+.venv/.stamp-native: .venv/.stamp-tools $(NATIVE_SOURCES)
+	@echo "== 4/6 compiled ops (about a minute; without a C++ compiler this says so and goes on)"
+	@$(BIN)/python setup.py build_ext --inplace
+	@touch $@
+
+.venv/.stamp-package: .venv/.stamp-tools pyproject.toml | .venv/.stamp-native
+	@echo "== 5/6 the package in place, and what tests and benchmark import (about a minute)"
+	@$(PIP) install --no-build-isolation -e '.[dev,bench]' $(QUIET)
+	@touch $@
+
+# Last, because pip complains about their pins whenever it installs something that they depend on.
+$(BASELINES_STAMP): .venv/.stamp-package
+	@echo "== 6/6 $(BASELINES), without their dependencies"
+	@$(PIP) install --no-deps $(BASELINES) $(QUIET)
+	@rm -f .venv/.stamp-baselines-*
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info beit3_fast/*.so beit3_fast/_build.json .venv/.stamp-native .venv/.stamp-package
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find beit3_fast bench tests kernels -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv
