@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,8 +44,32 @@ def explain(model: nn.Module, *, quiet: bool = False) -> list[Explanation]:
             choice = dispatch.choose(at, impl)
             name = f"{op} ({'training' if needs_grad else 'inference'})"
             explanations.append(Explanation(name, choice.impl, choice.rejected))
+    explanations += _encoders(model)
     if not quiet:
         print(_table(explanations))
+    return explanations
+
+
+def _impl(module: nn.Module) -> object:
+    """What a module of beit3_fast, or an accelerated encoder of torchscale, was asked to run with."""
+    return getattr(module, "impl", None) or getattr(vars(module).get("forward"), "impl", None)
+
+
+def _encoders(model: nn.Module) -> list[Explanation]:
+    """Which accelerated encoders of torchscale run its own code, always or for some calls, and why."""
+    explanations = []
+    for name, module in model.named_modules():
+        forward: Any = vars(module).get("forward")
+        if not hasattr(forward, "fallback_reasons"):
+            continue
+        obstacle = forward.obstacle()
+        if obstacle is None:
+            explanations.append(Explanation(f"encoder {name or '.'}", "beit3_fast", ()))
+        reasons = forward.fallback_reasons if obstacle is None else [obstacle]
+        if reasons:
+            op = f"encoder {name or '.'}{' (some calls)' if obstacle is None else ''}"
+            rejected = tuple(("beit3_fast", reason) for reason in reasons)
+            explanations.append(Explanation(op, "torchscale", rejected))
     return explanations
 
 

@@ -51,7 +51,7 @@ def shared_attention(
         vision_parts.append(o[:split])
         text_parts.append(o[split:])
     if not vision_parts:
-        return q.new_zeros(q.shape)
+        return q.clone()
     return torch.cat(vision_parts + text_parts)
 
 
@@ -127,22 +127,20 @@ def shared_attention_backward(
     scale: float,
     mask: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, given that of the result [Rq, C]; the softmax is recomputed in fp32."""
+    """Gradients of q, k and v, given that of the result [Rq, C]; everything is recomputed in fp32."""
+    compute = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for sample in range(keys.batch_size):
-        own_q, own_grad = (_heads(t, queries, sample, num_heads)[0] for t in (q, grad))
-        own_k, own_v = (_heads(t, keys, sample, num_heads)[0] for t in (k, v))
+        own_q, own_grad = (_heads(t, queries, sample, num_heads)[0].to(compute) for t in (q, grad))
+        own_k, own_v = (_heads(t, keys, sample, num_heads)[0].to(compute) for t in (k, v))
         visible = sample_mask(mask, keys, queries, sample)
-        scores = (own_q @ own_k.transpose(1, 2)).float() * scale
-        scores = scores.masked_fill(~visible, float("-inf"))
+        scores = (own_q @ own_k.transpose(1, 2) * scale).masked_fill(~visible, float("-inf"))
         weights = scores.softmax(dim=-1).nan_to_num(0.0)  # [H, Nq, Nk]; no visible key: all zero
-        own_dv = weights.to(v.dtype).transpose(1, 2) @ own_grad
-        dweights = (own_grad @ own_v.transpose(1, 2)).float()
+        dweights = own_grad @ own_v.transpose(1, 2)
         dscores = weights * (dweights - (dweights * weights).sum(-1, keepdim=True)) * scale
-        dscores = dscores.to(q.dtype)
         _add_heads(dq, dscores @ own_k, queries, sample)
         _add_heads(dk, dscores.transpose(1, 2) @ own_q, keys, sample)
-        _add_heads(dv, own_dv, keys, sample)
+        _add_heads(dv, weights.transpose(1, 2) @ own_grad, keys, sample)
     return dq, dk, dv
 
 

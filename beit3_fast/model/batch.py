@@ -174,7 +174,7 @@ def _vision_rows(
     x = embed(images, masked_position, model.impl)
     table = model.encoder.embed_positions.A.weight
     positions = vision_positions(table, model.config.grid_size, embed.grid_size(images))
-    return x.flatten(0, 1), (x + positions.to(x.dtype)).flatten(0, 1)
+    return x.flatten(0, 1), (x + positions).flatten(0, 1)
 
 
 def _text_rows(model: Any, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:

@@ -82,9 +82,10 @@ class VisionEmbedding(nn.Module):
                     f"vision_masked_position must be [B, patches] = [{batch}, {rows * columns}], "
                     f"got {list(masked_position.shape)}"
                 )
-            mask = masked_position.unsqueeze(-1).to(x.dtype)
+            mask = masked_position.unsqueeze(-1).to(self.mask_token.dtype)
             x = x * (1 - mask) + self.mask_token * mask
-        return torch.cat([self.cls_token.to(x.dtype).expand(batch, -1, -1), x], dim=1)
+        # Under autocast x is of lower precision: the sum of all layers starts in the parameters' dtype.
+        return torch.cat([self.cls_token.expand(batch, -1, -1), x], dim=1)
 
 
 def vision_positions(table: Tensor, trained_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:

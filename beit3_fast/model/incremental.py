@@ -94,6 +94,8 @@ def _layer(
             )
         k = torch.cat([cache["prev_key"], k], dim=2)
         v = torch.cat([cache["prev_value"], v], dim=2)
+    # Contiguous, because torchscale and its decoders take views of the cache that join B and H.
+    k, v = k.contiguous(), v.contiguous()
     cache["prev_key"], cache["prev_value"] = k, v
     visible = None
     if blocked is not None:

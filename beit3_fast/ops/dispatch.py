@@ -75,7 +75,9 @@ def _cpu_obstacle(at: Situation) -> str | None:
         return "reads operands in their own dtype, and autocast is on"
     if at.mask_tensor:
         return "takes mask structures, not a mask tensor"
-    return None if library.available() else library.why_unavailable()
+    if library.available():
+        return None
+    return f"needs the compiled library, which {library.why_unavailable()}"
 
 
 def _cpu_slower(at: Situation) -> str | None:
@@ -139,6 +141,11 @@ def choose(at: Situation, requested: str = "auto") -> Choice:
     if requested == "auto":
         requested = os.environ.get("BEIT3_FAST_IMPL") or "auto"
     return _choose(at, requested)
+
+
+def rows_in_memory(tensor: Tensor) -> Tensor:
+    """The tensor itself if the elements of its rows lie side by side, as the kernels read them, or a copy."""
+    return tensor if tensor.shape[-1] < 2 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 reset: Callable[[], None] = _choose.cache_clear

@@ -105,14 +105,19 @@ def _cpu(
     norm_biases: Sequence[Tensor],
     tail: tuple[Any, ...],
 ) -> Tensor:
-    op = _op()
+    op, ordered = _op(), dispatch.rows_in_memory
     if torch.is_grad_enabled():
-        stacked, packed = [_stack(weight) for weight in weights], []
+        stacked, packed = [ordered(_stack(weight)) for weight in weights], []
     else:
         pairs = [_packed(weight) for weight in weights]
         stacked, packed = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    stacked_biases = [_stack(bias) for bias in biases or ()]
-    return op(x, stacked, packed, stacked_biases, list(norm_weights), list(norm_biases), *tail)
+    vectors = [
+        [ordered(t) for t in group]
+        for group in ([_stack(bias) for bias in biases or ()], norm_weights, norm_biases)
+    ]
+    residual, rows, *rest = tail
+    residual, rows = (None if t is None else ordered(t) for t in (residual, rows))
+    return op(ordered(x), stacked, packed, *vectors, residual, rows, *rest)
 
 
 def _packed(weight: Weight) -> tuple[Tensor, Tensor]:
@@ -122,7 +127,7 @@ def _packed(weight: Weight) -> tuple[Tensor, Tensor]:
     def make() -> tuple[Tensor, Tensor]:
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
         stand_in = whole.new_zeros(()).expand(whole.shape)
-        return stand_in, torch.ops.beit3_fast.pack_weight(whole)
+        return stand_in, torch.ops.beit3_fast.pack_weight(dispatch.rows_in_memory(whole))
 
     return derived("packed", parts, make)
 

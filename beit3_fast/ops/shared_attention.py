@@ -61,9 +61,7 @@ def shared_attention(
     if choice.impl == "cpu":
         selected = queries is not layout
         return _op()(
-            q,
-            k,
-            v,
+            *(dispatch.rows_in_memory(t) for t in (q, k, v)),
             layout.cu_vision,
             layout.cu_text,
             queries.cu_vision if selected else None,

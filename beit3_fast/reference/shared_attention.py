@@ -96,5 +96,5 @@ def shared_attention(
         vision_parts.append(o[:split])
         text_parts.append(o[split:])
     if not vision_parts:
-        return q.new_zeros(q.shape)
+        return q.clone()
     return torch.cat(vision_parts + text_parts).to(q.dtype)

@@ -1,0 +1,314 @@
+"""Weights into a model: everything is checked before the first parameter changes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from beit3_fast.checkpoint import keys, positions
+from beit3_fast.checkpoint.read import Checkpoint, PathLike, from_state, read_checkpoint
+from beit3_fast.checkpoint.report import CheckpointMismatch, LoadReport
+from beit3_fast.errors import CheckpointError
+
+logger = logging.getLogger("beit3_fast")
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def load_checkpoint(
+    model: nn.Module,
+    source: PathLike | Checkpoint | Mapping[str, Tensor],
+    *,
+    strict: bool = True,
+    allow_missing: str | Sequence[str] = (),
+    allow_mismatched: str | Sequence[str] = (),
+    allow_nonfinite: bool = False,
+    key: str | None = None,
+    verify: bool = True,
+) -> LoadReport:
+    """Copy the weights of a file, a read checkpoint or a state dict into ``model``, all of them or none.
+
+    Parameters keep their identity, device and dtype; fp64, fp32, bf16 and fp16 are cast to one another. The vision
+    position table is interpolated when the model's ``grid_size`` (or that of its ``config``) is another one. What the
+    tables in ``keys`` know to be foreign (another task's head, a branch or a final norm that the model lacks) is
+    dropped and reported.
+
+    strict: every other name must be in both; False reports the differences instead. Shapes must always fit.
+    allow_missing: prefixes of names that the file may lack; they keep their values. ``HEADS`` names all heads.
+    allow_mismatched: prefixes of names that may have another shape in the file (a head with another number of
+        classes); they keep their values.
+    allow_nonfinite: take weights that hold NaN or infinity, or that overflow the model's dtype.
+    key, verify: as in ``read_checkpoint``.
+
+    Raises CheckpointError (CheckpointMismatch, with the report, where names, shapes or values do not fit), and leaves
+    the model as it was.
+    """
+    checkpoint = _checkpoint(source, key, verify)
+    for name, tensor in _tensors(model).items():
+        _check_target(name, tensor)
+    report, ready = _plan(
+        model, checkpoint, strict, allow_missing, allow_mismatched, allow_nonfinite
+    )
+    try:
+        with torch.no_grad():
+            model.load_state_dict(ready, strict=False)
+    except Exception as error:
+        raise CheckpointError(f"{checkpoint}: the model refused its weights: {error}") from error
+    report.loaded = list(ready)
+    logger.log(logging.WARNING if report.problems() else logging.INFO, "%s", report)
+    return report
+
+
+def check_checkpoint(
+    model: nn.Module,
+    source: PathLike | Checkpoint | Mapping[str, Tensor],
+    *,
+    strict: bool = True,
+    allow_missing: str | Sequence[str] = (),
+    allow_mismatched: str | Sequence[str] = (),
+    allow_nonfinite: bool = False,
+    key: str | None = None,
+    verify: bool = True,
+) -> LoadReport:
+    """What ``load_checkpoint`` would do, without doing it; the model may be on the meta device.
+
+    Raises CheckpointError where ``load_checkpoint`` would because of the file.
+    """
+    checkpoint = _checkpoint(source, key, verify)
+    report, _ = _plan(model, checkpoint, strict, allow_missing, allow_mismatched, allow_nonfinite)
+    return report
+
+
+def _checkpoint(
+    source: PathLike | Checkpoint | Mapping[str, Tensor], key: str | None, verify: bool
+) -> Checkpoint:
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, Mapping):
+        return from_state(source)
+    return read_checkpoint(source, key=key, verify=verify)
+
+
+def _plan(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    strict: bool,
+    allow_missing: str | Sequence[str],
+    allow_mismatched: str | Sequence[str],
+    allow_nonfinite: bool,
+) -> tuple[LoadReport, dict[str, Tensor]]:
+    """The report and the tensors to copy. Raises CheckpointError when they may not be."""
+    targets = _tensors(model)
+    try:
+        state, remarks = keys.fit(checkpoint.state, targets)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
+    report = LoadReport(
+        str(checkpoint), preset=checkpoint.preset, remarks=[*checkpoint.remarks, *remarks]
+    )
+    if checkpoint.left_out:
+        report.remarks.append(f"left in the file: {', '.join(checkpoint.left_out)}")
+    _compare_names(report, state, targets)
+    ready = _prepare(report, state, targets, (_source_grid(checkpoint), _grid_of(model)))
+    if not allow_nonfinite:
+        _check_values(report, ready, targets)
+    blocking = LoadReport(
+        report.source,
+        missing=[n for n in report.missing if strict and not keys.matches(n, allow_missing)],
+        unexpected=report.unexpected if strict else [],
+        mismatched={
+            name: shapes
+            for name, shapes in report.mismatched.items()
+            if not keys.matches(name, allow_mismatched)
+        },
+        rejected=report.rejected,
+        dropped=report.dropped,
+        remarks=report.remarks,
+    )
+    if blocking.problems() or not ready:
+        raise CheckpointMismatch(_explain(blocking, state, targets), blocking)
+    return report, ready
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+
+
+def _check_target(name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError for a tensor of the model that cannot be written to: found now, not half-way."""
+    if tensor.is_meta:
+        raise CheckpointError(
+            f"the model's {name} is on the meta device: give the model memory first, "
+            "with model.to_empty(device=...)"
+        )
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise CheckpointError(
+            f"the model's {name} was made under torch.inference_mode and can only be changed there: "
+            "make the model outside it"
+        )
+    strided = tensor.layout == torch.strided and not tensor.is_quantized
+    if not strided or any(
+        n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
+        raise CheckpointError(f"the model's {name} is no dense tensor with memory of its own")
+
+
+def _grid_of(model: nn.Module) -> positions.Grid | None:
+    for owner in (model, getattr(model, "config", None)):
+        grid = getattr(owner, "grid_size", None)
+        if grid is not None:
+            return int(grid[0]), int(grid[1])
+    return None
+
+
+def _source_grid(checkpoint: Checkpoint) -> positions.Grid | None:
+    """The grid that the file's own configuration states."""
+    config = checkpoint.config or {}
+    size, patch = config.get("img_size"), config.get("patch_size")
+    pair = size if isinstance(size, list) else [size, size]
+    numbers = [n for n in (*pair, patch) if isinstance(n, int) and n > 0]
+    return (numbers[0] // numbers[2], numbers[1] // numbers[2]) if len(numbers) == 3 else None
+
+
+def _compare_names(
+    report: LoadReport, state: dict[str, Tensor], targets: Mapping[str, Tensor]
+) -> None:
+    """Note what is missing, unexpected and foreign, and leave only the model's names in ``state``."""
+    wanted = keys.Wanted(targets)
+    for name in [name for name in state if name not in targets]:
+        reason = wanted.why_foreign(name)
+        if reason is None:
+            report.unexpected.append(name)
+        else:
+            report.dropped[name] = reason
+    report.missing = [name for name in targets if name not in state]
+
+
+def _prepare(
+    report: LoadReport,
+    state: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
+    grids: tuple[positions.Grid | None, positions.Grid | None],
+) -> dict[str, Tensor]:
+    """Tensors of the model's shapes, positions interpolated; what cannot be one is noted in the report."""
+    ready: dict[str, Tensor] = {}
+    for name, target in targets.items():
+        if name not in state:
+            continue
+        tensor = state[name]
+        floating = tensor.dtype in _FLOATING and target.dtype in _FLOATING
+        if not floating and tensor.dtype != target.dtype:
+            report.rejected[name] = (
+                f"has dtype {tensor.dtype} in the file and {target.dtype} in the model"
+            )
+            continue
+        if floating and positions.is_table(name) and tensor.shape[1:] == target.shape[1:]:
+            try:
+                tensor = _fit_positions(report, name, tensor, target, grids)
+            except CheckpointError as error:
+                report.rejected[name] = str(error)
+                continue
+        if tensor.shape != target.shape:
+            report.mismatched[name] = (tuple(tensor.shape), tuple(target.shape))
+            continue
+        if state[name].dtype != target.dtype:
+            cast = (_short(state[name].dtype), _short(target.dtype))
+            report.casts[cast] = report.casts.get(cast, 0) + 1
+        ready[name] = tensor
+    return ready
+
+
+def _fit_positions(
+    report: LoadReport,
+    name: str,
+    table: Tensor,
+    target: Tensor,
+    grids: tuple[positions.Grid | None, positions.Grid | None],
+) -> Tensor:
+    rows, wanted = table.shape[0], target.shape[0]
+    source, grid = grids
+    if source is None or positions.rows_of(source) != rows:
+        source = positions.square_grid(rows)
+    if grid is None or positions.rows_of(grid) != wanted:
+        grid = positions.square_grid(wanted)
+    if rows == wanted and (source is None or grid is None):
+        return table
+    if source is None or grid is None:
+        owner, count = ("file", rows) if source is None else ("model", wanted)
+        raise CheckpointError(
+            f"has {count} rows in the {owner}: {positions.EXTRA_ROWS} and {count - positions.EXTRA_ROWS} patches, "
+            "which are no square; only tables of a known grid can be interpolated"
+        )
+    resized = positions.interpolate_positions(table, source, grid)
+    if resized is not table:
+        report.interpolated[name] = (source, grid)
+    return resized
+
+
+def _check_values(
+    report: LoadReport, ready: Mapping[str, Tensor], targets: Mapping[str, Tensor]
+) -> None:
+    for name, tensor in ready.items():
+        if tensor.dtype not in _FLOATING or not tensor.numel():
+            continue
+        low, high = (float(end) for end in tensor.aminmax())
+        largest, limit = max(-low, high), torch.finfo(targets[name].dtype).max
+        if low != low or high != high:
+            report.rejected[name] = "holds NaN; pass allow_nonfinite=True to load it nevertheless"
+        elif largest == float("inf"):
+            report.rejected[name] = (
+                "holds infinity; pass allow_nonfinite=True to load it nevertheless"
+            )
+        elif largest > limit:
+            report.rejected[name] = (
+                f"holds values beyond {limit:g}, the limit of {_short(targets[name].dtype)}; "
+                "use a model in bfloat16 or float32"
+            )
+
+
+def _explain(
+    blocking: LoadReport, state: Mapping[str, Tensor], targets: Mapping[str, Tensor]
+) -> str:
+    def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    lines = [
+        f"{blocking.source}: does not fit the model, which was left as it was",
+        f"the file has {keys.describe(shapes(state))}; the model has {keys.describe(shapes(targets))}",
+        *_size_hint(shapes(state), shapes(targets)),
+        *(blocking.problems() or ["no name of the file is a name of the model"]),
+    ]
+    if _tables_swapped(state, targets):
+        lines.append(
+            "the position tables of A (vision) and B (text) look swapped: are the branches?"
+        )
+    if blocking.missing and keys.all_heads(blocking.missing):
+        lines.append("to start from a file without this head, pass allow_missing=HEADS")
+    if blocking.mismatched and keys.all_heads(blocking.mismatched):
+        lines.append("to start with a new head of another size, pass allow_mismatched=HEADS")
+    return "\n  ".join(lines)
+
+
+def _size_hint(
+    theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    if keys.size_of(theirs) == keys.size_of(ours):
+        return []
+    return ["the file belongs to a model of another size: create that one for it"]
+
+
+def _tables_swapped(state: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> bool:
+    for vision in filter(positions.is_table, targets):
+        text = vision.replace(".A.", ".B.")
+        if vision in state and text in state and text in targets:
+            theirs = state[vision].shape, state[text].shape
+            ours = targets[text].shape, targets[vision].shape
+            return theirs != ours[::-1] and theirs[0] == ours[0]
+    return False
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,90 @@
+"""What loading did, or could not do, with every name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from beit3_fast.checkpoint.keys import shorten
+from beit3_fast.checkpoint.positions import Grid
+from beit3_fast.errors import CheckpointError
+
+V = TypeVar("V")
+Shape = tuple[int, ...]
+
+# far above what any model has: only a hostile file would print more
+_MOST_NAMES = 2000
+
+
+@dataclass
+class LoadReport:
+    """What was done with every name of the file and of the model.
+
+    After a load, names in ``missing`` and ``mismatched`` were allowed to be there and kept the model's values; in the
+    report of a CheckpointMismatch they are what stood in the way. ``dropped`` maps a name of the file to the reason,
+    ``mismatched`` a name to the file's and the model's shape, ``rejected`` a name to what is wrong with its numbers,
+    ``interpolated`` a position table to its old and new grid; ``casts`` counts tensors by (from, to). ``preset`` is what
+    the file says about preprocessing, None where it says nothing.
+    """
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
+    interpolated: dict[str, tuple[Grid, Grid]] = field(default_factory=dict)
+    casts: dict[tuple[str, str], int] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    preset: Any = None
+
+    def __str__(self) -> str:
+        return "\n  ".join(
+            [
+                f"{self.source}: {len(self.loaded)} tensors loaded",
+                *self.problems(),
+                *(f"dropped, {why}: {_list(names)}" for why, names in _by_value(self.dropped)),
+                *(
+                    f"interpolated: {name} from {old[0]}x{old[1]} to {new[0]}x{new[1]} patches"
+                    for name, (old, new) in self.interpolated.items()
+                ),
+                *(f"cast from {a} to {b}: {count} tensors" for (a, b), count in self.casts.items()),
+                *self.remarks,
+            ]
+        )
+
+    def problems(self) -> list[str]:
+        """A line for each kind of misfit. Every name is there; layers that share a fate share a name."""
+        lines = [
+            f"{word}: {_list(names)}"
+            for word, names in (("missing", self.missing), ("unexpected", self.unexpected))
+            if names
+        ]
+        lines += [
+            f"wrong shape: {_list(names)}: {list(theirs)} in the file, {list(ours)} in the model"
+            for (theirs, ours), names in _by_value(self.mismatched)
+        ]
+        return lines + [f"{_list(names)}: {why}" for why, names in _by_value(self.rejected)]
+
+
+class CheckpointMismatch(CheckpointError):
+    """The file is sound and does not fit the model; ``report`` names every key that stands in the way."""
+
+    def __init__(self, message: str, report: LoadReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+def _list(names: Sequence[str]) -> str:
+    short = shorten(names)
+    more = f" and {len(short) - _MOST_NAMES} more" if len(short) > _MOST_NAMES else ""
+    return ", ".join(short[:_MOST_NAMES]) + more
+
+
+def _by_value(table: Mapping[str, V]) -> list[tuple[V, list[str]]]:
+    groups: dict[V, list[str]] = {}
+    for name, value in table.items():
+        groups.setdefault(value, []).append(name)
+    return list(groups.items())

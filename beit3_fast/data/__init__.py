@@ -1,0 +1,19 @@
+"""From texts and images to what a BEiT-3 forward takes; knows no model."""
+
+from __future__ import annotations
+
+from beit3_fast.data.batch import Batch
+from beit3_fast.data.images import PRESETS, ImagePreset, load_image, preprocess_image
+from beit3_fast.data.processor import Processor
+from beit3_fast.data.tokenizer import Tokenizer, segments
+
+__all__ = [
+    "PRESETS",
+    "Batch",
+    "ImagePreset",
+    "Processor",
+    "Tokenizer",
+    "load_image",
+    "preprocess_image",
+    "segments",
+]

@@ -1,0 +1,1 @@
+"""The benchmark: parity first, then speed, memory and the distance to this machine's ceilings."""

@@ -1,0 +1,204 @@
+"""The runtimes that are compared: one entry of RUNTIMES each.
+
+A runtime is something that a user could run instead. One that cannot run here, or that is not measured
+yet, stays in the report as a named row with the reason. Every runtime gets the same random weights in
+the official layout, and takes the official forward arguments.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import beit3_fast
+from beit3_fast.errors import ConfigError
+from bench.torchscale_heads import MODELS, import_torchscale
+from bench.workloads import Workload
+
+OURS = "beit3_fast"
+REFERENCE = "torchscale"
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One way to run BEiT-3.
+
+    about: one line for --help and the report.
+    build: (workload, weights, dtype, device) -> a module that takes the workload's inputs.
+    impl: what the runtime chose to run with, for the report.
+    obstacle: workload -> why it cannot run, or None.
+    default: whether it runs when no runtimes are named.
+    """
+
+    about: str
+    build: Callable[[Workload, Weights, torch.dtype, torch.device], nn.Module]
+    impl: Callable[[nn.Module], str]
+    obstacle: Callable[[Workload], str | None] = lambda workload: None
+    default: bool = True
+
+
+def build_reference(workload: Workload) -> nn.Module:
+    """torchscale's model of the workload in fp32, with the benchmark's random weights."""
+    model: nn.Module = MODELS[workload.task.model](workload.config)
+    fill(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """Random weights, each from a seed of its own name, so that the order of the parameters is no matter.
+
+    Trained models have attention that chooses, LayerNorms that are not the identity and biases that are
+    not zero, and so have these; the official initialisation would leave mistakes in all three unseen.
+    """
+    for name, parameter in model.named_parameters():
+        seed = zlib.crc32(name.removeprefix("beit3.").encode())
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("logit_scale"):
+            parameter.fill_(2.6593)
+        elif parameter.ndim == 1:
+            centre = 1.0 if name.endswith("weight") else 0.0
+            parameter.copy_(centre + 0.1 * noise)
+        elif "embed" in name and "proj" not in name:
+            parameter.copy_(0.5 * noise)
+        else:
+            gain = 1.4 if "q_proj" in name or "k_proj" in name else 0.6
+            parameter.copy_(noise * (gain / parameter[0].numel() ** 0.5))
+
+
+def our_entrypoint(workload: Workload) -> str:
+    """The name under which `beit3_fast.create_model` knows the workload's model, at any resolution.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    task = workload.task.model
+    ending = "" if task == "backbone" else f"_{task}"
+    start = f"beit3_{workload.size}_patch{workload.config.patch_size}_"
+    middles = [str(workload.pixels), "224", "384", "480", "768", "32"]
+    known = set(beit3_fast.list_models())
+    for name in (f"{start}{middle}{ending}" for middle in middles):
+        if name in known:
+            return name
+    raise ConfigError(f"beit3_fast has no model for {workload.name}; it has {sorted(known)}")
+
+
+def _build_ours(impl: str) -> Callable[[Workload, Weights, torch.dtype, torch.device], nn.Module]:
+    def build(
+        workload: Workload, weights: Weights, dtype: torch.dtype, device: torch.device
+    ) -> nn.Module:
+        name = our_entrypoint(workload)
+        return _load(
+            lambda: beit3_fast.create_model(
+                name, device=torch.empty(0).device, impl=impl, img_size=workload.pixels
+            ),
+            weights,
+            dtype,
+            device,
+        )
+
+    return build
+
+
+def _build_torchscale(
+    workload: Workload, weights: Weights, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    return _load(lambda: MODELS[workload.task.model](workload.config), weights, dtype, device)
+
+
+def _load(
+    make: Callable[[], nn.Module], weights: Weights, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """The model with these weights; its own initialisation, which takes seconds, is left out."""
+    with torch.device("meta"):
+        model = make()
+    if list(model.buffers()):
+        # A buffer may hold what only the constructor can compute.
+        model = make().to(device, dtype)
+    else:
+        model = model.to(dtype).to_empty(device=device)
+    model.load_state_dict(weights, strict=True)
+    return model.eval()
+
+
+def torchscale_obstacle(workload: Workload | None = None) -> str | None:
+    """Why torchscale cannot run here, or None."""
+    if find_spec("torchscale") is None:
+        return "not installed (pip install --no-deps torchscale==0.3.0 fairscale timm torchvision)"
+    try:
+        import_torchscale()
+    except Exception as error:
+        return f"does not import here: {error}"
+    return None
+
+
+def _later(
+    package: str | None, only_images: bool = False
+) -> tuple[Callable[..., Any], Callable[[Workload], str | None]]:
+    """Build and obstacle of a runtime that is named but not measured yet."""
+
+    def obstacle(workload: Workload) -> str | None:
+        if only_images and workload.task_name != "image":
+            return "runs images only"
+        if package is not None and find_spec(package) is None:
+            return "not installed"
+        return "not measured yet"
+
+    def build(*_: object) -> nn.Module:
+        raise ConfigError("this runtime is not measured yet")
+
+    return build, obstacle
+
+
+def _impl_of_ours(model: nn.Module) -> str:
+    """What the two ops take on this machine: one name, or those of expert_linear/shared_attention."""
+    mode = "training" if model.training else "inference"
+    chosen = [e.impl for e in beit3_fast.explain(model, quiet=True) if e.op.endswith(f"({mode})")]
+    return "/".join(dict.fromkeys(chosen))
+
+
+def _named(about: str, package: str | None, only_images: bool = False) -> Runtime:
+    build, obstacle = _later(package, only_images)
+    return Runtime(about, build, lambda model: "-", obstacle)
+
+
+RUNTIMES: dict[str, Runtime] = {
+    OURS: Runtime("this package, impl=auto", _build_ours("auto"), _impl_of_ours),
+    f"{OURS}-composite": Runtime(
+        "this package, impl=composite", _build_ours("composite"), _impl_of_ours, default=False
+    ),
+    f"{OURS}-cpu": Runtime(
+        "this package, impl=cpu", _build_ours("cpu"), _impl_of_ours, default=False
+    ),
+    f"{OURS}-reference": Runtime(
+        "this package, impl=reference", _build_ours("reference"), _impl_of_ours, default=False
+    ),
+    REFERENCE: Runtime(
+        "torchscale 0.3.0, eager",
+        _build_torchscale,
+        lambda model: "eager",
+        torchscale_obstacle,
+    ),
+    "torchscale-compiled": _named("torchscale with SDPA under torch.compile", "torchscale"),
+    "timm": _named("timm's image tower under torch.compile", "timm", only_images=True),
+    "openvino": _named("OpenVINO", "openvino"),
+    "onnxruntime": _named("ONNX Runtime", "onnxruntime"),
+}
+
+
+def parse_runtimes(names: list[str] | None) -> list[str]:
+    """The named runtimes, or the default ones. Raises ConfigError, with the list, for an unknown name."""
+    if not names:
+        return [name for name, runtime in RUNTIMES.items() if runtime.default]
+    for name in names:
+        if name not in RUNTIMES:
+            raise ConfigError(f"unknown runtime {name!r}; there are: {', '.join(RUNTIMES)}")
+    return list(dict.fromkeys(names))

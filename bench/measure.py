@@ -1,0 +1,312 @@
+"""Runs a plan: parity of everything first, then speed, then memory; the result is the report's data."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from beit3_fast.parity import Parity, model_parity, worst_of
+from bench.baselines import OURS, REFERENCE, RUNTIMES, build_reference
+from bench.environment import environment
+from bench.memory import MemoryProbeFailed, Probe, measure_peak
+from bench.roofline import measure_ceilings
+from bench.tasks import Output
+from bench.timing import Effort, Samples, interleave, quantiles, rates, speed_ups, synchronizer
+from bench.workloads import Workload, move, step
+
+Report = dict[str, Any]
+_REFERENCE_DTYPE = "float32"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload in one dtype at one batch size."""
+
+    workload: Workload
+    dtype: str
+    batch: int
+
+    @property
+    def title(self) -> str:
+        """For progress lines."""
+        return f"{self.workload.name}, {self.dtype}, batch {self.batch}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that one run measures.
+
+    memory: whether the peak memory of a case is measured.
+    cache_bytes: built models are kept up to this size, so that parity and timing build each one once.
+    """
+
+    cases: tuple[Case, ...]
+    runtimes: tuple[str, ...]
+    device: torch.device
+    threads: int
+    effort: Effort
+    memory: Callable[[Case], bool]
+    ceiling_seconds: float = 0.25
+    cache_bytes: int = 6 << 30
+
+
+class Progress:
+    """Numbered lines on the standard error, or silence."""
+
+    def __init__(self, steps: int, quiet: bool) -> None:
+        self._steps, self._done, self._quiet = steps, 0, quiet
+        self._start = time.perf_counter()
+
+    def __call__(self, doing: str) -> None:
+        """Says that the next step begins."""
+        self._done += 1
+        elapsed = time.perf_counter() - self._start
+        self.say(f"[{self._done:2d}/{self._steps} {elapsed:5.0f} s] {doing}")
+
+    def say(self, text: str) -> None:
+        """One line."""
+        if not self._quiet:
+            print(text, file=sys.stderr, flush=True)
+
+
+class _Models:
+    """Built models, the least recently used ones dropped beyond a number of bytes."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._models: dict[tuple[object, ...], nn.Module] = {}
+
+    def get(self, runtime: str, workload: Workload, dtype: str) -> nn.Module:
+        key = (runtime, workload.model_key, dtype)
+        model = self._models.pop(key, None)
+        if model is None:
+            self._make_room()
+            model = self._build(runtime, workload, dtype)
+        self._models[key] = model
+        return model
+
+    def _build(self, runtime: str, workload: Workload, dtype: str) -> nn.Module:
+        if (runtime, dtype) == (REFERENCE, _REFERENCE_DTYPE):
+            return build_reference(workload).to(self._plan.device)
+        weights = self.get(REFERENCE, workload, _REFERENCE_DTYPE).state_dict()
+        return RUNTIMES[runtime].build(workload, weights, getattr(torch, dtype), self._plan.device)
+
+    def _make_room(self) -> None:
+        while (
+            len(self._models) > 1
+            and sum(map(_size, self._models.values())) > self._plan.cache_bytes
+        ):
+            del self._models[next(iter(self._models))]
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def run(plan: Plan, progress: Progress) -> Report:
+    """The report's data by the JSON contract. Without parity of every row there is no speed in it."""
+    torch.set_num_threads(plan.threads)
+    models = _Models(plan)
+    parities: dict[tuple[Case, str], Parity] = {}
+    impls: dict[tuple[Case, str], str] = {}
+    skipped = []
+    for case in plan.cases:
+        progress(f"parity of {case.title}")
+        able = []
+        for name in plan.runtimes:
+            obstacle = RUNTIMES[name].obstacle(case.workload)
+            if obstacle is None:
+                able.append(name)
+            else:
+                row = {"workload": case.workload.name, "dtype": case.dtype, "batch": case.batch}
+                skipped.append({**row, "runtime": name, "reason": obstacle})
+        for name, parity in check_parity(case, able, models.get, plan.device).items():
+            parities[case, name] = parity
+            impls[case, name] = RUNTIMES[name].impl(models.get(name, case.workload, case.dtype))
+            if not parity.passed:
+                progress.say(f"  {name} is NOT in parity: {parity.reason}")
+
+    passed = all(parity.passed for parity in parities.values())
+    ceilings: dict[str, Any] = {"matmul_tflops": {}, "copy_gbps": None}
+    speeds: dict[tuple[Case, str], dict[str, Any]] = {}
+    ratios: list[dict[str, Any]] = []
+    if passed:
+        progress("ceilings of this machine")
+        dtypes = [getattr(torch, d) for d in dict.fromkeys(c.dtype for c in plan.cases)]
+        wait = synchronizer(plan.device)
+        ceilings = measure_ceilings(
+            dtypes, plan.device, seconds=plan.ceiling_seconds, synchronize=wait
+        )
+        for case in plan.cases:
+            progress(f"speed of {case.title}")
+            able = [name for name in plan.runtimes if (case, name) in parities]
+            samples = _time(case, able, models, plan)
+            ceiling = ceilings["matmul_tflops"].get(case.dtype)
+            for name in able:
+                speeds[case, name] = _speed(case, samples[name], ceiling)
+            ratios.extend(_ratios(case, samples))
+        del models
+        _measure_memory(plan, parities, speeds, progress)
+
+    results = []
+    for (case, name), parity in parities.items():
+        unmeasured = {"samples_per_s": None, "latency_ms": None, "rounds": 0}
+        unmeasured |= {"ceiling_fraction": None, "peak_memory_mib": None}
+        results.append(
+            {
+                "workload": case.workload.name,
+                "runtime": name,
+                "impl": impls[case, name],
+                "dtype": case.dtype,
+                "device": plan.device.type,
+                "batch": case.batch,
+                **(speeds.get((case, name)) or unmeasured),
+                "parity": _figures(parity),
+            }
+        )
+    return {
+        "schema": 1,
+        "passed": passed,
+        "environment": environment(plan.threads, plan.device),
+        "ceilings": ceilings,
+        "results": results,
+        "ratios": ratios,
+        "skipped": skipped,
+    }
+
+
+def steps_of(plan: Plan) -> int:
+    """How many progress lines a run that passes will print."""
+    return 2 * len(plan.cases) + 1 + sum(map(plan.memory, plan.cases))
+
+
+def check_parity(
+    case: Case,
+    runtimes: list[str],
+    get: Callable[[str, Workload, str], nn.Module],
+    device: torch.device,
+) -> dict[str, Parity]:
+    """Every runtime's outputs against torchscale in fp32, with torchscale in the same dtype as baseline."""
+    workload, dtype = case.workload, getattr(torch, case.dtype)
+
+    def outputs(name: str, as_dtype: str) -> dict[str, Output]:
+        model, parts = get(name, workload, as_dtype), []
+        for index in range(workload.parity_batches(case.batch)):
+            inputs = workload.inputs(case.batch, first=index * case.batch)
+            inputs = move(inputs, getattr(torch, as_dtype), device)
+            parts.append(workload.task.outputs(step(model, workload, inputs), inputs))
+        if len(parts) == 1:
+            return parts[0]
+        return {
+            key: Output(torch.cat([part[key].value for part in parts]), parts[0][key].gradient)
+            for key in parts[0]
+        }
+
+    reference = outputs(REFERENCE, _REFERENCE_DTYPE)
+    baseline = reference
+    if dtype != getattr(torch, _REFERENCE_DTYPE):
+        baseline = outputs(REFERENCE, case.dtype)
+    verdicts = {}
+    for name in runtimes:
+        found = baseline if name == REFERENCE else outputs(name, case.dtype)
+        if found.keys() != reference.keys():
+            nan, other = math.nan, sorted(found.keys() ^ reference.keys())
+            reason = f"only one of it and {REFERENCE} gives {', '.join(other[:5])}"
+            verdicts[name] = Parity(nan, nan, nan, False, reason)
+            continue
+        verdicts[name] = worst_of(
+            {
+                key: model_parity(
+                    found[key].value,
+                    reference[key].value,
+                    baseline[key].value,
+                    gradient=reference[key].gradient,
+                )
+                for key in reference
+            }
+        )
+    return verdicts
+
+
+def _time(case: Case, runtimes: list[str], models: _Models, plan: Plan) -> Samples:
+    dtype = getattr(torch, case.dtype)
+    inputs = move(case.workload.inputs(case.batch), dtype, plan.device)
+    calls = {
+        name: partial(step, models.get(name, case.workload, case.dtype), case.workload, inputs)
+        for name in runtimes
+    }
+    return interleave(calls, plan.effort, synchronize=synchronizer(plan.device))
+
+
+def _speed(case: Case, seconds: list[float], ceiling: float | None) -> dict[str, Any]:
+    middle = quantiles(seconds).p50
+    work = case.workload.flops(case.workload.inputs(case.batch))
+    return {
+        "samples_per_s": {k: _round(v) for k, v in asdict(rates(seconds, case.batch)).items()},
+        "latency_ms": _round(middle * 1e3),
+        "rounds": len(seconds),
+        "peak_memory_mib": None,
+        "ceiling_fraction": _round(work / middle / 1e12 / ceiling) if ceiling else None,
+    }
+
+
+def _ratios(case: Case, samples: Samples) -> list[dict[str, Any]]:
+    if OURS not in samples:
+        return []
+    rows = []
+    for name, seconds in samples.items():
+        if name != OURS:
+            ratio = speed_ups(samples[OURS], seconds)
+            rows.append(
+                {
+                    "workload": case.workload.name,
+                    "dtype": case.dtype,
+                    "batch": case.batch,
+                    "against": name,
+                    "median": _round(ratio.p50),
+                    "p20": _round(ratio.p20),
+                    "p80": _round(ratio.p80),
+                }
+            )
+    return rows
+
+
+def _measure_memory(
+    plan: Plan,
+    parities: dict[tuple[Case, str], Parity],
+    speeds: dict[tuple[Case, str], dict[str, Any]],
+    progress: Progress,
+) -> None:
+    for case in filter(plan.memory, plan.cases):
+        progress(f"memory of {case.title}")
+        for name in plan.runtimes:
+            if (case, name) not in parities:
+                continue
+            probe = Probe(
+                name, case.workload.name, case.dtype, case.batch, plan.threads, plan.device.type
+            )
+            try:
+                speeds[case, name]["peak_memory_mib"] = measure_peak(probe)
+            except MemoryProbeFailed as error:
+                progress.say(f"  {error}")
+
+
+def _figures(parity: Parity) -> dict[str, Any]:
+    figures: dict[str, Any] = asdict(parity)
+    for name, value in figures.items():
+        if isinstance(value, float):
+            # JSON knows neither NaN nor infinity.
+            figures[name] = float(f"{value:.4g}") if math.isfinite(value) else None
+    return figures
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.4g}")

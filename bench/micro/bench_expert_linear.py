@@ -1,0 +1,94 @@
+"""expert_linear alone: python -m pytest bench/micro/bench_expert_linear.py
+
+The four products of a layer of base on eight images of 224 pixels with a caption of 20 tokens each, as
+the encoder calls them, and the same by plain PyTorch calls on split tensors, as torchscale makes them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit3_fast.ops import expert_linear
+from beit3_fast.ops.expert_linear import Norm
+
+from .conftest import Timed
+
+BOUNDS = (0, 8 * 197, 8 * 217)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRODUCTS = {
+    "qkv": (768, 2304, None, False),
+    "out": (768, 768, None, True),
+    "fc1": (768, 3072, "gelu", False),
+    "fc2": (3072, 768, None, True),
+}
+
+
+class Operands(NamedTuple):
+    """Two experts' weights and one batch of rows."""
+
+    x: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor]
+    norm: Norm
+    residual: Tensor | None
+    activation: str | None
+
+
+def operands(product: str, dtype: torch.dtype) -> Operands:
+    """Random data at the sizes of one product."""
+    width, out, activation, has_residual = PRODUCTS[product]
+    gen = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(shape, generator=gen)).to(dtype)
+
+    return Operands(
+        random(BOUNDS[-1], width),
+        [random(out, width, scale=width**-0.5) for _ in range(2)],
+        [random(out) for _ in range(2)],
+        Norm([1 + random(width, scale=0.1) for _ in range(2)], [random(width) for _ in range(2)]),
+        random(BOUNDS[-1], out) if has_residual else None,
+        activation,
+    )
+
+
+def by_plain_calls(o: Operands) -> Tensor:
+    """Split, LayerNorm, linear, GELU for each expert, concatenate, add."""
+    parts = []
+    for expert, x in enumerate(o.x.split((BOUNDS[1], BOUNDS[2] - BOUNDS[1]))):
+        x = F.layer_norm(x, x.shape[-1:], o.norm.weights[expert], o.norm.biases[expert], o.norm.eps)
+        y = F.linear(x, o.weights[expert], o.biases[expert])
+        parts.append(F.gelu(y.float()).type_as(y) if o.activation else y)
+    y = torch.cat(parts)
+    return y if o.residual is None else y + o.residual
+
+
+@pytest.mark.parametrize("impl", ["auto", "cpu", "composite", "plain PyTorch"])
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_expert_linear(timed: Timed, dtype: str, product: str, impl: str) -> None:
+    o = operands(product, DTYPES[dtype])
+    group = f"expert_linear {product} {dtype}"
+    flops = 2.0 * BOUNDS[-1] * o.weights[0].numel()
+    if impl == "plain PyTorch":
+        timed(group, flops, lambda: by_plain_calls(o))
+        return
+    timed(
+        group,
+        flops,
+        lambda: expert_linear(
+            o.x,
+            o.weights,
+            o.biases,
+            bounds=BOUNDS,
+            norm=o.norm,
+            activation=o.activation,
+            residual=o.residual,
+            impl=impl,
+        ),
+    )

@@ -1,0 +1,133 @@
+#include "expert_linear.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "isa.h"
+#include "packed_weight.h"
+
+namespace beit3_fast::cpu {
+namespace {
+
+// A row block lives in the L2 cache beside the panel it meets.
+constexpr int64_t kBlockBytes = 512 * 1024;
+constexpr int64_t kBlockRows = 96;
+// A block that reuses each panel for fewer rows than this reads more of B than it multiplies.
+constexpr int64_t kFewRows = 24;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+void to_float(const Parameter& from, int64_t count, int64_t padded, float* to) {
+  if (from.dtype == DType::kFloat32) {
+    std::memcpy(to, from.data, static_cast<std::size_t>(count) * sizeof(float));
+  } else {
+    const auto* bits = static_cast<const uint16_t*>(from.data);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t wide = static_cast<uint32_t>(bits[i]) << 16;
+      std::memcpy(to + i, &wide, sizeof(wide));
+    }
+  }
+  std::fill(to + count, to + padded, 0.0f);
+}
+
+// Row blocks, and where they are too few for the threads, ranges of panels.
+void plan(const Pool& pool, const ExpertLinear& op, const Kernels& level,
+          const std::vector<LinearBlock>& experts, std::vector<LinearBlock>* tasks) {
+  int64_t total = 0;
+  for (const LinearBlock& expert : experts) total += expert.count;
+  if (total == 0) return;
+  const int64_t cached = kBlockBytes / level.row_bytes(op.in_features);
+  const int64_t most = std::clamp(cached, level.tile_rows, kBlockRows);
+  const int64_t panels = panel_count(op.out_features);
+  for (const LinearBlock& expert : experts) {
+    // The share of the threads that this expert's rows are worth: its blocks are a multiple of it.
+    const int64_t workers = std::max<int64_t>(1, (pool.threads * expert.count + total / 2) / total);
+    const int64_t parts = std::min(ceil_div(ceil_div(expert.count, most), workers) * workers,
+                                   std::max<int64_t>(1, expert.count / kFewRows));
+    const int64_t splits = std::clamp<int64_t>(ceil_div(workers, parts), 1, panels);
+    for (int64_t part = 0; part < parts; ++part) {
+      for (int64_t split = 0; split < splits; ++split) {
+        LinearBlock task = expert;
+        const int64_t begin = expert.count * part / parts;
+        task.first = expert.first + begin;
+        task.count = expert.count * (part + 1) / parts - begin;
+        task.panel_begin = panels * split / splits;
+        task.panel_end = panels * (split + 1) / splits;
+        tasks->push_back(task);
+      }
+    }
+  }
+  // The longest first: the last to finish is then a short one.
+  std::stable_sort(tasks->begin(), tasks->end(), [](const LinearBlock& a, const LinearBlock& b) {
+    return a.count * (a.panel_end - a.panel_begin) > b.count * (b.panel_end - b.panel_begin);
+  });
+}
+
+}  // namespace
+
+void expert_linear(const Pool& pool, const ExpertLinear& op) {
+  thread_local Scratch parameters;
+  thread_local Scratch packed;
+  const Kernels& level = kernels(op.dtype);
+  const int64_t in_padded = ceil_div(op.in_features, 32) * 32;
+  const int64_t out_padded = panel_count(op.out_features) * kPanel;
+  const auto count = static_cast<int64_t>(op.experts.size());
+  auto* at = static_cast<float*>(parameters.at_least(count * (out_padded + 2 * in_padded) *
+                                                     static_cast<int64_t>(sizeof(float))));
+  const int64_t weight_bytes = packed_bytes(op.dtype, op.out_features, op.in_features);
+  const int64_t unpacked = std::count_if(op.experts.begin(), op.experts.end(), [](const Expert& e) {
+    return e.packed == nullptr && e.end > e.begin;
+  });
+  char* pack_at =
+      unpacked == 0 ? nullptr : static_cast<char*>(packed.at_least(unpacked * weight_bytes));
+
+  std::vector<LinearBlock> experts;
+  for (const Expert& expert : op.experts) {
+    if (expert.end <= expert.begin) continue;
+    LinearBlock block{};
+    block.x = op.x;
+    block.x_stride = op.x_stride;
+    block.residual = op.residual;
+    block.residual_stride = op.residual_stride;
+    block.out = op.out;
+    block.out_stride = op.out_stride;
+    block.rows = op.rows;
+    block.first = expert.begin;
+    block.count = expert.end - expert.begin;
+    block.in_features = op.in_features;
+    block.out_features = op.out_features;
+    block.eps = op.eps;
+    block.activation = op.activation;
+    if (expert.packed != nullptr) {
+      block.packed = panels_of(expert.packed);
+    } else {
+      pack_weight(pool, op.dtype, expert.weight, expert.weight_stride, op.out_features,
+                  op.in_features, pack_at);
+      block.packed = panels_of(pack_at);
+      pack_at += weight_bytes;
+    }
+    if (expert.bias.data != nullptr) {
+      to_float(expert.bias, op.out_features, out_padded, at);
+      block.bias = at;
+      at += out_padded;
+    }
+    if (expert.norm_weight.data != nullptr) {
+      to_float(expert.norm_weight, op.in_features, in_padded, at);
+      to_float(expert.norm_bias, op.in_features, in_padded, at + in_padded);
+      block.norm_weight = at;
+      block.norm_bias = at + in_padded;
+      at += 2 * in_padded;
+    }
+    experts.push_back(block);
+  }
+
+  std::vector<LinearBlock> tasks;
+  plan(pool, op, level, experts, &tasks);
+  share(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+    thread_local Scratch scratch;
+    const LinearBlock& task = tasks[static_cast<std::size_t>(i)];
+    level.linear_block(task, scratch.at_least(level.linear_scratch(task)));
+  });
+}
+
+}  // namespace beit3_fast::cpu

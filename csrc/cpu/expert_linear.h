@@ -1,0 +1,47 @@
+// Grouped y = activation(LN(x) W^T + b) + residual: rows of expert e meet the weights of expert e.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace beit3_fast::cpu {
+
+// A vector of fp32 or bf16 parameters; null data: absent.
+struct Parameter {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
+struct Expert {
+  const void* weight = nullptr;  // [O, I] of the op's dtype; read only where packed is null
+  int64_t weight_stride = 0;
+  const void* packed = nullptr;  // from pack_weight
+  Parameter bias;                // [O]
+  Parameter norm_weight;         // [I]
+  Parameter norm_bias;           // [I]
+  int64_t begin = 0;             // its sorted rows [begin, end)
+  int64_t end = 0;
+};
+
+struct ExpertLinear {
+  DType dtype = DType::kFloat32;
+  const void* x = nullptr;
+  int64_t x_stride = 0;
+  const void* residual = nullptr;
+  int64_t residual_stride = 0;
+  void* out = nullptr;  // [.., O]
+  int64_t out_stride = 0;
+  const int64_t* rows = nullptr;
+  int64_t in_features = 0;
+  int64_t out_features = 0;
+  float eps = 0.0f;
+  Activation activation = Activation::kNone;
+  std::vector<Expert> experts;
+};
+
+// Arguments are trusted: the binding layer has checked shapes and ranges.
+void expert_linear(const Pool& pool, const ExpertLinear& op);
+
+}  // namespace beit3_fast::cpu

@@ -1,0 +1,92 @@
+// What an instruction-set level offers to the schedulers: plain structures and function pointers.
+//
+// This header is included by translation units compiled with different instruction sets, so it
+// holds no inline function and includes nothing that would emit one.
+#pragma once
+
+#include <cstdint>
+
+namespace beit3_fast::cpu {
+
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
+enum class Activation : int32_t { kNone, kGelu };
+enum class Mask : int32_t { kBidirectional, kSeq2Seq, kCausal };
+
+// Matrix operands are cut along their depth into 4-byte units: one fp32 or two neighbouring bf16.
+//   B (packed weights, keys, values): panels of kPanel columns, [units][kPanel] words each.
+//   A (rows): tiles of at most Kernels::tile_rows rows, [chunks][rows][kChunk units].
+// The depth is padded with zeros to whole chunks.
+constexpr int64_t kPanel = 32;
+constexpr int64_t kChunk = 16;
+
+// Rows [first, first + count) of the sorted rows, all of one expert, against panels
+// [panel_begin, panel_end) of its weight.
+struct LinearBlock {
+  const void* x;
+  int64_t x_stride;
+  const void* residual;  // may be null
+  int64_t residual_stride;
+  void* out;
+  int64_t out_stride;
+  const int64_t* rows;  // sorted row -> row of x, residual and out; null: the identity
+  int64_t first;
+  int64_t count;
+  int64_t in_features;
+  int64_t out_features;
+  const uint32_t* packed;
+  int64_t panel_begin;
+  int64_t panel_end;
+  // fp32, padded with zeros to whole chunks (norm) and panels (bias); null: absent.
+  const float* bias;
+  const float* norm_weight;
+  const float* norm_bias;
+  float eps;
+  Activation activation;
+};
+
+// Queries [begin, end) of one (sample, head). A sample's queries and keys are numbered vision
+// first.
+struct AttentionBlock {
+  const void* q;  // row 0 of the head's columns
+  const void* k;
+  const void* v;
+  void* out;
+  int64_t q_stride;
+  int64_t k_stride;
+  int64_t v_stride;
+  int64_t out_stride;
+  int64_t head_dim;
+  int64_t key_vision_row;
+  int64_t key_text_row;
+  int64_t vision_keys;
+  int64_t text_keys;
+  int64_t query_vision_row;
+  int64_t query_text_row;
+  int64_t vision_queries;
+  int64_t text_queries;
+  const int32_t* positions;  // of each query row of q inside its segment; null: its index there
+  int64_t begin;
+  int64_t end;
+  float scale;
+  Mask mask;
+};
+
+struct Kernels {
+  const char* isa;
+  int64_t tile_rows;
+  // Bytes of A for `rows` rows of the given depth; used to size row blocks for the L2 cache.
+  int64_t (*row_bytes)(int64_t depth);
+  int64_t (*linear_scratch)(const LinearBlock& block);
+  void (*linear_block)(const LinearBlock& block, void* scratch);
+  int64_t (*attention_scratch)(const AttentionBlock& block);
+  void (*attention_block)(const AttentionBlock& block, void* scratch);
+  // One panel of B whose column j is rows[j]; columns from `count` on are zero.
+  void (*pack_panel)(const void* const* rows, int64_t count, int64_t depth, uint32_t* panel);
+};
+
+// Null where the translation unit was built without the instruction set.
+const Kernels* portable_kernels(DType dtype);
+const Kernels* avx512_kernels(DType dtype);
+const Kernels* avx512bf16_kernels(DType dtype);
+
+}  // namespace beit3_fast::cpu

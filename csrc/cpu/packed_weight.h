@@ -1,0 +1,28 @@
+// A weight [O, I] in the layout of kernels.h, behind a header that says what it is.
+#pragma once
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace beit3_fast::cpu {
+
+constexpr int64_t kHeaderBytes = 64;
+
+// Whole size of the packed weight in bytes, header included: a multiple of 64.
+int64_t packed_bytes(DType dtype, int64_t out_features, int64_t in_features);
+int64_t panel_words(DType dtype, int64_t in_features);
+inline int64_t panel_count(int64_t out_features) { return (out_features + kPanel - 1) / kPanel; }
+
+// `packed` needs packed_bytes(...) bytes. `stride` counts elements between rows of `weight`.
+void pack_weight(const Pool& pool, DType dtype, const void* weight, int64_t stride,
+                 int64_t out_features, int64_t in_features, void* packed);
+
+// Whether these bytes are such a weight, packed by this build. Reads no byte past `bytes`.
+bool is_packed(const void* packed, int64_t bytes, DType dtype, int64_t out_features,
+               int64_t in_features);
+
+inline const uint32_t* panels_of(const void* packed) {
+  return reinterpret_cast<const uint32_t*>(static_cast<const char*>(packed) + kHeaderBytes);
+}
+
+}  // namespace beit3_fast::cpu

@@ -1,0 +1,69 @@
+// Work sharing on somebody else's threads, and scratch memory that belongs to each of them.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+namespace beit3_fast::cpu {
+
+// A thread pool as the binding layer offers it: run(n, body, context) calls body(i, context) for
+// every i in [0, n), each from any one thread, and returns when all are done.
+struct Pool {
+  int64_t threads;
+  void (*run)(int64_t count, void (*body)(int64_t index, void* context), void* context);
+};
+
+// Calls task(i) for i in [0, count): each thread takes the next one when it is free, so uneven
+// tasks and busy cores balance out.
+template <class Task>
+void share(const Pool& pool, int64_t count, const Task& task) {
+  if (count <= 0) return;
+  const int64_t workers = pool.threads < count ? pool.threads : count;
+  if (workers <= 1) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+    return;
+  }
+  struct Shared {
+    const Task* task;
+    int64_t count;
+    std::atomic<int64_t> next;
+  } shared{&task, count, {0}};
+  pool.run(
+      workers,
+      [](int64_t, void* context) {
+        auto& state = *static_cast<Shared*>(context);
+        for (;;) {
+          const int64_t i = state.next.fetch_add(1, std::memory_order_relaxed);
+          if (i >= state.count) return;
+          (*state.task)(i);
+        }
+      },
+      &shared);
+}
+
+// Memory that grows and is kept, aligned to cache lines. Contents do not survive a growth.
+class Scratch {
+ public:
+  void* at_least(int64_t bytes) {
+    if (bytes > size_) {
+      size_ = 0;
+      data_.reset();
+      data_.reset(::operator new(static_cast<std::size_t>(bytes), std::align_val_t{kAlign}));
+      size_ = bytes;
+    }
+    return data_.get();
+  }
+
+ private:
+  static constexpr std::size_t kAlign = 4096;
+  struct Delete {
+    void operator()(void* p) const { ::operator delete(p, std::align_val_t{kAlign}); }
+  };
+  std::unique_ptr<void, Delete> data_;
+  int64_t size_ = 0;
+};
+
+}  // namespace beit3_fast::cpu

@@ -1,0 +1,71 @@
+#include "shared_attention.h"
+
+#include <algorithm>
+
+#include "isa.h"
+
+namespace beit3_fast::cpu {
+namespace {
+
+// Each block of queries packs the keys and values anew; below this many it is not worth it.
+constexpr int64_t kFewQueries = 192;
+constexpr int64_t kTasksPerThread = 4;
+
+const void* offset(const void* base, int64_t elements, DType dtype) {
+  return static_cast<const char*>(base) + elements * (dtype == DType::kBFloat16 ? 2 : 4);
+}
+
+}  // namespace
+
+void shared_attention(const Pool& pool, const SharedAttention& op) {
+  const Kernels& level = kernels(op.dtype);
+  const int64_t text_keys_at = op.cu_vision[op.batch];
+  const int64_t text_queries_at = op.cu_vision_q[op.batch];
+  int64_t longest = 0;
+  for (int64_t s = 0; s < op.batch; ++s) {
+    longest = std::max<int64_t>(
+        longest, op.cu_vision_q[s + 1] - op.cu_vision_q[s] + op.cu_text_q[s + 1] - op.cu_text_q[s]);
+  }
+  const int64_t pairs = op.batch * op.num_heads;
+  if (pairs == 0 || longest == 0) return;
+  const int64_t wanted = (pool.threads * kTasksPerThread + pairs - 1) / pairs;
+  const int64_t parts =
+      pool.threads > 1 ? std::clamp<int64_t>(longest / kFewQueries, 1, std::max<int64_t>(wanted, 1))
+                       : 1;
+
+  share(pool, pairs * parts, [&](int64_t task) {
+    thread_local Scratch scratch;
+    const int64_t part = task % parts;
+    const int64_t head = task / parts % op.num_heads;
+    const int64_t s = task / parts / op.num_heads;
+    const int64_t column = head * op.head_dim;
+    AttentionBlock block{};
+    block.q = offset(op.q, column, op.dtype);
+    block.k = offset(op.k, column, op.dtype);
+    block.v = offset(op.v, column, op.dtype);
+    block.out = const_cast<void*>(offset(op.out, column, op.dtype));
+    block.q_stride = op.q_stride;
+    block.k_stride = op.k_stride;
+    block.v_stride = op.v_stride;
+    block.out_stride = op.out_stride;
+    block.head_dim = op.head_dim;
+    block.key_vision_row = op.cu_vision[s];
+    block.key_text_row = text_keys_at + op.cu_text[s];
+    block.vision_keys = op.cu_vision[s + 1] - op.cu_vision[s];
+    block.text_keys = op.cu_text[s + 1] - op.cu_text[s];
+    block.query_vision_row = op.cu_vision_q[s];
+    block.query_text_row = text_queries_at + op.cu_text_q[s];
+    block.vision_queries = op.cu_vision_q[s + 1] - op.cu_vision_q[s];
+    block.text_queries = op.cu_text_q[s + 1] - op.cu_text_q[s];
+    block.positions = op.positions_q;
+    const int64_t queries = block.vision_queries + block.text_queries;
+    block.begin = queries * part / parts;
+    block.end = queries * (part + 1) / parts;
+    block.scale = op.scale;
+    block.mask = op.mask;
+    if (block.begin == block.end) return;
+    level.attention_block(block, scratch.at_least(level.attention_scratch(block)));
+  });
+}
+
+}  // namespace beit3_fast::cpu

@@ -1,0 +1,34 @@
+// Joint softmax attention over samples whose keys lie in two row ranges: vision and text.
+#pragma once
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace beit3_fast::cpu {
+
+struct SharedAttention {
+  DType dtype = DType::kFloat32;
+  const void* q = nullptr;
+  const void* k = nullptr;
+  const void* v = nullptr;
+  void* out = nullptr;
+  int64_t q_stride = 0;
+  int64_t k_stride = 0;
+  int64_t v_stride = 0;
+  int64_t out_stride = 0;
+  int64_t batch = 0;
+  int64_t num_heads = 0;
+  int64_t head_dim = 0;
+  const int32_t* cu_vision = nullptr;  // [B + 1], of the keys
+  const int32_t* cu_text = nullptr;
+  const int32_t* cu_vision_q = nullptr;  // [B + 1], of the queries
+  const int32_t* cu_text_q = nullptr;
+  const int32_t* positions_q = nullptr;  // may be null
+  float scale = 1.0f;
+  Mask mask = Mask::kBidirectional;
+};
+
+// Arguments are trusted: the binding layer has checked shapes and ranges.
+void shared_attention(const Pool& pool, const SharedAttention& op);
+
+}  // namespace beit3_fast::cpu

@@ -1,0 +1,385 @@
+// The CPU operators of beit3_fast on LibTorch's stable ABI: checks arguments, borrows torch's
+// threads, and hands raw pointers to cpu/. Nothing here depends on the torch or the Python version.
+//
+// Kernels run on the calling thread and torch's own pool; nothing holds or needs the GIL.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/expert_linear.h"
+#include "cpu/isa.h"
+#include "cpu/packed_weight.h"
+#include "cpu/shared_attention.h"
+
+namespace {
+
+using beit3_fast::cpu::Activation;
+using beit3_fast::cpu::DType;
+using beit3_fast::cpu::Expert;
+using beit3_fast::cpu::ExpertLinear;
+using beit3_fast::cpu::Mask;
+using beit3_fast::cpu::Parameter;
+using beit3_fast::cpu::Pool;
+using beit3_fast::cpu::SharedAttention;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+Pool torch_pool() {
+  return {static_cast<int64_t>(torch::stable::get_num_threads()),
+          [](int64_t count, void (*body)(int64_t, void*), void* context) {
+            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) body(i, context);
+            });
+          }};
+}
+
+// The stable ABI's own conversion to std::string leaks one string a call.
+std::string take(StringHandle handle) {
+  std::size_t length = 0;
+  const char* text = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+  std::string out(text, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return out;
+}
+
+std::string shape_of(const Tensor& t) {
+  std::ostringstream out;
+  out << '[';
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i > 0 ? ", " : "") << t.size(i);
+  out << ']';
+  return out.str();
+}
+
+bool is_float_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16;
+}
+
+DType dtype_of(const Tensor& t, const char* op, const char* name) {
+  require(t.is_cpu(), op, ": ", name, " must be a CPU tensor");
+  require(is_float_type(t), op, ": ", name, " must be float32 or bfloat16");
+  return t.scalar_type() == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16;
+}
+
+void require_matrix(const Tensor& t, const char* op, const char* name) {
+  require(t.dim() == 2, op, ": ", name, " must have 2 dimensions, got shape ", shape_of(t));
+  require(t.size(1) <= 1 || t.numel() == 0 || t.stride(1) == 1, op, ": ", name,
+          " must have stride 1 in its last dimension, got stride ", t.stride(1));
+}
+
+void require_same_type(const Tensor& t, const Tensor& x, const char* op, const char* name) {
+  require(t.is_cpu() && t.scalar_type() == x.scalar_type(), op, ": ", name,
+          " must be a CPU tensor of the same dtype as the first argument");
+}
+
+Tensor pack_weight(Tensor weight) {
+  const DType dtype = dtype_of(weight, "pack_weight", "weight");
+  require_matrix(weight, "pack_weight", "weight");
+  const int64_t rows = weight.size(0), columns = weight.size(1);
+  require(rows > 0 && columns > 0, "pack_weight: weight must not be empty, got shape ",
+          shape_of(weight));
+  const int64_t bytes = beit3_fast::cpu::packed_bytes(dtype, rows, columns);
+  const int64_t shape[] = {bytes / static_cast<int64_t>(weight.element_size())};
+  Tensor packed = torch::stable::new_empty(weight, {shape, 1});
+  beit3_fast::cpu::pack_weight(torch_pool(), dtype, weight.const_data_ptr(), weight.stride(0), rows,
+                               columns, packed.mutable_data_ptr());
+  return packed;
+}
+
+Parameter parameter_of(const std::vector<Tensor>& list, std::size_t expert, int64_t size,
+                       const char* name) {
+  if (list.empty()) return {};
+  const Tensor& t = list[expert];
+  require(t.is_cpu() && is_float_type(t), "expert_linear: ", name, '[', expert,
+          "] must be a CPU tensor of float32 or bfloat16");
+  require(t.dim() == 1 && t.size(0) == size && (size <= 1 || t.stride(0) == 1),
+          "expert_linear: ", name, '[', expert, "] must be contiguous with shape [", size,
+          "], got ", shape_of(t));
+  return {t.const_data_ptr(),
+          t.scalar_type() == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16};
+}
+
+void require_list(const std::vector<Tensor>& list, std::size_t experts, const char* name) {
+  require(list.empty() || list.size() == experts, "expert_linear: ", name, " must have 0 or ",
+          experts, " entries, got ", list.size());
+}
+
+// Checks that the named rows are distinct rows of the output, and clears those that are not named.
+const int64_t* take_rows(const Tensor& rows, int64_t sorted, Tensor& out) {
+  constexpr const char* op = "expert_linear";
+  require(rows.is_cpu() && rows.scalar_type() == ScalarType::Long && rows.dim() == 1 &&
+              rows.is_contiguous(),
+          op, ": rows must be a contiguous int64 CPU tensor with 1 dimension");
+  require(rows.size(0) == sorted, op, ": rows has ", rows.size(0), " entries but bounds end at ",
+          sorted);
+  const auto* index = static_cast<const int64_t*>(rows.const_data_ptr());
+  const int64_t count = out.size(0);
+  std::vector<bool> named(static_cast<std::size_t>(count), false);
+  for (int64_t i = 0; i < sorted; ++i) {
+    require(index[i] >= 0 && index[i] < count, op, ": rows[", i, "] is ", index[i],
+            ", outside the ", count, " rows of x");
+    require(!named[static_cast<std::size_t>(index[i])], op, ": rows names row ", index[i],
+            " twice");
+    named[static_cast<std::size_t>(index[i])] = true;
+  }
+  if (sorted < count) {
+    const std::size_t bytes =
+        static_cast<std::size_t>(out.size(1)) * static_cast<std::size_t>(out.element_size());
+    auto* base = static_cast<char*>(out.mutable_data_ptr());
+    for (std::size_t i = 0; i < named.size(); ++i) {
+      if (!named[i]) std::memset(base + i * bytes, 0, bytes);
+    }
+  }
+  return index;
+}
+
+Tensor expert_linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> packed,
+                     std::vector<Tensor> biases, std::vector<Tensor> norm_weights,
+                     std::vector<Tensor> norm_biases, std::optional<Tensor> residual,
+                     std::optional<Tensor> rows, std::vector<int64_t> bounds, double eps,
+                     StringHandle activation_handle) {
+  constexpr const char* op = "expert_linear";
+  const std::string activation = take(activation_handle);
+  ExpertLinear call;
+  call.dtype = dtype_of(x, op, "x");
+  require_matrix(x, op, "x");
+  const std::size_t experts = weights.size();
+  require(experts > 0, op, ": needs at least one weight");
+  require_list(packed, experts, "packed");
+  require_list(biases, experts, "biases");
+  require_list(norm_weights, experts, "norm_weights");
+  require_list(norm_biases, experts, "norm_biases");
+  require(norm_weights.size() == norm_biases.size(), op, ": norm_weights has ", norm_weights.size(),
+          " entries but norm_biases ", norm_biases.size());
+  require(activation == "none" || activation == "gelu", op,
+          ": activation must be 'none' or 'gelu', got '", activation, "'");
+  require(std::isfinite(eps) && eps >= 0.0, op, ": eps must be finite and not negative, got ", eps);
+  require(weights[0].dim() == 2, op, ": weights must be [O, I], got shape ", shape_of(weights[0]));
+  const int64_t rows_in = x.size(0);
+  const int64_t in_features = x.size(1), out_features = weights[0].size(0);
+  require(in_features > 0 && out_features > 0, op, ": needs at least one in- and out-feature");
+
+  require(bounds.size() == experts + 1, op, ": bounds must have ", experts + 1, " entries, got ",
+          bounds.size());
+  require(bounds[0] == 0, op, ": bounds must start at 0, got ", bounds[0]);
+  for (std::size_t e = 0; e < experts; ++e) {
+    require(bounds[e] <= bounds[e + 1], op, ": bounds must not decrease, got ", bounds[e], " then ",
+            bounds[e + 1]);
+  }
+  const int64_t sorted = bounds[experts];
+  require(rows.has_value() || sorted == rows_in, op, ": bounds end at ", sorted, " but x has ",
+          rows_in, " rows");
+
+  for (std::size_t e = 0; e < experts; ++e) {
+    const Tensor& weight = weights[e];
+    require_same_type(weight, x, op, "every weight");
+    require(weight.dim() == 2 && weight.size(0) == out_features && weight.size(1) == in_features,
+            op, ": weights[", e, "] must have shape [", out_features, ", ", in_features, "], got ",
+            shape_of(weight));
+    // Only its shape counts once the packed form is there: the caller may pass a stand-in without
+    // memory.
+    Expert expert;
+    expert.weight = weight.const_data_ptr();
+    expert.weight_stride = weight.stride(0);
+    if (packed.empty()) {
+      require_matrix(weight, op, "every weight");
+    } else {  // the weight is never read: any strides will do
+      const Tensor& p = packed[e];
+      require_same_type(p, x, op, "every packed weight");
+      require(p.dim() == 1 && p.is_contiguous() &&
+                  beit3_fast::cpu::is_packed(p.const_data_ptr(),
+                                             p.numel() * static_cast<int64_t>(p.element_size()),
+                                             call.dtype, out_features, in_features),
+              op, ": packed[", e, "] is not a weight of shape [", out_features, ", ", in_features,
+              "] and this dtype packed by pack_weight of this build");
+      expert.packed = p.const_data_ptr();
+    }
+    expert.bias = parameter_of(biases, e, out_features, "biases");
+    expert.norm_weight = parameter_of(norm_weights, e, in_features, "norm_weights");
+    expert.norm_bias = parameter_of(norm_biases, e, in_features, "norm_biases");
+    expert.begin = bounds[e];
+    expert.end = bounds[e + 1];
+    call.experts.push_back(expert);
+  }
+  if (residual.has_value()) {
+    require_same_type(*residual, x, op, "residual");
+    require_matrix(*residual, op, "residual");
+    require(residual->size(0) == rows_in && residual->size(1) == out_features, op,
+            ": residual must have shape [", rows_in, ", ", out_features, "], got ",
+            shape_of(*residual));
+    call.residual = residual->const_data_ptr();
+    call.residual_stride = residual->stride(0);
+  }
+
+  const int64_t shape[] = {rows_in, out_features};
+  Tensor out = torch::stable::new_empty(x, {shape, 2});
+  if (rows.has_value()) call.rows = take_rows(*rows, sorted, out);
+  if (sorted == 0) return out;
+  call.x = x.const_data_ptr();
+  call.x_stride = x.stride(0);
+  call.out = out.mutable_data_ptr();
+  call.out_stride = out_features;
+  call.in_features = in_features;
+  call.out_features = out_features;
+  call.eps = static_cast<float>(eps);
+  call.activation = activation == "gelu" ? Activation::kGelu : Activation::kNone;
+  beit3_fast::cpu::expert_linear(torch_pool(), call);
+  return out;
+}
+
+// [B + 1] offsets that start at 0 and never decrease.
+const int32_t* take_offsets(const Tensor& t, int64_t batch, const char* name) {
+  constexpr const char* op = "shared_attention";
+  require(t.is_cpu() && t.scalar_type() == ScalarType::Int && t.dim() == 1 && t.is_contiguous(), op,
+          ": ", name, " must be a contiguous int32 CPU tensor with 1 dimension");
+  require(t.size(0) == batch + 1, op, ": ", name, " must have ", batch + 1, " entries, got ",
+          t.size(0));
+  const auto* offsets = static_cast<const int32_t*>(t.const_data_ptr());
+  require(offsets[0] == 0, op, ": ", name, " must start at 0, got ", offsets[0]);
+  for (int64_t s = 0; s < batch; ++s) {
+    require(offsets[s] <= offsets[s + 1], op, ": ", name, " must not decrease, got ", offsets[s],
+            " then ", offsets[s + 1]);
+  }
+  return offsets;
+}
+
+void check_positions(const SharedAttention& call) {
+  for (int text = 0; text < 2; ++text) {
+    const int32_t* keys = text ? call.cu_text : call.cu_vision;
+    const int32_t* queries = text ? call.cu_text_q : call.cu_vision_q;
+    const int64_t first = text ? call.cu_vision_q[call.batch] : 0;
+    for (int64_t s = 0; s < call.batch; ++s) {
+      for (int64_t row = first + queries[s]; row < first + queries[s + 1]; ++row) {
+        const int32_t position = call.positions_q[row];
+        require(position >= 0 && position < keys[s + 1] - keys[s], "shared_attention: positions_q[",
+                row, "] is ", position, ", but sample ", s, " has ", keys[s + 1] - keys[s],
+                text ? " text" : " vision", " rows");
+      }
+    }
+  }
+}
+
+Tensor shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_text,
+                        std::optional<Tensor> cu_vision_q, std::optional<Tensor> cu_text_q,
+                        std::optional<Tensor> positions_q, int64_t num_heads, double scale,
+                        StringHandle mask_handle) {
+  constexpr const char* op = "shared_attention";
+  const std::string mask = take(mask_handle);
+  SharedAttention call;
+  call.dtype = dtype_of(q, op, "q");
+  require_same_type(k, q, op, "k");
+  require_same_type(v, q, op, "v");
+  require_matrix(q, op, "q");
+  require_matrix(k, op, "k");
+  require_matrix(v, op, "v");
+  const int64_t width = q.size(1);
+  require(num_heads > 0 && width > 0 && width % num_heads == 0, op, ": ", num_heads,
+          " heads do not divide a width of ", width);
+  require(k.size(1) == width && v.size(1) == width && k.size(0) == v.size(0), op,
+          ": k and v must have the same rows and the width ", width, " of q, got ", shape_of(k),
+          " and ", shape_of(v));
+  require(std::isfinite(scale) && scale >= 0.0, op, ": scale must be finite and not negative, got ",
+          scale);
+  if (mask == "bidirectional") {
+    call.mask = Mask::kBidirectional;
+  } else if (mask == "seq2seq") {
+    call.mask = Mask::kSeq2Seq;
+  } else {
+    require(mask == "causal", op, ": mask must be 'bidirectional', 'seq2seq' or 'causal', got '",
+            mask, "'");
+    call.mask = Mask::kCausal;
+  }
+
+  require(cu_vision.dim() == 1 && cu_vision.size(0) >= 1, op,
+          ": cu_vision must have B + 1 entries");
+  call.batch = cu_vision.size(0) - 1;
+  call.cu_vision = take_offsets(cu_vision, call.batch, "cu_vision");
+  call.cu_text = take_offsets(cu_text, call.batch, "cu_text");
+  const int64_t keys = int64_t{call.cu_vision[call.batch]} + call.cu_text[call.batch];
+  require(k.size(0) == keys, op, ": k has ", k.size(0), " rows but cu_vision and cu_text end at ",
+          keys, " together");
+  require(cu_vision_q.has_value() == cu_text_q.has_value(), op,
+          ": cu_vision_q and cu_text_q come together");
+  call.cu_vision_q = call.cu_vision;
+  call.cu_text_q = call.cu_text;
+  if (cu_vision_q.has_value()) {
+    call.cu_vision_q = take_offsets(*cu_vision_q, call.batch, "cu_vision_q");
+    call.cu_text_q = take_offsets(*cu_text_q, call.batch, "cu_text_q");
+  }
+  const int64_t queries = int64_t{call.cu_vision_q[call.batch]} + call.cu_text_q[call.batch];
+  require(q.size(0) == queries, op, ": q has ", q.size(0), " rows but its offsets end at ", queries,
+          " together");
+  if (positions_q.has_value()) {
+    require(positions_q->is_cpu() && positions_q->scalar_type() == ScalarType::Int &&
+                positions_q->dim() == 1 && positions_q->is_contiguous() &&
+                positions_q->size(0) == queries,
+            op, ": positions_q must be a contiguous int32 CPU tensor of ", queries, " entries");
+    call.positions_q = static_cast<const int32_t*>(positions_q->const_data_ptr());
+    check_positions(call);
+  } else {
+    require(!cu_vision_q.has_value() || call.mask == Mask::kBidirectional, op, ": mask '", mask,
+            "' with cu_vision_q and cu_text_q needs positions_q");
+  }
+
+  const int64_t shape[] = {queries, width};
+  Tensor out = torch::stable::new_empty(q, {shape, 2});
+  if (queries == 0) return out;
+  call.q = q.const_data_ptr();
+  call.k = k.const_data_ptr();
+  call.v = v.const_data_ptr();
+  call.out = out.mutable_data_ptr();
+  call.q_stride = q.stride(0);
+  call.k_stride = k.stride(0);
+  call.v_stride = v.stride(0);
+  call.out_stride = width;
+  call.num_heads = num_heads;
+  call.head_dim = width / num_heads;
+  call.scale = static_cast<float>(scale);
+  beit3_fast::cpu::shared_attention(torch_pool(), call);
+  return out;
+}
+
+std::string cpu_isa() { return beit3_fast::cpu::isa_name(beit3_fast::cpu::isa()); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(beit3_fast, m) {
+  m.def("cpu_isa() -> str");
+  m.def("pack_weight(Tensor weight) -> Tensor");
+  m.def(
+      "expert_linear(Tensor x, Tensor[] weights, Tensor[] packed, Tensor[] biases, "
+      "Tensor[] norm_weights, Tensor[] norm_biases, Tensor? residual, Tensor? rows, int[] bounds, "
+      "float eps, str activation) -> Tensor");
+  m.def(
+      "shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_text, "
+      "Tensor? cu_vision_q, Tensor? cu_text_q, Tensor? positions_q, int num_heads, float scale, "
+      "str mask) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(beit3_fast, CPU, m) {
+  m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("expert_linear", TORCH_BOX(&expert_linear));
+  m.impl("shared_attention", TORCH_BOX(&shared_attention));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(beit3_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+}

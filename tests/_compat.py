@@ -1,0 +1,155 @@
+"""torchscale itself, at reduced size and with weights that matter: what every parity is held against."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit3_fast.config import BEiT3Config
+from beit3_fast.model import BEiT3
+from beit3_fast.ops import library
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    # bench/ is a folder of the repository and no part of the installed package.
+    sys.path.insert(0, str(ROOT))
+
+from bench.baselines import fill, torchscale_obstacle  # noqa: E402
+from bench.torchscale_heads import MODELS, import_torchscale  # noqa: E402
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_SMALL = BEiT3Config(
+    num_layers=2, img_size=48, patch_size=16, vocab_size=120, max_text_positions=64
+)
+# Head counts of base and large; head widths of the released models (64) and of the giant (88).
+SHAPES = {
+    "base": _SMALL.replace(embed_dim=96, num_heads=12, ffn_dim=384),
+    "large": _SMALL.replace(embed_dim=128, num_heads=16, ffn_dim=320, num_layers=3),
+    "d64": _SMALL.replace(embed_dim=128, num_heads=2, ffn_dim=512, normalize_output=False),
+    "d88": _SMALL.replace(embed_dim=176, num_heads=2, ffn_dim=200, num_layers=3),
+}
+
+
+def need_torchscale() -> None:
+    """Skip a whole test module where torchscale is not installed; the gate's environment has it."""
+    obstacle = torchscale_obstacle()
+    if obstacle is not None:
+        pytest.skip(f"torchscale: {obstacle}", allow_module_level=True)
+
+
+def impls(*dtypes: str) -> list[Any]:
+    """(impl, dtype name) parameters for every implementation, those that cannot run here skipped with the reason."""
+    reason = "" if library.available() else f"cpu: the library {library.why_unavailable()}"
+    skip = pytest.mark.skipif(bool(reason), reason=reason)
+    pairs = [(impl, dtype) for impl in ("reference", "composite", "cpu") for dtype in dtypes]
+    return [
+        pytest.param(impl, dtype, marks=skip if impl == "cpu" else ())
+        for impl, dtype in pairs
+        if (impl, dtype) != ("cpu", "fp16")
+    ]
+
+
+def torchscale_args(config: BEiT3Config, **changes: Any) -> Any:
+    """torchscale's EncoderConfig with the released settings, some of them changed."""
+    encoder_config, _ = import_torchscale()
+    settings: dict[str, Any] = {
+        "img_size": config.img_size,
+        "patch_size": config.patch_size,
+        "in_chans": config.in_chans,
+        "vocab_size": config.vocab_size,
+        "multiway": True,
+        "normalize_output": config.normalize_output,
+        "no_output_layer": True,
+        "drop_path_rate": config.drop_path_rate,
+        "encoder_embed_dim": config.embed_dim,
+        "encoder_attention_heads": config.num_heads,
+        "encoder_ffn_embed_dim": config.ffn_dim,
+        "encoder_layers": config.num_layers,
+        "max_source_positions": config.max_text_positions,
+        "layernorm_eps": config.layer_norm_eps,
+    }
+    return encoder_config(**{**settings, **changes})
+
+
+def torchscale_beit3(config: BEiT3Config, **changes: Any) -> Any:
+    """torchscale's BEiT3 in evaluation mode, with biases, LayerNorms and attention far from their defaults."""
+    _, beit3 = import_torchscale()
+    model = beit3(torchscale_args(config, **changes)).eval()
+    fill(model)
+    return model
+
+
+@cache
+def torchscale_model(shape: str, dtype: str = "fp32", img_size: int = 48) -> Any:
+    """One model a shape and dtype, for tests that leave it as it is."""
+    model = torchscale_beit3(SHAPES[shape].replace(img_size=img_size))
+    return model.to(DTYPES[dtype])
+
+
+def slim_of(model: Any, config: BEiT3Config, impl: str = "auto") -> BEiT3:
+    """Our backbone with the weights of torchscale's, loaded strictly by name."""
+    slim = BEiT3(config, impl).to(next(model.parameters()).dtype)
+    slim.load_state_dict(model.state_dict(), strict=True)
+    return slim.train(model.training)
+
+
+def official_task(task: str, config: BEiT3Config, *num_classes: int) -> Any:
+    """One of the released task models restated on torchscale, weights filled."""
+    model = MODELS[task](config, *num_classes)
+    fill(model)
+    return model.eval()
+
+
+def official_loss(model: Any, vision: Tensor, language: Tensor) -> Tensor:
+    """The released contrastive loss on one process."""
+    scale = model.logit_scale.exp()
+    labels = torch.arange(len(vision))
+    by_image = F.cross_entropy(scale * vision @ language.t(), labels)
+    by_text = F.cross_entropy(scale * language @ vision.t(), labels)
+    return (by_image + by_text) / 2
+
+
+def official_caption_step(
+    model: Any,
+    image: Tensor | None,
+    text_ids: Tensor,
+    state: dict[int, dict[str, Tensor]],
+    text_len: int,
+) -> Tensor:
+    """One call of the released captioning decoder: logits [B, new tokens, V]; ``state`` is extended."""
+    num_image = model.beit3.vision_embed.num_position_embeddings()
+    total = num_image + text_len
+    seen = torch.zeros(total, total, dtype=torch.long)
+    seen[:, :num_image] = 1
+    seen[num_image:, num_image:] = torch.ones(text_len, text_len, dtype=torch.long).tril()
+    blocked, positions, padding = 1 - seen, None, torch.zeros_like(text_ids)
+    for index in range(len(model.beit3.encoder.layers)):
+        state.setdefault(index, {})
+    if image is None:
+        new = text_ids.shape[1]
+        blocked = blocked[-new:]
+        positions = torch.arange(text_len, text_len + new).unsqueeze(0)
+    out = model.beit3(
+        textual_tokens=text_ids,
+        visual_tokens=image,
+        text_padding_position=None if image is None else padding,
+        attn_mask=blocked,
+        incremental_state=state,
+        positions=positions,
+    )["encoder_out"]
+    return model.mlm_head(out if image is None else out[:, num_image:])
+
+
+def reorder_cache(state: dict[int, dict[str, Tensor]], beams: Tensor) -> None:
+    """What the released beam search does after a step: follow the beams, forget the mask token."""
+    for cache_ in state.values():
+        for key in cache_:
+            cache_[key] = cache_[key].index_select(0, beams)[:, :, :-1, :]

@@ -1,0 +1,170 @@
+"""What torch.library knows of each registered op: schema, shape function, gradient, tracing."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from beit3_fast.layout import TokenLayout
+from beit3_fast.ops import library
+
+if not library.available():
+    pytest.skip(f"the library {library.why_unavailable()}", allow_module_level=True)
+
+OPS = torch.ops.beit3_fast
+REGISTERED = {"expert_linear", "pack_weight", "shared_attention", "shared_attention_backward"}
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    for op in ("expert_linear", "shared_attention"):
+        import_module(f"beit3_fast.ops.{op}")._op()
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
+    return torch.randn(*shape).to(dtype).requires_grad_(grad)
+
+
+def linear_arguments(
+    *,
+    dtype: torch.dtype = torch.float32,
+    grad: bool = False,
+    bounds: tuple[int, ...] = (0, 5, 12),
+    packed: bool = False,
+    bias: bool = True,
+    norm: bool = True,
+    residual: bool = True,
+    rows: bool = False,
+    activation: str = "gelu",
+    sliced: bool = False,
+) -> tuple[Any, ...]:
+    def make(*shape: int) -> Tensor:
+        return draw(*shape, dtype=dtype, grad=grad)
+
+    experts, count = len(bounds) - 1, bounds[-1]
+    x = make(count, 24 + 8 * sliced)
+    weights = [make(16, 24) for _ in range(experts)]
+    return (
+        x[:, 3:27] if sliced else x,
+        weights,
+        [OPS.pack_weight(w) for w in weights] if packed else [],
+        [make(16) for _ in range(experts)] if bias else [],
+        [make(24) for _ in range(experts)] if norm else [],
+        [make(24) for _ in range(experts)] if norm else [],
+        make(count, 16) if residual else None,
+        torch.randperm(count) if rows else None,
+        list(bounds),
+        1e-5,
+        activation,
+    )
+
+
+LINEAR: dict[str, dict[str, Any]] = {
+    "everything": {},
+    "gradients": {"grad": True},
+    "gradients of the least": {
+        "grad": True,
+        "bias": False,
+        "norm": False,
+        "residual": False,
+        "activation": "none",
+    },
+    "gathered": {"grad": True, "rows": True},
+    "bf16, packed": {"dtype": torch.bfloat16, "packed": True},
+    "packed": {"packed": True, "rows": True},
+    "an expert without rows": {"grad": True, "bounds": (0, 0, 12)},
+    "one row": {"bounds": (0, 1), "grad": True},
+    "sliced": {"sliced": True},
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_expert_linear(name: str) -> None:
+    torch.library.opcheck(OPS.expert_linear.default, linear_arguments(**LINEAR[name]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (16, 24), (33, 61), (64, 3)])
+def test_pack_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.library.opcheck(OPS.pack_weight.default, (draw(*shape, dtype=dtype),))
+
+
+def attention_arguments(
+    *,
+    dtype: torch.dtype = torch.float32,
+    grad: bool = False,
+    mask: str = "bidirectional",
+    selection: tuple[str, str] | None = None,
+    lengths: tuple[list[int], list[int]] = ([5, 0, 4], [2, 3, 0]),
+    fused: bool = False,
+) -> tuple[Any, ...]:
+    layout = TokenLayout.from_lengths(*lengths)
+    count = layout.num_rows
+    if fused:
+        q, k, v = draw(count, 48, dtype=dtype, grad=grad).chunk(3, dim=1)
+    else:
+        q, k, v = (draw(count, 16, dtype=dtype, grad=grad) for _ in range(3))
+    cu = [layout.cu_vision, layout.cu_text]
+    chosen: list[Tensor | None] = [None, None, None]
+    if selection is not None:
+        rows, queries = layout.select(*selection)  # type: ignore[arg-type]
+        q = q.detach()[rows].requires_grad_(grad)
+        chosen = [queries.cu_vision, queries.cu_text, queries.positions]
+    return (q, k, v, *cu, *chosen, 2, 8**-0.5, mask)
+
+
+ATTENTION: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gradients": {"grad": True},
+    "seq2seq": {"grad": True, "mask": "seq2seq"},
+    "causal, bf16": {"grad": True, "mask": "causal", "dtype": torch.bfloat16},
+    "first rows": {"grad": True, "selection": ("first", "first")},
+    "text rows, causal": {"selection": ("none", "all"), "mask": "causal"},
+    "no rows": {"lengths": ([0], [0])},
+    "fused": {"fused": True},
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_shared_attention(name: str) -> None:
+    torch.library.opcheck(OPS.shared_attention.default, attention_arguments(**ATTENTION[name]))
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_shared_attention_backward(name: str) -> None:
+    arguments = [
+        t.detach() if isinstance(t, Tensor) else t for t in attention_arguments(**ATTENTION[name])
+    ]
+    grad = torch.randn(arguments[0].shape).to(arguments[0].dtype)
+    torch.library.opcheck(OPS.shared_attention_backward.default, (grad, *arguments))
+
+
+def test_every_registered_op_is_checked_here() -> None:
+    names = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("beit3_fast::")
+    }
+    assert names - {"cpu_isa"} == REGISTERED
+
+
+@pytest.mark.parametrize("name", ["everything", "bf16, packed", "gathered", "packed"])
+def test_the_shape_function_agrees_with_the_kernel(name: str) -> None:
+    """Also in the strides, with operands in dense but permuted memory."""
+    arguments = linear_arguments(**{**LINEAR[name], "grad": False})
+    real = OPS.expert_linear(*arguments)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        moved = [
+            [mode.from_tensor(t) for t in a]
+            if isinstance(a, list) and a and isinstance(a[0], Tensor)
+            else mode.from_tensor(a)
+            if isinstance(a, Tensor)
+            else a
+            for a in arguments
+        ]
+        fake = OPS.expert_linear(*moved)
+    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
