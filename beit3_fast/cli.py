@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code; usage errors and ``--help`` leave through SystemExit."""
     arguments = _parser().parse_args(argv)
     try:
-        return COMMANDS[arguments.command].run(arguments)
+        code = COMMANDS[arguments.command].run(arguments)
+        sys.stdout.flush()
+        return code
     except Beit3FastError as error:
         print(f"beit3-fast {arguments.command}: {_one_line(str(error))}", file=sys.stderr)
         return 1
@@ -55,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         description="BEiT-3, fast: what this machine can do, and checkpoint files.",
         epilog="beit3-fast COMMAND --help shows the options of a command and an example.",
     )
-    parser.add_argument("--version", action="version", version=_version("beit3_fast") or "unknown")
+    parser.add_argument("--version", action="version", version=_version("beit3-fast") or "unknown")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(
@@ -93,7 +95,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 _PACKAGES = (
-    "beit3_fast",
+    "beit3-fast",
     "torch",
     "numpy",
     "safetensors",
@@ -131,10 +133,6 @@ def _probe(question: Callable[[], Any]) -> Any:
 def _version(package: str) -> str | None:
     from importlib.metadata import PackageNotFoundError, version
 
-    if package == "beit3_fast":
-        import beit3_fast
-
-        return str(beit3_fast.__version__)
     try:
         return version(package)
     except PackageNotFoundError:

@@ -46,7 +46,7 @@ class BEiT3Config:
     checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.img_size, int):
+        if isinstance(self.img_size, (list, tuple)):
             object.__setattr__(self, "img_size", tuple(self.img_size))
         object.__setattr__(self, "modalities", tuple(self.modalities))
         counts = ("embed_dim", "num_heads", "ffn_dim", "num_layers", "patch_size", "in_chans")
@@ -58,11 +58,16 @@ class BEiT3Config:
             raise ConfigError(
                 f"embed_dim must be a multiple of num_heads, got {self.embed_dim} and {self.num_heads}"
             )
-        if any(size < 1 or size % self.patch_size for size in self.image_shape):
+        sizes = self.img_size if isinstance(self.img_size, tuple) else (self.img_size,) * 2
+        if len(sizes) != 2 or any(
+            not isinstance(size, int) or size < 1 or size % self.patch_size for size in sizes
+        ):
             raise ConfigError(
-                f"img_size must be a positive multiple of patch_size {self.patch_size}, "
-                f"got {self.img_size}"
+                f"img_size must be one or two positive multiples of patch_size {self.patch_size}, "
+                f"got {self.img_size!r}"
             )
+        if not isinstance(self.layer_norm_eps, float) or not 0 < self.layer_norm_eps < 1:
+            raise ConfigError(f"layer_norm_eps must be in (0, 1), got {self.layer_norm_eps!r}")
         if self.max_text_positions < 3:
             raise ConfigError(
                 f"max_text_positions must be at least 3 (two rows are reserved), "
@@ -70,9 +75,12 @@ class BEiT3Config:
             )
         if self.attention not in ATTENTION_FORMS:
             raise ConfigError(f"attention must be one of {ATTENTION_FORMS}, got {self.attention!r}")
-        if not 0 <= self.drop_path_rate < 1:
-            raise ConfigError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
-        if not 0 <= self.vl_expert_layers <= self.num_layers:
+        if not isinstance(self.drop_path_rate, (int, float)) or not 0 <= self.drop_path_rate < 1:
+            raise ConfigError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate!r}")
+        if (
+            not isinstance(self.vl_expert_layers, int)
+            or not 0 <= self.vl_expert_layers <= self.num_layers
+        ):
             raise ConfigError(
                 f"vl_expert_layers must be between 0 and num_layers {self.num_layers}, "
                 f"got {self.vl_expert_layers}"

@@ -1,7 +1,8 @@
 """Tensors derived from weights (stacked, packed, interpolated), kept as long as the weights are unchanged.
 
-A derived tensor is recomputed when a source's storage, dtype, device or version counter changes; optimizers,
-``load_state_dict``, ``copy_`` and ``.to()`` are all seen. Writing through ``parameter.data`` leaves no trace in
+A derived tensor is recomputed when a source's storage, dtype, device or version counter changes; optimizers
+(fused ones too, which leave the counter alone: their steps are watched), ``load_state_dict``, ``copy_`` and
+``.to()`` are all seen. Writing through ``parameter.data`` leaves no trace in
 PyTorch: call ``beit3_fast.refresh(model)`` after it.
 """
 
@@ -14,7 +15,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 T = TypeVar("T")
@@ -22,6 +25,7 @@ Stamp = tuple[tuple[Any, ...], ...]
 
 _lock = threading.RLock()
 _store: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_sources: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class _Entry(NamedTuple):
@@ -71,7 +75,7 @@ def derived(kind: str, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
         entries = _store.setdefault(owner, {})
         entry = entries.get(kind)
         if entry is None or not entry.holds(sources, stamp):
-            with torch.no_grad(), torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():
                 value = make()
             entry = _Entry(
                 stamp,
@@ -80,6 +84,8 @@ def derived(kind: str, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
                 value,
             )
             entries[kind] = entry
+            for source in sources:
+                _sources[source] = None
         return entry.value
 
 
@@ -88,3 +94,13 @@ def forget(module: nn.Module) -> None:
     with _lock:
         for tensor in (*module.parameters(), *module.buffers()):
             _store.pop(tensor, None)
+
+
+def _after_step(optimizer: Optimizer, *_: object) -> None:
+    with _lock:
+        changed = [p for group in optimizer.param_groups for p in group["params"] if p in _sources]
+    if changed:
+        increment_version(changed)
+
+
+register_optimizer_step_post_hook(_after_step)

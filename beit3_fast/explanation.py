@@ -27,7 +27,7 @@ def explain(model: nn.Module, *, quiet: bool = False) -> list[Explanation]:
     when the model names an implementation that cannot run here.
     """
     parameter = next(model.parameters())
-    named = (getattr(module, "impl", None) for module in model.modules())
+    named = (_impl(module) for module in model.modules())
     impl = next((name for name in named if isinstance(name, str)), "auto")
     explanations = []
     for needs_grad in (False, True):

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from beit3_fast.errors import ShapeError
+from beit3_fast.errors import ConfigError, ShapeError
 
 Pick = Literal["all", "first", "none"]
 
@@ -27,6 +27,18 @@ class Selection(NamedTuple):
 
     rows: Tensor
     layout: TokenLayout
+
+
+class Part(NamedTuple):
+    """A group of samples: its vision rows and text rows in the whole layout, and its own layout."""
+
+    vision: slice
+    text: slice
+    layout: TokenLayout
+
+    def of(self, rows: Tensor) -> Tensor:
+        """The group's rows [Rp, ...] of all rows [R, ...]."""
+        return torch.cat([rows[self.vision], rows[self.text]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +175,7 @@ class TokenLayout:
                 self.num_vision_rows + self.text_starts[first_text_only],
                 self.num_rows,
             )
-        raise ValueError(f"experts must be 'A', 'AB' or 'ACB', got {experts!r}")
+        raise ConfigError(f"experts must be 'A', 'AB' or 'ACB', got {experts!r}")
 
     def segments(self, sample: int) -> tuple[slice, slice]:
         """The vision rows and the text rows of a packed sample, as two slices of [0, R)."""
@@ -205,6 +217,44 @@ class TokenLayout:
         )
         return Selection(rows, layout)
 
+    def split(self, max_rows: int) -> list[Part]:
+        """Groups of neighbouring packed samples with at most ``max_rows`` rows each (or one sample)."""
+        parts: list[Part] = []
+        start = rows = 0
+        for sample in range(self.batch_size + 1):
+            own = 0
+            if sample < self.batch_size:
+                own = self.vision_lengths[sample] + self.text_lengths[sample]
+                if rows + own <= max_rows or sample == start:
+                    rows += own
+                    continue
+            if sample > start:
+                parts.append(self.part(start, sample))
+            start, rows = sample, own
+        return parts
+
+    def part(self, start: int, stop: int) -> Part:
+        """The packed samples ``start`` to ``stop`` as a group."""
+        vision = slice(self.vision_starts[start], self.vision_starts[stop])
+        text = slice(
+            self.num_vision_rows + self.text_starts[start],
+            self.num_vision_rows + self.text_starts[stop],
+        )
+        positions = self.positions
+        if positions is not None:
+            positions = torch.cat([positions[vision], positions[text]])
+        first_text_only = self.batch_size - self.text_only
+        layout = TokenLayout(
+            vision_lengths=self.vision_lengths[start:stop],
+            text_lengths=self.text_lengths[start:stop],
+            order=self.order[start:stop],
+            image_only=max(0, min(stop, self.image_only) - start),
+            text_only=max(0, stop - max(start, first_text_only)),
+            device=self.device,
+            positions=positions,
+        )
+        return Part(vision, text, layout)
+
     def _text_sample_of(self, text_rows: Tensor) -> Tensor:
         ends = torch.tensor(self.text_starts[1:], device=self.device)
         return torch.searchsorted(ends, text_rows, right=True)
@@ -220,7 +270,7 @@ def _pick(
         counts = torch.tensor(lengths, dtype=torch.int64, device=device)
         return rows, lengths, rows - first.repeat_interleave(counts)
     if pick not in ("first", "none"):
-        raise ValueError(f"rows to keep must be 'all', 'first' or 'none', got {pick!r}")
+        raise ConfigError(f"rows to keep must be 'all', 'first' or 'none', got {pick!r}")
     counts_kept = tuple(min(length, 1) if pick == "first" else 0 for length in lengths)
     kept = [start for start, count in zip(starts, counts_kept, strict=False) if count]
     rows = torch.tensor(kept, dtype=torch.int64, device=device)

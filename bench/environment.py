@@ -72,6 +72,16 @@ def git_commit() -> str:
         return "unknown"
 
 
+def available_memory() -> int:
+    """Bytes that programs may still take on this machine, 16 GiB where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 16 << 30
+    return int(kib) * 1024
+
+
 def physical_cores() -> int:
     """Physical cores that this process may use: two threads of one core do not multiply faster than one."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None

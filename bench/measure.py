@@ -16,7 +16,7 @@ from torch import nn
 from beit3_fast.parity import Parity, model_parity, worst_of
 from bench.baselines import OURS, REFERENCE, RUNTIMES, build_reference
 from bench.environment import environment
-from bench.memory import MemoryProbeFailed, Probe, measure_peak
+from bench.memory import MemoryProbeFailed, Probe, measure_peak, settle
 from bench.roofline import measure_ceilings
 from bench.tasks import Output
 from bench.timing import Effort, Samples, interleave, quantiles, rates, speed_ups, synchronizer
@@ -55,7 +55,7 @@ class Plan:
     effort: Effort
     memory: Callable[[Case], bool]
     ceiling_seconds: float = 0.25
-    cache_bytes: int = 6 << 30
+    cache_bytes: int = 4 << 30
 
 
 class Progress:
@@ -153,7 +153,9 @@ def run(plan: Plan, progress: Progress) -> Report:
             for name in able:
                 speeds[case, name] = _speed(case, samples[name], ceiling)
             ratios.extend(_ratios(case, samples))
+        # The processes that measure memory need room, and the models of this one are done.
         del models
+        settle()
         _measure_memory(plan, parities, speeds, progress)
 
     results = []

@@ -80,7 +80,7 @@ def _main(arguments: list[str]) -> int:
     workload = parse_workload(probe.workload)
     device, dtype = torch.device(probe.device), getattr(torch, probe.dtype)
     _forward(probe.runtime, Workload(workload.task_name, "tiny", 32), 2, dtype, device)
-    _settle()
+    settle()
     before = 0 if device.type == "cuda" else _status("RssAnon")
     peak = _forward(probe.runtime, workload, probe.batch, dtype, device, before)
     print(json.dumps({"peak_memory_mib": round(peak / _MIB, 1)}))
@@ -104,7 +104,7 @@ def _forward(
     one, inputs = (move(workload.inputs(n), dtype, device) for n in (1, batch))
     tensors = (*model.parameters(), *model.buffers(), *one.values(), *inputs.values())
     held = sum(t.numel() * t.element_size() for t in tensors)
-    _settle()
+    settle()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         _steps(model, workload, one, inputs)
@@ -126,7 +126,7 @@ def _cheap_weights(workload: Workload) -> Weights:
     return {name: torch.tensor(0.02).expand(t.shape) for name, t in shapes.items()}
 
 
-def _settle() -> None:
+def settle() -> None:
     """Gives freed memory back to the system."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):

@@ -24,7 +24,7 @@ from beit3_fast.errors import Beit3FastError, ConfigError  # noqa: E402
 from bench import report as reports  # noqa: E402
 from bench import workloads  # noqa: E402
 from bench.baselines import parse_runtimes, torchscale_obstacle  # noqa: E402
-from bench.environment import physical_cores  # noqa: E402
+from bench.environment import available_memory, physical_cores  # noqa: E402
 from bench.measure import Case, Plan, Progress, run, steps_of  # noqa: E402
 from bench.timing import Effort  # noqa: E402
 
@@ -133,6 +133,8 @@ def _plan(options: argparse.Namespace) -> Plan:
         effort=EFFORTS[pace],
         memory=lambda case: not options.quick or case.dtype != "float32",
         ceiling_seconds=0.1 if options.quick else 0.25,
+        # A model's packed weights and its activations need about as much again.
+        cache_bytes=available_memory() // 5,
     )
 
 

@@ -21,7 +21,8 @@ FLOORS = (
     ("ops", "checkpoint", "data"),
     ("model",),
     ("generate", "train", "integrations", "explanation"),
-    ("cli", "__main__", "__init__"),
+    ("cli", "__init__"),
+    ("__main__",),
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 OPS_HELPERS = {"__init__", "dispatch", "library"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -81,7 +83,7 @@ def test_experts_own_the_rows_of_their_kind(lengths: list[tuple[int, int]]) -> N
     layout = layout_of(lengths)
     kind_of = ["A" if t == 0 else "C" if v else "B" for v, t in lengths]
     bounds = layout.expert_bounds("ACB")
-    for expert, (start, stop) in zip("ACB", zip(bounds, bounds[1:], strict=False), strict=True):
+    for expert, (start, stop) in zip("ACB", pairwise(bounds), strict=True):
         assert {kind_of[s] for s in layout.sample_of_row[start:stop].tolist()} <= {expert}
     assert bounds[0] == 0
     assert bounds[3] == layout.expert_bounds("AB")[2] == layout.expert_bounds("A")[1]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from beit3_fast.checkpoint import keys, positions
 from beit3_fast.checkpoint.read import Checkpoint, PathLike, from_state, read_checkpoint
-from beit3_fast.checkpoint.report import CheckpointMismatch, LoadReport
+from beit3_fast.checkpoint.report import CheckpointMismatch, LoadReport, explain
 from beit3_fast.errors import CheckpointError
 
 logger = logging.getLogger("beit3_fast")
@@ -129,7 +129,7 @@ def _plan(
         remarks=report.remarks,
     )
     if blocking.problems() or not ready:
-        raise CheckpointMismatch(_explain(blocking, state, targets), blocking)
+        raise CheckpointMismatch(explain(blocking, state, targets), blocking)
     return report, ready
 
 
@@ -267,47 +267,6 @@ def _check_values(
                 f"holds values beyond {limit:g}, the limit of {_short(targets[name].dtype)}; "
                 "use a model in bfloat16 or float32"
             )
-
-
-def _explain(
-    blocking: LoadReport, state: Mapping[str, Tensor], targets: Mapping[str, Tensor]
-) -> str:
-    def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-    lines = [
-        f"{blocking.source}: does not fit the model, which was left as it was",
-        f"the file has {keys.describe(shapes(state))}; the model has {keys.describe(shapes(targets))}",
-        *_size_hint(shapes(state), shapes(targets)),
-        *(blocking.problems() or ["no name of the file is a name of the model"]),
-    ]
-    if _tables_swapped(state, targets):
-        lines.append(
-            "the position tables of A (vision) and B (text) look swapped: are the branches?"
-        )
-    if blocking.missing and keys.all_heads(blocking.missing):
-        lines.append("to start from a file without this head, pass allow_missing=HEADS")
-    if blocking.mismatched and keys.all_heads(blocking.mismatched):
-        lines.append("to start with a new head of another size, pass allow_mismatched=HEADS")
-    return "\n  ".join(lines)
-
-
-def _size_hint(
-    theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]]
-) -> list[str]:
-    if keys.size_of(theirs) == keys.size_of(ours):
-        return []
-    return ["the file belongs to a model of another size: create that one for it"]
-
-
-def _tables_swapped(state: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> bool:
-    for vision in filter(positions.is_table, targets):
-        text = vision.replace(".A.", ".B.")
-        if vision in state and text in state and text in targets:
-            theirs = state[vision].shape, state[text].shape
-            ours = targets[text].shape, targets[vision].shape
-            return theirs != ours[::-1] and theirs[0] == ours[0]
-    return False
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -16,55 +16,17 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from beit3_fast.checkpoint.pickle_names import (
+    ALLOWED,
+    DTYPES,
+    NAMESPACE,
+    STORAGE_DTYPES,
+    refusal,
+)
 from beit3_fast.errors import CheckpointError
 
 MAX_TENSORS = 50_000
 MAX_INSTRUCTIONS = 2_000_000
-
-NAMESPACE = "argparse.Namespace"
-STORAGE_DTYPES = {
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.DoubleStorage": torch.float64,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
-    "torch.storage.UntypedStorage": torch.uint8,
-}
-# read from the table of attributes: asking the module for one by name could import a part of torch
-_DTYPES = {
-    f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
-}
-_ALLOWED = {
-    NAMESPACE,
-    "collections.OrderedDict",
-    "torch.Size",
-    "torch.device",
-    "torch._utils._rebuild_parameter",
-    "torch._utils._rebuild_tensor",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_tensor_v3",
-    *STORAGE_DTYPES,
-    *_DTYPES,
-}
-_REFUSED = {
-    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
-    "torch._utils._rebuild_qtensor": "a quantised tensor",
-    "torch._utils._rebuild_meta_tensor_no_storage": "a tensor without data (meta device)",
-    "torch._utils._rebuild_nested_tensor": "a nested tensor",
-    "torch._utils._rebuild_wrapper_subclass": "a tensor subclass",
-    "torch._tensor._rebuild_from_type_v2": "a tensor subclass",
-    "torch.ComplexFloatStorage": "a complex tensor",
-    "torch.ComplexDoubleStorage": "a complex tensor",
-    **{
-        f"torch.{name}Storage": "a quantised tensor"
-        for name in ("QInt8", "QUInt8", "QInt32", "QUInt4x2", "QUInt2x4")
-    },
-}
 
 
 class Global(NamedTuple):
@@ -107,10 +69,18 @@ def scan_pickle(stream: BinaryIO) -> Scan:
     """Follow one pickle from the stream's position to its end. Raises CheckpointError."""
     machine = _Machine()
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
-            machine.step(opcode.name, argument)
-            if opcode.name == "STOP":
-                break
+        while machine.running:
+            code = stream.read(1)
+            if not code:
+                raise EOFError("it ends before its end mark")
+            opcode = _OPCODES[code.decode("latin-1")]
+            # asked before the argument is read: not all forms of arguments are safe to decode
+            if opcode.name not in _KNOWN:
+                raise CheckpointError(
+                    f"its pickle uses the instruction {opcode.name}, which PyTorch's safe reader does not know; "
+                    "write the file again with torch.save and its default protocol"
+                )
+            machine.step(opcode.name, opcode.arg.reader(stream) if opcode.arg else None)
     except CheckpointError:
         raise
     except Exception as error:
@@ -122,6 +92,7 @@ def scan_pickle(stream: BinaryIO) -> Scan:
 
 class _Machine:
     def __init__(self) -> None:
+        self.running = True
         self.result = Scan()
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
@@ -138,18 +109,12 @@ class _Machine:
             self.stack.append(_CONSTANTS[name])
         elif name in _LITERALS:
             self.stack.append(argument)
-        elif name in ("BINPUT", "LONG_BINPUT"):
+        elif name in _PUTS:
             self.memo[argument] = self.stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
+        elif name in _GETS:
             self.stack.append(self.memo[argument])
         else:
-            handler = _HANDLERS.get(name)
-            if handler is None:
-                raise CheckpointError(
-                    f"its pickle uses the instruction {name}, which PyTorch's safe reader does not know; "
-                    "write the file again with torch.save and its default protocol"
-                )
-            handler(self, argument)
+            _HANDLERS[name](self, argument)
 
     def pop_mark(self) -> list[Any]:
         items = self.stack
@@ -205,8 +170,8 @@ class _Machine:
     def mention(self, argument: Any) -> None:
         name = str(argument).replace(" ", ".", 1)
         self.result.globals.add(name)
-        if name not in _ALLOWED:
-            raise CheckpointError(_refusal(name))
+        if name not in ALLOWED:
+            raise CheckpointError(refusal(name))
         self.stack.append(Global(name))
 
     def persistent(self, _: Any) -> None:
@@ -257,6 +222,7 @@ class _Machine:
 
     def stop(self, _: Any) -> None:
         self.result.value = self.stack.pop()
+        self.running = False
 
     def ignore(self, _: Any) -> None:
         pass
@@ -264,6 +230,8 @@ class _Machine:
 
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _LITERALS = {"BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "LONG1"}
+_PUTS = {"BINPUT", "LONG_BINPUT"}
+_GETS = {"BINGET", "LONG_BINGET"}
 _HANDLERS: dict[str, Callable[[_Machine, Any], None]] = {
     "PROTO": _Machine.ignore,
     "MARK": _Machine.mark,
@@ -284,6 +252,8 @@ _HANDLERS: dict[str, Callable[[_Machine, Any], None]] = {
     "BUILD": _Machine.build,
     "STOP": _Machine.stop,
 }
+_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
+_KNOWN = {*_CONSTANTS, *_LITERALS, *_PUTS, *_GETS, *_HANDLERS}
 
 
 def _expect(value: Any, kind: type) -> Any:
@@ -298,15 +268,6 @@ def _text(value: Any) -> Any:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _refusal(name: str) -> str:
-    if name in _REFUSED:
-        return f"it holds {_REFUSED[name]}; only dense, plain tensors can be weights: convert it and save it again"
-    return (
-        f"its pickle asks for {name}, which weights never need and which could run code, so nothing was loaded; "
-        "if you trust its origin, load it with torch.load in a sandbox and save the weights alone"
-    )
 
 
 def _check_tensor(function: str, arguments: tuple[Any, ...]) -> None:
@@ -324,7 +285,7 @@ def _check_tensor(function: str, arguments: tuple[Any, ...]) -> None:
         raise CheckpointError("its pickle describes a tensor that makes no sense")
     width, available = 1, storage.numel
     if function.endswith("_v3"):
-        width = _DTYPES[arguments[6].name].itemsize // storage.dtype.itemsize or 1
+        width = DTYPES[arguments[6].name].itemsize // storage.dtype.itemsize or 1
     numel = math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if numel and (numel * width > available or (last + 1) * width > available):

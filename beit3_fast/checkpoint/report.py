@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from beit3_fast.checkpoint.keys import shorten
+from torch import Tensor
+
+from beit3_fast.checkpoint import keys, positions
 from beit3_fast.checkpoint.positions import Grid
 from beit3_fast.errors import CheckpointError
 
@@ -77,8 +79,52 @@ class CheckpointMismatch(CheckpointError):
         self.report = report
 
 
+def explain(
+    blocking: LoadReport, state: Mapping[str, Tensor], targets: Mapping[str, Tensor]
+) -> str:
+    """The message for a file with the names ``state`` and a model with the names ``targets`` that do not fit."""
+
+    def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    lines = [
+        f"{blocking.source}: does not fit the model, which was left as it was",
+        f"the file has {keys.describe(shapes(state))}; the model has {keys.describe(shapes(targets))}",
+        *_size_hint(shapes(state), shapes(targets)),
+        *(blocking.problems() or ["no name of the file is a name of the model"]),
+    ]
+    if _tables_swapped(state, targets):
+        lines.append(
+            "the position tables of A (vision) and B (text) look swapped: are the branches?"
+        )
+    if blocking.missing and keys.all_heads(blocking.missing):
+        lines.append("to start from a file without this head, pass allow_missing=HEADS")
+    if blocking.mismatched and keys.all_heads(blocking.mismatched):
+        lines.append("to start with a new head of another size, pass allow_mismatched=HEADS")
+    return "\n  ".join(lines)
+
+
+def _size_hint(
+    theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    pairs = zip(keys.size_of(theirs), keys.size_of(ours), strict=True)
+    if all(a == b or a is None or b is None for a, b in pairs):
+        return []
+    return ["the file belongs to a model of another size: create that one for it"]
+
+
+def _tables_swapped(state: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> bool:
+    for vision in filter(positions.is_table, targets):
+        text = vision.replace(".A.", ".B.")
+        if vision in state and text in state and text in targets:
+            theirs = state[vision].shape, state[text].shape
+            ours = targets[text].shape, targets[vision].shape
+            return theirs != ours[::-1] and theirs[0] == ours[0]
+    return False
+
+
 def _list(names: Sequence[str]) -> str:
-    short = shorten(names)
+    short = keys.shorten(names)
     more = f" and {len(short) - _MOST_NAMES} more" if len(short) > _MOST_NAMES else ""
     return ", ".join(short[:_MOST_NAMES]) + more
 

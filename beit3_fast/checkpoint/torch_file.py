@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from beit3_fast.checkpoint.pickle_scan import MAX_TENSORS, NAMESPACE, Scan, scan_pickle
+from beit3_fast.checkpoint.pickle_names import NAMESPACE
+from beit3_fast.checkpoint.pickle_scan import MAX_TENSORS, Scan, scan_pickle
 from beit3_fast.errors import CheckpointError
 
 ZIP_MAGIC = b"PK\x03\x04"

@@ -102,7 +102,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The token ids of one text, without bos and eos.
 
-        Names of special tokens in the text ("</s>", "<mask>") are ordinary characters. Control characters are
+        Names of special tokens in the text ("</s>", "<mask>") are ordinary characters, unless the file itself
+        defines them as symbols. Control characters are
         dropped or become ``<unk>``, as the file's normaliser has it; "" has no tokens. Raises InputError for what is not a str and
         for lone surrogates, which are not text.
         """

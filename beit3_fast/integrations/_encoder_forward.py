@@ -245,7 +245,7 @@ class EncoderForward:
         return implied[0] if implied is not None and implied[1] == stored else stored
 
     def _check_incremental(self, call: Call, tokens: int) -> None:
-        if any(self.structure().drop_path_rates()):
+        if self.structure().drop_path_rates():
             raise LeaveAlone("decoding with drop path in train mode")
         if call.attn_mask is None:
             return

@@ -6,6 +6,7 @@ part that is not known, a hook or a replaced forward is an obstacle: it would ha
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -68,6 +69,18 @@ _SETTINGS_OF = {
     "MultiheadAttention": ("num_heads", "head_dim", "scaling"),
     "FeedForwardNetwork": ("activation_fn",),
 }
+# Of Encoder.forward. Older versions lack the last ones.
+_ARGUMENTS = (
+    "src_tokens",
+    "encoder_padding_mask",
+    "attn_mask",
+    "return_all_hiddens",
+    "token_embeddings",
+    "multiway_split_position",
+    "features_only",
+    "incremental_state",
+    "positions",
+)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -147,11 +160,10 @@ class Structure:
         return None
 
     def drop_path_rates(self) -> list[float]:
-        """One rate a layer as it applies now; 0 in evaluation."""
+        """One rate a layer as it applies now, or nothing when no branch can be dropped."""
         paths = [layer.drop_path for layer in self._layers]
-        return [
-            float(path.drop_prob) if path is not None and path.training else 0.0 for path in paths
-        ]
+        rates = [float(p.drop_prob) if p is not None and p.training else 0.0 for p in paths]
+        return rates if any(rates) else []
 
     def stored_split(self) -> int | None:
         """The split position that all Multiway modules hold, or None when they differ."""
@@ -184,6 +196,10 @@ def _obstacles(
             yield f"a hook on {name}"
         if "forward" in module.__dict__ and not (checkpointed and _is_layer_name(name)):
             yield f"{name} has a forward of its own"
+    parameters = inspect.signature(type(encoder).forward).parameters.values()
+    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD][1:]
+    if len(names) < 6 or names != list(_ARGUMENTS[: len(names)]):
+        yield f"the encoder's forward has another signature: {names}"
     for name in encoder._modules:
         if name not in ENCODER_PARTS:
             yield f"an unknown part {name} of the encoder"

@@ -18,12 +18,12 @@ from beit3_fast.model.embedding import POSITION_OFFSET, text_rows, vision_positi
 class Embedded:
     """A batch as packed rows.
 
-    ``rows`` [R, C] have positions added, ``words`` [R, C] have not. ``source`` int64 [R] names the row of the
+    ``rows`` [R, C] have positions added, ``words`` [R, C], where asked for, have not. ``source`` int64 [R] names the row of the
     padded batch [B * N] behind each packed row (None: the same order), N = num_vision + num_text.
     """
 
     rows: Tensor
-    words: Tensor
+    words: Tensor | None
     layout: TokenLayout
     source: Tensor | None = None
     num_vision: int = 0
@@ -45,11 +45,13 @@ def embed_padded(
     text_padding: Tensor | None = None,
     masked_position: Tensor | None = None,
     positions: Tensor | None = None,
+    keep_words: bool = False,
 ) -> Embedded:
     """Embed a padded batch with the tables of a BEiT3 ``model``, dropping padding.
 
     image [B, 3, H, W]; text int64 [B, Nt]; text_padding [B, Nt], nonzero for padding; masked_position
-    [B, patches]; positions [1 or B, Nt], rows of the text position table. Raises ShapeError and ConfigError.
+    [B, patches]; positions [1 or B, Nt], rows of the text position table; ``keep_words`` also returns the rows
+    without positions. Raises ShapeError and ConfigError.
     """
     _check(image, text, text_padding, masked_position, positions)
     first = image if image is not None else text
@@ -74,9 +76,13 @@ def embed_padded(
         return tensor if tensor is None or order is None else tensor[order]
 
     kept = sorted_samples(kept)
-    parts: list[tuple[Tensor, Tensor]] = []
+    parts, words = [], []
     if image is not None:
-        parts.append(_vision_rows(model, sorted_samples(image), sorted_samples(masked_position)))
+        plain, placed = _vision_rows(model, sorted_samples(image), sorted_samples(masked_position))
+        parts.append(placed)
+        if keep_words:
+            words.append(plain)
+        del plain
     if text is not None:
         places = torch.arange(num_text, device=device)[None]
         if positions is not None:
@@ -84,12 +90,14 @@ def embed_padded(
         places = sorted_samples(places.expand(batch, num_text))
         tokens = sorted_samples(text)
         tokens, places = (t.flatten() if kept is None else t[kept] for t in (tokens, places))
-        parts.append(_text_rows(model, tokens, places))
+        plain, placed = _text_rows(model, tokens, places)
+        parts.append(placed)
+        words.append(plain)
     source = None
     if num_text and (image is not None or kept is not None):
         source = _sources(layout, num_vision, num_text, kept)
-    words, rows = (_cat(list(column)) for column in zip(*parts, strict=True))
-    return Embedded(rows, words, layout, source, num_vision, num_text)
+    kept_words = _cat(words) if keep_words else None
+    return Embedded(_cat(parts), kept_words, layout, source, num_vision, num_text)
 
 
 def embed_samples(
@@ -122,21 +130,20 @@ def embed_samples(
         text_lengths.append(0 if tokens is None else tokens.shape[0])
     device = next(t for t in (*images, *text) if t is not None).device
     layout = TokenLayout.from_lengths(vision_lengths, text_lengths, device)
-    parts: list[tuple[Tensor, Tensor]] = []
+    parts: list[Tensor] = []
     same_size: list[Tensor] = []
     for place in (*layout.order, None):
         image = None if place is None else images[place]
         if same_size and (image is None or image.shape != same_size[0].shape):
-            parts.append(_vision_rows(model, torch.stack(same_size), None))
+            parts.append(_vision_rows(model, torch.stack(same_size), None)[1])
             same_size = []
         if image is not None:
             same_size.append(image)
     sentences = [tokens for place in layout.order if (tokens := text[place]) is not None]
     if sentences:
         places = [torch.arange(len(tokens), device=device) for tokens in sentences]
-        parts.append(_text_rows(model, torch.cat(sentences), torch.cat(places)))
-    words, rows = (_cat(list(column)) for column in zip(*parts, strict=True))
-    return Embedded(rows, words, layout)
+        parts.append(_text_rows(model, torch.cat(sentences), torch.cat(places))[1])
+    return Embedded(_cat(parts), None, layout)
 
 
 def packed_choice(chosen: Tensor, text_padding: Tensor | None, layout: TokenLayout) -> Tensor:
@@ -145,12 +152,21 @@ def packed_choice(chosen: Tensor, text_padding: Tensor | None, layout: TokenLayo
     Raises ShapeError when the mask has another shape than the padding or chooses padding.
     """
     chosen = chosen.bool()
-    if text_padding is None:
-        return chosen.flatten()
-    padding = text_padding.bool()
-    if chosen.shape != padding.shape or bool((chosen & padding).any()):
+    shape = (layout.batch_size, sum(layout.text_lengths[:1]))
+    padding = None
+    if text_padding is not None:
+        padding, shape = text_padding.bool(), (*text_padding.shape,)
+    if tuple(chosen.shape) != shape:
         raise ShapeError(
-            "the mask of text rows to read must have the text's shape and must not choose padding"
+            f"the mask of text rows to read must have the text's shape {list(shape)}, "
+            f"got {list(chosen.shape)}"
+        )
+    if padding is None:
+        return chosen.flatten()
+    if bool((chosen & padding).any()):
+        sample = int((chosen & padding).any(1).nonzero()[0])
+        raise ShapeError(
+            f"the mask of text rows to read chooses padding in sample {sample}; clear it where text_padding is set"
         )
     order = torch.tensor(layout.order, device=chosen.device)
     return chosen[order][~padding[order]]
@@ -184,7 +200,7 @@ def _text_rows(model: Any, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tens
 
 def _sources(layout: TokenLayout, num_vision: int, num_text: int, kept: Tensor | None) -> Tensor:
     tokens = num_vision + num_text
-    samples = torch.tensor(layout.order, device=layout.device)[:, None]
+    samples = torch.tensor(layout.order, dtype=torch.int64, device=layout.device)[:, None]
     places = torch.arange(tokens, device=layout.device)[None] + samples * tokens
     text = places[:, num_vision:]
     text = text.flatten() if kept is None else text[kept]
@@ -204,6 +220,10 @@ def _check(
 ) -> None:
     if image is None and text is None:
         raise ShapeError("an image, a text or both are needed, got neither")
+    named = {"image": image, "text": text, "text_padding": text_padding, "positions": positions}
+    for name, value in (named | {"vision_masked_position": masked_position}).items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ShapeError(f"{name} must be a tensor, got {type(value).__name__}")
     if positions is not None and image is not None:
         raise ConfigError("positions can only be given for a text without an image")
     if masked_position is not None and image is None:
@@ -211,6 +231,15 @@ def _check(
     if text is not None and (text.dim() != 2 or text.dtype not in (torch.int64, torch.int32)):
         raise ShapeError(
             f"text must be token ids, int64 [B, Nt], got {text.dtype} of shape {list(text.shape)}"
+        )
+    if positions is not None and (
+        text is None
+        or positions.dtype not in (torch.int64, torch.int32)
+        or tuple(positions.shape) not in ((1, text.shape[1]), tuple(text.shape))
+    ):
+        raise ShapeError(
+            "positions must be int64 [1 or B, Nt] like the text, got "
+            f"{positions.dtype} of shape {list(positions.shape)} and {None if text is None else list(text.shape)}"
         )
     if text_padding is not None and (text is None or text_padding.shape != text.shape):
         raise ShapeError(

@@ -98,7 +98,9 @@ class BEiT3(nn.Module):
             text_padding_position,
             vision_masked_position,
             positions,
+            keep_words=True,
         )
+        assert embedded.words is not None
         num_vision, num_text = embedded.num_vision, embedded.num_text
         batch, tokens = embedded.layout.batch_size, num_vision + num_text
         padding = torch.zeros(batch, tokens, dtype=torch.bool, device=embedded.rows.device)

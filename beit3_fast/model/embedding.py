@@ -62,8 +62,14 @@ class VisionEmbedding(nn.Module):
         batch, channels = images.shape[:2]
         patch = self.patch_size
         patches = images.reshape(batch, channels, rows, patch, columns, patch)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch * rows * columns, -1)
+        patches = patches.permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(batch * rows * columns, channels * patch * patch)
         weight = self.proj.weight
+        if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+            raise ShapeError(
+                f"images must have the model's dtype, {weight.dtype}, got {images.dtype}; convert them or run "
+                "under torch.autocast"
+            )
         if torch.is_grad_enabled():
             matrix = weight.flatten(1)
         else:
@@ -89,15 +95,16 @@ class VisionEmbedding(nn.Module):
 
 
 def vision_positions(table: Tensor, trained_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Position rows [Nv, C] for a patch grid; bicubic in fp32 where it is not the trained one."""
+    """Position rows [Nv, C] of a grid, in the table's dtype; bicubic in fp32 where it is not the trained one."""
     if grid == trained_grid:
         return table[POSITION_OFFSET:]
     if torch.is_grad_enabled():
-        return interpolate_positions(table, trained_grid, grid)[POSITION_OFFSET:]
+        resized = interpolate_positions(table, trained_grid, grid)
+        return resized[POSITION_OFFSET:].to(table.dtype)
     resized = derived(
         f"positions {trained_grid} to {grid}",
         (table,),
-        lambda: interpolate_positions(table, trained_grid, grid),
+        lambda: interpolate_positions(table, trained_grid, grid).to(table.dtype),
     )
     return resized[POSITION_OFFSET:]
 
@@ -115,6 +122,11 @@ def text_rows(
         if low < 0 or high >= words.shape[0]:
             raise ShapeError(
                 f"token ids must be in [0, {words.shape[0]}), got ids from {low} to {high}"
+            )
+        if int(places.min()) + POSITION_OFFSET < 0:
+            raise ShapeError(
+                f"positions must be rows of the text position table, at least 0, got "
+                f"{int(places.min()) + POSITION_OFFSET}"
             )
         if int(places.max()) + POSITION_OFFSET >= table.shape[0]:
             raise ShapeError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from beit3_fast.config import BEiT3Config
 from beit3_fast.errors import ConfigError, ShapeError
-from beit3_fast.model.beit3 import BEiT3, init_weights
+from beit3_fast.model.beit3 import BEiT3, Encoded, init_weights
 
 _HEAD_INIT_SCALE = 0.001
 
@@ -61,6 +61,18 @@ class BEiT3Task(nn.Module):
                     parameter.mul_(_HEAD_INIT_SCALE)
 
 
+def _text_of_all(encoded: Encoded) -> Tensor:
+    """[B, C]: the first text row of every sample. Raises ShapeError where a sample has none."""
+    lengths = encoded.layout.text_lengths
+    if 0 in lengths:
+        sample = encoded.layout.order[lengths.index(0)]
+        raise ShapeError(
+            f"the head reads the first text token of every sample, but the text of sample {sample} of the "
+            "batch is empty or all padding"
+        )
+    return encoded.text()
+
+
 class BEiT3ForImageClassification(BEiT3Task):
     """Mean of the patch rows, LayerNorm, linear head: image [B, 3, H, W] -> logits [B, num_classes]."""
 
@@ -73,7 +85,8 @@ class BEiT3ForImageClassification(BEiT3Task):
     def forward(self, image: Tensor) -> Tensor:
         """image [B, 3, H, W] -> logits [B, num_classes]."""
         encoded = self.beit3.encode(image=image)
-        tokens = encoded.rows.unflatten(0, (image.shape[0], -1))  # [B, Nv, C]
+        batch, width = encoded.layout.batch_size, encoded.rows.shape[1]
+        tokens = encoded.rows.view(batch, encoded.rows.shape[0] // max(batch, 1), width)
         return self.head(self.fc_norm(tokens[:, 1:].mean(1)))
 
 
@@ -117,7 +130,7 @@ class BEiT3ForVisualReasoning(BEiT3Task):
             read_vision="first",
             read_text="first",
         )
-        states = torch.cat([encoded.vision(), encoded.text()], dim=1)  # [2B, 2C]
+        states = torch.cat([encoded.vision(), _text_of_all(encoded)], dim=1)  # [2B, 2C]
         return self.head(torch.cat(states.chunk(2), dim=1))
 
 
@@ -292,7 +305,7 @@ class BEiT3ForRetrieval(BEiT3Task):
             encoded = self.beit3.encode(
                 text=text_description, text_padding=padding_mask, read_text="first"
             )
-            language = F.normalize(self.language_head(encoded.text()), dim=-1)
+            language = F.normalize(self.language_head(_text_of_all(encoded)), dim=-1)
         if only_infer:
             return vision, language
         if vision is None or language is None:

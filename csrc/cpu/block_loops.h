@@ -331,7 +331,7 @@ void linear_block(const LinearBlock& block, void* scratch) {
     const uint32_t* const b = block.packed + column / kPanel * panel_words;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t begin = block.count * t / tiles, end = block.count * (t + 1) / tiles;
-      foresee<Arch>(block, block.first + begin, end - begin, column, columns);
+
       choose_tile<Arch>(end - begin, vectors)(a + begin * row_words, b, panel_words, units, c,
                                               vectors * 16);
       end_tile(block, block.first + begin, end - begin, column, columns, c, vectors * 16);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import pickle
@@ -41,6 +42,7 @@ def add(name: str, message: str, write: Write) -> None:
     CASES[name] = (write, message)
 
 
+@functools.cache
 def good_bytes(form: str) -> bytes:
     """A file of the weights above: "zip", "legacy" or "safetensors"."""
     if form == "safetensors":
@@ -74,7 +76,11 @@ def pickle_in_zip(program: bytes) -> Write:
 def pickle_in_legacy(program: bytes) -> Write:
     head = b"".join(
         pickle.dumps(value, 2)
-        for value in (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True})
+        for value in (
+            0x1950A86A20F9469CFC6C,
+            1001,
+            {"protocol_version": 1001, "little_endian": True},
+        )
     )
     return lambda path: path.write_bytes(head + program + pickle.dumps([], 2))
 
@@ -121,14 +127,22 @@ add("noise", "neither a PyTorch file", lambda p: p.write_bytes(bytes(range(255, 
 add("text", "text file", lambda p: p.write_text("weights, I promise\n" * 50))
 add("web page", "web page", lambda p: p.write_text("\n<!DOCTYPE html><html>404</html>"))
 add("xml error", "web page", lambda p: p.write_text('<?xml version="1.0"?><Error>gone</Error>'))
-add("git lfs", "git lfs pull", lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"))
+add(
+    "git lfs",
+    "git lfs pull",
+    lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"),
+)
 add("gzip", "gzip", lambda p: p.write_bytes(b"\x1f\x8b\x08" + bytes(99)))
 add("hdf5", "HDF5", lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)))
 add("numpy", "NumPy", lambda p: p.write_bytes(b"\x93NUMPY\x01\x00" + bytes(99)))
 add("seven-zip", "7z", lambda p: p.write_bytes(b"7z\xbc\xaf'\x1c" + bytes(99)))
 add("empty zip", "empty zip", lambda p: zipfile.ZipFile(p, "w").close())
 add("folder", "folder", lambda p: p.mkdir())
-add("plain pickle", "pickle that torch.save did not write", lambda p: p.write_bytes(pickle.dumps({"a": 1})))
+add(
+    "plain pickle",
+    "pickle that torch.save did not write",
+    lambda p: p.write_bytes(pickle.dumps({"a": 1})),
+)
 
 
 @case("missing", "No such file")
@@ -187,7 +201,11 @@ def _(path: Path) -> None:
 @case("exported program", "torch.export")
 def _(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
-        for name, data in (("archive_format", "pt2"), ("data/weights/w", "x"), ("models/model.json", "{}")):
+        for name, data in (
+            ("archive_format", "pt2"),
+            ("data/weights/w", "x"),
+            ("models/model.json", "{}"),
+        ):
             archive.writestr(f"x/{name}", data)
 
 
@@ -237,7 +255,7 @@ add("list", "holds a list", content(lambda: [torch.ones(1)]))
 add("tensor", "holds a Tensor", content(lambda: torch.ones(1)))
 add("number", "holds a int", content(lambda: 3))
 add("nothing", "holds a NoneType", content(lambda: None))
-add("empty dictionary", "holds no tensors", content(lambda: {}))
+add("empty dictionary", "holds no tensors", content(dict))
 add("empty model", "holds no tensors", content(lambda: {"model": {}}))
 add(
     "optimizer only",
@@ -249,7 +267,11 @@ add(
     "optimizer's state but no weights",
     content(lambda: torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]).state_dict()),
 )
-add("nested junk", "no weights: its entries are config", content(lambda: {"config": {"a": {"b": 1}}}))
+add(
+    "nested junk",
+    "no weights: its entries are config",
+    content(lambda: {"config": {"a": {"b": 1}}}),
+)
 add("list of tensors", "holds no weights", content(lambda: {"model": [torch.ones(1)]}))
 add("a value that is text", "is a str", content(lambda: {"model": {**good(), "name": "base"}}))
 add("a value that is a table", "is a dict", content(lambda: {"model": {**good(), "beit3": {}}}))
@@ -272,17 +294,27 @@ def _(path: Path) -> None:
 add(
     "quantised",
     "quantised tensor",
-    tensors(
-        lambda s: s.update({FIRST: torch.quantize_per_tensor(s[FIRST], 0.1, 0, torch.qint8)})
-    ),
+    tensors(lambda s: s.update({FIRST: torch.quantize_per_tensor(s[FIRST], 0.1, 0, torch.qint8)})),
 )
 add("complex", "complex", tensors(lambda s: s.update({FIRST: s[FIRST].to(torch.complex64)})))
 add("meta", "without data", tensors(lambda s: s.update({FIRST: s[FIRST].to("meta")})))
-add("integers", "has dtype torch.int8", tensors(lambda s: s.update({FIRST: s[FIRST].to(torch.int8)})))
-add("eight bits", "dtype torch.float8", tensors(lambda s: s.update({FIRST: s[FIRST].to(torch.float8_e5m2)})))
+add(
+    "integers",
+    "has dtype torch.int8",
+    tensors(lambda s: s.update({FIRST: s[FIRST].to(torch.int8)})),
+)
+add(
+    "eight bits",
+    "dtype torch.float8",
+    tensors(lambda s: s.update({FIRST: s[FIRST].to(torch.float8_e5m2)})),
+)
 add("booleans", "has dtype torch.bool", tensors(lambda s: s.update({FIRST: s[FIRST] > 0})))
 add("NaN", f"{FIRST}: holds NaN", tensors(lambda s: s[FIRST].view(-1)[5].fill_(float("nan"))))
-add("infinity", f"{FIRST}: holds infinity", tensors(lambda s: s[FIRST].view(-1)[5].fill_(float("inf"))))
+add(
+    "infinity",
+    f"{FIRST}: holds infinity",
+    tensors(lambda s: s[FIRST].view(-1)[5].fill_(float("inf"))),
+)
 add(
     "tensor attributes",
     "subclass|asks for",
@@ -297,35 +329,95 @@ def _with_attribute() -> Tensor:
 
 
 # --- weights that do not fit
-add("wrong shape", "wrong shape: .*logit_scale", tensors(lambda s: s.update(logit_scale=torch.ones(3))))
+add(
+    "wrong shape",
+    "wrong shape: .*logit_scale",
+    tensors(lambda s: s.update(logit_scale=torch.ones(3))),
+)
 add("transposed", "wrong shape", tensors(lambda s: s.update({FIRST: s[FIRST].t().contiguous()})))
 add("scalar for a matrix", "wrong shape", tensors(lambda s: s.update({FIRST: torch.tensor(1.0)})))
 add("missing key", f"missing: {FIRST}", tensors(lambda s: s.pop(FIRST)))
-add("extra key", "unexpected: beit3.extra", tensors(lambda s: s.update({"beit3.extra": torch.ones(1)})))
-add("other layers", r"missing: beit3.encoder.layers.1", content(lambda: {"model": weights(
-    {n.replace("layers.1", "layers.5"): x for n, x in SHAPES.items()})} | {"x": 1}))
-add("misspelt prefix", "unexpected: beitbeit3.text_embed", tensors(lambda s: [s.update({f"beit{n}": s.pop(n)}) for n in list(s)]))
-add("swapped tables", "look swapped", tensors(lambda s: s.update({
-    "beit3.encoder.embed_positions.A.weight": s["beit3.encoder.embed_positions.B.weight"],
-    "beit3.encoder.embed_positions.B.weight": s["beit3.encoder.embed_positions.A.weight"]})))
-add("no square grid", "no square", tensors(lambda s: s.update({
-    "beit3.encoder.embed_positions.A.weight": torch.ones(3 + 15, 8)})))
-add("prefix on some names only", "unexpected: module.beit3", tensors(
-    lambda s: s.update({f"module.{FIRST}": s.pop(FIRST)})))
+add(
+    "extra key",
+    "unexpected: beit3.extra",
+    tensors(lambda s: s.update({"beit3.extra": torch.ones(1)})),
+)
+add(
+    "other layers",
+    r"missing: beit3.encoder.layers.1",
+    content(
+        lambda: (
+            {"model": weights({n.replace("layers.1", "layers.5"): x for n, x in SHAPES.items()})}
+            | {"x": 1}
+        )
+    ),
+)
+add(
+    "misspelt prefix",
+    "unexpected: beitbeit3.text_embed",
+    tensors(lambda s: [s.update({f"beit{n}": s.pop(n)}) for n in list(s)]),
+)
+add(
+    "swapped tables",
+    "look swapped",
+    tensors(
+        lambda s: s.update(
+            {
+                "beit3.encoder.embed_positions.A.weight": s[
+                    "beit3.encoder.embed_positions.B.weight"
+                ],
+                "beit3.encoder.embed_positions.B.weight": s[
+                    "beit3.encoder.embed_positions.A.weight"
+                ],
+            }
+        )
+    ),
+)
+add(
+    "no square grid",
+    "no square",
+    tensors(lambda s: s.update({"beit3.encoder.embed_positions.A.weight": torch.ones(3 + 15, 8)})),
+)
+add(
+    "prefix on some names only",
+    "unexpected: module.beit3",
+    tensors(lambda s: s.update({f"module.{FIRST}": s.pop(FIRST)})),
+)
 
 # --- archives that lie
 add("member above", "leaves the folder", repack(lambda r: r.update({"../evil": b"x"})))
-add("member inside above", "leaves the folder", repack(lambda r: r.update({"archive/../../evil": b"x"})))
+add(
+    "member inside above",
+    "leaves the folder",
+    repack(lambda r: r.update({"archive/../../evil": b"x"})),
+)
 add("absolute member", "leaves the folder", repack(lambda r: r.update({"/etc/evil": b"x"})))
 add("two folders", "leaves the folder", repack(lambda r: r.update({"other/data/0": b"x"})))
 add("two pickles", "torch.save did not write", repack(lambda r: r.update({"b/data.pkl": b"N."})))
 add("no pickle", "torch.save did not write", repack(lambda r: r.pop("archive/data.pkl")))
 add("data missing", "storage 3 is missing", repack(lambda r: r.pop("archive/data/3")))
-add("data short", "should have .* bytes and has", repack(lambda r: r.update({"archive/data/3": b"xx"})))
-add("data long", "should have .* bytes and has", repack(lambda r: r.update({"archive/data/3": bytes(9999)})))
-add("compressed", "compressed or encrypted", repack(lambda r: None, compression=zipfile.ZIP_DEFLATED))
-add("zip bomb", "larger than the file", repack(
-    lambda r: r.update({"archive/data/0": bytes(100 << 20)}), compression=zipfile.ZIP_DEFLATED))
+add(
+    "data short",
+    "should have .* bytes and has",
+    repack(lambda r: r.update({"archive/data/3": b"xx"})),
+)
+add(
+    "data long",
+    "should have .* bytes and has",
+    repack(lambda r: r.update({"archive/data/3": bytes(9999)})),
+)
+add(
+    "compressed",
+    "compressed or encrypted",
+    repack(lambda r: None, compression=zipfile.ZIP_DEFLATED),
+)
+add(
+    "zip bomb",
+    "larger than the file",
+    repack(
+        lambda r: r.update({"archive/data/0": bytes(100 << 20)}), compression=zipfile.ZIP_DEFLATED
+    ),
+)
 add("empty pickle", "damaged or cut off", pickle_in_zip(b""))
 add("pickle without end", "damaged or cut off", pickle_in_zip(b"\x80\x02}q\x00"))
 add("bad byte order", "cannot read it", repack(lambda r: r.update({"archive/byteorder": b"mixed"})))
@@ -372,16 +464,31 @@ def _(path: Path) -> None:
 
 # --- pickles that describe what cannot be
 def tensor_program(
-    size: bytes, stride: bytes, numel: int = 4, offset: int = 0, kind: bytes = b"FloatStorage", key: bytes = b"0"
+    size: bytes,
+    stride: bytes,
+    numel: int = 4,
+    offset: int = 0,
+    kind: bytes = b"FloatStorage",
+    key: bytes = b"0",
 ) -> bytes:
     """{"model": {"t": a tensor}} as torch.save would write it."""
     storage = (
-        b"(X\x07\0\0\0storagectorch\n" + kind + b"\nX" + struct.pack("<I", len(key)) + key
-        + b"X\x03\0\0\0cpu\x8a\x08" + struct.pack("<q", numel) + b"tQ"
+        b"(X\x07\0\0\0storagectorch\n"
+        + kind
+        + b"\nX"
+        + struct.pack("<I", len(key))
+        + key
+        + b"X\x03\0\0\0cpu\x8a\x08"
+        + struct.pack("<q", numel)
+        + b"tQ"
     )
     return (
         b"\x80\x02}X\x05\0\0\0model}X\x01\0\0\0tctorch._utils\n_rebuild_tensor_v2\n("
-        + storage + b"\x8a\x08" + struct.pack("<q", offset) + size + stride
+        + storage
+        + b"\x8a\x08"
+        + struct.pack("<q", offset)
+        + size
+        + stride
         + b"\x89ccollections\nOrderedDict\n)RtRss."
     )
 
@@ -391,23 +498,45 @@ def sizes(*values: int) -> bytes:
 
 
 def one_storage(program: bytes) -> Write:
-    return repack(
-        lambda r: r.update({"archive/data.pkl": program, "archive/data/0": bytes(16)})
-    )
+    return repack(lambda r: r.update({"archive/data.pkl": program, "archive/data/0": bytes(16)}))
 
 
-add("expanded tensor", "reaches beyond", one_storage(tensor_program(sizes(10**6, 10**6), sizes(0, 0))))
-add("tensor beyond its data", "reaches beyond", one_storage(tensor_program(sizes(2, 4), sizes(4, 1))))
-add("offset beyond the data", "reaches beyond", one_storage(tensor_program(sizes(4), sizes(1), offset=1)))
+add(
+    "expanded tensor",
+    "reaches beyond",
+    one_storage(tensor_program(sizes(10**6, 10**6), sizes(0, 0))),
+)
+add(
+    "tensor beyond its data",
+    "reaches beyond",
+    one_storage(tensor_program(sizes(2, 4), sizes(4, 1))),
+)
+add(
+    "offset beyond the data",
+    "reaches beyond",
+    one_storage(tensor_program(sizes(4), sizes(1), offset=1)),
+)
 add("stride beyond the data", "reaches beyond", one_storage(tensor_program(sizes(2), sizes(4))))
 add("negative size", "makes no sense", one_storage(tensor_program(sizes(-1), sizes(1))))
 add("negative offset", "makes no sense", one_storage(tensor_program(sizes(1), sizes(1), offset=-4)))
 add("huge storage", "should have", one_storage(tensor_program(sizes(1), sizes(1), numel=2**60)))
 add("negative storage", "makes no sense", one_storage(tensor_program(sizes(1), sizes(1), numel=-1)))
 add("overflowing size", "reaches beyond", one_storage(tensor_program(sizes(2**62, 8), sizes(8, 1))))
-add("storage key that climbs", "is missing", one_storage(tensor_program(sizes(1), sizes(1), key=b"../data.pkl")))
-add("unknown storage", "asks for torch.EvilStorage", one_storage(tensor_program(sizes(1), sizes(1), kind=b"EvilStorage")))
-add("huge storage, old form", "cut off|damaged|fit", pickle_in_legacy(tensor_program(sizes(1), sizes(1), numel=2**60)))
+add(
+    "storage key that climbs",
+    "is missing",
+    one_storage(tensor_program(sizes(1), sizes(1), key=b"../data.pkl")),
+)
+add(
+    "unknown storage",
+    "asks for torch.EvilStorage",
+    one_storage(tensor_program(sizes(1), sizes(1), kind=b"EvilStorage")),
+)
+add(
+    "huge storage, old form",
+    "cut off|damaged|fit",
+    pickle_in_legacy(tensor_program(sizes(1), sizes(1), numel=2**60)),
+)
 add("key twice", "comes twice", pickle_in_zip(b"\x80\x02}(X\x01\0\0\0aK\x01X\x01\0\0\0aK\x02u."))
 add("odd dictionary", "damaged", pickle_in_zip(b"\x80\x02}(X\x01\0\0\0au."))
 add("stack underflow", "damaged", pickle_in_zip(b"\x80\x02\x86."))
@@ -419,12 +548,26 @@ BOMB = b"\x80\x02}K\x01" + b"q\x00h\x00\x86" * 40 + b"K\x01s."
 add("tuple bomb as a key", "neither text nor number", pickle_in_zip(BOMB))
 add("tuple bomb as a key, old form", "neither text nor number", pickle_in_legacy(BOMB))
 add("no mark", "damaged", pickle_in_zip(b"\x80\x02t."))
-add("two million instructions", "instructions", pickle_in_zip(b"\x80\x02" + b"N" * 2_100_000 + b"."))
+add(
+    "two million instructions", "instructions", pickle_in_zip(b"\x80\x02" + b"N" * 2_100_000 + b".")
+)
 
 # --- safetensors that lie
-add("header of text", "no valid JSON", lambda p: p.write_bytes(b"\x08" + bytes(7) + b"{weights" + bytes(64)))
-add("header of a list", "neither|no JSON object", lambda p: p.write_bytes(b"\x02" + bytes(7) + b"[]"))
-add("header length of 2**62", "claims", lambda p: p.write_bytes((2**62).to_bytes(8, "little") + b"{}" + bytes(64)))
+add(
+    "header of text",
+    "no valid JSON",
+    lambda p: p.write_bytes(b"\x08" + bytes(7) + b"{weights" + bytes(64)),
+)
+add(
+    "header of a list",
+    "neither|no JSON object",
+    lambda p: p.write_bytes(b"\x02" + bytes(7) + b"[]"),
+)
+add(
+    "header length of 2**62",
+    "claims",
+    lambda p: p.write_bytes((2**62).to_bytes(8, "little") + b"{}" + bytes(64)),
+)
 add("header without end", "claims", lambda p: p.write_bytes((99).to_bytes(8, "little") + b"{}"))
 add("deep header", "no valid JSON", header(lambda t: b'{"a":' + b"[" * 100_000))
 add("header of no utf-8", "no valid JSON", header(lambda t: b'{"\xff\xfe": 1}'))
@@ -443,9 +586,22 @@ add("offsets backwards", "does not fit its", entry(FIRST, data_offsets=[640, 0])
 add("offsets beyond", "gap|cut off|overlap", entry(FIRST, data_offsets=[10**12, 10**12 + 640]))
 add("entry without shape", "incomplete", header(lambda t: t[FIRST].pop("shape")))
 add("entry that is a number", "incomplete", header(lambda t: t.update({FIRST: 3})))
-add("same key twice", "comes twice", header(lambda t: (
-    json.dumps(t)[:-1] + f', "{FIRST}": {json.dumps(t[FIRST])}}}').encode()))
-add("bad configuration", "no valid JSON", lambda p: save_checkpoint(
-    good(), p.with_suffix(".safetensors"), metadata={"config": "{"}).rename(p))
-add("configuration of a list", "no table", lambda p: save_checkpoint(
-    good(), p.with_suffix(".safetensors"), metadata={"config": "[]"}).rename(p))
+add(
+    "same key twice",
+    "comes twice",
+    header(lambda t: (json.dumps(t)[:-1] + f', "{FIRST}": {json.dumps(t[FIRST])}}}').encode()),
+)
+add(
+    "bad configuration",
+    "no valid JSON",
+    lambda p: save_checkpoint(
+        good(), p.with_suffix(".safetensors"), metadata={"config": "{"}
+    ).rename(p),
+)
+add(
+    "configuration of a list",
+    "no table",
+    lambda p: save_checkpoint(
+        good(), p.with_suffix(".safetensors"), metadata={"config": "[]"}
+    ).rename(p),
+)

@@ -88,7 +88,9 @@ def test_parameters_keep_their_identity_and_notice_the_change() -> None:
         assert parameter.requires_grad
 
 
-@pytest.mark.parametrize("file_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "file_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+)
 @pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_floating_dtypes_are_cast(
     file_dtype: torch.dtype, model_dtype: torch.dtype, tmp_path: Path
@@ -114,7 +116,11 @@ def test_integer_buffers_need_their_own_dtype() -> None:
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(float("nan"), "holds NaN"), (float("inf"), "holds infinity"), (-float("inf"), "holds infinity")],
+    [
+        (float("nan"), "holds NaN"),
+        (float("inf"), "holds infinity"),
+        (-float("inf"), "holds infinity"),
+    ],
 )
 def test_weights_that_are_no_numbers_are_refused(value: float, message: str) -> None:
     state, target = weights(SHAPES), model()
@@ -151,7 +157,9 @@ def test_not_strict_reports_instead_of_raising(caplog: pytest.LogCaptureFixture)
     assert torch.equal(target.state_dict()["vision_head.weight"], before["vision_head.weight"])
     assert "missing: vision_head.weight" in caplog.text
     assert "unexpected: strange.weight" in caplog.text
-    with pytest.raises(CheckpointMismatch, match=r"wrong shape: logit_scale: \[1\] in the file, \[\]"):
+    with pytest.raises(
+        CheckpointMismatch, match=r"wrong shape: logit_scale: \[1\] in the file, \[\]"
+    ):
         load_checkpoint(target, {**state, "logit_scale": torch.ones(1)}, strict=False)
     with pytest.raises(CheckpointMismatch, match="no name of the file is a name of the model"):
         load_checkpoint(target, {"strange.weight": torch.ones(1)}, strict=False)
@@ -215,7 +223,10 @@ def test_what_no_table_knows_is_never_dropped(extra: str, kind: str) -> None:
 
 def test_a_final_norm_is_dropped_only_where_the_model_has_none() -> None:
     with_norm, without = layout("nlvr2", SMALL_BASE, (2, 2)), layout("vqav2", SMALL_BASE, (2, 2))
-    state = {**weights(without), **{n: t for n, t in weights(with_norm).items() if "encoder.layer_norm" in n}}
+    state = {
+        **weights(without),
+        **{n: t for n, t in weights(with_norm).items() if "encoder.layer_norm" in n},
+    }
     report = load_checkpoint(Standin(without), state)
     assert set(report.dropped.values()) == {"the model has no final LayerNorm"}
     assert len(report.dropped) == 4
@@ -258,7 +269,7 @@ def test_a_check_changes_nothing_and_takes_a_model_without_memory() -> None:
         empty = beit3_fast.create_model("beit3_tiny_patch16_32_retrieval", device="meta")
     state = {n: torch.randn(t.shape) for n, t in empty.state_dict().items()}
     assert not check_checkpoint(empty, state).problems()
-    with pytest.raises(CheckpointError, match="meta device.*to_empty"):
+    with pytest.raises(CheckpointError, match=r"meta device.*to_empty"):
         load_checkpoint(empty, state)
     target = model()
     before = snapshot(target)
@@ -288,7 +299,7 @@ def test_a_model_whose_hook_fails_gives_a_checkpoint_error() -> None:
         raise KeyError("planted")
 
     target.register_load_state_dict_pre_hook(refuse)
-    with pytest.raises(CheckpointError, match="refused its weights.*planted"):
+    with pytest.raises(CheckpointError, match=r"refused its weights.*planted"):
         load_checkpoint(target, weights(SHAPES))
 
 

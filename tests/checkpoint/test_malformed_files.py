@@ -88,19 +88,19 @@ GADGETS = {
     "os.popen": ("os", "popen", "touch {canary}"),
     "subprocess.getoutput": ("subprocess", "getoutput", "touch {canary}"),
     "subprocess.Popen": ("subprocess", "Popen", "touch {canary}"),
-    "eval": ("builtins", "eval", "open('{canary}', 'w')"),
-    "exec": ("builtins", "exec", "open('{canary}', 'w')"),
-    "python 2 eval": ("__builtin__", "eval", "open('{canary}', 'w')"),
-    "compile": ("builtins", "compile", "open('{canary}', 'w')"),
+    "eval": ("builtins", "eval", "__import__('pathlib').Path('{canary}').touch()"),
+    "exec": ("builtins", "exec", "__import__('pathlib').Path('{canary}').touch()"),
+    "python 2 eval": ("__builtin__", "eval", "__import__('pathlib').Path('{canary}').touch()"),
+    "compile": ("builtins", "compile", "__import__('pathlib').Path('{canary}').touch()"),
     "open": ("io", "open", "{canary}"),
     "getattr": ("builtins", "getattr", "system"),
     "__import__": ("builtins", "__import__", "os"),
     "import_module": ("importlib", "import_module", "antigravity"),
     "runpy": ("runpy", "run_path", "{canary}.py"),
     "pickle.loads": ("pickle", "loads", "x"),
-    "timeit": ("timeit", "timeit", "open('{canary}', 'w')"),
-    "pdb": ("pdb", "run", "open('{canary}', 'w')"),
-    "cProfile": ("cProfile", "run", "open('{canary}', 'w')"),
+    "timeit": ("timeit", "timeit", "__import__('pathlib').Path('{canary}').touch()"),
+    "pdb": ("pdb", "run", "__import__('pathlib').Path('{canary}').touch()"),
+    "cProfile": ("cProfile", "run", "__import__('pathlib').Path('{canary}').touch()"),
     "attrgetter": ("operator", "attrgetter", "system"),
     "partial": ("functools", "partial", "x"),
     "CDLL": ("ctypes", "CDLL", "libc.so.6"),
@@ -157,7 +157,9 @@ def test_no_gadget_runs(gadget: str, form: str, model: Standin, tmp_path: Path) 
             path.write_bytes(code)
         else:
             {"zip": pickle_in_zip, "legacy": pickle_in_legacy}[form](code)(path)
-        refuse(model, path, "asks for|instruction|did not write|holds a|no known|no weights|outside")
+        refuse(
+            model, path, "asks for|instruction|did not write|holds a|no known|no weights|outside"
+        )
         assert set(tmp_path.iterdir()) == {path}
 
 
@@ -175,5 +177,8 @@ def test_names_the_user_allowed_in_the_process_stay_refused_here(tmp_path: Path)
     """Another library's allow-list is no licence for checkpoints: exactly one more type is taken."""
     path = tmp_path / "x.pth"
     pickle_in_zip(program("builtins", "print", "x", "reduce"))(path)
-    with torch.serialization.safe_globals([print]), pytest.raises(CheckpointError, match="builtins.print"):
+    with (
+        torch.serialization.safe_globals([print]),
+        pytest.raises(CheckpointError, match=r"builtins\.print"),
+    ):
         read_checkpoint(path)

@@ -38,7 +38,9 @@ def official(table: Tensor, num_patches: int) -> Tensor:
         return table
     kept, grid = table[:extra].unsqueeze(0), table[extra:]
     grid = grid.reshape(-1, old, old, table.shape[-1]).permute(0, 3, 1, 2)
-    grid = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    grid = torch.nn.functional.interpolate(
+        grid, size=(new, new), mode="bicubic", align_corners=False
+    )
     grid = grid.permute(0, 2, 3, 1).flatten(1, 2)
     return torch.cat((kept, grid), dim=1).squeeze(0)
 
@@ -64,7 +66,9 @@ def bicubic(grid: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return np.einsum("ih,jw,hwc->ijc", vertical, horizontal, grid.astype(np.float64))
 
 
-@pytest.mark.parametrize(("old", "new"), [(224, 384), (224, 480), (224, 768), (480, 224), (384, 400)])
+@pytest.mark.parametrize(
+    ("old", "new"), [(224, 384), (224, 480), (224, 768), (480, 224), (384, 400)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_square_grids_are_the_official_result_bit_for_bit(
     old: int, new: int, dtype: torch.dtype, tmp_path: Path

@@ -67,6 +67,14 @@ class TestIds:
         assert 3 in tokenizer.encode("字")
         assert 0 not in tokenizer.encode("字 cat")
 
+    def test_a_file_that_defines_the_specials_as_symbols(self, tmp_path: Path) -> None:
+        path = tmp_path / "symbols.spm"
+        path.write_bytes(tiny_sentencepiece_bytes(user_defined_symbols=["<s>", "</s>"]))
+        text = "a<s>b</s>"
+        ids = Tokenizer(path).encode(text)
+        assert {0, 2} <= set(ids)
+        assert ids == xlm_roberta_ids(path, text)
+
     def test_names_of_specials_are_plain_text(self, tokenizer: Tokenizer) -> None:
         ids = tokenizer.encode("a</s><mask><s><pad>")
         assert not {0, 1, 2, tokenizer.mask_id} & set(ids)

@@ -45,6 +45,12 @@ class TestFiles:
             with pytest.raises(InputError, match=r"SentencePiece|<unk>"):
                 Tokenizer(source)
 
+    def test_empty(self, tmp_path: Path) -> None:
+        path = tmp_path / "beit3.spm"
+        path.touch()
+        with pytest.raises(InputError, match=r"beit3\.spm' is empty"):
+            Tokenizer(path)
+
     @pytest.mark.parametrize(
         "ids",
         [

@@ -27,7 +27,7 @@ from torch import Tensor
 from beit3_fast.config import SIZES
 from beit3_fast.errors import KernelUnavailable
 from beit3_fast.integrations.torchscale import accelerate, accelerated_status, restore
-from beit3_fast.model import BEiT3
+from beit3_fast.model import BEiT3, encoder
 from beit3_fast.parity import assert_parity, model_parity
 
 need_torchscale()
@@ -222,6 +222,19 @@ def test_forward(case: Case, impl: str, dtype: str, shape: str) -> None:
         for key in ("multiway_split_position", "encoder_states", "l_aux"):
             assert ours[key] == theirs[key], (name, key)
         assert torch.equal(ours["encoder_padding_mask"], theirs["encoder_padding_mask"])
+
+
+@pytest.mark.parametrize("rows", [1, 30])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@torch.no_grad()
+def test_forward_a_few_samples_at_a_time(
+    case: Case, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What large batches take in evaluation."""
+    monkeypatch.setattr(encoder, "_ROWS_AT_ONCE", rows)
+    for name, model in both("base", "fp32", case.img_size, "auto"):
+        out = model(**inputs(case, "base"))["encoder_out"]
+        compare(name, out, case, "base", "fp32", "encoder_out")
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 import os
 import subprocess
 import sys
@@ -117,7 +119,15 @@ class Linear:
         assert result.passed, result.reason
 
 
-SHAPES = [(40, 1, 1), (1, 64, 160), (3, 40, 200), (5, 7, 3), (6, 96, 70), (13, 31, 95), (25, 65, 33)]
+SHAPES = [
+    (40, 1, 1),
+    (1, 64, 160),
+    (3, 40, 200),
+    (5, 7, 3),
+    (6, 96, 70),
+    (13, 31, 95),
+    (25, 65, 33),
+]
 SHAPES += [(37, 33, 144), (100, 768, 130), (197, 256, 96)]
 
 
@@ -241,7 +251,8 @@ class Attention:
         self, mask: str, *, chosen: tuple[list[list[int]], list[list[int]]] | None = None
     ) -> Tensor:
         offsets = (cumulative(self.vision), cumulative(self.text))
-        q, more = self.q, (None, None, None)
+        q = self.q
+        more: tuple[Tensor | None, ...] = (None, None, None)
         if chosen is not None:
             lengths = [[len(p) for p in part] for part in chosen]
             positions = torch.tensor([p for part in chosen for sample in part for p in sample])
@@ -337,6 +348,58 @@ def test_shared_attention_ignores_threads() -> None:
         torch.set_num_threads(threads)
 
 
+class Fence:
+    """Copies tensors so that they end (or begin) at a page that nobody may touch."""
+
+    def __init__(self, at_end: bool) -> None:
+        self.at_end = at_end
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.areas: list[tuple[int, int, mmap.mmap]] = []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.contiguous()
+        page = mmap.PAGESIZE
+        size = tensor.numel() * tensor.element_size()
+        inside = -(-size // page) * page
+        area = mmap.mmap(-1, inside + 2 * page)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        for start in (base, base + page + inside):
+            assert self.libc.mprotect(ctypes.c_void_p(start), page, 0) == 0
+            self.areas.append((start, page, area))
+        offset = page + (inside - size if self.at_end else 0)
+        flat = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+        return flat.view(tensor.shape).copy_(tensor)
+
+    def open(self) -> None:
+        for start, size, _ in self.areas:
+            self.libc.mprotect(ctypes.c_void_p(start), size, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for pages without access")
+@pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_read_outside_its_tensor(dtype: str, at_end: bool) -> None:
+    """A read past an end would end the process: sanitizers do not see masked vector loads."""
+    fence = Fence(at_end)
+    for shape in [(5, 33, 17), (13, 40, 100), (3, 7, 33), (26, 64, 64)]:
+        for packed in (True, False):
+            case = Linear(DTYPES[dtype], shape, activation="gelu", residual=True, packed=packed)
+            wanted = case.run()
+            names = ("weights", "packed", "biases", "norm", "shift")
+            for name in names:
+                setattr(case, name, [fence(t) for t in getattr(case, name)])
+            assert case.residual is not None
+            case.x, case.residual = fence(case.x), fence(case.residual)
+            assert torch.equal(case.run(), wanted)
+            OPS.pack_weight(case.weights[0])
+    for width in (7, 64, 88):
+        attention = Attention(DTYPES[dtype], [5, 33], [3, 0], 1, width)
+        wanted = attention.run("causal")
+        attention.q, attention.k, attention.v = map(fence, (attention.q, attention.k, attention.v))
+        assert torch.equal(attention.run("causal"), wanted)
+    fence.open()
+
+
 def test_calls_from_many_threads() -> None:
     linears = [Linear(d, (20 + 9 * n, 40 + n, 70 - n)) for n in range(4) for d in DTYPES.values()]
     wanted = [case.run() for case in linears]
@@ -358,7 +421,8 @@ def test_calls_from_many_threads() -> None:
 def test_pack_weight_says_what_it_holds() -> None:
     weight = torch.randn(64, 128)
     packed = OPS.pack_weight(weight)
-    assert packed.dtype == weight.dtype and packed.dim() == 1
+    assert packed.dtype == weight.dtype
+    assert packed.dim() == 1
     case = Linear(torch.float32, (4, 64, 128))
     assert case.packed[0].shape == packed.shape
     with pytest.raises(RuntimeError, match=r"packed\[0\] is not a weight of shape \[128, 64\]"):
