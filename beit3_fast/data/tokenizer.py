@@ -59,17 +59,20 @@ class Tokenizer:
             raise InputError(f"expected a SentencePiece model, but {what} is empty")
         try:
             model = SentencePieceProcessor(model_proto=content)
-            special = (model.unk_id(), model.bos_id(), model.eos_id())
             pieces = model.get_piece_size()
+            # By name, as fairseq has it: bos_id() knows <s> only as a control piece, not as a user's symbol.
+            first = [model.id_to_piece(p) for p in range(min(pieces, _FIRST_PIECE))]
+            unknown = model.unk_id()
         # The parser answers damage with errors of several kinds.
         except Exception as error:
             raise InputError(
                 f"{what} is not a SentencePiece model, or it is damaged ({_one_line(error)}); download beit3.spm again"
             ) from error
-        if special != (0, 1, 2) or pieces <= _FIRST_PIECE:
+        if unknown != 0 or first[1:] != ["<s>", "</s>"] or pieces <= _FIRST_PIECE:
             raise InputError(
-                f"expected <unk>, <s>, </s> as pieces 0, 1, 2 and ordinary pieces after them, but {what} has them at "
-                f"{special} of {pieces} pieces; train with SentencePiece's default special ids or use beit3.spm"
+                f"expected <unk>, <s>, </s> as pieces 0, 1, 2 and ordinary pieces after them, but {what} begins with "
+                f"{first} of {pieces} pieces and has its unknown piece at {unknown}; train with SentencePiece's "
+                "default special ids or use beit3.spm"
             )
         self._content = content
         self._model: Any = model
@@ -103,9 +106,8 @@ class Tokenizer:
         """The token ids of one text, without bos and eos.
 
         Names of special tokens in the text ("</s>", "<mask>") are ordinary characters, unless the file itself
-        defines them as symbols. Control characters are
-        dropped or become ``<unk>``, as the file's normaliser has it; "" has no tokens. Raises InputError for what is not a str and
-        for lone surrogates, which are not text.
+        defines them as symbols. Control characters are dropped or become ``<unk>``, as the file's normaliser has
+        it; "" has no tokens. Raises InputError for what is not a str and for lone surrogates, which are not text.
         """
         if not isinstance(text, str):
             raise InputError(f"text must be a str, got {type(text).__name__}; decode bytes first")

@@ -35,7 +35,7 @@ class Embedded:
         if self.source is None:
             return rows.view(batch, tokens, rows.shape[1])
         padded = rows.new_zeros(batch * tokens, rows.shape[1])
-        return padded.index_copy(0, self.source, rows).view(batch, tokens, -1)
+        return padded.index_copy(0, self.source, rows).view(batch, tokens, rows.shape[1])
 
 
 def embed_padded(
@@ -168,7 +168,7 @@ def packed_choice(chosen: Tensor, text_padding: Tensor | None, layout: TokenLayo
         raise ShapeError(
             f"the mask of text rows to read chooses padding in sample {sample}; clear it where text_padding is set"
         )
-    order = torch.tensor(layout.order, device=chosen.device)
+    order = torch.tensor(layout.order, dtype=torch.int64, device=chosen.device)
     return chosen[order][~padding[order]]
 
 

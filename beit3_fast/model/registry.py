@@ -32,15 +32,16 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Task:
-    """A model class and what it fixes in the configuration."""
+    """A model class, what it fixes in the configuration, and the image preset that it was trained with."""
 
     make: type[nn.Module]
     normalize_output: bool
     has_classes: bool
+    preset: str = "square"
 
 
 TASKS = {
-    "imageclassification": Task(BEiT3ForImageClassification, False, True),
+    "imageclassification": Task(BEiT3ForImageClassification, False, True, "imagenet"),
     "nlvr2": Task(BEiT3ForVisualReasoning, True, True),
     "vqav2": Task(BEiT3ForVisualQuestionAnswering, False, True),
     "captioning": Task(BEiT3ForCaptioning, True, False),
@@ -90,7 +91,8 @@ def create_model(
 
     ``checkpoint`` is an official ``.pth`` or a ``.safetensors`` file, loaded strictly; positions are interpolated
     to this model's image size. ``overrides`` are fields of BEiT3Config (img_size, drop_path_rate, modalities,
-    ...). Raises ConfigError for an unknown name, field, dtype or impl and CheckpointError for a file that does
+    ...). The model's ``name`` and ``preset`` (image preprocessing, the file's where it states one) are set. Raises
+    ConfigError for an unknown name, field, dtype or impl and CheckpointError for a file that does
     not fit.
     """
     if name not in _ENTRYPOINTS:
@@ -113,7 +115,7 @@ def create_model(
         if not isinstance(num_classes, int) or num_classes < 1:
             raise ConfigError(f"num_classes must be a positive integer, got {num_classes!r}")
         options["num_classes"] = num_classes
-    wanted = _dtype(dtype)
+    wanted, preset = _dtype(dtype), None
     if checkpoint is None:
         model: Any = make(config, **options).to(device=device, dtype=wanted)
     else:
@@ -121,8 +123,9 @@ def create_model(
         with torch.device("meta"):
             model = make(config, **options).to(wanted)
         model.to_empty(device=device)
-        load_checkpoint(model, checkpoint)
+        preset = load_checkpoint(model, checkpoint).preset
     model.name = name
+    model.preset = preset or (task.preset if task else "square")
     return model.eval()
 
 

@@ -280,8 +280,11 @@ class TestSources:
             load_image(bytes(path))
 
 
-def test_pillow_is_left_as_it_was(small: np.ndarray) -> None:
-    before = (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
+def test_pillow_is_left_as_it_was(small: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Values that are nobody's default: an earlier test cannot have left them behind.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 123_456_789)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
     for limit in (MAX_PIXELS, 10**9, None, 2400):
         preprocess_image(encoded(Image.fromarray(small)), 16, max_pixels=limit)
-    assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
+    assert Image.MAX_IMAGE_PIXELS == 123_456_789
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False

@@ -65,6 +65,11 @@ class TestCall:
         assert torch.equal(batch["text_padding_mask"], batch["text_tokens"] == 1)
         assert batch["text_padding_mask"][1].sum() == batch["text_tokens"].shape[1] - 2
 
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_the_preset_is_used(self, photos: dict[str, np.ndarray], preset: str) -> None:
+        image = Processor(preset=preset, image_size=32)(photos["coffee"])["image"]
+        assert torch.equal(image[0], preprocess_image(photos["coffee"], 32, preset))
+
     def test_single_inputs(self, processor: Processor, photos: dict[str, np.ndarray]) -> None:
         cat = photos["chelsea"]
         content = encoded(Image.fromarray(cat))

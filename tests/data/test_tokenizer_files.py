@@ -57,8 +57,9 @@ class TestFiles:
             {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": 3},
             {"unk_id": 0, "bos_id": -1, "eos_id": -1},
             {"unk_id": 0, "bos_id": 2, "eos_id": 1},
+            {"unk_id": 3, "bos_id": 1, "eos_id": 2, "pad_id": 0},
         ],
-        ids=["T5", "none", "swapped"],
+        ids=["T5", "none", "swapped", "only unk elsewhere"],
     )
     def test_other_layout(self, ids: dict[str, int]) -> None:
         with pytest.raises(InputError, match=r"<unk>, <s>, </s> as pieces 0, 1, 2"):

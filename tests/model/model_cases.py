@@ -45,7 +45,7 @@ def randomize(model: nn.Module, seed: int = 0) -> Any:
             elif "logit_scale" in name:
                 parameter.copy_(torch.tensor(1.5))
             elif parameter.dim() == 2 and "embed" not in name:
-                parameter.copy_(values * 1.5 * parameter.shape[1] ** -0.5)
+                parameter.copy_(values * parameter.shape[1] ** -0.5)
             else:
                 parameter.copy_(values * 0.3)
     return model.eval()

@@ -120,7 +120,7 @@ TASK_CASES = [
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ["base", "d88"])
 @pytest.mark.parametrize(("impl", "dtype"), impls("fp32", "bf16", "fp16"))
 @pytest.mark.parametrize(("task", "padding"), TASK_CASES)
 @torch.no_grad()

@@ -415,7 +415,7 @@ def test_training(case: Case, impl: str, dtype: str, shape: str, rate: float) ->
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.4], ids=["", "drop_path"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ["base", "d88"])
 @pytest.mark.parametrize("impl", ["reference", "composite", "auto"])
 @pytest.mark.parametrize("case", [Case("image"), Case("pair", "right", "seq2seq")], ids=str)
 def test_autocast(case: Case, impl: str, shape: str, rate: float) -> None:

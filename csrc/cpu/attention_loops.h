@@ -1,0 +1,199 @@
+// The loops of shared_attention over one block, for every Arch (tile_loops.h).
+#pragma once
+
+#include "tile_loops.h"
+
+namespace {
+
+struct AttentionScratch {
+  uint32_t* keys;    // panels of kPanel keys, depth head_dim
+  uint32_t* values;  // panels of kPanel columns, depth keys
+  uint32_t* q;       // a tile of A
+  uint32_t* p;       // a tile of A, depth keys
+  float* scores;     // [kTileRows, padded keys]
+  float* out;        // [kTileRows, padded head_dim]
+  int64_t used;
+};
+
+template <class Arch>
+inline AttentionScratch carve_attention(const AttentionBlock& block, void* base) {
+  Carver carver(base);
+  const int64_t keys = ceil_div(block.vision_keys + block.text_keys, kPanel) * kPanel;
+  const int64_t columns = ceil_div(block.head_dim, kPanel) * kPanel;
+  const int64_t units = chunks_of<Arch>(block.head_dim) * kChunk;
+  AttentionScratch s;
+  s.keys = carver.take<uint32_t>(keys * units);
+  s.values = carver.take<uint32_t>(keys / Arch::kPerUnit * columns);
+  s.q = carver.take<uint32_t>(Arch::kTileRows * chunks_of<Arch>(block.head_dim) * Arch::kRowWords);
+  s.p = carver.take<uint32_t>(Arch::kTileRows * chunks_of<Arch>(keys) * Arch::kRowWords);
+  s.scores = carver.take<float>(Arch::kTileRows * keys);
+  s.out = carver.take<float>(Arch::kTileRows * columns);
+  s.used = carver.used();
+  return s;
+}
+
+template <class Arch>
+int64_t attention_scratch(const AttentionBlock& block) {
+  return carve_attention<Arch>(block, nullptr).used;
+}
+
+template <class Arch>
+inline void pack_keys_values(const AttentionBlock& block, const AttentionScratch& s) {
+  using T = typename Arch::T;
+  const int64_t keys = block.vision_keys + block.text_keys;
+  const int64_t padded = ceil_div(keys, kPanel) * kPanel;
+  const auto row = [&](const void* base, int64_t stride, int64_t key) -> const T* {
+    if (key >= keys) return nullptr;
+    const int64_t at = key < block.vision_keys ? block.key_vision_row + key
+                                               : block.key_text_row + key - block.vision_keys;
+    return static_cast<const T*>(base) + at * stride;
+  };
+  const int64_t panel_words = chunks_of<Arch>(block.head_dim) * kChunk * kPanel;
+  for (int64_t key = 0; key < keys; key += kPanel) {
+    const T* rows[kPanel];
+    for (int64_t j = 0; j < kPanel; ++j) {
+      rows[j] = row(block.k, block.k_stride, key + j);
+      foresee_row(row(block.k, block.k_stride, key + kPanel + j), block.head_dim);
+      foresee_row(row(block.v, block.v_stride, key + j), block.head_dim);
+    }
+    v_pack_panel(rows, min_of(kPanel, keys - key), block.head_dim,
+                 s.keys + key / kPanel * panel_words);
+  }
+  const int64_t units = padded / Arch::kPerUnit;
+  for (int64_t unit = 0; unit < ceil_div(keys, Arch::kPerUnit); ++unit) {
+    const T* const a = row(block.v, block.v_stride, unit * Arch::kPerUnit);
+    const T* const b = row(block.v, block.v_stride, unit * Arch::kPerUnit + 1);
+    for (int64_t from = 0; from < block.head_dim; from += kPanel) {
+      v_pack_rows(a, b, from, block.head_dim, s.values + from * units + unit * kPanel);
+    }
+  }
+}
+
+template <class T>
+inline float largest(const T* scores, int64_t count) {
+  const Vec least = v_set(-__builtin_inff());
+  Vec top[2] = {least, least};
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    top[0] = v_max(top[0], v_load(scores + i));
+    top[1] = v_max(top[1], v_load(scores + i + 16));
+  }
+  for (; i < count; i += 16) {
+    const int64_t left = count - i;
+    const Vec x = v_load(scores + i);
+    top[0] = v_max(top[0], left < 16 ? v_keep(x, left, -__builtin_inff()) : x);
+  }
+  return v_top(v_max(top[0], top[1]));
+}
+
+// Weights 2^((score - top) * factor) of the first `visible` scores of a row as a row of A; the rest
+// of `keys` is zero, to the end of its last chunk. Returns the sum of the rounded weights.
+template <class Arch>
+inline float soften(const float* scores, int64_t visible, int64_t keys, float top, float factor,
+                    uint32_t* a, int64_t chunk_words) {
+  const int64_t step = kChunk * Arch::kPerUnit;
+  const Vec highest = v_set(top), slope = v_set(factor);
+  Vec sum = v_zero();
+  Vec part[Arch::kPerUnit];
+  int64_t i = 0;
+  for (; i + step <= visible; i += step, a += chunk_words) {
+    for (int j = 0; j < Arch::kPerUnit; ++j) {
+      const Vec x = v_sub(v_load(scores + i + 16 * j), highest);
+      part[j] = v_exp2<Arch::kExpDegree>(v_mul(x, slope));
+    }
+    sum = Arch::put_sum(a, part, sum);
+  }
+  for (; i < keys; i += step, a += chunk_words) {
+    for (int j = 0; j < Arch::kPerUnit; ++j) {
+      const int64_t left = visible - i - 16 * j;
+      part[j] = v_zero();
+      if (left <= 0) continue;
+      const Vec x = v_sub(v_load(scores + i + 16 * j), highest);
+      part[j] = v_exp2<Arch::kExpDegree>(v_mul(x, slope));
+      if (left < 16) part[j] = v_keep(part[j], left, 0.0f);
+    }
+    sum = Arch::put_sum(a, part, sum);
+  }
+  return v_sum(sum);
+}
+
+inline int64_t query_row(const AttentionBlock& block, int64_t query) {
+  return query < block.vision_queries ? block.query_vision_row + query
+                                      : block.query_text_row + query - block.vision_queries;
+}
+
+// How many of a sample's keys (vision first) a query sees: always a prefix of them.
+inline int64_t visible_keys(const AttentionBlock& block, int64_t query, int64_t row) {
+  const bool text = query >= block.vision_queries;
+  int64_t position = text ? query - block.vision_queries : query;
+  if (block.positions != nullptr) position = block.positions[row];
+  switch (block.mask) {
+    case Mask::kSeq2Seq:
+      return text ? block.vision_keys + min_of(position + 1, block.text_keys) : block.vision_keys;
+    case Mask::kCausal:
+      return text ? block.vision_keys + min_of(position + 1, block.text_keys)
+                  : min_of(position + 1, block.vision_keys);
+    default:
+      return block.vision_keys + block.text_keys;
+  }
+}
+
+template <class Arch>
+void attention_block(const AttentionBlock& block, void* scratch) {
+  using T = typename Arch::T;
+  const AttentionScratch s = carve_attention<Arch>(block, scratch);
+  pack_keys_values<Arch>(block, s);
+
+  const int64_t keys = ceil_div(block.vision_keys + block.text_keys, kPanel) * kPanel;
+  const int64_t depth_units = ceil_div(block.head_dim, Arch::kPerUnit);
+  const int64_t key_panel_words = chunks_of<Arch>(block.head_dim) * kChunk * kPanel;
+  const int64_t value_panel_words = keys / Arch::kPerUnit * kPanel;
+  const int64_t columns = ceil_div(block.head_dim, kPanel) * kPanel;
+  const float factor = block.scale * 1.44269504088896341f;
+
+  const int64_t queries = block.end - block.begin;
+  const int64_t tiles = ceil_div(queries, Arch::kTileRows);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t begin = block.begin + queries * t / tiles;
+    const int64_t rows = block.begin + queries * (t + 1) / tiles - begin;
+    const int64_t chunk_words = rows * Arch::kRowWords;
+    int64_t at[Arch::kTileRows];
+    int64_t visible[Arch::kTileRows];
+    int64_t most = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t query = begin + r;
+      at[r] = query_row(block, query);
+      visible[r] = visible_keys(block, query, at[r]);
+      most = max_of(most, visible[r]);
+    }
+    const auto row = [&](int64_t r) {
+      return static_cast<const T*>(block.q) + at[r] * block.q_stride;
+    };
+    pack_tile<Arch>(row, rows, block.head_dim, nullptr, nullptr, 0.0f, s.q);
+    for (int64_t r = 0; r < rows && begin + rows + r < block.end; ++r) {
+      const int64_t query = begin + rows + r;
+      foresee_row(static_cast<const T*>(block.q) + query_row(block, query) * block.q_stride,
+                  block.head_dim);
+    }
+    multiply<Arch>(rows, s.q, s.keys, most, key_panel_words, depth_units, s.scores, keys);
+    float tops[Arch::kTileRows], sums[Arch::kTileRows];
+    for (int64_t r = 0; r < rows; ++r) tops[r] = largest(s.scores + r * keys, visible[r]);
+    for (int64_t r = 0; r < rows; ++r) {
+      sums[r] = soften<Arch>(s.scores + r * keys, visible[r], most, tops[r], factor,
+                             s.p + r * Arch::kRowWords, chunk_words);
+    }
+    multiply<Arch>(rows, s.p, s.values, block.head_dim, value_panel_words,
+                   ceil_div(most, Arch::kPerUnit), s.out, columns);
+    for (int64_t r = 0; r < rows; ++r) {
+      T* const out = static_cast<T*>(block.out) + at[r] * block.out_stride;
+      const Vec share = v_set(visible[r] > 0 ? 1.0f / sums[r] : 0.0f);
+      for (int64_t j = 0; j < block.head_dim; j += 16) {
+        // Nothing visible is zero, also where an invisible value is not finite.
+        const Vec y = visible[r] > 0 ? v_mul(v_load(s.out + r * columns + j), share) : v_zero();
+        store_some(out + j, y, block.head_dim - j);
+      }
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,111 @@
+// The loops of expert_linear over one block, for every Arch (tile_loops.h).
+#pragma once
+
+#include "tile_loops.h"
+
+namespace {
+
+template <class Arch>
+inline void carve_linear(const LinearBlock& block, Carver& carver, uint32_t** a, float** c) {
+  *a = carver.take<uint32_t>(block.count * chunks_of<Arch>(block.in_features) * Arch::kRowWords);
+  *c = carver.take<float>(Arch::kTileRows * 4 * kPanel);
+}
+
+template <class Arch>
+int64_t linear_scratch(const LinearBlock& block) {
+  Carver carver(nullptr);
+  uint32_t* a;
+  float* c;
+  carve_linear<Arch>(block, carver, &a, &c);
+  return carver.used();
+}
+
+inline int64_t row_of(const LinearBlock& block, int64_t sorted) {
+  return block.rows == nullptr ? sorted : block.rows[sorted];
+}
+
+// Asks for the memory that `finish` will touch, to arrive while the products run: the pieces of
+// rows are too short for the hardware to foresee.
+template <class Arch>
+inline void foresee(const LinearBlock& block, int64_t first, int64_t rows, int64_t column,
+                    int64_t columns) {
+  using T = typename Arch::T;
+  constexpr int64_t line = kCacheLine / static_cast<int64_t>(sizeof(T));
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t row = row_of(block, first + r);
+    const T* const out = static_cast<const T*>(block.out) + row * block.out_stride + column;
+    for (int64_t j = 0; j < columns; j += line) __builtin_prefetch(out + j, 1);
+    if (block.residual == nullptr) continue;
+    const T* const residual =
+        static_cast<const T*>(block.residual) + row * block.residual_stride + column;
+    for (int64_t j = 0; j < columns; j += line) __builtin_prefetch(residual + j, 0);
+  }
+}
+
+// Bias, activation, residual and the store of one tile of products.
+template <class Arch, bool Gelu, bool Residual>
+inline void finish(const LinearBlock& block, int64_t first, int64_t rows, int64_t column,
+                   int64_t columns, const float* c, int64_t c_stride) {
+  using T = typename Arch::T;
+  T* const out = static_cast<T*>(block.out);
+  const T* const residual = static_cast<const T*>(block.residual);
+  for (int64_t r = 0; r < rows; ++r, c += c_stride) {
+    const int64_t row = row_of(block, first + r);
+    T* const to = out + row * block.out_stride + column;
+    for (int64_t j = 0; j < columns; j += 16) {
+      Vec y = v_load(c + j);
+      if (block.bias != nullptr) y = v_add(y, v_load(block.bias + column + j));
+      if (Gelu) y = v_gelu(y);
+      if (Residual) {
+        y = v_add(y, load_some(residual + row * block.residual_stride + column + j, columns - j));
+      }
+      store_some(to + j, y, columns - j);
+    }
+  }
+}
+
+template <class Arch>
+void linear_block(const LinearBlock& block, void* scratch) {
+  using T = typename Arch::T;
+  Carver carver(scratch);
+  uint32_t* a;
+  float* c;
+  carve_linear<Arch>(block, carver, &a, &c);
+  const int64_t chunks = chunks_of<Arch>(block.in_features);
+  const int64_t row_words = chunks * Arch::kRowWords;
+  const int64_t panel_words = chunks * kChunk * kPanel;
+  const int64_t tiles = ceil_div(block.count, Arch::kTileRows);
+
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t begin = block.count * t / tiles, end = block.count * (t + 1) / tiles;
+    const auto row = [&](int64_t r) {
+      return static_cast<const T*>(block.x) +
+             row_of(block, block.first + begin + r) * block.x_stride;
+    };
+    pack_tile<Arch>(row, end - begin, block.in_features, block.norm_weight, block.norm_bias,
+                    block.eps, a + begin * row_words);
+  }
+
+  const int64_t most = ceil_div(block.count, tiles);
+  const bool gelu = block.activation == Activation::kGelu;
+  auto* const end_tile =
+      gelu ? (block.residual ? finish<Arch, true, true> : finish<Arch, true, false>)
+           : (block.residual ? finish<Arch, false, true> : finish<Arch, false, false>);
+  const int64_t units = ceil_div(block.in_features, Arch::kPerUnit);
+  const int64_t last = min_of(block.panel_end * kPanel, block.out_features);
+  for (int64_t column = block.panel_begin * kPanel; column < last;) {
+    const int64_t vectors = vectors_at_once(most, last - column);
+    const int64_t columns = min_of(vectors * 16, last - column);
+    const uint32_t* const b = block.packed + column / kPanel * panel_words;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t begin = block.count * t / tiles, end = block.count * (t + 1) / tiles;
+      foresee<Arch>(block, block.first + begin, end - begin, column, columns);
+      choose_tile<Arch>(end - begin, vectors)(a + begin * row_words, b, panel_words, units, c,
+                                              vectors * 16);
+      end_tile(block, block.first + begin, end - begin, column, columns, c, vectors * 16);
+    }
+    column += vectors * 16;
+  }
+}
+
+}  // namespace

@@ -1,0 +1,238 @@
+// What both ops are made of: operands in tiles and panels, and the product of them.
+//
+// Arch describes an instruction-set level and a dtype:
+//   T            element type in memory (float, or uint16_t holding bf16)
+//   kPerUnit     elements in a 4-byte unit of depth
+//   kRowWords    words of A for one row of one chunk
+//   kTileRows    most rows of a tile
+//   kExpDegree   degree of the polynomial in exp2
+//   moments      mean and variance in one pass over a row, or false where that would be inexact
+//   put          converts one row chunk of A from fp32
+//   copy         one row chunk of A from memory, of which `left` elements are there
+//   put_sum      the same, and returns sum + the lanes of the rounded values
+//   tile<M, V>   M rows of A times V vectors (16 columns) of B: V / 2 panels, or half a panel
+// Internal linkage throughout, and nothing of the standard library, for the reason in kernels.h.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace {
+
+using beit3_fast::cpu::Activation;
+using beit3_fast::cpu::AttentionBlock;
+using beit3_fast::cpu::kChunk;
+using beit3_fast::cpu::Kernels;
+using beit3_fast::cpu::kPanel;
+using beit3_fast::cpu::LinearBlock;
+using beit3_fast::cpu::Mask;
+
+constexpr int64_t kCacheLine = 64;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <class Arch>
+inline int64_t chunks_of(int64_t depth) {
+  return ceil_div(depth, kChunk * Arch::kPerUnit);
+}
+
+// Carves aligned arrays out of a scratch area; with a null base it only counts.
+class Carver {
+ public:
+  explicit Carver(void* base) : base_(reinterpret_cast<uintptr_t>(base)), at_(base_) {}
+  template <class U>
+  U* take(int64_t count) {
+    U* const here = reinterpret_cast<U*>(at_);
+    at_ += static_cast<uintptr_t>(ceil_div(count * static_cast<int64_t>(sizeof(U)), kCacheLine) *
+                                  kCacheLine);
+    return here;
+  }
+  int64_t used() const { return static_cast<int64_t>(at_ - base_); }
+
+ private:
+  uintptr_t base_;
+  uintptr_t at_;
+};
+
+template <class T>
+inline Vec load_some(const T* p, int64_t left) {
+  return left >= 16 ? v_load(p) : left > 0 ? v_load_n(p, left) : v_zero();
+}
+template <class T>
+inline void store_some(T* p, Vec a, int64_t left) {
+  if (left >= 16) {
+    v_store(p, a);
+  } else {
+    v_store_n(p, a, left);
+  }
+}
+
+using Tile = void (*)(const uint32_t* a, const uint32_t* b, int64_t panel_words, int64_t units,
+                      float* c, int64_t c_stride);
+
+// How many vectors of columns a tile takes at once. Few rows leave few accumulators, fewer than the
+// products in flight: they take several panels.
+inline int64_t vectors_at_once(int64_t rows, int64_t columns) {
+  if (columns <= 16) return 1;
+  if (rows <= 3 && columns > 3 * kPanel) return 8;
+  if (rows <= 6 && columns > kPanel) return 4;
+  return 2;
+}
+
+template <class Arch>
+inline Tile choose_tile(int64_t rows, int64_t vectors) {
+  static constexpr Tile half[] = {nullptr,
+                                  Arch::template tile<1, 1>,
+                                  Arch::template tile<2, 1>,
+                                  Arch::template tile<3, 1>,
+                                  Arch::template tile<4, 1>,
+                                  Arch::template tile<5, 1>,
+                                  Arch::template tile<6, 1>,
+                                  Arch::template tile<7, 1>,
+                                  Arch::template tile<8, 1>,
+                                  Arch::template tile<9, 1>,
+                                  Arch::template tile<10, 1>,
+                                  Arch::template tile<11, 1>,
+                                  Arch::template tile<12, 1>};
+  static constexpr Tile one[] = {nullptr,
+                                 Arch::template tile<1, 2>,
+                                 Arch::template tile<2, 2>,
+                                 Arch::template tile<3, 2>,
+                                 Arch::template tile<4, 2>,
+                                 Arch::template tile<5, 2>,
+                                 Arch::template tile<6, 2>,
+                                 Arch::template tile<7, 2>,
+                                 Arch::template tile<8, 2>,
+                                 Arch::template tile<9, 2>,
+                                 Arch::template tile<10, 2>,
+                                 Arch::template tile<11, 2>,
+                                 Arch::template tile<12, 2>};
+  static constexpr Tile two[] = {nullptr,
+                                 Arch::template tile<1, 4>,
+                                 Arch::template tile<2, 4>,
+                                 Arch::template tile<3, 4>,
+                                 Arch::template tile<4, 4>,
+                                 Arch::template tile<5, 4>,
+                                 Arch::template tile<6, 4>};
+  static constexpr Tile four[] = {nullptr, Arch::template tile<1, 8>, Arch::template tile<2, 8>,
+                                  Arch::template tile<3, 8>};
+  switch (vectors) {
+    case 1:
+      return half[rows];
+    case 2:
+      return one[rows];
+    case 4:
+      return two[rows];
+    default:
+      return four[rows];
+  }
+}
+
+// The first `columns` columns of B against one tile of A; c is written in whole vectors.
+template <class Arch>
+inline void multiply(int64_t rows, const uint32_t* a, const uint32_t* b, int64_t columns,
+                     int64_t panel_words, int64_t units, float* c, int64_t c_stride) {
+  for (int64_t column = 0; column < columns;) {
+    const int64_t vectors = vectors_at_once(rows, columns - column);
+    choose_tile<Arch>(rows, vectors)(a, b + column / kPanel * panel_words, panel_words, units,
+                                     c + column, c_stride);
+    column += vectors * 16;
+  }
+}
+
+template <class T>
+inline void foresee_row(const T* row, int64_t n) {
+  if (row == nullptr) return;
+  constexpr int64_t line = kCacheLine / static_cast<int64_t>(sizeof(T));
+  for (int64_t j = 0; j < n; j += line) __builtin_prefetch(row + j, 0);
+  __builtin_prefetch(row + n - 1, 0);
+}
+
+// Mean and reciprocal standard deviation of a row as (pivot, shift, scale):
+// (x - mean) / sqrt(var + eps) = (x - pivot) * scale + shift. The second pass measures the rounding
+// of the mean found by the first, so that a mean far above the deviation costs no digits.
+struct Norm {
+  float pivot;
+  float shift;
+  float scale;
+};
+
+inline float inverse_deviation(float variance, float eps) {
+  return 1.0f / __builtin_sqrtf((variance > 0.0f ? variance : variance * 0.0f) + eps);
+}
+
+template <class Arch>
+inline Norm measure(const typename Arch::T* x, int64_t n, float eps) {
+  float mean, quick;
+  if (Arch::moments(x, n, &mean, &quick)) return {mean, 0.0f, inverse_deviation(quick, eps)};
+  Vec sum[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    for (int j = 0; j < 4; ++j) sum[j] = v_add(sum[j], v_load(x + i + 16 * j));
+  }
+  for (; i < n; i += 16) sum[0] = v_add(sum[0], load_some(x + i, n - i));
+  const float count = static_cast<float>(n);
+  const float pivot = v_sum(v_add(v_add(sum[0], sum[1]), v_add(sum[2], sum[3]))) / count;
+
+  const Vec centre = v_set(pivot);
+  Vec first[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
+  Vec second[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
+  for (i = 0; i + 64 <= n; i += 64) {
+    for (int j = 0; j < 4; ++j) {
+      const Vec d = v_sub(v_load(x + i + 16 * j), centre);
+      first[j] = v_add(first[j], d);
+      second[j] = v_fma(d, d, second[j]);
+    }
+  }
+  for (; i < n; i += 16) {
+    const int64_t left = n - i;
+    Vec d = v_sub(load_some(x + i, left), centre);
+    if (left < 16) d = v_keep(d, left, 0.0f);
+    first[0] = v_add(first[0], d);
+    second[0] = v_fma(d, d, second[0]);
+  }
+  const float offset = v_sum(v_add(v_add(first[0], first[1]), v_add(first[2], first[3]))) / count;
+  const float square =
+      v_sum(v_add(v_add(second[0], second[1]), v_add(second[2], second[3]))) / count;
+  const float scale = inverse_deviation(square - offset * offset, eps);
+  return {pivot, -offset * scale, scale};
+}
+
+// Rows of a tile of A, normalised where norm_weight is given.
+template <class Arch, class Row>
+inline void pack_tile(const Row& row, int64_t rows, int64_t depth, const float* norm_weight,
+                      const float* norm_bias, float eps, uint32_t* a) {
+  const int64_t step = kChunk * Arch::kPerUnit;
+  const int64_t chunk_words = rows * Arch::kRowWords;
+  Norm norms[Arch::kTileRows];
+  if (norm_weight != nullptr) {
+    // First of all rows, so that the latencies at the end of one hide behind the loads of the next.
+    for (int64_t r = 0; r < rows; ++r) norms[r] = measure<Arch>(row(r), depth, eps);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const typename Arch::T* const x = row(r);
+    uint32_t* to = a + r * Arch::kRowWords;
+    if (norm_weight == nullptr) {
+      for (int64_t from = 0; from < depth; from += step, to += chunk_words) {
+        Arch::copy(to, x + from, depth - from);
+      }
+      continue;
+    }
+    const Vec pivot = v_set(norms[r].pivot), shift = v_set(norms[r].shift);
+    const Vec scale = v_set(norms[r].scale);
+    for (int64_t from = 0; from < depth; from += step, to += chunk_words) {
+      Vec part[Arch::kPerUnit];
+      for (int j = 0; j < Arch::kPerUnit; ++j) {
+        const int64_t at = from + 16 * j;
+        const Vec y = v_fma(v_sub(load_some(x + at, depth - at), pivot), scale, shift);
+        part[j] = v_fma(y, v_load(norm_weight + at), v_load(norm_bias + at));
+      }
+      Arch::put(to, part);
+    }
+  }
+}
+
+}  // namespace

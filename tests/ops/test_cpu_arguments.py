@@ -1,0 +1,106 @@
+"""What the compiled CPU ops refuse: every argument is checked before memory is touched."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from cpu_cases import OPS, Linear, cumulative
+
+
+def test_pack_weight_says_what_it_holds() -> None:
+    weight = torch.randn(64, 128)
+    packed = OPS.pack_weight(weight)
+    assert packed.dtype == weight.dtype
+    assert packed.dim() == 1
+    case = Linear(torch.float32, (4, 64, 128))
+    assert case.packed[0].shape == packed.shape
+    with pytest.raises(RuntimeError, match=r"packed\[0\] is not a weight of shape \[128, 64\]"):
+        case.run(packed=[packed])
+    with pytest.raises(RuntimeError, match="pack_weight of this build"):
+        case.run(packed=[torch.zeros_like(packed)])
+    with pytest.raises(RuntimeError, match="pack_weight of this build"):
+        case.run(packed=[packed[:-1]])
+
+
+BAD_LINEAR: dict[str, tuple[dict[str, Any], str]] = {
+    "vector": ({"x": torch.randn(8)}, "x must have 2 dimensions"),
+    "dtype": ({"x": torch.randn(6, 8).double()}, "x must be float32 or bfloat16"),
+    "other dtype": ({"x": torch.randn(6, 8).bfloat16()}, "same dtype"),
+    "columns apart": ({"x": torch.randn(8, 6).t()}, "stride 1"),
+    "features": ({"x": torch.randn(6, 9)}, r"weights\[0\] must have shape \[4, 9\]"),
+    "no weight": ({"weights": []}, "at least one weight"),
+    "biases": ({"biases": [torch.randn(4)]}, "0 or 2 entries"),
+    "bias": ({"biases": [torch.randn(4), torch.randn(5)]}, r"biases\[1\]"),
+    "norm": ({"norm_biases": []}, "norm_biases"),
+    "residual": ({"residual": torch.randn(6, 5)}, r"residual must have shape \[6, 4\]"),
+    "few bounds": ({"bounds": [0, 6]}, "bounds must have 3 entries"),
+    "bounds start": ({"bounds": [1, 2, 6]}, "start at 0"),
+    "bounds fall": ({"bounds": [0, 7, 6]}, "not decrease"),
+    "bounds end": ({"bounds": [0, 2, 7]}, "bounds end at 7"),
+    "rows count": ({"rows": torch.arange(5)}, "rows has 5 entries"),
+    "rows type": ({"rows": torch.arange(6).int()}, "int64"),
+    "row beyond": ({"rows": torch.tensor([0, 1, 2, 3, 4, 6])}, r"rows\[5\] is 6"),
+    "row below": ({"rows": torch.tensor([0, 1, 2, 3, 4, -1])}, r"rows\[5\] is -1"),
+    "row twice": ({"rows": torch.tensor([0, 1, 2, 3, 4, 1])}, "row 1 twice"),
+    "eps": ({"eps": math.nan}, "eps"),
+    "activation": ({"activation": "tanh"}, "'none' or 'gelu'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINEAR)
+def test_expert_linear_rejects(name: str) -> None:
+    changes, message = BAD_LINEAR[name]
+    case = Linear(torch.float32, (6, 8, 4), experts=2, packed=False)
+    case.run()
+    with pytest.raises(RuntimeError, match=message):
+        case.run(**changes)
+
+
+BAD_ATTENTION: dict[str, tuple[dict[str, Any], str]] = {
+    "heads": ({"num_heads": 3}, "3 heads do not divide"),
+    "k rows": ({"k": torch.randn(8, 8)}, "same rows"),
+    "v width": ({"v": torch.randn(9, 6)}, "same rows"),
+    "q rows": ({"q": torch.randn(8, 8)}, "q has 8 rows"),
+    "q dtype": ({"q": torch.randn(9, 8).half()}, "float32 or bfloat16"),
+    "k dtype": ({"k": torch.randn(9, 8).bfloat16()}, "same dtype"),
+    "k strides": ({"k": torch.randn(8, 9).t()}, "stride 1"),
+    "offsets start": ({"cu_vision": torch.tensor([1, 2, 5]).int()}, "start at 0"),
+    "offsets fall": ({"cu_text": torch.tensor([0, 5, 4]).int()}, "not decrease"),
+    "offsets end": ({"cu_text": torch.tensor([0, 1, 5]).int()}, "end at 10"),
+    "offsets count": ({"cu_text": torch.tensor([0, 4]).int()}, "3 entries"),
+    "offsets type": ({"cu_text": torch.tensor([0, 1, 4])}, "int32"),
+    "no offsets": ({"cu_vision": torch.empty(0).int()}, "B \\+ 1"),
+    "half the queries": ({"cu_text_q": torch.tensor([0, 1, 4]).int()}, "come together"),
+    "position": ({"positions_q": torch.tensor([0, 1, 0, 1, 3, 0, 0, 1, 2]).int()}, r"q\[4\] is 3"),
+    "positions": ({"positions_q": torch.tensor([0]).int()}, "9 entries"),
+    "mask": ({"mask": "full"}, "mask must be"),
+    "scale": ({"scale": math.inf}, "scale"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ATTENTION)
+def test_shared_attention_rejects(name: str) -> None:
+    changes, message = BAD_ATTENTION[name]
+    arguments: dict[str, Any] = {
+        **dict.fromkeys("qkv", torch.randn(9, 8)),
+        "cu_vision": torch.tensor([0, 2, 5]).int(),
+        "cu_text": torch.tensor([0, 1, 4]).int(),
+        **dict.fromkeys(("cu_vision_q", "cu_text_q", "positions_q")),
+        "num_heads": 2,
+        "scale": 0.5,
+        "mask": "seq2seq",
+    }
+    OPS.shared_attention(**arguments)
+    with pytest.raises(RuntimeError, match=message):
+        OPS.shared_attention(**{**arguments, **changes})
+
+
+def test_some_queries_need_positions_under_a_mask() -> None:
+    q, kv = torch.randn(1, 4), torch.randn(3, 4)
+    offsets = (cumulative([2]), cumulative([1]), cumulative([1]), cumulative([0]))
+    OPS.shared_attention(q, kv, kv, *offsets, None, 1, 1.0, "bidirectional")
+    with pytest.raises(RuntimeError, match="needs positions_q"):
+        OPS.shared_attention(q, kv, kv, *offsets, None, 1, 1.0, "causal")
