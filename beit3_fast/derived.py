@@ -20,6 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from beit3_fast.errors import ConfigError
+
 T = TypeVar("T")
 Stamp = tuple[tuple[Any, ...], ...]
 
@@ -90,7 +92,9 @@ def derived(kind: str, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
 
 
 def forget(module: nn.Module) -> None:
-    """Drop everything derived from the parameters and buffers of ``module``."""
+    """Drop everything derived from the parameters and buffers of ``module``. Raises ConfigError for no module."""
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"refresh takes a torch.nn.Module, got {type(module).__name__}")
     with _lock:
         for tensor in (*module.parameters(), *module.buffers()):
             _store.pop(tensor, None)

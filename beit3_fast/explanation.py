@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
+from beit3_fast.errors import ConfigError
 from beit3_fast.ops import dispatch
 
 
@@ -24,9 +24,14 @@ def explain(model: nn.Module, *, quiet: bool = False) -> list[Explanation]:
     """Print (unless ``quiet``) and return op, choice and why not the others, for inference and for training.
 
     ``model`` is a beit3_fast model or one that ``beit3_fast.accelerate`` has treated. Raises KernelUnavailable
-    when the model names an implementation that cannot run here.
+    when the model names an implementation that cannot run here, ConfigError for anything but a model.
     """
-    parameter = next(model.parameters())
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if parameter is None:
+        raise ConfigError(
+            f"explain takes a model with parameters, got {type(model).__name__}; make one with "
+            "beit3_fast.create_model"
+        )
     named = (_impl(module) for module in model.modules())
     impl = next((name for name in named if isinstance(name, str)), "auto")
     explanations = []
@@ -37,7 +42,7 @@ def explain(model: nn.Module, *, quiet: bool = False) -> list[Explanation]:
                 device=parameter.device.type,
                 dtype=parameter.dtype,
                 needs_grad=needs_grad,
-                autocast=torch.is_autocast_enabled(parameter.device.type),
+                autocast=dispatch.autocast_enabled(parameter.device.type),
                 compiling=False,
                 mask_tensor=False,
             )

@@ -70,12 +70,19 @@ class TokenLayout:
 
         Raises ShapeError when the two lists differ in length or a count is negative.
         """
+        if not all(isinstance(own, (list, tuple)) for own in (vision_lengths, text_lengths)):
+            raise ShapeError(
+                "vision_lengths and text_lengths must be lists of token counts, got "
+                f"{type(vision_lengths).__name__} and {type(text_lengths).__name__}"
+            )
         if len(vision_lengths) != len(text_lengths):
             raise ShapeError(
                 "vision_lengths and text_lengths must have one entry per sample, got "
                 f"{len(vision_lengths)} and {len(text_lengths)}"
             )
         lengths = list(zip(vision_lengths, text_lengths, strict=True))
+        if not all(isinstance(count, int) for pair in lengths for count in pair):
+            raise ShapeError(f"token counts must be integers, got {lengths}")
         if any(vision < 0 or text < 0 for vision, text in lengths):
             raise ShapeError(f"token counts must not be negative, got {lengths}")
         kinds = [0 if text == 0 else 1 if vision else 2 for vision, text in lengths]
@@ -196,6 +203,11 @@ class TokenLayout:
             vision, self.vision_lengths, self.vision_starts, self.device
         )
         if isinstance(text, Tensor):
+            if text.dtype != torch.bool or tuple(text.shape) != (self.num_text_rows,):
+                raise ShapeError(
+                    f"text rows to keep must be a bool tensor [Rt] = [{self.num_text_rows}], "
+                    f"got {text.dtype} of shape {list(text.shape)}"
+                )
             picked = text.nonzero().flatten()
             counts = self._text_sample_of(picked)
             text_lengths = tuple(torch.bincount(counts, minlength=self.batch_size).tolist())

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "beit3_fast"
 
 # From the ground. A unit may import itself and whatever lies on a lower floor.
 FLOORS = (
-    ("errors", "derived", "kernels"),
+    ("errors", "kernels"),
+    ("derived",),
     ("layout", "config", "parity"),
     ("reference",),
     ("composite",),

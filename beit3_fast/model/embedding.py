@@ -14,6 +14,7 @@ from beit3_fast.config import BEiT3Config
 from beit3_fast.derived import derived
 from beit3_fast.errors import ShapeError
 from beit3_fast.ops import expert_linear
+from beit3_fast.ops.dispatch import autocast_enabled
 
 POSITION_OFFSET = 2
 
@@ -65,7 +66,7 @@ class VisionEmbedding(nn.Module):
         patches = patches.permute(0, 2, 4, 1, 3, 5)
         patches = patches.reshape(batch * rows * columns, channels * patch * patch)
         weight = self.proj.weight
-        if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+        if images.dtype != weight.dtype and not autocast_enabled(images.device.type):
             raise ShapeError(
                 f"images must have the model's dtype, {weight.dtype}, got {images.dtype}; convert them or run "
                 "under torch.autocast"

@@ -50,6 +50,11 @@ class Choice:
     rejected: tuple[tuple[str, str], ...]
 
 
+def autocast_enabled(device: str) -> bool:
+    """Whether operands of this device type are under autocast; "meta" and others know none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def situation(op: str, tensors: list[Tensor], mask_tensor: bool = False) -> Situation:
     """The situation of a call: ``tensors`` are all operands, the first one gives device and dtype."""
     first = tensors[0]
@@ -59,7 +64,7 @@ def situation(op: str, tensors: list[Tensor], mask_tensor: bool = False) -> Situ
         device=first.device.type,
         dtype=first.dtype,
         needs_grad=grad,
-        autocast=torch.is_autocast_enabled(first.device.type),
+        autocast=autocast_enabled(first.device.type),
         compiling=torch.compiler.is_compiling(),
         mask_tensor=mask_tensor,
     )

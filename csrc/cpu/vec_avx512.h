@@ -70,10 +70,9 @@ inline void v_store_n(uint16_t* p, Vec a, int64_t n) {
   _mm256_mask_storeu_epi16(p, v_lanes(n), v_narrow(a));
 }
 
-// 2^x for x <= 1: relative error 2e-7 (Degree 5) or 1e-7 (Degree 6); below -200 it is 0.
+// 2^x for x <= 1: relative error 2e-7 (Degree 5) or 1e-7 (Degree 6); below -150 it is 0.
 template <int Degree>
 inline Vec v_exp2(Vec x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // in this order a NaN stays
   const Vec whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Vec f = _mm512_sub_ps(x, whole);
   Vec p;
@@ -92,7 +91,7 @@ inline Vec v_exp2(Vec x) {
     p = v_fma(p, f, v_set(6.931471825e-01f));
   }
   p = v_fma(p, f, v_set(1.0f));
-  return _mm512_scalef_ps(p, whole);
+  return _mm512_scalef_ps(p, whole);  // 0 for x = -inf, where p is not a number: by definition
 }
 
 // Upper tail of the normal distribution, Q(a) = erfc(a / sqrt(2)) / 2, in pieces of width

@@ -13,6 +13,7 @@ import torch
 from checkpoint_cases import (
     SMALL_BASE,
     Standin,
+    branch_of,
     layout,
     same,
     snapshot,
@@ -219,6 +220,29 @@ def test_what_no_table_knows_is_never_dropped(extra: str, kind: str) -> None:
     with pytest.raises(CheckpointMismatch) as caught:
         load_checkpoint(Standin(shapes), {**weights(shapes), extra: torch.ones(1)})
     assert caught.value.report.unexpected == [extra]
+
+
+def test_a_head_that_the_model_has_is_never_dropped_in_part() -> None:
+    shapes = layout("captioning", SMALL_BASE, (2, 2))
+    state = weights(shapes)
+    del shapes["mlm_head.bias"]
+    with pytest.raises(CheckpointMismatch) as caught:
+        load_checkpoint(Standin(shapes), state)
+    assert caught.value.report.unexpected == ["mlm_head.bias"]
+
+
+@pytest.mark.parametrize(
+    ("branch", "own", "other"),
+    [("vision", "vision", "language"), ("text", "language", "vision")],
+)
+def test_half_a_retrieval_model_leaves_the_other_half(branch: str, own: str, other: str) -> None:
+    shapes = branch_of(SHAPES, branch)
+    shapes[f"{own}_head.weight"] = SHAPES["vision_head.weight"]
+    shapes["logit_scale"] = ()
+    state, half = weights(SHAPES), Standin(shapes)
+    report = load_checkpoint(half, state)
+    assert f"{other}_head.weight" in report.dropped
+    assert torch.equal(half.state_dict()[f"{own}_head.weight"], state[f"{own}_head.weight"])
 
 
 def test_a_final_norm_is_dropped_only_where_the_model_has_none() -> None:

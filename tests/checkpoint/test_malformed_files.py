@@ -13,7 +13,13 @@ import torch
 from checkpoint_cases import Standin, snapshot
 from malformed_files import CASES, SHAPES, good_bytes, pickle_in_legacy, pickle_in_zip
 
-from beit3_fast.checkpoint import check_checkpoint, load_checkpoint, read_checkpoint
+from beit3_fast.checkpoint import (
+    check_checkpoint,
+    load_checkpoint,
+    read_checkpoint,
+    torch_file,
+)
+from beit3_fast.checkpoint.pickle_scan import Scan
 from beit3_fast.errors import CheckpointError
 
 pytestmark = pytest.mark.timeout(60)
@@ -171,6 +177,22 @@ def test_a_careless_reader_does_run_them(tmp_path: Path) -> None:
         with contextlib.suppress(Exception):
             pickle.loads(program(module, name, argument.format(canary=canary), "reduce"))
         assert canary.exists()
+
+
+@pytest.mark.parametrize("gadget", GADGETS)
+def test_the_second_barrier_holds_alone(
+    gadget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With our own pass over the pickle out of the way, PyTorch's restricted reader runs nothing either."""
+    monkeypatch.setattr(torch_file, "scan_pickle", lambda stream: Scan())
+    module, name, argument = GADGETS[gadget]
+    path = tmp_path / "x.pth"
+    code = program(module, name, argument.format(canary=tmp_path / "canary"), "reduce")
+    pickle_in_zip(code)(path)
+    with contextlib.suppress(CheckpointError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read_checkpoint(path)
+    assert set(tmp_path.iterdir()) == {path}
 
 
 def test_names_the_user_allowed_in_the_process_stay_refused_here(tmp_path: Path) -> None:

@@ -246,6 +246,10 @@ def test_copies_are_accelerated_and_independent(how: str, runs_fast: Any) -> Non
     other.encoder.layers[0].ffn.A.fc1.register_forward_hook(lambda *_: None)
     assert not runs_fast(other, pair())
     assert runs_fast(model, pair())
+    other = copy.deepcopy(model)
+    own_forward(other)
+    assert not runs_fast(other, pair())
+    assert runs_fast(model, pair())
     restore(other)
     assert "forward" in vars(model.encoder)
     assert "forward" not in vars(other.encoder)
@@ -397,6 +401,17 @@ def test_the_encoder_called_directly(
         call["token_embeddings"] = call["token_embeddings"][:, :3]
     assert runs_fast(model.encoder, call)
     assert_same(model.encoder, torchscale_beit3(CONFIG).encoder, call)
+
+
+@pytest.mark.parametrize("split", [-1, 0])
+@pytest.mark.parametrize("batch", [1, BATCH])
+@torch.no_grad()
+def test_positions_given_for_one_modality(split: int, batch: int, runs_fast: Any) -> None:
+    model, theirs = accelerated_copy(), torchscale_model("base")
+    positions = torch.randint(0, 12, (batch, VISION + TEXT))
+    call = encoder_call(multiway_split_position=split, positions=positions)
+    assert runs_fast(model.encoder, call)
+    assert_same(model.encoder, theirs.encoder, call)
 
 
 def test_positional_arguments() -> None:
@@ -629,6 +644,14 @@ def lora(model: Any) -> None:
     model.encoder.layers[1].self_attn.q_proj.A = new
 
 
+def class_changed(model: Any) -> None:
+    class Half(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.5 * super().forward(x)
+
+    model.encoder.layers[1].ffn.A.fc2.__class__ = Half
+
+
 def own_forward(model: Any) -> None:
     layer = model.encoder.layers[0]
     real = type(layer).forward.__get__(layer)
@@ -710,6 +733,7 @@ def hook(register: str, path: str) -> Callable[[Any], None]:
 
 CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "a replaced class": (lora, "LoraLinear"),
+    "a class changed in place": (class_changed, "Half"),
     "a layer's own forward": (own_forward, "forward of its own"),
     "a parametrization": (parametrized, "unknown part|Parametrized"),
     "an adapter": (adapter, "adapter|forward"),

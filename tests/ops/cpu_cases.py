@@ -32,6 +32,10 @@ def hard_values(kind: str, rows: int, columns: int, generator: torch.Generator) 
     if kind == "outlier":
         x[:, columns // 2] *= 300
         return x
+    if kind == "spike":  # a mean thousands of deviations away, exact in bf16
+        x = torch.full((rows, columns), 64.0)
+        x[:, columns // 3] += 0.5
+        return x
     if kind == "constant":
         return x[:, :1].expand(rows, columns) * 7
     return x

@@ -50,7 +50,7 @@ def test_expert_linear_sizes(shape: tuple[int, int, int], dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("values", ["mean", "outlier", "constant"])
+@pytest.mark.parametrize("values", ["mean", "outlier", "spike", "constant"])
 def test_expert_linear_values(values: str, dtype: str) -> None:
     for shape in [(9, 768, 40), (30, 65, 40)]:
         Linear(DTYPES[dtype], shape, values=values, activation="gelu").check()
@@ -158,6 +158,17 @@ def test_queries_without_keys_are_zero() -> None:
         out = OPS.shared_attention(q, kv, kv, *offsets, None, 2, 0.3, "bidirectional")
         assert torch.equal(out[:2], torch.zeros(2, 16, dtype=dtype))
         assert (out[2] != 0).all()
+
+
+def test_a_score_of_minus_infinity_has_no_weight() -> None:
+    q = torch.tensor([[1e30, 1.0]])
+    k = torch.tensor([[-1e30, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    v = torch.tensor([[7.0, 7.0], [1.0, 2.0], [3.0, 4.0]])
+    for dtype in DTYPES.values():
+        offsets = (cumulative([3]), cumulative([0]), cumulative([1]), cumulative([0]))
+        operands = (t.to(dtype) for t in (q, k, v))
+        out = OPS.shared_attention(*operands, *offsets, None, 1, 1.0, "bidirectional")
+        assert out.tolist() == [[2.0, 3.0]]
 
 
 def test_shared_attention_ignores_threads() -> None:
