@@ -81,7 +81,7 @@ class TokenLayout:
                 f"{len(vision_lengths)} and {len(text_lengths)}"
             )
         lengths = list(zip(vision_lengths, text_lengths, strict=True))
-        if not all(isinstance(count, int) for pair in lengths for count in pair):
+        if not all(isinstance(count, (int, torch.SymInt)) for pair in lengths for count in pair):
             raise ShapeError(f"token counts must be integers, got {lengths}")
         if any(vision < 0 or text < 0 for vision, text in lengths):
             raise ShapeError(f"token counts must not be negative, got {lengths}")
@@ -186,6 +186,8 @@ class TokenLayout:
 
     def segments(self, sample: int) -> tuple[slice, slice]:
         """The vision rows and the text rows of a packed sample, as two slices of [0, R)."""
+        if not 0 <= sample < self.batch_size:
+            raise ShapeError(f"a sample must be in [0, {self.batch_size}), got {sample}")
         offset = self.num_vision_rows
         vision = slice(self.vision_starts[sample], self.vision_starts[sample + 1])
         text = slice(

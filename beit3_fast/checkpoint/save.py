@@ -43,6 +43,10 @@ def save_checkpoint(
     texts = dict(metadata or {})
     try:
         form = _form(path)
+        if not isinstance(model, (nn.Module, Mapping)):
+            raise CheckpointError(
+                f"a model or a state dict is needed to save, got {type(model).__name__}"
+            )
         if isinstance(model, nn.Module):
             name = name if name is not None else getattr(model, "name", None)
             config = config if config is not None else getattr(model, "config", None)

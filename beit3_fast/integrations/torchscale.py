@@ -118,6 +118,8 @@ def accelerated_status(model: nn.Module) -> list[EncoderStatus]:
 
 
 def _encoders(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     return [(name, module) for name, module in model.named_modules() if is_encoder(module)]
 
 

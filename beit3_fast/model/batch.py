@@ -107,6 +107,11 @@ def embed_samples(
 
     None stands for what a sample has not. Raises ShapeError for a sample with neither.
     """
+    for name, samples in (("images", images), ("text", text)):
+        if samples is not None and not isinstance(samples, (list, tuple, Tensor)):
+            raise ShapeError(
+                f"{name} must be a list with one entry per sample, got {type(samples).__name__}"
+            )
     batch = len(images) if images is not None else len(text) if text is not None else 0
     images = [None] * batch if images is None else images
     text = [None] * batch if text is None else text
@@ -119,6 +124,9 @@ def embed_samples(
     for index, (image, tokens) in enumerate(zip(images, text, strict=True)):
         if image is None and tokens is None:
             raise ShapeError(f"sample {index} has neither an image nor a text")
+        for name, own in (("images", image), ("text", tokens)):
+            if own is not None and not isinstance(own, Tensor):
+                raise ShapeError(f"{name}[{index}] must be a tensor, got {type(own).__name__}")
         if tokens is not None and (tokens.dim() != 1 or tokens.dtype != torch.int64):
             raise ShapeError(
                 f"text[{index}] must be int64 [Nt], got {tokens.dtype} of shape {list(tokens.shape)}"

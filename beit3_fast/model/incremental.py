@@ -33,6 +33,10 @@ def encode_incremental(
     the new keys and values. Returns [B, n, C]. Padding is not masked here, as in torchscale. Raises ShapeError
     when the mask or a cache does not fit.
     """
+    if not isinstance(state, dict):
+        raise ShapeError(
+            f"incremental_state must be a dictionary, one entry per layer, got {type(state).__name__}"
+        )
     batch, tokens, width = x.shape
     layout = TokenLayout.from_lengths([num_vision] * batch, [tokens - num_vision] * batch, x.device)
     places = torch.arange(batch * tokens, device=x.device).view(batch, tokens)
@@ -42,7 +46,7 @@ def encode_incremental(
     if hidden_states is not None:
         hidden_states.append(x)
     for index, layer in enumerate(encoder.layers):
-        flat = _layer(layer, flat, layout, rows, batch, blocked, state[index], impl)
+        flat = _layer(layer, flat, layout, rows, batch, blocked, state.setdefault(index, {}), impl)
         if hidden_states is not None:
             hidden_states.append(flat.view(batch, tokens, width))
     if encoder.layer_norm is not None:

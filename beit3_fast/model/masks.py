@@ -18,6 +18,8 @@ def read_blocked_mask(
     ``text_padding`` bool [B, Nt], True for padding: the tensor's text rows and columns are moved to the places
     that the packed texts have. Raises ShapeError for another shape.
     """
+    if not isinstance(blocked, Tensor):
+        raise ShapeError(f"attn_mask must be a tensor, got {type(blocked).__name__}")
     tokens = num_vision + num_text
     if tuple(blocked.shape) != (tokens, tokens):
         raise ShapeError(

@@ -95,7 +95,7 @@ def create_model(
     ConfigError for an unknown name, field, dtype or impl and CheckpointError for a file that does
     not fit.
     """
-    if name not in _ENTRYPOINTS:
+    if not isinstance(name, str) or name not in _ENTRYPOINTS:
         raise ConfigError(f"unknown model {name!r}; beit3_fast.list_models() has {list_models()}")
     if impl not in ("auto", *dispatch.IMPLEMENTATIONS):
         raise ConfigError(
@@ -115,14 +115,14 @@ def create_model(
         if not isinstance(num_classes, int) or num_classes < 1:
             raise ConfigError(f"num_classes must be a positive integer, got {num_classes!r}")
         options["num_classes"] = num_classes
-    wanted, preset = _dtype(dtype), None
+    wanted, place, preset = _dtype(dtype), _device(device), None
     if checkpoint is None:
-        model: Any = make(config, **options).to(device=device, dtype=wanted)
+        model: Any = make(config, **options).to(device=place, dtype=wanted)
     else:
         # A strict load writes every tensor, so nothing needs initial values.
         with torch.device("meta"):
             model = make(config, **options).to(wanted)
-        model.to_empty(device=device)
+        model.to_empty(device=place)
         preset = load_checkpoint(model, checkpoint).preset
     model.name = name
     model.preset = preset or (task.preset if task else "square")
@@ -135,6 +135,20 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
     raise ConfigError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}")
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"device must be a torch.device or its name, such as 'cpu' or 'cuda:0', got {device!r}"
+        ) from error
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {device!r} is not there: this torch sees {torch.cuda.device_count()} CUDA devices"
+        )
+    return wanted
 
 
 def model_config(model: nn.Module) -> BEiT3Config:

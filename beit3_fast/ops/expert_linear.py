@@ -189,19 +189,24 @@ def _check(
     residual: Tensor | None,
     rows: Tensor | None,
 ) -> None:
+    for name, tensor in (("x", x), ("residual", residual), ("rows", rows)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name == "x"):
+            raise ShapeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if x.dim() != 2 or not x.dtype.is_floating_point:
         raise ShapeError(
             f"x must be a floating-point tensor [M, I], got {x.dtype} of shape {tuple(x.shape)}"
         )
-    if not weights:
-        raise ShapeError("weights must hold at least one expert, got none")
-    autocast = torch.is_autocast_enabled(x.device.type)
-    for tensor in () if autocast else (*_flat(weights), *(() if residual is None else (residual,))):
-        if tensor.dtype != x.dtype or tensor.device != x.device:
-            raise ShapeError(
-                f"weights and residual must have x's dtype and device ({x.dtype}, {x.device}), got "
-                f"{tensor.dtype}, {tensor.device}; convert them or run under torch.autocast"
-            )
+    _check_tensors("weights", weights)
+    if biases is not None:
+        _check_tensors("biases", biases)
+    if not dispatch.autocast_enabled(x.device.type):
+        others = [] if residual is None else [residual]
+        for tensor in (*_flat(weights), *_flat(biases or ()), *others):
+            if tensor.dtype != x.dtype or tensor.device != x.device:
+                raise ShapeError(
+                    f"weights, biases and residual must have x's dtype and device ({x.dtype}, {x.device}), "
+                    f"got {tensor.dtype}, {tensor.device}; convert them or run under torch.autocast"
+                )
     features = x.shape[1]
     out, inner = (*_shape(weights[0]), 0)[:2]
     for expert, weight in enumerate(weights):
@@ -213,27 +218,66 @@ def _check(
     if biases is not None:
         _check_vectors("biases", [_shape(bias) for bias in biases], len(weights), out)
     if norm is not None:
+        if not isinstance(norm, Norm):
+            raise ShapeError(f"norm must be a Norm of beit3_fast.ops, got {type(norm).__name__}")
+        _check_tensors("norm.weights", norm.weights)
+        _check_tensors("norm.biases", norm.biases)
+        if not isinstance(norm.eps, (float, int)) or not 0 <= norm.eps < float("inf"):
+            raise ShapeError(
+                f"norm.eps must be a number, finite and not negative, got {norm.eps!r}"
+            )
         _check_vectors("norm.weights", [t.shape for t in norm.weights], len(weights), features)
         _check_vectors("norm.biases", [t.shape for t in norm.biases], len(weights), features)
     if activation not in (None, "gelu"):
         raise ShapeError(f"activation must be None or 'gelu', got {activation!r}")
+    if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
+        raise ShapeError(f"rows must be int64 [R], got {rows.dtype} of shape {tuple(rows.shape)}")
     count = x.shape[0] if rows is None else rows.shape[0]
     if (
-        len(bounds) != len(weights) + 1
+        not isinstance(bounds, (list, tuple))
+        or len(bounds) != len(weights) + 1
+        or not all(isinstance(bound, (int, torch.SymInt)) for bound in bounds)
         or bounds[0] != 0
         or bounds[-1] != count
         or any(bounds[e] > bounds[e + 1] for e in range(len(weights)))
     ):
         raise ShapeError(
-            f"bounds must be {len(weights) + 1} ascending row numbers from 0 to {count}, "
-            f"got {list(bounds)}"
+            f"bounds must be a list of {len(weights) + 1} ascending row numbers from 0 to {count}, "
+            f"got {bounds!r}"
         )
-    if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
-        raise ShapeError(f"rows must be int64 [R], got {rows.dtype} of shape {tuple(rows.shape)}")
+    if rows is not None and rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        derived(f"distinct rows of {x.shape[0]}", (rows,), lambda: _check_rows(rows, x.shape[0]))
     if residual is not None and tuple(residual.shape) != (x.shape[0], out):
         raise ShapeError(
             f"residual must have shape [M, O] = [{x.shape[0]}, {out}], got {list(residual.shape)}"
         )
+
+
+def _check_rows(rows: Tensor, count: int) -> bool:
+    named = rows.unique()
+    if named.numel() and not 0 <= int(named[0]) <= int(named[-1]) < count:
+        raise ShapeError(
+            f"rows must name rows of x, 0 to {count - 1}, got {int(named[0])} to {int(named[-1])}"
+        )
+    if named.numel() != rows.numel():
+        raise ShapeError("rows must not name a row twice")
+    return True
+
+
+def _check_tensors(name: str, tensors: Any) -> None:
+    """One tensor, or one tuple of tensors, for each expert."""
+    if tensors is None or isinstance(tensors, (str, Tensor)) or not hasattr(tensors, "__len__"):
+        raise ShapeError(
+            f"{name} must be a list, one entry per expert, got {type(tensors).__name__}"
+        )
+    if name == "weights" and not len(tensors):
+        raise ShapeError("weights must hold at least one expert, got none")
+    for expert, entry in enumerate(tensors):
+        parts = entry if isinstance(entry, tuple) else (entry,)
+        if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
+            raise ShapeError(
+                f"{name}[{expert}] must be a tensor or a tuple of tensors, got {type(entry).__name__}"
+            )
 
 
 def _check_vectors(name: str, shapes: Sequence[Sequence[int]], experts: int, size: int) -> None:

@@ -52,8 +52,8 @@ def shared_attention(
     Differentiable in q, k and v. Raises ShapeError for operands that do not fit, ConfigError and
     KernelUnavailable for ``impl``.
     """
-    queries = queries or layout
-    _check(q, k, v, layout, queries, num_heads, mask)
+    queries = layout if queries is None else queries
+    _check(q, k, v, layout, queries, num_heads, scale, mask)
     if scale is None:
         scale = (q.shape[1] // num_heads) ** -0.5
     at = dispatch.situation("shared_attention", [q, k, v], isinstance(mask, Tensor))
@@ -149,8 +149,21 @@ def _check(
     layout: TokenLayout,
     queries: TokenLayout,
     num_heads: int,
+    scale: float | None,
     mask: str | Tensor,
 ) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise ShapeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not q.dtype.is_floating_point:
+        raise ShapeError(f"q must have a floating-point dtype, got {q.dtype}")
+    for name, own in (("layout", layout), ("queries", queries)):
+        if not isinstance(own, TokenLayout):
+            raise ShapeError(f"{name} must be a TokenLayout, got {type(own).__name__}")
+    if not isinstance(num_heads, int):
+        raise ShapeError(f"num_heads must be an integer, got {num_heads!r}")
+    if scale is not None and not (isinstance(scale, (float, int)) and 0 <= scale < float("inf")):
+        raise ShapeError(f"scale must be a number, finite and not negative, got {scale!r}")
     if q.dim() != 2 or num_heads < 1 or q.shape[1] % num_heads:
         raise ShapeError(
             f"q must have shape [Rq, H * D] with H = num_heads = {num_heads}, got {list(q.shape)}"
@@ -176,8 +189,12 @@ def _check(
         if mask not in MASKS:
             raise ShapeError(f"mask must be one of {MASKS} or a bool tensor, got {mask!r}")
         return
+    if not isinstance(mask, Tensor):
+        raise ShapeError(f"mask must be one of {MASKS} or a bool tensor, got {type(mask).__name__}")
     tokens = max(layout.vision_lengths, default=0) + max(layout.text_lengths, default=0)
     shapes = ((tokens, tokens), (layout.batch_size, tokens, tokens))
+    if mask.device != q.device:
+        raise ShapeError(f"a mask tensor must be on q's device {q.device}, got {mask.device}")
     if mask.dtype != torch.bool or tuple(mask.shape) not in shapes:
         raise ShapeError(
             f"a mask tensor must be bool, True where a query may look, of shape {list(shapes[0])} or "

@@ -182,7 +182,13 @@ def test_the_safetensors_library_and_ours_read_each_other(tmp_path: Path) -> Non
     assert metadata["format"] == "pt"
     assert metadata["model"] == "m"
     raw = path.read_bytes()
-    data = raw[8 + int.from_bytes(raw[:8], "little") :]
+    length = int.from_bytes(raw[:8], "little")
+    assert length % 8 == 0
+    for name, entry in json.loads(raw[8 : 8 + length]).items():
+        if name != "__metadata__":
+            # readers map the file into memory: every tensor has to begin where its dtype allows
+            assert entry["data_offsets"][0] % state[name].dtype.itemsize == 0, name
+    data = raw[8 + length :]
     assert metadata["sha256"] == hashlib.sha256(data).hexdigest()
     theirs = tmp_path / "theirs.safetensors"
     save_file(state, theirs, metadata={"format": "pt"})
@@ -348,6 +354,16 @@ def test_leftovers_of_the_dead_are_swept_and_those_of_the_living_are_not(tmp_pat
     assert set(tmp_path.iterdir()) == {path, alive, *others}
     save_checkpoint({"a": torch.ones(1)}, path)
     assert set(tmp_path.iterdir()) == {path, *others}
+
+
+def test_two_writers_of_one_file_do_not_sweep_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    with atomic.replacing(path) as file:
+        file.write(b"first to begin, last to end")
+        save_checkpoint({"a": torch.ones(1)}, path)
+        assert set(read_checkpoint(path).state) == {"a"}
+    assert path.read_bytes() == b"first to begin, last to end"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 KILLED = """
