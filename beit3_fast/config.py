@@ -48,7 +48,8 @@ class BEiT3Config:
     def __post_init__(self) -> None:
         if isinstance(self.img_size, (list, tuple)):
             object.__setattr__(self, "img_size", tuple(self.img_size))
-        object.__setattr__(self, "modalities", tuple(self.modalities))
+        if isinstance(self.modalities, (list, tuple)):
+            object.__setattr__(self, "modalities", tuple(self.modalities))
         counts = ("embed_dim", "num_heads", "ffn_dim", "num_layers", "patch_size", "in_chans")
         for field in (*counts, "vocab_size", "max_text_positions"):
             value = getattr(self, field)
@@ -85,8 +86,9 @@ class BEiT3Config:
                 f"vl_expert_layers must be between 0 and num_layers {self.num_layers}, "
                 f"got {self.vl_expert_layers}"
             )
-        if not self.modalities or any(m not in MODALITIES for m in self.modalities):
-            raise ConfigError(f"modalities must name some of {MODALITIES}, got {self.modalities}")
+        named = self.modalities
+        if not isinstance(named, tuple) or not named or any(m not in MODALITIES for m in named):
+            raise ConfigError(f"modalities must be a tuple of some of {MODALITIES}, got {named!r}")
 
     @property
     def head_dim(self) -> int:

@@ -88,7 +88,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"vl_expert_layers": 13}, "between 0 and num_layers 12, got 13"),
     ({"modalities": ()}, "modalities"),
     ({"modalities": ("audio",)}, "'vision', 'text'.*'audio'"),
-    ({"modalities": "vision"}, "modalities"),
+    ({"modalities": "vision"}, "must be a tuple of some.*got 'vision'"),
+    ({"modalities": None}, "modalities.*got None"),
 ]
 
 

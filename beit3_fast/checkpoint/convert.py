@@ -59,13 +59,16 @@ def convert_checkpoint(
                 f"{source}: is for {old[0]}x{old[1]} patches and the named model for {new[0]}x{new[1]}; "
                 "name the model of the file's own image size"
             )
+    metadata = {k: v for k, v in checkpoint.metadata.items() if k not in ("format", *DIGESTS)}
+    if preset is None and checkpoint.preset is None:
+        preset = getattr(model, "preset", None)
     save_checkpoint(
         checkpoint.state,
         target,
         name=getattr(model, "name", None),
         config=getattr(model, "config", None),
         preset=preset,
-        metadata={k: v for k, v in checkpoint.metadata.items() if k not in ("format", *DIGESTS)},
+        metadata=metadata,
     )
     written = read_checkpoint(target)
     if not _equal(checkpoint.state, written.state):

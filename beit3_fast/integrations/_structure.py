@@ -153,10 +153,11 @@ class Structure:
                 if ffn.activation_fn is not F.gelu:
                     return "an activation that is not torch.nn.functional.gelu"
             drop_path = layer.drop_path
-            if drop_path is not None and not 0 <= drop_path.drop_prob < 1:
-                return f"a drop path rate of {drop_path.drop_prob}"
-            if drop_path is not None and not getattr(drop_path, "scale_by_keep", True):
-                return "drop path without rescaling"
+            if drop_path is not None and drop_path.training:
+                if not 0 <= drop_path.drop_prob < 1:
+                    return f"a drop path rate of {drop_path.drop_prob}"
+                if not getattr(drop_path, "scale_by_keep", True):
+                    return "drop path without rescaling"
         return None
 
     def drop_path_rates(self) -> list[float]:

@@ -23,7 +23,7 @@ def encode_incremental(
     x: Tensor,
     num_vision: int,
     blocked: Tensor | None,
-    state: dict[int, dict[str, Tensor]],
+    state: dict[int, dict[str, Tensor]] | list[dict[str, Tensor]],
     impl: str = "auto",
     hidden_states: list[Tensor] | None = None,
 ) -> Tensor:
@@ -33,9 +33,16 @@ def encode_incremental(
     the new keys and values. Returns [B, n, C]. Padding is not masked here, as in torchscale. Raises ShapeError
     when the mask or a cache does not fit.
     """
-    if not isinstance(state, dict):
+    layers = len(encoder.layers)
+    if isinstance(state, dict):
+        caches = [state.setdefault(index, {}) for index in range(layers)]
+    elif isinstance(state, list) and len(state) == layers:
+        caches = state
+    else:
+        length = f" of {len(state)}" if isinstance(state, list) else ""
         raise ShapeError(
-            f"incremental_state must be a dictionary, one entry per layer, got {type(state).__name__}"
+            f"incremental_state must be a dictionary, or a list of {layers} dictionaries, one a layer; "
+            f"got {type(state).__name__}{length}"
         )
     batch, tokens, width = x.shape
     layout = TokenLayout.from_lengths([num_vision] * batch, [tokens - num_vision] * batch, x.device)
@@ -45,8 +52,8 @@ def encode_incremental(
     flat = x.reshape(batch * tokens, width)
     if hidden_states is not None:
         hidden_states.append(x)
-    for index, layer in enumerate(encoder.layers):
-        flat = _layer(layer, flat, layout, rows, batch, blocked, state.setdefault(index, {}), impl)
+    for layer, cache in zip(encoder.layers, caches, strict=True):
+        flat = _layer(layer, flat, layout, rows, batch, blocked, cache, impl)
         if hidden_states is not None:
             hidden_states.append(flat.view(batch, tokens, width))
     if encoder.layer_norm is not None:

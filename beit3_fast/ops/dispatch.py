@@ -131,6 +131,8 @@ def _choose(at: Situation, requested: str) -> Choice:
         if reason is None:
             break
         rejected.append((impl, reason))
+    slower = _AUTO_ORDER[_AUTO_ORDER.index(impl) + 1 :]
+    rejected += [(name, f"is expected to be slower than {impl} here") for name in slower]
     others = [name for name in IMPLEMENTATIONS if name not in (*_AUTO_ORDER, "reference")]
     rejected += [(name, _NOT_BUILT) for name in others]
     rejected.append(("reference", "is the readable formula, kept for checking"))

@@ -399,6 +399,18 @@ def test_threads_share_the_one_allowed_type(tmp_path: Path) -> None:
     assert not problems
 
 
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth", "legacy"])
+def test_files_are_read_onto_the_cpu_whatever_the_default_device(name: str, tmp_path: Path) -> None:
+    state, path = weights({"a": (4, 4)}), tmp_path / name
+    if name == "legacy":
+        torch_file(path, {"model": state}, _use_new_zipfile_serialization=False)
+    else:
+        save_checkpoint(state, path)
+    with torch.device("meta"):
+        found = read_checkpoint(path).state
+    assert same(found, state)
+
+
 def test_the_digest_of_a_file_that_has_changed_is_refused(tmp_path: Path) -> None:
     import hashlib
 

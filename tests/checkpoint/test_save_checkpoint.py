@@ -134,6 +134,11 @@ def test_conversion_for_a_model_keeps_its_configuration(tmp_path: Path) -> None:
     assert type(model.config).from_dict(found.config) == model.config
     assert ImagePreset.get(found.preset) == ImagePreset.get("imagenet")
     assert load_checkpoint(model, target).preset == found.preset
+    # what the file says comes before what the model would, and that before nothing
+    convert_checkpoint(target, tmp_path / "y.pth", model=model)
+    assert read_checkpoint(tmp_path / "y.pth").preset == found.preset
+    convert_checkpoint(source, tmp_path / "z.safetensors", model=model)
+    assert read_checkpoint(tmp_path / "z.safetensors").preset == model.preset
     other = beit3_fast.create_model("beit3_tiny_patch16_32_vqav2", num_classes=7, img_size=64)
     with pytest.raises(CheckpointError, match="2x2 patches and the named model for 4x4"):
         convert_checkpoint(source, target, model=other, overwrite=True)

@@ -827,6 +827,27 @@ def test_dropout_runs_torchscale_in_training_only(name: str, runs_fast: Any) -> 
     assert runs_fast(model.eval(), pair())
 
 
+@pytest.mark.parametrize("kind", ["always dropped", "not rescaled"])
+def test_drop_path_of_another_kind_runs_torchscale_in_training_only(
+    kind: str, runs_fast: Any
+) -> None:
+    theirs = torchscale_beit3(CONFIG, drop_path_rate=1.0 if kind == "always dropped" else 0.5)
+    if kind == "not rescaled":
+        from timm.layers import DropPath
+
+        for layer in theirs.encoder.layers:
+            layer.drop_path = DropPath(0.5, scale_by_keep=False).eval()
+    model = accelerated_copy(theirs)
+    assert runs_fast(model, pair())
+    assert_same(model, theirs, pair())
+    outputs = []
+    for one in (model.train(), theirs.train()):
+        torch.manual_seed(8)
+        outputs.append(one(**pair())["encoder_out"])
+    assert torch.equal(*outputs)
+    assert "drop path" in reasons(model)[0]
+
+
 SEES_NOTHING = torch.zeros(VISION + TEXT, VISION + TEXT, dtype=torch.int64)
 SEES_NOTHING[3] = 1
 SEES_PADDING = torch.ones(VISION + TEXT, VISION + TEXT, dtype=torch.int64).fill_diagonal_(0)

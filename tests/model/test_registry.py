@@ -288,7 +288,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (TINY, {"depth": 3}, r"unknown configuration fields \['depth'\]"),
     (TINY, {"img_size": 33}, "multiples of patch_size 16, got 33"),
     (TINY, {"attention": "sparse"}, "attention must be one of"),
-    (TINY, {"modalities": ("audio",)}, "modalities must name some of"),
+    (TINY, {"modalities": ("audio",)}, "modalities must be a tuple of some of"),
     (TINY, {"drop_path_rate": 2.0}, "drop_path_rate"),
 ]
 
