@@ -117,6 +117,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: _probe(partial(_version, name)) for name in _PACKAGES},
         "cpu_features": _probe(_cpu_features),
         "compiled_ops": _probe(_library_status),
+        "cpu_level": _probe(_cpu_level),
         "auto": _probe(_choices),
         "gpu": _probe(_gpu),
     }
@@ -149,6 +150,12 @@ def _library_status() -> str:
     from beit3_fast.ops import library
 
     return library.load().describe()
+
+
+def _cpu_level() -> str:
+    from beit3_fast.ops import library
+
+    return library.cpu_isa()
 
 
 def _choices() -> dict[str, str]:

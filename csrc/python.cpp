@@ -93,7 +93,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_features", &cpu_features,
         "Instruction sets that processor and system offer, by their name in /proc/cpuinfo: dict[str, bool].");
   m.def("cpu_isa", [] { return beit3_fast::cpu::isa_name(beit3_fast::cpu::isa()); },
-        "The level that the CPU kernels run on here: portable, avx512 or avx512_bf16.");
+        "The level that the CPU kernels run on here: portable, avx2, avx512 or avx512_bf16.");
   m.def("pack_weight", &pack_weight, py::arg("weight"),
         "A weight [out, in] of float32, or of uint16 that holds bfloat16, in the layout of the CPU kernels:\n"
         "one dimension, the same dtype. Raises ValueError for other arrays.");

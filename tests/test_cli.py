@@ -15,6 +15,7 @@ import beit3_fast
 from beit3_fast import cli
 from beit3_fast.checkpoint import read_checkpoint, save_checkpoint
 from beit3_fast.errors import CheckpointError
+from beit3_fast.ops import library
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "beit3_tiny_patch16_32_retrieval"
@@ -83,6 +84,7 @@ def test_info_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         f"torch: {torch.__version__}",
         "cpu_features:",
         "compiled_ops: the compiled ops",
+        f"cpu_level: {library.cpu_isa()}",
         "gpu:",
     ):
         assert words in out

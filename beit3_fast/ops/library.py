@@ -263,6 +263,17 @@ def _cpu_features() -> dict[str, bool]:
     return {name: name in words for name in _FEATURES}
 
 
+def cpu_isa() -> str:
+    """The instruction-set level that the compiled CPU kernels run on here: portable, avx2, avx512, avx512_bf16.
+
+    ``BEIT3_FAST_CPU_ISA`` lowers it. Raises KernelUnavailable without the library.
+    """
+    import torch
+
+    load()
+    return str(torch.ops.beit3_fast.cpu_isa())
+
+
 def build_info() -> dict[str, Any]:
     """What the library was built from and for (compiler, flags, torch, instruction sets); empty without a library. Loads nothing."""
     try:

@@ -23,7 +23,7 @@ inline AttentionScratch carve_attention(const AttentionBlock& block, void* base)
   const int64_t units = chunks_of<Arch>(block.head_dim) * kChunk;
   AttentionScratch s;
   s.keys = carver.take<uint32_t>(keys * units);
-  s.values = carver.take<uint32_t>(keys / Arch::kPerUnit * columns);
+  s.values = carver.take<uint32_t>(chunks_of<Arch>(keys) * kChunk * columns);
   s.q = carver.take<uint32_t>(Arch::kTileRows * chunks_of<Arch>(block.head_dim) * Arch::kRowWords);
   s.p = carver.take<uint32_t>(Arch::kTileRows * chunks_of<Arch>(keys) * Arch::kRowWords);
   s.scores = carver.take<float>(Arch::kTileRows * keys);
@@ -59,8 +59,10 @@ inline void pack_keys_values(const AttentionBlock& block, const AttentionScratch
     v_pack_panel(rows, min_of(kPanel, keys - key), block.head_dim,
                  s.keys + key / kPanel * panel_words);
   }
-  const int64_t units = padded / Arch::kPerUnit;
-  for (int64_t unit = 0; unit < ceil_div(keys, Arch::kPerUnit); ++unit) {
+  const int64_t units = chunks_of<Arch>(padded) * kChunk;
+  // To the end of the last chunk: products may read whole chunks.
+  const int64_t filled = chunks_of<Arch>(keys) * kChunk;
+  for (int64_t unit = 0; unit < filled; ++unit) {
     const T* const a = row(block.v, block.v_stride, unit * Arch::kPerUnit);
     const T* const b = row(block.v, block.v_stride, unit * Arch::kPerUnit + 1);
     for (int64_t from = 0; from < block.head_dim; from += kPanel) {
@@ -147,15 +149,16 @@ void attention_block(const AttentionBlock& block, void* scratch) {
   const int64_t keys = ceil_div(block.vision_keys + block.text_keys, kPanel) * kPanel;
   const int64_t depth_units = ceil_div(block.head_dim, Arch::kPerUnit);
   const int64_t key_panel_words = chunks_of<Arch>(block.head_dim) * kChunk * kPanel;
-  const int64_t value_panel_words = keys / Arch::kPerUnit * kPanel;
+  const int64_t value_panel_words = chunks_of<Arch>(keys) * kChunk * kPanel;
   const int64_t columns = ceil_div(block.head_dim, kPanel) * kPanel;
   const float factor = block.scale * 1.44269504088896341f;
 
   const int64_t queries = block.end - block.begin;
   const int64_t tiles = ceil_div(queries, Arch::kTileRows);
+  typename Arch::State state;
   for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t begin = block.begin + queries * t / tiles;
-    const int64_t rows = block.begin + queries * (t + 1) / tiles - begin;
+    const int64_t begin = block.begin + tile_begin<Arch>(queries, tiles, t);
+    const int64_t rows = block.begin + tile_begin<Arch>(queries, tiles, t + 1) - begin;
     const int64_t chunk_words = rows * Arch::kRowWords;
     int64_t at[Arch::kTileRows];
     int64_t visible[Arch::kTileRows];
@@ -175,14 +178,14 @@ void attention_block(const AttentionBlock& block, void* scratch) {
       foresee_row(static_cast<const T*>(block.q) + query_row(block, query) * block.q_stride,
                   block.head_dim);
     }
-    multiply<Arch>(rows, s.q, s.keys, most, key_panel_words, depth_units, s.scores, keys);
+    multiply<Arch>(state, rows, s.q, s.keys, most, key_panel_words, depth_units, s.scores, keys);
     float tops[Arch::kTileRows], sums[Arch::kTileRows];
     for (int64_t r = 0; r < rows; ++r) tops[r] = largest(s.scores + r * keys, visible[r]);
     for (int64_t r = 0; r < rows; ++r) {
       sums[r] = soften<Arch>(s.scores + r * keys, visible[r], most, tops[r], factor,
                              s.p + r * Arch::kRowWords, chunk_words);
     }
-    multiply<Arch>(rows, s.p, s.values, block.head_dim, value_panel_words,
+    multiply<Arch>(state, rows, s.p, s.values, block.head_dim, value_panel_words,
                    ceil_div(most, Arch::kPerUnit), s.out, columns);
     for (int64_t r = 0; r < rows; ++r) {
       T* const out = static_cast<T*>(block.out) + at[r] * block.out_stride;

@@ -8,11 +8,6 @@
 namespace {
 
 template <class Arch>
-int64_t row_bytes(int64_t depth) {
-  return chunks_of<Arch>(depth) * Arch::kRowWords * 4;
-}
-
-template <class Arch>
 void pack_panel(const void* const* rows, int64_t count, int64_t depth, uint32_t* panel) {
   const typename Arch::T* typed[kPanel];
   for (int64_t j = 0; j < kPanel; ++j) {
@@ -24,8 +19,6 @@ void pack_panel(const void* const* rows, int64_t count, int64_t depth, uint32_t*
 template <class Arch>
 constexpr Kernels make_kernels(const char* isa) {
   return {isa,
-          Arch::kTileRows,
-          row_bytes<Arch>,
           linear_scratch<Arch>,
           linear_block<Arch>,
           attention_scratch<Arch>,

@@ -9,8 +9,7 @@
 namespace beit3_fast::cpu {
 namespace {
 
-// A row block lives in the L2 cache beside the panel it meets.
-constexpr int64_t kBlockBytes = 512 * 1024;
+// Rows that share a block of B while it is near. The slice of them that meets it fits the L2 cache.
 constexpr int64_t kBlockRows = 96;
 // A block that reuses each panel for fewer rows than this reads more of B than it multiplies.
 constexpr int64_t kFewRows = 24;
@@ -31,18 +30,16 @@ void to_float(const Parameter& from, int64_t count, int64_t padded, float* to) {
 }
 
 // Row blocks, and where they are too few for the threads, ranges of panels.
-void plan(const Pool& pool, const ExpertLinear& op, const Kernels& level,
-          const std::vector<LinearBlock>& experts, std::vector<LinearBlock>* tasks) {
+void plan(const Pool& pool, const ExpertLinear& op, const std::vector<LinearBlock>& experts,
+          std::vector<LinearBlock>* tasks) {
   int64_t total = 0;
   for (const LinearBlock& expert : experts) total += expert.count;
   if (total == 0) return;
-  const int64_t cached = kBlockBytes / level.row_bytes(op.in_features);
-  const int64_t most = std::clamp(cached, level.tile_rows, kBlockRows);
   const int64_t panels = panel_count(op.out_features);
   for (const LinearBlock& expert : experts) {
     // The share of the threads that this expert's rows are worth: its blocks are a multiple of it.
     const int64_t workers = std::max<int64_t>(1, (pool.threads * expert.count + total / 2) / total);
-    const int64_t parts = std::min(ceil_div(ceil_div(expert.count, most), workers) * workers,
+    const int64_t parts = std::min(ceil_div(ceil_div(expert.count, kBlockRows), workers) * workers,
                                    std::max<int64_t>(1, expert.count / kFewRows));
     const int64_t splits = std::clamp<int64_t>(ceil_div(workers, parts), 1, panels);
     for (int64_t part = 0; part < parts; ++part) {
@@ -122,7 +119,7 @@ void expert_linear(const Pool& pool, const ExpertLinear& op) {
   }
 
   std::vector<LinearBlock> tasks;
-  plan(pool, op, level, experts, &tasks);
+  plan(pool, op, experts, &tasks);
   share(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     thread_local Scratch scratch;
     const LinearBlock& task = tasks[static_cast<std::size_t>(i)];

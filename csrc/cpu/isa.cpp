@@ -1,51 +1,169 @@
 #include "isa.h"
 
+#include <cmath>
+#include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
+
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace beit3_fast::cpu {
 namespace {
 
-Isa detect() {
+// From the plainest to the best; each CPU that has a level has those above it here.
+struct Level {
+  Isa isa;
+  const char* name;
+  const Kernels* (*kernels)(DType);
+};
+constexpr Level kLevels[] = {
+    {Isa::kPortable, "portable", portable_kernels},
+    {Isa::kAvx2, "avx2", avx2_kernels},
+    {Isa::kAvx512, "avx512", avx512_kernels},
+    {Isa::kAvx512Bf16, "avx512_bf16", avx512bf16_kernels},
+    {Isa::kAmxBf16, "amx_bf16", amx_kernels},
+};
+
+bool compiled(const Level& level) {
+  return level.kernels(DType::kFloat32) != nullptr || level.kernels(DType::kBFloat16) != nullptr;
+}
+
+// AMX with bf16 products, and Linux's leave to use its 8 KB of registers: one leave for the
+// process.
+bool amx_bf16() {
+#if defined(__linux__) && defined(__x86_64__)
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  constexpr uint32_t kTileAndBf16 = 1u << 24 | 1u << 22;
+  if ((d & kTileAndBf16) != kTileAndBf16) return false;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool supported(Isa isa) {
+#ifdef BEIT3_FAST_EMULATE
+  return true;
+#endif
+  if (isa == Isa::kPortable) return true;
 #if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
   __builtin_cpu_init();
-  if (avx512_kernels(DType::kFloat32) != nullptr && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma")) {
-    if (avx512bf16_kernels(DType::kBFloat16) != nullptr && __builtin_cpu_supports("avx512bf16")) {
-      return Isa::kAvx512Bf16;
-    }
-    return Isa::kAvx512;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  switch (isa) {
+    case Isa::kAvx2:
+      return avx2;
+    case Isa::kAvx512:
+      return avx512;
+    case Isa::kAvx512Bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Isa::kAmxBf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16") && amx_bf16();
+    default:
+      break;
   }
 #endif
-  return Isa::kPortable;
+  return false;
+}
+
+// y = x W^T for bf16 numbers of no pattern, in odd sizes.
+std::vector<float> product(const Kernels& level, const Kernels& packer) {
+  constexpr int64_t rows = 37, depth = 1093, columns = 45;
+  uint32_t state = 1;
+  const auto numbers = [&](int64_t count) {
+    std::vector<uint16_t> out(static_cast<std::size_t>(count));
+    for (uint16_t& x : out) {
+      state = state * 1664525u + 1013904223u;
+      x = static_cast<uint16_t>(0x3f00u | (state >> 16 & 0x80ffu));  // 0.5 to 2, both signs
+    }
+    return out;
+  };
+  const auto x = numbers(rows * depth), weight = numbers(columns * depth);
+  constexpr int64_t panels = (columns + kPanel - 1) / kPanel;
+  constexpr int64_t words = (depth + 2 * kChunk - 1) / (2 * kChunk) * kChunk * kPanel;
+  std::vector<uint32_t> packed(static_cast<std::size_t>(panels * words + 16));
+  const auto past = reinterpret_cast<uintptr_t>(packed.data()) % 64;
+  uint32_t* const aligned = packed.data() + (past == 0 ? 0 : (64 - past) / 4);
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t first = panel * kPanel;
+    const int64_t count = columns - first < kPanel ? columns - first : kPanel;
+    const void* from[kPanel];
+    for (int64_t j = 0; j < count; ++j) from[j] = weight.data() + (first + j) * depth;
+    packer.pack_panel(from, count, depth, aligned + panel * words);
+  }
+  std::vector<uint16_t> y(static_cast<std::size_t>(rows * columns));
+  LinearBlock block{};
+  block.x = x.data();
+  block.x_stride = depth;
+  block.out = y.data();
+  block.out_stride = columns;
+  block.count = rows;
+  block.in_features = depth;
+  block.out_features = columns;
+  block.packed = aligned;
+  block.panel_end = panels;
+  std::vector<char> scratch(static_cast<std::size_t>(level.linear_scratch(block) + 64));
+  const auto at = reinterpret_cast<uintptr_t>(scratch.data());
+  level.linear_block(block, scratch.data() + (64 - at % 64) % 64);
+  std::vector<float> out;
+  for (const uint16_t bits : y) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof(value));
+    out.push_back(value);
+  }
+  return out;
+}
+
+// Whether tile products on this processor are what the portable ones are: half a millisecond, once,
+// since these kernels were developed on machines without the unit.
+bool amx_agrees() {
+  const Kernels& portable = *portable_kernels(DType::kBFloat16);
+  const auto expected = product(portable, portable);
+  const auto found = product(*amx_kernels(DType::kBFloat16), portable);
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    if (!(std::fabs(found[i] - expected[i]) <= 0.02f * std::fabs(expected[i]) + 0.5f)) {
+      std::fprintf(
+          stderr,
+          "beit3_fast: the AMX kernels gave a wrong product on this processor and are left "
+          "out; please report it together with /proc/cpuinfo\n");
+      return false;
+    }
+  }
+  return true;
 }
 
 Isa choose() {
-  const Isa best = detect();
+  Isa best = Isa::kPortable;
+  for (const Level& level : kLevels) {
+    if (!compiled(level) || !supported(level.isa)) continue;
+    if (level.isa == Isa::kAmxBf16 && !amx_agrees()) continue;
+    best = level.isa;
+  }
   const char* wish = std::getenv("BEIT3_FAST_CPU_ISA");
   if (wish == nullptr || *wish == '\0') return best;
-  for (Isa level : {Isa::kPortable, Isa::kAvx512, Isa::kAvx512Bf16}) {
-    if (std::string(wish) == isa_name(level)) return level < best ? level : best;
+  std::string names;
+  for (const Level& level : kLevels) {
+    if (std::string(wish) == level.name) return level.isa < best ? level.isa : best;
+    names += (names.empty() ? "" : ", ") + std::string(level.name);
   }
-  throw std::runtime_error(
-      std::string("BEIT3_FAST_CPU_ISA must be portable, avx512 or avx512_bf16, got '") + wish +
-      "'");
+  throw std::runtime_error("BEIT3_FAST_CPU_ISA must be one of " + names + ", got '" + wish + "'");
 }
 
 }  // namespace
 
-const char* isa_name(Isa level) {
-  switch (level) {
-    case Isa::kAvx512Bf16:
-      return "avx512_bf16";
-    case Isa::kAvx512:
-      return "avx512";
-    default:
-      return "portable";
-  }
-}
+const char* isa_name(Isa isa) { return kLevels[static_cast<int>(isa)].name; }
 
 Isa isa() {
   static const Isa level = choose();
@@ -54,18 +172,7 @@ Isa isa() {
 
 const Kernels& kernels(DType dtype) {
   const Kernels* found = nullptr;
-  switch (isa()) {
-    case Isa::kAvx512Bf16:
-      found = avx512bf16_kernels(dtype);
-      if (found != nullptr) break;
-      [[fallthrough]];
-    case Isa::kAvx512:
-      found = avx512_kernels(dtype);
-      if (found != nullptr) break;
-      [[fallthrough]];
-    case Isa::kPortable:
-      found = portable_kernels(dtype);
-  }
+  for (int at = static_cast<int>(isa()); found == nullptr; --at) found = kLevels[at].kernels(dtype);
   return *found;
 }
 

@@ -5,11 +5,10 @@
 
 namespace beit3_fast::cpu {
 
-enum class Isa : int32_t { kPortable = 0, kAvx512 = 1, kAvx512Bf16 = 2 };
+enum class Isa : int32_t { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16 };
 
-// The best level of this CPU that was compiled in, lowered by BEIT3_FAST_CPU_ISA
-// (portable | avx512 | avx512_bf16), which is read once. Throws std::runtime_error for another
-// value.
+// The best level of this CPU that was compiled in, lowered by BEIT3_FAST_CPU_ISA (a name of
+// isa_name), which is read once. Throws std::runtime_error for another value.
 Isa isa();
 const char* isa_name(Isa isa);
 

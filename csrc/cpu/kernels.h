@@ -14,7 +14,7 @@ enum class Mask : int32_t { kBidirectional, kSeq2Seq, kCausal };
 
 // Matrix operands are cut along their depth into 4-byte units: one fp32 or two neighbouring bf16.
 //   B (packed weights, keys, values): panels of kPanel columns, [units][kPanel] words each.
-//   A (rows): tiles of at most Kernels::tile_rows rows, [chunks][rows][kChunk units].
+//   A (rows): tiles of some rows (Arch::kTileRows at most), [chunks][rows][kChunk units].
 // The depth is padded with zeros to whole chunks.
 constexpr int64_t kPanel = 32;
 constexpr int64_t kChunk = 16;
@@ -73,9 +73,6 @@ struct AttentionBlock {
 
 struct Kernels {
   const char* isa;
-  int64_t tile_rows;
-  // Bytes of A for `rows` rows of the given depth; used to size row blocks for the L2 cache.
-  int64_t (*row_bytes)(int64_t depth);
   int64_t (*linear_scratch)(const LinearBlock& block);
   void (*linear_block)(const LinearBlock& block, void* scratch);
   int64_t (*attention_scratch)(const AttentionBlock& block);
@@ -86,7 +83,9 @@ struct Kernels {
 
 // Null where the translation unit was built without the instruction set.
 const Kernels* portable_kernels(DType dtype);
+const Kernels* avx2_kernels(DType dtype);
 const Kernels* avx512_kernels(DType dtype);
 const Kernels* avx512bf16_kernels(DType dtype);
+const Kernels* amx_kernels(DType dtype);
 
 }  // namespace beit3_fast::cpu

@@ -9,11 +9,12 @@
 
 namespace {
 
-struct Float32 {
+struct Float32 : OfTiles<Float32> {
   using T = float;
   static constexpr int kPerUnit = 1;
   static constexpr int kRowWords = 16;
   static constexpr int kTileRows = 12;
+  static constexpr int64_t kDepthUnits = 768;
   static constexpr int kExpDegree = 6;
   static constexpr int64_t kBlock = 32;  // units of depth in one chain of additions
 
@@ -29,10 +30,10 @@ struct Float32 {
 
   template <int M, int V>
   static void tile(const uint32_t* a, const uint32_t* b, int64_t panel_words, int64_t units,
-                   float* c, int64_t c_stride) {
+                   float* c, int64_t c_stride, bool more) {
     // Sums of blocks of the depth are added up in c: one long chain of additions would round more
     // than the products of other libraries do.
-    for (bool first = true; first || units > 0; first = false) {
+    do {
       Vec sum[M][V];
       for (int i = 0; i < M; ++i) {
         for (int j = 0; j < V; ++j) sum[i][j] = v_zero();
@@ -57,19 +58,21 @@ struct Float32 {
       for (int i = 0; i < M; ++i) {
         for (int j = 0; j < V; ++j) {
           float* const to = c + i * c_stride + 16 * j;
-          v_store(to, first ? sum[i][j] : v_add(v_load(to), sum[i][j]));
+          v_store(to, more ? v_add(v_load(to), sum[i][j]) : sum[i][j]);
         }
       }
-    }
+      more = true;
+    } while (units > 0);
   }
 };
 
 // A holds the bf16 values as fp32, B pairs of bf16 that are split as they are loaded.
-struct WidenedBFloat16 {
+struct WidenedBFloat16 : OfTiles<WidenedBFloat16> {
   using T = uint16_t;
   static constexpr int kPerUnit = 2;
   static constexpr int kRowWords = 32;
   static constexpr int kTileRows = 12;
+  static constexpr int64_t kDepthUnits = 768;
   static constexpr int kExpDegree = 5;
 
   static bool moments(const uint16_t*, int64_t, float*, float*) { return false; }
@@ -90,7 +93,7 @@ struct WidenedBFloat16 {
 
   template <int M, int V>
   static void tile(const uint32_t* a, const uint32_t* b, int64_t panel_words, int64_t units,
-                   float* c, int64_t c_stride) {
+                   float* c, int64_t c_stride, bool more) {
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     Vec sum[M][V];
     for (int i = 0; i < M; ++i) {
@@ -117,7 +120,10 @@ struct WidenedBFloat16 {
     }
     for (int64_t k = 0; k < units; ++k) step(k);
     for (int i = 0; i < M; ++i) {
-      for (int j = 0; j < V; ++j) v_store(c + i * c_stride + 16 * j, sum[i][j]);
+      for (int j = 0; j < V; ++j) {
+        float* const to = c + i * c_stride + 16 * j;
+        v_store(to, more ? v_add(v_load(to), sum[i][j]) : sum[i][j]);
+      }
     }
   }
 };

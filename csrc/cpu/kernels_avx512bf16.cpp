@@ -4,86 +4,9 @@
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
     defined(__AVX512DQ__)
 
-#include "vec_avx512.h"
-//
-#include "block_loops.h"
+#include "arch_avx512bf16.h"
 
 namespace {
-
-inline Vec dot_pairs(Vec sum, __m512i a, __m512i b) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-}
-
-struct BFloat16 {
-  using T = uint16_t;
-  static constexpr int kPerUnit = 2;
-  static constexpr int kRowWords = 16;
-  static constexpr int kTileRows = 12;
-  static constexpr int kExpDegree = 5;
-  static constexpr int kOnes = 0x3f803f80;  // a pair of bf16 ones
-
-  static __m512i narrow(const Vec* part) { return (__m512i)_mm512_cvtne2ps_pbh(part[1], part[0]); }
-  // Sums of x and x^2 by pair products, exact but for fp32 accumulation. Their difference keeps
-  // enough digits for bf16 operands unless the mean is far above the deviation.
-  static bool moments(const uint16_t* x, int64_t n, float* mean, float* variance) {
-    const __m512i ones = _mm512_set1_epi32(kOnes);
-    Vec sum[2] = {v_zero(), v_zero()}, square[2] = {v_zero(), v_zero()};
-    int64_t i = 0;
-    for (; i + 64 <= n; i += 64) {
-      for (int j = 0; j < 2; ++j) {
-        const __m512i pairs = _mm512_loadu_si512(x + i + 32 * j);
-        sum[j] = dot_pairs(sum[j], pairs, ones);
-        square[j] = dot_pairs(square[j], pairs, pairs);
-      }
-    }
-    for (; i < n; i += 32) {
-      const __m512i pairs = v_units(x, i, n);
-      sum[0] = dot_pairs(sum[0], pairs, ones);
-      square[0] = dot_pairs(square[0], pairs, pairs);
-    }
-    const float count = static_cast<float>(n);
-    *mean = v_sum(v_add(sum[0], sum[1])) / count;
-    *variance = v_sum(v_add(square[0], square[1])) / count - *mean * *mean;
-    return *mean * *mean <= 64.0f * *variance;
-  }
-
-  static void put(uint32_t* a, const Vec* part) { _mm512_storeu_si512(a, narrow(part)); }
-  static void copy(uint32_t* a, const uint16_t* x, int64_t left) {
-    _mm512_storeu_si512(a, v_units(x, 0, left));
-  }
-  static Vec put_sum(uint32_t* a, const Vec* part, Vec sum) {
-    const __m512i pairs = narrow(part);
-    _mm512_storeu_si512(a, pairs);
-    return dot_pairs(sum, pairs, _mm512_set1_epi32(kOnes));
-  }
-
-  template <int M, int V>
-  static void tile(const uint32_t* a, const uint32_t* b, int64_t panel_words, int64_t units,
-                   float* c, int64_t c_stride) {
-    Vec sum[M][V];
-    for (int i = 0; i < M; ++i) {
-      for (int j = 0; j < V; ++j) sum[i][j] = v_zero();
-    }
-    const auto step = [&](int64_t k) __attribute__((always_inline)) {
-      __m512i right[V];
-      for (int j = 0; j < V; ++j) {
-        right[j] = _mm512_loadu_si512(b + (j / 2) * panel_words + k * kPanel + (j % 2) * 16);
-      }
-      for (int i = 0; i < M; ++i) {
-        const __m512i left = _mm512_set1_epi32(a[i * kRowWords + k]);
-        for (int j = 0; j < V; ++j) sum[i][j] = dot_pairs(sum[i][j], left, right[j]);
-      }
-    };
-    for (; units >= kChunk; units -= kChunk, a += M * kRowWords, b += kChunk * kPanel) {
-#pragma GCC unroll 4
-      for (int64_t k = 0; k < kChunk; ++k) step(k);
-    }
-    for (int64_t k = 0; k < units; ++k) step(k);
-    for (int i = 0; i < M; ++i) {
-      for (int j = 0; j < V; ++j) v_store(c + i * c_stride + 16 * j, sum[i][j]);
-    }
-  }
-};
 
 constexpr Kernels kBFloat16 = make_kernels<BFloat16>("avx512_bf16");
 

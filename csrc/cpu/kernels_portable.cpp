@@ -7,11 +7,12 @@
 namespace {
 
 template <class Element>
-struct Portable {
+struct Portable : OfTiles<Portable<Element>> {
   using T = Element;
   static constexpr int kPerUnit = 4 / static_cast<int>(sizeof(Element));
   static constexpr int kRowWords = 16 * kPerUnit;  // always fp32
   static constexpr int kTileRows = 12;
+  static constexpr int64_t kDepthUnits = 512 / kPerUnit;
   static constexpr int kExpDegree = 6;
 
   static bool moments(const T*, int64_t, float*, float*) { return false; }
@@ -38,21 +39,22 @@ struct Portable {
 
   template <int M, int V>
   static void tile(const uint32_t* a, const uint32_t* b, int64_t panel_words, int64_t units,
-                   float* c, int64_t c_stride) {
+                   float* c, int64_t c_stride, bool more) {
     constexpr int kWidth = V == 1 ? 16 : 32;
     for (int i = 0; i < M; ++i) {
       for (int j = 0; j < 16 * V / kWidth; ++j) {
         row<kWidth>(a + i * kRowWords, M * kRowWords, b + j * panel_words, units,
-                    c + i * c_stride + j * kWidth);
+                    c + i * c_stride + j * kWidth, more);
       }
     }
   }
 
   template <int Width>
   static void row(const uint32_t* a, int64_t chunk_words, const uint32_t* b, int64_t units,
-                  float* c) {
+                  float* c, bool more) {
     // By chunks, for the reason given at the fp32 tile of kernels_avx512.cpp.
     float total[Width] = {};
+    if (more) std::memcpy(total, c, sizeof(total));
     for (; units > 0; units -= kChunk, a += chunk_words) {
       float sum[Width] = {};
       float left[kRowWords];

@@ -8,7 +8,7 @@ namespace {
 template <class Arch>
 inline void carve_linear(const LinearBlock& block, Carver& carver, uint32_t** a, float** c) {
   *a = carver.take<uint32_t>(block.count * chunks_of<Arch>(block.in_features) * Arch::kRowWords);
-  *c = carver.take<float>(Arch::kTileRows * 4 * kPanel);
+  *c = carver.take<float>(max_of(block.count, 4) * kPanel * 4);
 }
 
 template <class Arch>
@@ -77,7 +77,8 @@ void linear_block(const LinearBlock& block, void* scratch) {
   const int64_t tiles = ceil_div(block.count, Arch::kTileRows);
 
   for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t begin = block.count * t / tiles, end = block.count * (t + 1) / tiles;
+    const int64_t begin = tile_begin<Arch>(block.count, tiles, t);
+    const int64_t end = tile_begin<Arch>(block.count, tiles, t + 1);
     const auto row = [&](int64_t r) {
       return static_cast<const T*>(block.x) +
              row_of(block, block.first + begin + r) * block.x_stride;
@@ -86,23 +87,35 @@ void linear_block(const LinearBlock& block, void* scratch) {
                     block.eps, a + begin * row_words);
   }
 
-  const int64_t most = ceil_div(block.count, tiles);
   const bool gelu = block.activation == Activation::kGelu;
   auto* const end_tile =
       gelu ? (block.residual ? finish<Arch, true, true> : finish<Arch, true, false>)
            : (block.residual ? finish<Arch, false, true> : finish<Arch, false, false>);
+  const int64_t most = Arch::kEven ? ceil_div(block.count, tiles) : Arch::kTileRows;
   const int64_t units = ceil_div(block.in_features, Arch::kPerUnit);
+  const int64_t depths = max_of(1, ceil_div(units, Arch::kDepthUnits));
   const int64_t last = min_of(block.panel_end * kPanel, block.out_features);
+  typename Arch::State state;
   for (int64_t column = block.panel_begin * kPanel; column < last;) {
-    const int64_t vectors = vectors_at_once(most, last - column);
+    const int64_t vectors = Arch::vectors_at_once(most, last - column);
     const int64_t columns = min_of(vectors * 16, last - column);
-    const uint32_t* const b = block.packed + column / kPanel * panel_words;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t begin = block.count * t / tiles, end = block.count * (t + 1) / tiles;
-      foresee<Arch>(block, block.first + begin, end - begin, column, columns);
-      choose_tile<Arch>(end - begin, vectors)(a + begin * row_words, b, panel_words, units, c,
-                                              vectors * 16);
-      end_tile(block, block.first + begin, end - begin, column, columns, c, vectors * 16);
+    const int64_t c_stride = vectors * 16;
+    for (int64_t d = 0; d < depths; ++d) {
+      const int64_t from = chunks * d / depths, to = chunks * (d + 1) / depths;
+      const uint32_t* const b =
+          block.packed + column / kPanel * panel_words + from * kChunk * kPanel;
+      const int64_t depth = min_of(units, to * kChunk) - from * kChunk;
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t begin = tile_begin<Arch>(block.count, tiles, t);
+        const int64_t rows = tile_begin<Arch>(block.count, tiles, t + 1) - begin;
+        float* const sums = c + begin * c_stride;
+        if (d + 1 == depths) foresee<Arch>(block, block.first + begin, rows, column, columns);
+        Arch::product(state, rows, vectors, a + begin * row_words + from * rows * Arch::kRowWords,
+                      b, panel_words, depth, sums, c_stride, d > 0);
+        if (d + 1 == depths) {
+          end_tile(block, block.first + begin, rows, column, columns, sums, c_stride);
+        }
+      }
     }
     column += vectors * 16;
   }

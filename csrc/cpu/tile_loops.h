@@ -5,12 +5,18 @@
 //   kPerUnit     elements in a 4-byte unit of depth
 //   kRowWords    words of A for one row of one chunk
 //   kTileRows    most rows of a tile
+//   kEven        whether rows are dealt out evenly to tiles, or all tiles but the last are full
+//   kDepthUnits  most units of depth of a block of B, which should stay in the nearest cache
 //   kExpDegree   degree of the polynomial in exp2
 //   moments      mean and variance in one pass over a row, or false where that would be inexact
 //   put          converts one row chunk of A from fp32
 //   copy         one row chunk of A from memory, of which `left` elements are there
 //   put_sum      the same, and returns sum + the lanes of the rounded values
-//   tile<M, V>   M rows of A times V vectors (16 columns) of B: V / 2 panels, or half a panel
+//   State        what a thread sets up before its first product and gives back after its last
+//   vectors_at_once, product   how many vectors (16 columns) of B one product takes, and the
+//   product
+// OfTiles gives the last three to an Arch with
+//   tile<M, V>   M rows of A times V vectors of B: V / 2 panels, or half a panel
 // Internal linkage throughout, and nothing of the standard library, for the reason in kernels.h.
 #pragma once
 
@@ -70,12 +76,13 @@ inline void store_some(T* p, Vec a, int64_t left) {
   }
 }
 
+// Products of one tile of A and some columns of B; with `more` they are added to c.
 using Tile = void (*)(const uint32_t* a, const uint32_t* b, int64_t panel_words, int64_t units,
-                      float* c, int64_t c_stride);
+                      float* c, int64_t c_stride, bool more);
 
-// How many vectors of columns a tile takes at once. Few rows leave few accumulators, fewer than the
-// products in flight: they take several panels.
-inline int64_t vectors_at_once(int64_t rows, int64_t columns) {
+// How many vectors of columns a tile of registers takes at once. Few rows leave few accumulators,
+// fewer than the products in flight: they take several panels.
+inline int64_t vectors_of_tiles(int64_t rows, int64_t columns) {
   if (columns <= 16) return 1;
   if (rows <= 3 && columns > 3 * kPanel) return 8;
   if (rows <= 6 && columns > kPanel) return 4;
@@ -133,14 +140,34 @@ inline Tile choose_tile(int64_t rows, int64_t vectors) {
 
 // The first `columns` columns of B against one tile of A; c is written in whole vectors.
 template <class Arch>
-inline void multiply(int64_t rows, const uint32_t* a, const uint32_t* b, int64_t columns,
-                     int64_t panel_words, int64_t units, float* c, int64_t c_stride) {
+inline void multiply(typename Arch::State& state, int64_t rows, const uint32_t* a,
+                     const uint32_t* b, int64_t columns, int64_t panel_words, int64_t units,
+                     float* c, int64_t c_stride) {
   for (int64_t column = 0; column < columns;) {
-    const int64_t vectors = vectors_at_once(rows, columns - column);
-    choose_tile<Arch>(rows, vectors)(a, b + column / kPanel * panel_words, panel_words, units,
-                                     c + column, c_stride);
+    const int64_t vectors = Arch::vectors_at_once(rows, columns - column);
+    Arch::product(state, rows, vectors, a, b + column / kPanel * panel_words, panel_words, units,
+                  c + column, c_stride, false);
     column += vectors * 16;
   }
+}
+
+template <class Arch>
+struct OfTiles {
+  struct State {};
+  static constexpr bool kEven = true;
+  static int64_t vectors_at_once(int64_t rows, int64_t columns) {
+    return vectors_of_tiles(rows, columns);
+  }
+  static void product(State&, int64_t rows, int64_t vectors, const uint32_t* a, const uint32_t* b,
+                      int64_t panel_words, int64_t units, float* c, int64_t c_stride, bool more) {
+    choose_tile<Arch>(rows, vectors)(a, b, panel_words, units, c, c_stride, more);
+  }
+};
+
+// First row of tile t of the `tiles` tiles of `count` rows.
+template <class Arch>
+inline int64_t tile_begin(int64_t count, int64_t tiles, int64_t t) {
+  return Arch::kEven ? count * t / tiles : min_of(count, t * Arch::kTileRows);
 }
 
 template <class T>

@@ -1,0 +1,66 @@
+"""Every instruction-set level on any x86 processor with AVX2: the kernels' own sources, their intrinsics emulated.
+
+The emulation (emulated_isa.h) does what the processor's manual says, element by element, and aborts where the
+processor would fault. It says nothing about speed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from beit3_fast.ops import library
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+FOLDER = ROOT / "build" / "emulated"
+LEVELS = ("avx512", "avx512_bf16", "amx_bf16")
+
+
+@pytest.fixture(scope="module")
+def emulated() -> Path:
+    """The op library with emulated instruction sets, built beside the real one and kept."""
+    if not library.cpu_features().get("avx2"):
+        pytest.skip("the emulation is compiled for AVX2")
+    configured = sorted(ROOT.glob("build/cmake-*/configured.json"))
+    if not configured:
+        pytest.skip("the package was not built in this folder")
+    configure, compiler, _ = json.loads(configured[-1].read_text())
+    configure[configure.index("-B") + 1] = str(FOLDER)
+    configure += [
+        f"-DBEIT3_FAST_OUTPUT_DIR={FOLDER / 'lib'}",
+        f"-DBEIT3_FAST_EMULATE={HERE / 'emulated_isa.h'}",
+    ]
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            configure,
+            [configure[0], "--build", str(FOLDER), "--target", "beit3_fast_ops"],
+        ):
+            done = subprocess.run(
+                command, env={**os.environ, "CXX": compiler}, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return FOLDER / "lib" / library.FILE_NAME
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_kernel_tests_hold_at_every_level(level: str, emulated: Path) -> None:
+    environment = {
+        **os.environ,
+        "BEIT3_FAST_LIBRARY": str(emulated),
+        "BEIT3_FAST_CPU_ISA": level,
+        "OMP_NUM_THREADS": "1",
+    }
+    tests = str(HERE / "test_cpu_kernels.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
