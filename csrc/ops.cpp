@@ -104,6 +104,21 @@ Tensor pack_weight(Tensor weight) {
   return packed;
 }
 
+Tensor unpack_weight(Tensor packed, int64_t rows, int64_t columns) {
+  const DType dtype = dtype_of(packed, "unpack_weight", "packed");
+  require(rows > 0 && columns > 0 && packed.dim() == 1 && packed.is_contiguous() &&
+              beit3_fast::cpu::is_packed(packed.const_data_ptr(),
+                                         packed.numel() * static_cast<int64_t>(packed.element_size()),
+                                         dtype, rows, columns),
+          "unpack_weight: not a weight of shape [", rows, ", ", columns,
+          "] and this dtype packed by pack_weight of this build");
+  const int64_t shape[] = {rows, columns};
+  Tensor weight = torch::stable::new_empty(packed, {shape, 2});
+  beit3_fast::cpu::unpack_weight(torch_pool(), dtype, packed.const_data_ptr(), rows, columns,
+                                 weight.mutable_data_ptr());
+  return weight;
+}
+
 Parameter parameter_of(const std::vector<Tensor>& list, std::size_t expert, int64_t size,
                        const char* name) {
   if (list.empty()) return {};
@@ -163,7 +178,8 @@ Tensor expert_linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> 
   require_matrix(x, op, "x");
   const std::size_t experts = weights.size();
   require(experts > 0, op, ": needs at least one weight");
-  require_list(packed, experts, "packed");
+  require(packed.size() % experts == 0, op, ": packed must have the same number of parts for each of ",
+          experts, " weights, got ", packed.size(), " in all");
   require_list(biases, experts, "biases");
   require_list(norm_weights, experts, "norm_weights");
   require_list(norm_biases, experts, "norm_biases");
@@ -202,15 +218,23 @@ Tensor expert_linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> 
     if (packed.empty()) {
       require_matrix(weight, op, "every weight");
     } else {  // the weight is never read: any strides will do
-      const Tensor& p = packed[e];
-      require_same_type(p, x, op, "every packed weight");
-      require(p.dim() == 1 && p.is_contiguous() &&
-                  beit3_fast::cpu::is_packed(p.const_data_ptr(),
-                                             p.numel() * static_cast<int64_t>(p.element_size()),
-                                             call.dtype, out_features, in_features),
-              op, ": packed[", e, "] is not a weight of shape [", out_features, ", ", in_features,
-              "] and this dtype packed by pack_weight of this build");
-      expert.packed = p.const_data_ptr();
+      const std::size_t parts = packed.size() / experts;
+      const auto height = out_features / static_cast<int64_t>(parts);
+      require(parts == 1 || (height * static_cast<int64_t>(parts) == out_features &&
+                             height % beit3_fast::cpu::kPanel == 0),
+              op, ": ", out_features, " out-features in ", parts, " packed parts are no multiples of ",
+              beit3_fast::cpu::kPanel);
+      for (std::size_t i = e * parts; i < (e + 1) * parts; ++i) {
+        const Tensor& p = packed[i];
+        require_same_type(p, x, op, "every packed weight");
+        require(p.dim() == 1 && p.is_contiguous() &&
+                    beit3_fast::cpu::is_packed(p.const_data_ptr(),
+                                               p.numel() * static_cast<int64_t>(p.element_size()),
+                                               call.dtype, height, in_features),
+                op, ": packed[", i, "] is not a weight of shape [", height, ", ", in_features,
+                "] and this dtype packed by pack_weight of this build");
+        expert.packed.push_back(p.const_data_ptr());
+      }
     }
     expert.bias = parameter_of(biases, e, out_features, "biases");
     expert.norm_weight = parameter_of(norm_weights, e, in_features, "norm_weights");
@@ -364,6 +388,7 @@ std::string cpu_isa() { return beit3_fast::cpu::isa_name(beit3_fast::cpu::isa())
 STABLE_TORCH_LIBRARY(beit3_fast, m) {
   m.def("cpu_isa() -> str");
   m.def("pack_weight(Tensor weight) -> Tensor");
+  m.def("unpack_weight(Tensor packed, int out_features, int in_features) -> Tensor");
   m.def(
       "expert_linear(Tensor x, Tensor[] weights, Tensor[] packed, Tensor[] biases, "
       "Tensor[] norm_weights, Tensor[] norm_biases, Tensor? residual, Tensor? rows, int[] bounds, "
@@ -376,6 +401,7 @@ STABLE_TORCH_LIBRARY(beit3_fast, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(beit3_fast, CPU, m) {
   m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
   m.impl("expert_linear", TORCH_BOX(&expert_linear));
   m.impl("shared_attention", TORCH_BOX(&shared_attention));
 }

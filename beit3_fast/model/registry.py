@@ -21,6 +21,7 @@ from beit3_fast.model.tasks import (
     BEiT3ForVisualReasoning,
 )
 from beit3_fast.ops import dispatch
+from beit3_fast.ops.packed_weight import pack_linear
 
 DTYPES = {
     "float32": torch.float32,
@@ -85,13 +86,16 @@ def create_model(
     impl: str = "auto",
     *,
     num_classes: int | None = None,
+    inference_only: bool = False,
     **overrides: Any,
 ) -> Any:
     """Build a model by its official name, in evaluation mode.
 
     ``checkpoint`` is an official ``.pth`` or a ``.safetensors`` file, loaded strictly; positions are interpolated
     to this model's image size. ``overrides`` are fields of BEiT3Config (img_size, drop_path_rate, modalities,
-    ...). The model's ``name`` and ``preset`` (image preprocessing, the file's where it states one) are set. Raises
+    ...). ``inference_only`` gives parameters without gradients, and where the compiled CPU kernels run keeps
+    the weights of the layers in their layout only: half the memory, no packing at the first call; state dict,
+    saving and loading are the same. The model's ``name`` and ``preset`` (image preprocessing, the file's where it states one) are set. Raises
     ConfigError for an unknown name, field, dtype or impl and CheckpointError for a file that does
     not fit.
     """
@@ -126,7 +130,20 @@ def create_model(
         preset = load_checkpoint(model, checkpoint).preset
     model.name = name
     model.preset = preset or (task.preset if task else "square")
-    return model.eval()
+    return _for_inference(model) if inference_only else model.eval()
+
+
+def _for_inference(model: Any) -> Any:
+    model.eval().requires_grad_(False)
+    if next(model.parameters()).device.type != "cpu":
+        return model
+    backbone = model if isinstance(model, BEiT3) else model.beit3
+    layers = backbone.encoder.layers
+    for linear in [module for module in layers.modules() if isinstance(module, nn.Linear)]:
+        at = dispatch.situation("expert_linear", [linear.weight])
+        if dispatch.choose(at, backbone.impl).impl == "cpu":
+            pack_linear(linear)
+    return model
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

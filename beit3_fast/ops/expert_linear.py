@@ -21,6 +21,7 @@ from beit3_fast.composite.expert_linear import expert_linear_backward
 from beit3_fast.derived import derived
 from beit3_fast.errors import ShapeError
 from beit3_fast.ops import dispatch, library
+from beit3_fast.ops.packed_weight import PackedWeight
 from beit3_fast.reference.expert_linear import expert_linear as reference_impl
 
 Weight = Tensor | tuple[Tensor, ...]
@@ -84,8 +85,12 @@ def _flat(weights: Sequence[Weight]) -> list[Tensor]:
 
 
 def _stack(weight: Weight) -> Tensor:
+    if isinstance(weight, PackedWeight):
+        return weight.unpack()
     if isinstance(weight, Tensor):
         return weight
+    if any(isinstance(part, PackedWeight) for part in weight):
+        return torch.cat([_stack(part) for part in weight])
     if torch.is_grad_enabled() and any(part.requires_grad for part in weight):
         return torch.cat(weight)
     return derived("stacked", weight, lambda: torch.cat(weight))
@@ -106,11 +111,17 @@ def _cpu(
     tail: tuple[Any, ...],
 ) -> Tensor:
     op, ordered = _op(), dispatch.rows_in_memory
+    stacked: list[Tensor] = []
+    packed: list[Tensor] = []
     if torch.is_grad_enabled():
-        stacked, packed = [ordered(_stack(weight)) for weight in weights], []
+        stacked = [ordered(_stack(weight)) for weight in weights]
     else:
-        pairs = [_packed(weight) for weight in weights]
-        stacked, packed = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        groups = [weight if isinstance(weight, tuple) else (weight,) for weight in weights]
+        heights = {part.shape[0] for parts in groups for part in parts}
+        apart = len(heights) == 1 and heights.pop() % _PANEL == 0
+        for parts in groups:
+            stacked.append(_stand_in(parts))
+            packed += map(_packed, parts) if apart else [_packed_whole(parts)]
     vectors = [
         [ordered(t) for t in group]
         for group in ([_stack(bias) for bias in biases or ()], norm_weights, norm_biases)
@@ -120,16 +131,34 @@ def _cpu(
     return op(ordered(x), stacked, packed, *vectors, residual, rows, *rest)
 
 
-def _packed(weight: Weight) -> tuple[Tensor, Tensor]:
-    """A stand-in for the weight that has its shape but no memory, and the weight as the kernel reads it."""
-    parts = weight if isinstance(weight, tuple) else (weight,)
+# Columns of a panel of packed weights (csrc/cpu/kernels.h): equal parts of whole panels can lie apart.
+_PANEL = 32
 
-    def make() -> tuple[Tensor, Tensor]:
-        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-        stand_in = whole.new_zeros(()).expand(whole.shape)
-        return stand_in, torch.ops.beit3_fast.pack_weight(dispatch.rows_in_memory(whole))
 
-    return derived("packed", parts, make)
+def _packed(weight: Tensor) -> Tensor:
+    if isinstance(weight, PackedWeight):
+        return weight.packed
+    return derived(
+        "packed",
+        (weight,),
+        lambda: torch.ops.beit3_fast.pack_weight(dispatch.rows_in_memory(weight.detach())),
+    )
+
+
+def _packed_whole(parts: tuple[Tensor, ...]) -> Tensor:
+    if len(parts) == 1:
+        return _packed(parts[0])
+    plain = [_stack(part) for part in parts]
+    return derived(
+        "packed whole", parts, lambda: torch.ops.beit3_fast.pack_weight(torch.cat(plain))
+    )
+
+
+def _stand_in(parts: tuple[Tensor, ...]) -> Tensor:
+    """The shape of the weight stacked from parts, without memory: the kernel reads the packed form."""
+    rows = sum(part.shape[0] for part in parts)
+    first = parts[0]
+    return torch.empty((), dtype=first.dtype, device=first.device).expand(rows, first.shape[1])
 
 
 @cache
@@ -141,6 +170,10 @@ def _op() -> Any:
     def _(weight: Tensor) -> Tensor:
         size = torch.library.get_ctx().new_dynamic_size()
         return weight.new_empty(size)
+
+    @torch.library.register_fake("beit3_fast::unpack_weight")
+    def _(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+        return packed.new_empty(out_features, in_features)
 
     @torch.library.register_fake("beit3_fast::expert_linear")
     def _(x: Tensor, weights: list[Tensor], *_: Any) -> Tensor:

@@ -73,13 +73,15 @@ void expert_linear(const Pool& pool, const ExpertLinear& op) {
                                                      static_cast<int64_t>(sizeof(float))));
   const int64_t weight_bytes = packed_bytes(op.dtype, op.out_features, op.in_features);
   const int64_t unpacked = std::count_if(op.experts.begin(), op.experts.end(), [](const Expert& e) {
-    return e.packed == nullptr && e.end > e.begin;
+    return e.packed.empty() && e.end > e.begin;
   });
   char* pack_at =
       unpacked == 0 ? nullptr : static_cast<char*>(packed.at_least(unpacked * weight_bytes));
 
+  std::vector<std::vector<const uint32_t*>> panels(op.experts.size());
   std::vector<LinearBlock> experts;
-  for (const Expert& expert : op.experts) {
+  for (std::size_t e = 0; e < op.experts.size(); ++e) {
+    const Expert& expert = op.experts[e];
     if (expert.end <= expert.begin) continue;
     LinearBlock block{};
     block.x = op.x;
@@ -95,14 +97,15 @@ void expert_linear(const Pool& pool, const ExpertLinear& op) {
     block.out_features = op.out_features;
     block.eps = op.eps;
     block.activation = op.activation;
-    if (expert.packed != nullptr) {
-      block.packed = panels_of(expert.packed);
-    } else {
+    if (expert.packed.empty()) {
       pack_weight(pool, op.dtype, expert.weight, expert.weight_stride, op.out_features,
                   op.in_features, pack_at);
-      block.packed = panels_of(pack_at);
+      panels[e].push_back(panels_of(pack_at));
       pack_at += weight_bytes;
     }
+    for (const void* part : expert.packed) panels[e].push_back(panels_of(part));
+    block.parts = panels[e].data();
+    block.part_panels = panel_count(op.out_features / static_cast<int64_t>(panels[e].size()));
     if (expert.bias.data != nullptr) {
       to_float(expert.bias, op.out_features, out_padded, at);
       block.bias = at;

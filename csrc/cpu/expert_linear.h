@@ -15,13 +15,14 @@ struct Parameter {
 };
 
 struct Expert {
-  const void* weight = nullptr;  // [O, I] of the op's dtype; read only where packed is null
+  const void* weight = nullptr;  // [O, I] of the op's dtype; read only where nothing is packed
   int64_t weight_stride = 0;
-  const void* packed = nullptr;  // from pack_weight
-  Parameter bias;                // [O]
-  Parameter norm_weight;         // [I]
-  Parameter norm_bias;           // [I]
-  int64_t begin = 0;             // its sorted rows [begin, end)
+  // From pack_weight: equally high parts of the weight, whole panels where there are several.
+  std::vector<const void*> packed;
+  Parameter bias;         // [O]
+  Parameter norm_weight;  // [I]
+  Parameter norm_bias;    // [I]
+  int64_t begin = 0;      // its sorted rows [begin, end)
   int64_t end = 0;
 };
 

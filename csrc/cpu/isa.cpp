@@ -111,7 +111,9 @@ std::vector<float> product(const Kernels& level, const Kernels& packer) {
   block.count = rows;
   block.in_features = depth;
   block.out_features = columns;
-  block.packed = aligned;
+  const uint32_t* const parts[] = {aligned};
+  block.parts = parts;
+  block.part_panels = panels;
   block.panel_end = panels;
   std::vector<char> scratch(static_cast<std::size_t>(level.linear_scratch(block) + 64));
   const auto at = reinterpret_cast<uintptr_t>(scratch.data());

@@ -33,7 +33,9 @@ struct LinearBlock {
   int64_t count;
   int64_t in_features;
   int64_t out_features;
-  const uint32_t* packed;
+  // The panels of the weight, in parts of part_panels panels each.
+  const uint32_t* const* parts;
+  int64_t part_panels;
   int64_t panel_begin;
   int64_t panel_end;
   // fp32, padded with zeros to whole chunks (norm) and panels (bias); null: absent.

@@ -97,13 +97,16 @@ void linear_block(const LinearBlock& block, void* scratch) {
   const int64_t last = min_of(block.panel_end * kPanel, block.out_features);
   typename Arch::State state;
   for (int64_t column = block.panel_begin * kPanel; column < last;) {
-    const int64_t vectors = Arch::vectors_at_once(most, last - column);
-    const int64_t columns = min_of(vectors * 16, last - column);
+    const int64_t part = column / kPanel / block.part_panels;
+    const int64_t part_begin = part * block.part_panels * kPanel;
+    const int64_t part_end = min_of(last, part_begin + block.part_panels * kPanel);
+    const int64_t vectors = Arch::vectors_at_once(most, part_end - column);
+    const int64_t columns = min_of(vectors * 16, part_end - column);
     const int64_t c_stride = vectors * 16;
     for (int64_t d = 0; d < depths; ++d) {
       const int64_t from = chunks * d / depths, to = chunks * (d + 1) / depths;
       const uint32_t* const b =
-          block.packed + column / kPanel * panel_words + from * kChunk * kPanel;
+          block.parts[part] + (column - part_begin) / kPanel * panel_words + from * kChunk * kPanel;
       const int64_t depth = min_of(units, to * kChunk) - from * kChunk;
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t begin = tile_begin<Arch>(block.count, tiles, t);

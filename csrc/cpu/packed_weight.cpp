@@ -58,6 +58,28 @@ void pack_weight(const Pool& pool, DType dtype, const void* weight, int64_t stri
   });
 }
 
+void unpack_weight(const Pool& pool, DType dtype, const void* packed, int64_t out_features,
+                   int64_t in_features, void* weight) {
+  const int64_t per_unit = dtype == DType::kBFloat16 ? 2 : 1;
+  const int64_t words = panel_words(dtype, in_features);
+  const uint32_t* const panels = panels_of(packed);
+  share(pool, panel_count(out_features), [&](int64_t panel) {
+    const int64_t first = panel * kPanel;
+    const int64_t count = out_features - first < kPanel ? out_features - first : kPanel;
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t i = 0; i < in_features; ++i) {
+        const uint32_t unit = panels[panel * words + i / per_unit * kPanel + j];
+        const int64_t at = (first + j) * in_features + i;
+        if (per_unit == 1) {
+          static_cast<uint32_t*>(weight)[at] = unit;
+        } else {
+          static_cast<uint16_t*>(weight)[at] = static_cast<uint16_t>(unit >> (i % 2 * 16));
+        }
+      }
+    }
+  });
+}
+
 bool is_packed(const void* packed, int64_t bytes, DType dtype, int64_t out_features,
                int64_t in_features) {
   if (bytes != packed_bytes(dtype, out_features, in_features)) return false;

@@ -17,6 +17,10 @@ inline int64_t panel_count(int64_t out_features) { return (out_features + kPanel
 void pack_weight(const Pool& pool, DType dtype, const void* weight, int64_t stride,
                  int64_t out_features, int64_t in_features, void* packed);
 
+// The weight again, [out_features, in_features] without gaps.
+void unpack_weight(const Pool& pool, DType dtype, const void* packed, int64_t out_features,
+                   int64_t in_features, void* weight);
+
 // Whether these bytes are such a weight, packed by this build. Reads no byte past `bytes`.
 bool is_packed(const void* packed, int64_t bytes, DType dtype, int64_t out_features,
                int64_t in_features);

@@ -16,7 +16,13 @@ if not library.available():
     pytest.skip(f"the library {library.why_unavailable()}", allow_module_level=True)
 
 OPS = torch.ops.beit3_fast
-REGISTERED = {"expert_linear", "pack_weight", "shared_attention", "shared_attention_backward"}
+REGISTERED = {
+    "expert_linear",
+    "pack_weight",
+    "shared_attention",
+    "shared_attention_backward",
+    "unpack_weight",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +96,11 @@ def test_expert_linear(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (16, 24), (33, 61), (64, 3)])
 def test_pack_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    torch.library.opcheck(OPS.pack_weight.default, (draw(*shape, dtype=dtype),))
+    weight = draw(*shape, dtype=dtype)
+    torch.library.opcheck(OPS.pack_weight.default, (weight,))
+    packed = OPS.pack_weight(weight)
+    torch.library.opcheck(OPS.unpack_weight.default, (packed, *shape))
+    assert torch.equal(OPS.unpack_weight(packed, *shape), weight)
 
 
 def attention_arguments(

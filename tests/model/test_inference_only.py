@@ -1,0 +1,160 @@
+"""Models for inference hold one copy of their weights and are otherwise the models that they came from."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import beit3_fast
+from beit3_fast.errors import ConfigError
+from beit3_fast.ops import Norm, expert_linear, library
+from beit3_fast.ops.packed_weight import PackedWeight, pack
+
+pytestmark = pytest.mark.skipif(not library.available(), reason="needs the compiled library")
+NAME = "beit3_tiny_patch16_32_vqav2"
+DTYPES = ("float32", "bfloat16")
+
+
+def pair(dtype: str, **options: Any) -> tuple[Any, Any]:
+    torch.manual_seed(1)
+    plain = beit3_fast.create_model(NAME, dtype=dtype, impl="cpu", **options)
+    packed = beit3_fast.create_model(NAME, dtype=dtype, impl="cpu", inference_only=True, **options)
+    packed.load_state_dict(plain.state_dict())
+    return plain, packed
+
+
+@torch.no_grad()
+def scores(model: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    image = torch.randn(2, 3, 32, 32, generator=generator).to(model.head[-1].weight.dtype)
+    text = torch.tensor([[0, 7, 9, 2], [0, 5, 2, 1]])
+    result: Tensor = model(image, text, (text == 1).long())
+    return result
+
+
+def fc1(model: Any) -> Any:
+    return model.beit3.encoder.layers[0].ffn.B.fc1.weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_as_the_plain_model(dtype: str) -> None:
+    plain, packed = pair(dtype)
+    kept = [p for p in packed.parameters() if isinstance(p, PackedWeight)]
+    assert len(kept) == 2 * 6 * len(packed.beit3.encoder.layers)
+    assert torch.equal(scores(packed), scores(plain))
+
+
+def test_nothing_keeps_a_second_copy() -> None:
+    packed = beit3_fast.create_model(NAME, impl="cpu", inference_only=True)
+    scores(packed)
+    gc.collect()
+    shapes = {tuple(p.shape) for p in packed.parameters() if isinstance(p, PackedWeight)}
+    owned = {p.data_ptr() for p in packed.parameters() if not isinstance(p, PackedWeight)}
+    sizes = {p.packed.numel() for p in packed.parameters() if isinstance(p, PackedWeight)}
+    stored = {p.packed.data_ptr() for p in packed.parameters() if isinstance(p, PackedWeight)}
+    for tensor in gc.get_objects():
+        if type(tensor) is not Tensor or tensor.device.type != "cpu":
+            continue
+        if tensor.untyped_storage().nbytes() < 4 * min(sizes) // 2:
+            continue
+        if tuple(tensor.shape) in shapes and tensor.data_ptr() not in owned:
+            raise AssertionError(f"a plain weight of shape {list(tensor.shape)} is kept")
+        if tensor.dim() == 1 and tensor.numel() in sizes:
+            assert tensor.data_ptr() in stored, "a packed weight is kept twice"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_state_dict_files_and_copies(dtype: str, tmp_path: Path) -> None:
+    plain, packed = pair(dtype)
+    state, expected = packed.state_dict(), plain.state_dict()
+    assert list(state) == list(expected)
+    for name, tensor in expected.items():
+        assert type(state[name]) is Tensor, name
+        assert torch.equal(state[name], tensor), name
+    before = scores(packed)
+    for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert isinstance(fc1(other), PackedWeight)
+        assert torch.equal(scores(other), before)
+    beit3_fast.save_checkpoint(packed, tmp_path / "x.safetensors")
+    again = beit3_fast.create_model(
+        NAME, tmp_path / "x.safetensors", dtype=dtype, impl="cpu", inference_only=True
+    )
+    assert isinstance(fc1(again), PackedWeight)
+    assert torch.equal(scores(again), before)
+    beit3_fast.load_checkpoint(packed, tmp_path / "x.safetensors")
+    assert torch.equal(scores(packed), before)
+
+
+def test_a_copy_is_independent() -> None:
+    _, packed = pair("float32")
+    before, other = scores(packed), copy.deepcopy(packed)
+    with torch.no_grad():
+        fc1(other).copy_(torch.zeros_like(fc1(other)))
+    assert torch.equal(scores(packed), before)
+    assert not torch.equal(scores(other), before)
+
+
+def test_training_and_changes_in_place_are_refused() -> None:
+    _, packed = pair("float32")
+    assert not any(p.requires_grad for p in packed.parameters())
+    with pytest.raises(ConfigError, match="without inference_only=True"):
+        packed.requires_grad_(True)
+    with pytest.raises(ConfigError, match="mul_ cannot change a weight"):
+        fc1(packed).mul_(2)
+
+
+def test_another_dtype_makes_plain_parameters() -> None:
+    plain, packed = pair("float32")
+    packed.to("cpu").to(torch.float32)
+    assert isinstance(fc1(packed), PackedWeight)
+    packed.bfloat16()
+    assert not any(isinstance(p, PackedWeight) for p in packed.parameters())
+    assert torch.equal(scores(packed), scores(plain.bfloat16()))
+
+
+@pytest.mark.parametrize("impl", ["composite", "reference"])
+def test_other_implementations_read_it_too(impl: str) -> None:
+    plain, packed = pair("float32")
+    plain.beit3.impl = packed.beit3.impl = impl
+    assert torch.equal(scores(packed), scores(plain))
+
+
+def test_where_other_calls_are_faster_weights_stay_plain() -> None:
+    model = beit3_fast.create_model(NAME, impl="composite", inference_only=True)
+    assert not any(isinstance(p, PackedWeight) for p in model.parameters())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(64, 64, 64), (32, 64, 96), (40, 7), (5,)], ids=str)
+def test_parts_of_a_stacked_weight(sizes: tuple[int, ...], dtype: str) -> None:
+    """Equal parts of whole panels stay apart; others are packed together."""
+    kind = getattr(torch, dtype)
+    x, gamma, beta = (torch.randn(*s).to(kind) for s in ((9, 70), (70,), (70,)))
+    parts = tuple(torch.randn(n, 70).to(kind) for n in sizes)
+    options: dict[str, Any] = {"bounds": (0, 9), "norm": Norm([gamma], [beta])}
+    with torch.no_grad():
+        whole = expert_linear(x, [torch.cat(parts)], **options, impl="cpu")
+        for given in (parts, tuple(pack(part) for part in parts)):
+            result = expert_linear(x, [given], **options, impl="cpu")
+            assert torch.equal(result, whole)
+            assert torch.equal(torch.cat([p.clone() for p in given]), torch.cat(parts))
+
+
+def test_the_op_refuses_parts_that_are_no_whole_panels() -> None:
+    ops = torch.ops.beit3_fast
+    weight = torch.randn(80, 16)
+    packed = [ops.pack_weight(weight[:40]), ops.pack_weight(weight[40:])]
+    with pytest.raises(RuntimeError, match="80 out-features in 2 packed parts"):
+        ops.expert_linear(
+            torch.randn(3, 16), [weight], packed, [], [], [], None, None, [0, 3], 1e-5, "none"
+        )
+    with pytest.raises(RuntimeError, match=r"not a weight of shape \[40, 17\]"):
+        ops.unpack_weight(packed[0], 40, 17)
