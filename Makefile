@@ -26,6 +26,11 @@ BASELINES_STAMP := .venv/.stamp-baselines-$(call sum,$(BASELINES))
 # With a compiler, sources that do not compile are an error; without one the package does without them.
 export BEIT3_FAST_BUILD ?= $(if $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++),1,auto)
 
+# A library that somebody deleted is built again; without a compiler there is none.
+ifeq ($(BEIT3_FAST_BUILD)$(wildcard beit3_fast/libbeit3_fast_ops.so),1)
+$(shell rm -f .venv/.stamp-native)
+endif
+
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help

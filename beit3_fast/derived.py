@@ -58,6 +58,11 @@ def _stamp(source: Tensor) -> tuple[Any, ...]:
     )
 
 
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether a computation with these tensors is recorded for gradients, so that nothing of it may be kept."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def derived(kind: str, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
     """``make()``, or what it returned before for these very sources in their present state.
 

@@ -33,7 +33,12 @@ def explain(model: nn.Module, *, quiet: bool = False) -> list[Explanation]:
             "beit3_fast.create_model"
         )
     named = (_impl(module) for module in model.modules())
-    impl = next((name for name in named if isinstance(name, str)), "auto")
+    impl = next((name for name in named if isinstance(name, str)), None)
+    if impl is None:
+        raise ConfigError(
+            f"{type(model).__name__} is neither a beit3_fast model nor accelerated; make one with "
+            "beit3_fast.create_model or pass it to beit3_fast.accelerate first"
+        )
     explanations = []
     for needs_grad in (False, True):
         for op in dispatch.OPS:

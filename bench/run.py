@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,9 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         missing = torchscale_obstacle()
         if missing:
             raise ConfigError(f"parity is judged against torchscale, which is {missing}")
+        _check_out(options.out)
         progress = Progress(steps_of(plan), quiet=options.json)
         report = run(plan, progress)
         notes = reports.write(report, options.out, old)
+    except MemoryError:
+        print("bench: there is not enough memory for these inputs; lower --batch", file=sys.stderr)
+        return 2
     except Beit3FastError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -118,14 +124,16 @@ def _plan(options: argparse.Namespace) -> Plan:
     threads = options.threads if options.threads is not None else physical_cores()
     if threads < 1:
         raise ConfigError(f"--threads takes a positive number, got {threads}")
+    if threads > (os.cpu_count() or threads):
+        raise ConfigError(
+            f"--threads takes at most {os.cpu_count()} on this machine, got {threads}"
+        )
     cases = tuple(
         Case(workloads.parse_workload(name), dtype, batch)
         for name in names
         for dtype in dict.fromkeys(dtypes or chosen.get(name, workloads.Variants()).dtypes)
         for batch in batches or chosen.get(name, workloads.Variants()).batches
     )
-    if options.out.exists() and not options.out.is_dir():
-        raise ConfigError(f"--out must be a folder, but {options.out} is a file")
     return Plan(
         cases=cases,
         runtimes=tuple(parse_runtimes(options.runtimes)),
@@ -137,6 +145,20 @@ def _plan(options: argparse.Namespace) -> Plan:
         # A model's packed weights and its activations need about as much again.
         cache_bytes=available_memory() // 5,
     )
+
+
+def _check_out(folder: Path) -> None:
+    """Minutes of measuring must not end in a folder that cannot be written."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out must be a folder, but {folder} is a file")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--out must be a folder that can be written, but {folder} cannot: {error.strerror}"
+        ) from error
 
 
 def _dtype(name: str) -> str:

@@ -115,7 +115,7 @@ def test_info_survives_a_broken_installation(
     ):
         monkeypatch.setattr(owner, name, broken)
     assert cli.main(["info"]) == 0
-    assert capsys.readouterr().out.count("unknown (RuntimeError: planted)") == 4
+    assert capsys.readouterr().out.count("unknown (RuntimeError: planted)") == 5
 
 
 def test_convert_both_ways(official: Path, capsys: pytest.CaptureFixture[str]) -> None:

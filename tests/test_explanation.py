@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import beit3_fast
-from beit3_fast.errors import KernelUnavailable
-from beit3_fast.explanation import Explanation, explain
+from beit3_fast.errors import ConfigError, KernelUnavailable
+from beit3_fast.explanation import explain
 from beit3_fast.ops import dispatch, library
 
 TINY = "beit3_tiny_patch16_32"
@@ -67,9 +67,19 @@ def test_it_prints_unless_it_is_quiet(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize("impl", ["reference", "composite"])
-def test_a_named_implementation_has_no_rivals(impl: str) -> None:
+def test_a_named_implementation_says_why_not_the_others(impl: str) -> None:
     model = beit3_fast.create_model(f"{TINY}_vqav2", impl=impl)
-    assert explain(model, quiet=True) == [Explanation(op, impl, ()) for op in LINES]
+    explanations = explain(model, quiet=True)
+    assert [(item.op, item.impl) for item in explanations] == [(op, impl) for op in LINES]
+    for item in explanations:
+        assert {impl, *dict(item.rejected)} == set(dispatch.IMPLEMENTATIONS)
+        other = "composite" if impl == "reference" else "reference"
+        assert f"impl='{impl}'" in dict(item.rejected)[other]
+
+
+def test_a_module_that_runs_nothing_of_ours() -> None:
+    with pytest.raises(ConfigError, match="Linear is neither a beit3_fast model nor accelerated"):
+        explain(torch.nn.Linear(2, 2))
 
 
 def test_a_named_implementation_that_cannot_run() -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3_fast.derived import derived
+from beit3_fast.derived import derived, needs_grad
 
 
 def expert_linear(
@@ -52,7 +52,7 @@ def expert_linear(
         return parts[0] if residual is None else residual + parts[0]
     if residual is None:
         return torch.cat(parts)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if needs_grad(residual, *parts) or torch.compiler.is_compiling():
         return residual + torch.cat(parts)
     # One pass instead of a concatenation followed by an addition.
     y = residual.new_empty(
@@ -65,7 +65,7 @@ def expert_linear(
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    if _prepacks(x, weight):
+    if _prepacks(x, weight, bias):
         packed = derived(
             "onednn", (weight,), lambda: torch.ops.mkldnn._reorder_linear_weight(weight, None)
         )
@@ -75,13 +75,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> 
     return F.gelu(y) if activation == "gelu" else y
 
 
-def _prepacks(x: Tensor, weight: Tensor) -> bool:
+def _prepacks(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN's prepacked product applies: bf16 inference on a CPU."""
     return (
         x.dtype == weight.dtype == torch.bfloat16
         and x.device.type == "cpu"
         and x.shape[0] > 0
-        and not torch.is_grad_enabled()
+        and not needs_grad(x, weight, *(() if bias is None else (bias,)))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()

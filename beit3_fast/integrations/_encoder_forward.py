@@ -247,6 +247,14 @@ class EncoderForward:
     def _check_incremental(self, call: Call, tokens: int) -> None:
         if self.structure().drop_path_rates():
             raise LeaveAlone("decoding with drop path in train mode")
+        state, layers = call.incremental_state, len(self.encoder.layers)
+        complete = isinstance(state, list) and len(state) == layers
+        if not complete and not (
+            isinstance(state, dict) and all(i in state for i in range(layers))
+        ):
+            raise LeaveAlone(
+                f"an incremental_state that is no dictionary or list of {layers} caches"
+            )
         if call.attn_mask is None:
             return
         past = call.incremental_state[0].get("prev_key")

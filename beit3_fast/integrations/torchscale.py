@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from beit3_fast.derived import forget
 from beit3_fast.errors import ConfigError
 from beit3_fast.integrations._encoder_forward import EncoderForward
 from beit3_fast.integrations._self_check import difference
@@ -101,6 +102,7 @@ def restore(model: M) -> M:
             )
     for encoder in accelerated:
         del encoder.forward
+        forget(encoder)
     return model
 
 

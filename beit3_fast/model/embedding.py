@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from beit3_fast.checkpoint.positions import interpolate_positions
 from beit3_fast.config import BEiT3Config
-from beit3_fast.derived import derived
+from beit3_fast.derived import derived, needs_grad
 from beit3_fast.errors import ShapeError
 from beit3_fast.ops import expert_linear
 from beit3_fast.ops.dispatch import autocast_enabled
@@ -71,7 +71,7 @@ class VisionEmbedding(nn.Module):
                 f"images must have the model's dtype, {weight.dtype}, got {images.dtype}; convert them or run "
                 "under torch.autocast"
             )
-        if torch.is_grad_enabled():
+        if needs_grad(weight):
             matrix = weight.flatten(1)
         else:
             matrix = derived("matrix", (weight,), lambda: weight.detach().flatten(1))
@@ -99,7 +99,7 @@ def vision_positions(table: Tensor, trained_grid: tuple[int, int], grid: tuple[i
     """Position rows [Nv, C] of a grid, in the table's dtype; bicubic in fp32 where it is not the trained one."""
     if grid == trained_grid:
         return table[POSITION_OFFSET:]
-    if torch.is_grad_enabled():
+    if needs_grad(table):
         resized = interpolate_positions(table, trained_grid, grid)
         return resized[POSITION_OFFSET:].to(table.dtype)
     resized = derived(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beit3_fast.config import BEiT3Config
+from beit3_fast.derived import needs_grad
 from beit3_fast.errors import ShapeError
 from beit3_fast.layout import Part, Selection, TokenLayout
 from beit3_fast.ops import Norm, expert_linear, shared_attention
@@ -313,7 +314,7 @@ def encode_rows(
         and layout.batch_size > 1
         and isinstance(mask, str)
         and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
+        and not needs_grad(x)
         and not drop_path_rates
     ):
         return _encode_in_parts(encoder, x, layout, mask, read, impl)

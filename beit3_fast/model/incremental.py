@@ -1,11 +1,13 @@
 """Decoding token by token with torchscale's cache: a dictionary per layer with prev_key and prev_value.
 
 Rows of vision and text stay where they are in [B, n, C]; expert_linear finds them by index. Keys and values of
-earlier tokens have the shape [B, H, T, D].
+earlier tokens have the shape [B, H, T, D]. Where pairs have experts of their own, an entry named ``pair`` says
+that the cache holds an image, so that later words go to those experts.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,6 +48,12 @@ def encode_incremental(
         )
     batch, tokens, width = x.shape
     layout = TokenLayout.from_lengths([num_vision] * batch, [tokens - num_vision] * batch, x.device)
+    if any("C" in layer.ffn._modules for layer in encoder.layers):
+        if num_vision:
+            for cache in caches:
+                cache["pair"] = x.new_ones(batch, 1, 1, 1)
+        elif "pair" in caches[0]:
+            layout = replace(layout, text_only=0)
     places = torch.arange(batch * tokens, device=x.device).view(batch, tokens)
     order = torch.cat([places[:, :num_vision].flatten(), places[:, num_vision:].flatten()])
     rows = None if num_vision in (0, tokens) else order

@@ -121,7 +121,8 @@ def create_model(
         options["num_classes"] = num_classes
     wanted, place, preset = _dtype(dtype), _device(device), None
     if checkpoint is None:
-        model: Any = make(config, **options).to(device=place, dtype=wanted)
+        with place:
+            model: Any = make(config, **options).to(wanted)
     else:
         # A strict load writes every tensor, so nothing needs initial values.
         with torch.device("meta"):

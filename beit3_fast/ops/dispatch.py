@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from beit3_fast.derived import needs_grad
 from beit3_fast.errors import ConfigError, KernelUnavailable
 from beit3_fast.ops import library
 
@@ -58,12 +59,11 @@ def autocast_enabled(device: str) -> bool:
 def situation(op: str, tensors: list[Tensor], mask_tensor: bool = False) -> Situation:
     """The situation of a call: ``tensors`` are all operands, the first one gives device and dtype."""
     first = tensors[0]
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return Situation(
         op=op,
         device=first.device.type,
         dtype=first.dtype,
-        needs_grad=grad,
+        needs_grad=needs_grad(*tensors),
         autocast=autocast_enabled(first.device.type),
         compiling=torch.compiler.is_compiling(),
         mask_tensor=mask_tensor,
@@ -125,7 +125,12 @@ def _choose(at: Situation, requested: str) -> Choice:
                 f"{at.op}: impl={requested!r} was asked for, but it {obstacle}. "
                 "Use impl='auto' to fall back."
             )
-        return Choice(requested, ())
+        passed_over = tuple(
+            (name, _obstacle(name, at) or f"was not asked for: impl={requested!r} was")
+            for name in IMPLEMENTATIONS
+            if name != requested
+        )
+        return Choice(requested, passed_over)
     rejected: list[tuple[str, str]] = []
     for impl in _AUTO_ORDER:
         reason = _obstacle(impl, at) or (_cpu_slower(at) if impl == "cpu" else None)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from beit3_fast.composite.expert_linear import expert_linear as composite_impl
 from beit3_fast.composite.expert_linear import expert_linear_backward
-from beit3_fast.derived import derived
+from beit3_fast.derived import derived, needs_grad
 from beit3_fast.errors import ShapeError
 from beit3_fast.ops import dispatch, library
 from beit3_fast.ops.packed_weight import PackedWeight
@@ -67,13 +67,14 @@ def expert_linear(
             norm = Norm([norm.weights[e] for e in used], [norm.biases[e] for e in used], norm.eps)
         bounds = [bounds[used[0]], *(bounds[e + 1] for e in used)]
     norm_weights, norm_biases, eps = norm or Norm((), ())
-    tensors = [x, *_flat(weights), *norm_weights]
+    tensors = [x, *_flat(weights), *_flat(biases or ()), *norm_weights, *norm_biases]
     if residual is not None:
         tensors.append(residual)
-    choice = dispatch.choose(dispatch.situation("expert_linear", tensors), impl)
+    at = dispatch.situation("expert_linear", tensors)
+    choice = dispatch.choose(at, impl)
     tail = (residual, rows, tuple(bounds), eps, activation or "none")
     if choice.impl == "cpu":
-        return _cpu(x, weights, biases, norm_weights, norm_biases, tail)
+        return _cpu(x, weights, biases, norm_weights, norm_biases, tail, at.needs_grad)
     run = reference_impl if choice.impl == "reference" else composite_impl
     stacked = [_stack(weight) for weight in weights]
     stacked_biases = [_stack(bias) for bias in biases or ()]
@@ -91,7 +92,7 @@ def _stack(weight: Weight) -> Tensor:
         return weight
     if any(isinstance(part, PackedWeight) for part in weight):
         return torch.cat([_stack(part) for part in weight])
-    if torch.is_grad_enabled() and any(part.requires_grad for part in weight):
+    if needs_grad(*weight):
         return torch.cat(weight)
     return derived("stacked", weight, lambda: torch.cat(weight))
 
@@ -109,11 +110,12 @@ def _cpu(
     norm_weights: Sequence[Tensor],
     norm_biases: Sequence[Tensor],
     tail: tuple[Any, ...],
+    with_grad: bool,
 ) -> Tensor:
     op, ordered = _op(), dispatch.rows_in_memory
     stacked: list[Tensor] = []
     packed: list[Tensor] = []
-    if torch.is_grad_enabled():
+    if with_grad:
         stacked = [ordered(_stack(weight)) for weight in weights]
     else:
         groups = [weight if isinstance(weight, tuple) else (weight,) for weight in weights]

@@ -187,6 +187,7 @@ def test_json_prints_the_report_only(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--device", "tpu"], "unknown device 'tpu'; there are: cpu, cuda"),
         (["--batch", "0"], "--batch takes positive numbers, got 0"),
         (["--threads", "0"], "--threads takes a positive number, got 0"),
+        (["--threads", "100000"], "on this machine, got 100000"),
         (["--compare", "nowhere.json"], "cannot be read as a benchmark report"),
     ],
 )
@@ -197,6 +198,20 @@ def test_wrong_options_say_what_there_is(
     assert code == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_too_large_a_batch_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench(tmp_path, *ONE, "--batch", "99999999999")[0] == 2
+    assert "lower --batch" in capsys.readouterr().err
+
+
+def test_an_output_folder_that_cannot_be_is_found_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "run", None)
+    (tmp_path / "file").write_text("")
+    assert run.main([*ONE, "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "--out must be a folder that can be written" in capsys.readouterr().err
 
 
 def test_output_must_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

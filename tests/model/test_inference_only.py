@@ -20,6 +20,7 @@ from beit3_fast.ops.packed_weight import PackedWeight, pack
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the compiled library")
 NAME = "beit3_tiny_patch16_32_vqav2"
 DTYPES = ("float32", "bfloat16")
+STRIDED = ("cpu", torch.strided)
 
 
 def pair(dtype: str, **options: Any) -> tuple[Any, Any]:
@@ -60,7 +61,7 @@ def test_nothing_keeps_a_second_copy() -> None:
     sizes = {p.packed.numel() for p in packed.parameters() if isinstance(p, PackedWeight)}
     stored = {p.packed.data_ptr() for p in packed.parameters() if isinstance(p, PackedWeight)}
     for tensor in gc.get_objects():
-        if type(tensor) is not Tensor or tensor.device.type != "cpu":
+        if type(tensor) is not Tensor or (tensor.device.type, tensor.layout) != STRIDED:
             continue
         if tensor.untyped_storage().nbytes() < 4 * min(sizes) // 2:
             continue
@@ -90,6 +91,18 @@ def test_state_dict_files_and_copies(dtype: str, tmp_path: Path) -> None:
     assert torch.equal(scores(again), before)
     beit3_fast.load_checkpoint(packed, tmp_path / "x.safetensors")
     assert torch.equal(scores(packed), before)
+
+
+def test_nothing_is_packed_again_outside_of_no_grad(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, packed = pair("float32")
+    expected = scores(packed)
+    unwanted: list[str] = []
+    monkeypatch.setattr(PackedWeight, "unpack", lambda self: unwanted.append("unpack"))
+    with torch.enable_grad():
+        result = scores.__wrapped__(packed)  # type: ignore[attr-defined]
+    assert torch.equal(result, expected)
+    assert not result.requires_grad
+    assert not unwanted
 
 
 def test_a_copy_is_independent() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,8 +37,8 @@ def model_of(form: str, impl: str) -> BEiT3:
 
 
 @cache
-def captioner() -> Any:
-    return task_model("captioning")
+def captioner(fused: int) -> Any:
+    return task_model("captioning", vl_expert_layers=fused)
 
 
 def close(ours: Tensor, expected: Tensor) -> None:
@@ -249,10 +250,14 @@ def test_later_words_do_not_reach_earlier_ones(
         assert (before[:, first:] - after[:, first:]).abs().amax((1, 2)).min() > 1e-6
 
 
+@pytest.mark.parametrize("fused", [0, 1, 2])
 @given(st.integers(1, 3), st.lists(st.integers(1, 3), min_size=1, max_size=4), seeds)
 @torch.no_grad()
-def test_decoding_in_pieces_of_any_size(batch: int, pieces: list[int], seed: int) -> None:
-    model, total = captioner(), sum(pieces)
+def test_decoding_in_pieces_of_any_size(
+    fused: int, batch: int, pieces: list[int], seed: int
+) -> None:
+    """Also where the last layers have an expert for pairs: words after an image belong to it."""
+    model, total = captioner(fused), sum(pieces)
     picture, words = images(batch, seed=seed), texts(batch, total, seed=seed)
     whole, _ = model(picture, words, None, None)
     state: dict[int, dict[str, Tensor]] = {}

@@ -78,8 +78,7 @@ COUNTS = {
 
 @cache
 def on_meta(name: str, **overrides: Any) -> Any:
-    with torch.device("meta"):
-        return create_model(name, device="meta", **overrides)
+    return create_model(name, device="meta", **overrides)
 
 
 def backbone_shapes(size: str, pixels: int, normalised: bool) -> dict[str, tuple[int, ...]]:
