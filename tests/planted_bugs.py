@@ -176,7 +176,7 @@ BUGS = (
         "beit3_fast/ops/expert_linear.py",
         "[norm.biases[e] for e in used], norm.eps)",
         "[norm.biases[e] for e in used])",
-        (LINEAR,),
+        (f"{LINEAR}::test_experts_without_rows_change_nothing",),
     ),
     Bug(
         "ops-residual-gradient-on-rows-not-named",
@@ -211,7 +211,7 @@ BUGS = (
         "beit3_fast/ops/dispatch.py",
         "autocast=autocast_enabled(first.device.type),",
         "autocast=False,",
-        ("tests/test_explanation.py", f"{FORWARD}::test_auto_follows_the_situation"),
+        (f"{FORWARD}::test_kernels_that_know_no_autocast_are_refused_under_it",),
     ),
     # derived
     Bug(
@@ -322,25 +322,18 @@ BUGS = (
         (f"{FORMULA}::test_padded_batches",),
     ),
     Bug(
-        "batch-chosen-words-in-the-caller-s-order",
-        "beit3_fast/model/batch.py",
-        "return chosen[order][~padding[order]]",
-        "return chosen[~padding]",
-        (f"{TASKS}::test_captioning",),
-    ),
-    Bug(
         "beit3-order-of-samples-inverted",
         "beit3_fast/model/beit3.py",
         "torch.empty_like(rows).index_copy(0, torch.tensor(order, device=rows.device), rows)",
         "rows[torch.tensor(order, device=rows.device)]",
-        (FORWARD, TASKS),
+        (f"{FORWARD}::test_encoded_rows_in_the_caller_s_order",),
     ),
     Bug(
         "masks-left-padding-not-moved",
         "beit3_fast/model/masks.py",
         "= visible[kept][:, kept]",
         "= visible[: len(kept), : len(kept)]",
-        (f"{TORCHSCALE}::test_masks", "tests/model/test_torchscale_parity.py::test_forward"),
+        (f"{TORCHSCALE}::test_masks",),
     ),
     Bug(
         "incremental-rows-put-back-inverted",
@@ -354,7 +347,7 @@ BUGS = (
         "beit3_fast/model/incremental.py",
         "inner = Norm([n.weight for n in norms], [n.bias for n in norms], norms[0].eps)",
         "inner = Norm([n.weight for n in norms], [n.bias for n in norms])",
-        (TASKS,),
+        (f"{TASKS}::test_decoding_step_by_step_is_decoding_at_once",),
     ),
     Bug(
         "registry-preset-of-the-checkpoint-ignored",
@@ -382,7 +375,7 @@ BUGS = (
         "beit3_fast/model/tasks.py",
         "torch.distributed.get_rank() * vision.shape[0]",
         "torch.distributed.get_rank()",
-        (TASKS,),
+        (f"{TASKS}::test_the_contrastive_loss_meets_the_batches_of_all_ranks",),
     ),
     Bug(
         "tasks-decoding-positions-put-right",
@@ -570,7 +563,7 @@ BUGS = (
         "csrc/ops.cpp",
         "call.eps = static_cast<float>(eps);",
         "call.eps = 1e-5f;",
-        (KERNELS, LINEAR),
+        (f"{LINEAR}::test_forward",),
     ),
     Bug(
         "packed-weight-stride-ignored",
@@ -598,14 +591,14 @@ BUGS = (
         "csrc/cpu/expert_linear.cpp",
         "task.panel_end = panels * (split + 1) / splits;",
         "task.panel_end = task.panel_begin + panels / splits;",
-        (KERNELS,),
+        (f"{KERNELS}::test_columns_are_shared_out_among_threads",),
     ),
     Bug(
         "linear-parameters-padded-with-old-numbers",
         "csrc/cpu/expert_linear.cpp",
         "  std::fill(to + count, to + padded, 0.0f);\n",
         "  (void)padded;\n",
-        (KERNELS,),
+        (f"{KERNELS}::test_parameters_of_an_earlier_call_are_not_read",),
     ),
     Bug(
         "linear-rows-not-gathered",
@@ -670,7 +663,7 @@ BUGS = (
         "csrc/cpu/vec_portable.h",
         "bits + 0x7fffu + ((bits >> 16) & 1u)",
         "bits + 0x8000u",
-        (KERNELS,),
+        (f"{KERNELS}::test_bfloat16_is_rounded_to_the_nearest_ties_to_even",),
         isa=("portable",),
     ),
 )
@@ -681,11 +674,19 @@ class Trouble(Exception):
 
 
 class Outcome(NamedTuple):
-    """How the tests ended: green, or red and why; ``endless`` where a limit of time ended them."""
+    """How the tests ended: green, or red and why.
+
+    ``test`` is the one that failed, where a process went on to say so; ``endless`` whether a limit of time was met.
+    """
 
     green: bool
-    why: str
+    why: str = ""
+    test: str | None = None
     endless: bool = False
+
+    def catches(self, bug: Bug) -> bool:
+        """Whether this is what the bug may have done; a busy machine, too, runs out of time."""
+        return not self.green and (bug.can_hang or not self.endless)
 
 
 class Verdict(NamedTuple):
@@ -771,16 +772,15 @@ class Copy:
         except subprocess.TimeoutExpired:
             return Outcome(False, f"no end in {seconds:.0f} s", endless=True)
         if done.returncode == 0:
-            return Outcome(True, "")
+            return Outcome(True)
         if done.returncode < 0:
             name = signal.Signals(-done.returncode).name
             return Outcome(False, f"pytest ended by {name} in {' '.join(arguments)}")
-        failed = re.search(r"^FAILED (.*?)(?: - |$)", done.stdout, re.MULTILINE)
-        errors = re.search(r"^ERROR (.*?)(?: - |$)", done.stdout, re.MULTILINE)
-        found = failed or errors
-        if done.returncode != 1 or found is None:
+        failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - (.*))?$", done.stdout, re.MULTILINE)
+        if done.returncode != 1 or failed is None:
             raise Trouble(f"pytest ended with status {done.returncode}: {done.stdout[-1000:]}")
-        return Outcome(False, found[1], endless="from pytest-timeout" in done.stdout)
+        endless = re.search("from pytest-timeout|TimeoutExpired", failed[2] or "")
+        return Outcome(False, failed[1], failed[1], bool(endless))
 
     def _run(
         self, command: list[str], seconds: float, environment: dict[str, str] | None = None
@@ -835,28 +835,39 @@ def union(selections: Iterable[Sequence[str]]) -> list[str]:
     return [t for t in wanted if not any(t.startswith(f"{other}::") for other in wanted)]
 
 
-def judge(copy: Copy, bug: Bug) -> tuple[str, str]:
-    """("caught" or "SURVIVED", why)."""
+def judge(copy: Copy, bug: Bug, unsound: set[str]) -> tuple[str, str]:
+    """("caught" or "SURVIVED", why). ``unsound`` gathers tests that prove nothing: they also fail without the bug."""
     copy.plant(bug)
-    # In the copy its text is gone from the file, which must not count.
-    gate = ["tests", "--ignore=tests/test_planted_bugs.py"]
     outcome = copy.test(bug.tests, _OWN_SECONDS)
-    place = ""
-    if outcome.green:
-        print(f"  {bug.name}: its own tests are green, now the whole gate", flush=True)
-        outcome, place = copy.test(gate, _GATE_SECONDS), "the gate: "
-    if outcome.green:
-        return "SURVIVED", "everything is green"
-    if outcome.endless and not bug.can_hang:
-        return "SURVIVED", f"out of time, and it cannot hang: {outcome.why}"
-    return "caught", place + outcome.why
+    if outcome.catches(bug):
+        return "caught", outcome.why
+    print(f"  {bug.name}: not caught by its own tests, now the whole gate", flush=True)
+    while True:
+        # In the copy its text is gone from the file, which must not count.
+        gate = ["tests", "--ignore=tests/test_planted_bugs.py"]
+        outcome = copy.test([*gate, *(f"--deselect={test}" for test in unsound)], _GATE_SECONDS)
+        if outcome.green or outcome.test is None:
+            break
+        if outcome.catches(bug):
+            copy.plant(None)
+            if copy.test([outcome.test], _OWN_SECONDS).green:
+                break
+            copy.plant(bug)
+        unsound.add(outcome.test)
+        print(
+            f"  {outcome.test} fails without a bug or is out of time, and is left out", flush=True
+        )
+    if outcome.catches(bug):
+        return "caught", f"the gate: {outcome.why}"
+    return "SURVIVED", outcome.why or "everything is green"
 
 
 def run(bugs: Sequence[Bug]) -> list[Verdict]:
     """A verdict on each bug. Raises Trouble."""
     # Compiled ones last: going back to sound kernels costs a build.
     bugs = sorted(bugs, key=lambda bug: bug.is_native)
-    verdicts = []
+    verdicts: list[Verdict] = []
+    unsound: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="planted-bugs-") as folder:
         copy = Copy(Path(folder).resolve())
         print("compiling the copy", flush=True)
@@ -872,7 +883,7 @@ def run(bugs: Sequence[Bug]) -> list[Verdict]:
             if bug.isa and not any(here[level] for level in bug.isa):
                 word, why = "left out", f"no {' or '.join(bug.isa)} on this processor"
             else:
-                word, why = judge(copy, bug)
+                word, why = judge(copy, bug, unsound)
             verdict = Verdict(bug, word, why, time.perf_counter() - start)
             verdicts.append(verdict)
             print(f"[{number}/{len(bugs)}] {_line(verdict)}", flush=True)
@@ -921,6 +932,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if faults:
         print("\n".join(faults))
         return 1
+    # Ended from outside, it still ends what it started and clears its folder.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return 0 if show(run(bugs)) else 1
     except Trouble as trouble:

@@ -70,6 +70,18 @@ def test_the_environment_replaces_auto_and_nothing_else(monkeypatch: pytest.Monk
 
 
 @torch.no_grad()
+def test_kernels_that_know_no_autocast_are_refused_under_it() -> None:
+    need("cpu")
+    model, words = backbone(TINY, "cpu"), texts(2, 3)
+    model(words)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(KernelUnavailable, match="autocast is on"),
+    ):
+        model(words)
+
+
+@torch.no_grad()
 def test_auto_follows_the_situation() -> None:
     """Training, autocast and half precision have no compiled kernel behind "auto"."""
 
