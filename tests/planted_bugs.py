@@ -361,7 +361,7 @@ BUGS = (
         "beit3_fast/model/registry.py",
         "return model.eval()",
         "return model",
-        (REGISTRY,),
+        (f"{REGISTRY}::test_official_names_and_shapes",),
     ),
     Bug(
         "tasks-class-token-in-the-mean",
@@ -411,14 +411,14 @@ BUGS = (
         "beit3_fast/checkpoint/load.py",
         "if blocking.problems() or not ready:",
         "if blocking.problems():",
-        (LOAD,),
+        (f"{LOAD}::test_not_strict_reports_instead_of_raising",),
     ),
     Bug(
         "save-whole-memory-behind-a-view",
         "beit3_fast/checkpoint/save.py",
         "tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes",
         "tensor.is_contiguous()",
-        (SAVE,),
+        (f"{SAVE}::test_every_bit_comes_back",),
     ),
     Bug(
         "atomic-name-before-the-data",
@@ -504,7 +504,7 @@ BUGS = (
         "beit3_fast/integrations/_structure.py",
         "float(p.drop_prob) if p is not None and p.training else 0.0",
         "float(p.drop_prob) if p is not None else 0.0",
-        (TORCHSCALE,),
+        (f"{TORCHSCALE}::test_activation_checkpointing",),
     ),
     Bug(
         "torchscale-changed-modules-not-seen",
@@ -556,7 +556,7 @@ BUGS = (
         "csrc/ops.cpp",
         "position < keys[s + 1] - keys[s]",
         "position <= keys[s + 1] - keys[s]",
-        (ARGUMENTS,),
+        (f"{ARGUMENTS}::test_shared_attention_rejects",),
     ),
     Bug(
         "ops-cpp-eps-fixed",
@@ -577,7 +577,7 @@ BUGS = (
         "csrc/cpu/packed_weight.cpp",
         " && header.out_features == out_features",
         "",
-        (ARGUMENTS,),
+        (f"{ARGUMENTS}::test_pack_weight_says_what_it_holds",),
     ),
     Bug(
         "linear-rows-of-the-first-expert",
