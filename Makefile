@@ -9,6 +9,7 @@ TORCHVISION ?= torchvision==0.28.0
 JOBS       ?= 2
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
+BUGS_ARGS   ?=
 
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -35,16 +36,17 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test test-full bench lint format build clean distclean
+.PHONY: help test test-full planted-bugs bench lint format build clean distclean
 
 help:
 	@echo "make test        environment, then style, types and tests (a first run: a few minutes to install; then at most 10 minutes)"
 	@echo "make bench       environment, then bench/run.py; BENCH_ARGS='--quick' for the short one, '--help' for the options"
 	@echo "make test-full   the tests with the long matrices"
+	@echo "make planted-bugs  bugs planted in a copy, one at a time: does the gate catch them? (half an hour; BUGS_ARGS='--list')"
 	@echo "make build       environment and compiled ops only"
 	@echo "make lint        ruff and mypy;  make format  rewrites the files"
 	@echo "make clean       removes what was built;  make distclean  removes .venv too"
-	@echo "variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  JOBS=$(JOBS)  BENCH_ARGS  PYTEST_ARGS"
+	@echo "variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  JOBS=$(JOBS)  BENCH_ARGS  PYTEST_ARGS  BUGS_ARGS"
 
 test: lint
 	@echo "== tests: pytest on $(JOBS) processes"
@@ -53,6 +55,10 @@ test: lint
 test-full: lint
 	@echo "== tests, long matrices included: pytest on $(JOBS) processes"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -p no:benchmark -m "full or not full" $(PYTEST_ARGS)
+
+planted-bugs: build
+	@echo "== planted bugs: tests/planted_bugs.py $(BUGS_ARGS)"
+	@$(BIN)/python tests/planted_bugs.py $(BUGS_ARGS)
 
 bench: build
 	@echo "== benchmark: bench/run.py $(BENCH_ARGS)"

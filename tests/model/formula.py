@@ -87,7 +87,7 @@ class Formula:
 
     def norm(self, name: str, expert: str, x: Tensor) -> Tensor:
         mean = x.mean(-1, keepdim=True)
-        spread = ((x - mean) ** 2).mean(-1, keepdim=True) + 1e-5
+        spread = ((x - mean) ** 2).mean(-1, keepdim=True) + self.config.layer_norm_eps
         normed = (x - mean) / spread**0.5
         return normed * self.get(name, expert, "weight") + self.get(name, expert, "bias")
 

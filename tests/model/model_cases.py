@@ -25,6 +25,7 @@ FORMS: dict[str, BEiT3Config] = {
     "decoupled with pair experts": TINY.replace(vl_expert_layers=1),
     "shared attention only": TINY.replace(attention="shared"),
     "wide image": TINY.replace(img_size=(16, 48)),
+    "another epsilon": TINY.replace(layer_norm_eps=0.01),
 }
 
 

@@ -70,6 +70,18 @@ def test_the_environment_replaces_auto_and_nothing_else(monkeypatch: pytest.Monk
 
 
 @torch.no_grad()
+def test_kernels_that_know_no_autocast_are_refused_under_it() -> None:
+    need("cpu")
+    model, words = backbone(TINY, "cpu"), texts(2, 3)
+    model(words)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(KernelUnavailable, match="autocast is on"),
+    ):
+        model(words)
+
+
+@torch.no_grad()
 def test_auto_follows_the_situation() -> None:
     """Training, autocast and half precision have no compiled kernel behind "auto"."""
 
@@ -156,9 +168,10 @@ def test_hidden_states_of_the_padded_form() -> None:
 @torch.no_grad()
 def test_encoded_rows_in_the_caller_s_order() -> None:
     model, picture, words = backbone(), images(3), texts(3, 4)
-    pad = padding([4, 0, 2], 4)  # the second sample sorts in front
+    # The third sample sorts in front: an order that is not its own inverse.
+    pad = padding([4, 2, 0], 4)
     encoded = model.encode(picture, words, pad, read_vision="first", read_text="first")
-    assert encoded.layout.order == (1, 0, 2)
+    assert encoded.layout.order == (2, 0, 1)
     whole = model(words, picture, pad)["encoder_out"]
     torch.testing.assert_close(encoded.vision(), whole[:, 0])
     with pytest.raises(ShapeError, match="layout"):

@@ -87,6 +87,30 @@ def test_expert_linear_rows_do_not_meet(dtype: str) -> None:
     assert torch.equal(case.run(packed=[]), whole)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_columns_are_shared_out_among_threads(dtype: str) -> None:
+    """Few rows and many columns: each thread has columns of its own, and none is left over."""
+    case = Linear(DTYPES[dtype], (5, 40, 330), experts=2, residual=True)
+    case.check()
+    whole = case.run()
+    threads = torch.get_num_threads()
+    try:
+        for count in (2, 3, 4):
+            torch.set_num_threads(count)
+            assert torch.equal(case.run(), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_bfloat16_is_rounded_to_the_nearest_ties_to_even() -> None:
+    x = torch.tensor([256.0, 258.0, -256.0, -258.0, 3.0])[:, None].bfloat16()
+    residual = torch.tensor([1.0, 1.0, -1.0, -1.0, 0.005])[:, None].bfloat16()
+    weight = torch.ones(1, 1).bfloat16()
+    y = OPS.expert_linear(x, [weight], [], [], [], [], residual, None, [0, 5], EPS, "none")
+    assert torch.equal(y, x + residual)
+    assert y[:4].flatten().tolist() == [256.0, 260.0, -256.0, -260.0]
+
+
 def test_gelu_of_special_values() -> None:
     x = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 1e30, -1e30, -5.0, -5.8, 1e-20])[:, None]
     y = OPS.expert_linear(
@@ -113,6 +137,18 @@ def test_a_bad_row_spoils_no_other() -> None:
         assert torch.equal(spoilt[keep], clean[keep])
         case.run(x=torch.full_like(x, math.nan))
         assert torch.equal(case.run(), clean)
+
+
+def test_parameters_of_an_earlier_call_are_not_read() -> None:
+    for dtype in DTYPES.values():
+        wide, narrow = Linear(dtype, (4, 130, 100)), Linear(dtype, (4, 33, 17))
+        clean = narrow.run()
+        spoilt = {
+            name: [torch.full_like(t, math.nan) for t in wide.arguments()[name]]
+            for name in ("biases", "norm_weights", "norm_biases")
+        }
+        assert wide.run(**spoilt).isnan().all()
+        assert torch.equal(narrow.run(), clean)
 
 
 def test_parameters_may_stay_fp32() -> None:

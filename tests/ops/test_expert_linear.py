@@ -233,6 +233,29 @@ def test_gathered_rows_give_the_packed_result(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_experts_without_rows_change_nothing(impl: str) -> None:
+    need(impl)
+    x, residual = torch.randn(9, 16), torch.randn(9, 24)
+    weights, biases = list(torch.randn(4, 24, 16)), list(torch.randn(4, 24))
+    gammas, betas = list(torch.randn(4, 16)), list(torch.randn(4, 16))
+
+    def call(experts: slice, bounds: tuple[int, ...]) -> Tensor:
+        return expert_linear(
+            x,
+            weights[experts],
+            biases[experts],
+            bounds=bounds,
+            norm=Norm(gammas[experts], betas[experts], 0.1),
+            activation="gelu",
+            residual=residual,
+            impl=impl,
+        )
+
+    used = call(slice(1, 4, 2), (0, 5, 9))
+    assert torch.equal(call(slice(4), (0, 0, 5, 5, 9)), used)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("operand", ["weight", "residual", "x", "bias", "norm"])
 def test_operands_in_any_memory_order(impl: str, operand: str) -> None:
     """A tensor whose last dimension is not contiguous gives the result of a contiguous one."""

@@ -1,0 +1,873 @@
+"""Plants bugs in a copy of the tree, one at a time, and counts those that the gate catches.
+
+    python tests/planted_bugs.py            every bug; exit status 1 if fewer than 95 in 100 are caught
+    python tests/planted_bugs.py --list     the bugs and their files
+    python tests/planted_bugs.py --only composite-tanh-gelu ...
+
+The checkout is only read. A bug counts as caught when one of its own tests fails, and where those stay green, when
+anything of the whole gate does. The same tests must pass without a bug first, so that no failure is taken for a
+catch. Bugs in csrc/ are compiled in the copy, which needs what ``make build`` needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARE = 0.95
+_OWN_SECONDS = 600
+_GATE_SECONDS = 3600
+
+LINEAR = "tests/ops/test_expert_linear.py"
+ATTENTION = "tests/ops/test_shared_attention.py"
+PADDED = "tests/ops/test_padded_attention.py"
+KERNELS = "tests/ops/test_cpu_kernels.py"
+ARGUMENTS = "tests/ops/test_cpu_arguments.py"
+CONTRACT = "tests/test_api_contract.py"
+DERIVED = "tests/test_derived.py"
+LAYOUT = "tests/test_layout.py"
+PARITY = "tests/test_parity.py"
+FORMULA = "tests/model/test_formula.py"
+FORWARD = "tests/model/test_forward.py"
+PARTS = "tests/model/test_encode_in_parts.py"
+TASKS = "tests/model/test_tasks.py"
+TASK_PARITY = "tests/model/test_task_parity.py"
+LOAD = "tests/checkpoint/test_load_checkpoint.py"
+SAVE = "tests/checkpoint/test_save_checkpoint.py"
+POSITIONS = "tests/checkpoint/test_positions.py"
+MALFORMED = "tests/checkpoint/test_malformed_files.py"
+FUZZ = "tests/checkpoint/test_checkpoint_fuzz.py"
+TORCHSCALE = "tests/integrations/test_torchscale.py"
+BENCH_RUN = "tests/bench/test_bench_run.py"
+BENCH_TIMING = "tests/bench/test_bench_timing.py"
+
+
+@dataclass(frozen=True)
+class Bug:
+    """One mistake.
+
+    name: what is wrong, in words joined by hyphens.
+    file: the file that has it.
+    old: text that stands there exactly once; new: what takes its place.
+    tests: pytest arguments, the tests of the gate that are expected to fail.
+    isa: for a mistake in the code of some instruction-set levels only, their names; it is left out where the
+        processor runs none of them.
+    can_hang: whether tests that come to no end count as a catch.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    isa: tuple[str, ...] = ()
+    can_hang: bool = False
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the copy must be compiled for it."""
+        return self.file.startswith("csrc/")
+
+    def planted(self, text: str) -> str:
+        """The file's text with the mistake. Raises ValueError unless ``old`` stands there exactly once."""
+        count = text.count(self.old)
+        if count != 1:
+            raise ValueError(f"{self.name}: {self.file} has its text {count} times, not once")
+        return text.replace(self.old, self.new)
+
+
+BUGS = (
+    # reference
+    Bug(
+        "reference-eps-outside-the-root",
+        "beit3_fast/reference/expert_linear.py",
+        "torch.sqrt(variance + eps)",
+        "(torch.sqrt(variance) + eps)",
+        (f"{LINEAR}::test_the_formula_itself",),
+    ),
+    Bug(
+        "reference-tanh-gelu",
+        "beit3_fast/reference/expert_linear.py",
+        "part * 0.5 * (1.0 + torch.erf(part * 0.5**0.5))",
+        'torch.nn.functional.gelu(part, approximate="tanh")',
+        (f"{LINEAR}::test_the_formula_itself",),
+    ),
+    Bug(
+        "reference-unscaled-query",
+        "beit3_fast/reference/shared_attention.py",
+        'torch.einsum("qhd,khd->hqk", own_q, own_k) * scale',
+        'torch.einsum("qhd,khd->hqk", own_q, own_k)',
+        (f"{ATTENTION}::test_the_formula_itself",),
+    ),
+    Bug(
+        "reference-seq2seq-text-does-not-see-itself",
+        "beit3_fast/reference/shared_attention.py",
+        'text_keys <= text)\n    elif mask == "causal":',
+        'text_keys < text)\n    elif mask == "causal":',
+        (f"{ATTENTION}::test_the_formula_itself",),
+    ),
+    Bug(
+        "reference-mask-of-another-sample",
+        "beit3_fast/reference/shared_attention.py",
+        "mask[keys.order[sample]]",
+        "mask[sample]",
+        (f"{ATTENTION}::test_the_formula_itself", f"{ATTENTION}::test_forward"),
+    ),
+    # composite
+    Bug(
+        "composite-tanh-gelu",
+        "beit3_fast/composite/expert_linear.py",
+        'return F.gelu(y) if activation == "gelu" else y',
+        'return F.gelu(y, approximate="tanh") if activation == "gelu" else y',
+        (f"{LINEAR}::test_forward",),
+    ),
+    Bug(
+        "composite-backward-weight-transposed",
+        "beit3_fast/composite/expert_linear.py",
+        "dweights.append(dy.T @ normed)",
+        "dweights.append((normed.T @ dy).reshape(weight.shape))",
+        (f"{LINEAR}::test_gradients",),
+    ),
+    Bug(
+        "composite-causal-mask-dropped-for-images",
+        "beit3_fast/composite/shared_attention.py",
+        'scale=scale, is_causal=mask == "causal")',
+        "scale=scale)",
+        (f"{ATTENTION}::test_forward",),
+    ),
+    Bug(
+        "composite-padded-text-counted-from-the-selected-image-rows",
+        "beit3_fast/composite/shared_attention.py",
+        "layout.positions[rows] + text * full_vision",
+        "layout.positions[rows] + text * own_vision",
+        (PADDED,),
+    ),
+    Bug(
+        "composite-backward-scale-forgotten",
+        "beit3_fast/composite/shared_attention.py",
+        "(dweights * weights).sum(-1, keepdim=True)) * scale",
+        "(dweights * weights).sum(-1, keepdim=True))",
+        (f"{ATTENTION}::test_gradients",),
+    ),
+    # ops
+    Bug(
+        "ops-eps-forgotten-when-an-expert-has-no-rows",
+        "beit3_fast/ops/expert_linear.py",
+        "[norm.biases[e] for e in used], norm.eps)",
+        "[norm.biases[e] for e in used])",
+        (f"{LINEAR}::test_experts_without_rows_change_nothing",),
+    ),
+    Bug(
+        "ops-residual-gradient-on-rows-not-named",
+        "beit3_fast/ops/expert_linear.py",
+        "dresidual = torch.zeros_like(grad).index_copy(0, rows, grad[rows])",
+        "dresidual = grad.clone()",
+        (f"{LINEAR}::test_gradients",),
+    ),
+    Bug(
+        "ops-row-check-off-by-one",
+        "beit3_fast/ops/expert_linear.py",
+        "<= int(named[-1]) < count:",
+        "<= int(named[-1]) <= count:",
+        (f"{CONTRACT}::test_expert_linear",),
+    ),
+    Bug(
+        "ops-backward-positions-forgotten",
+        "beit3_fast/ops/shared_attention.py",
+        "_layout_of(cu_vision_q, cu_text_q, positions_q)",
+        "_layout_of(cu_vision_q, cu_text_q, None)",
+        (f"{ATTENTION}::test_gradients",),
+    ),
+    Bug(
+        "dispatch-autocast-not-seen",
+        "beit3_fast/ops/dispatch.py",
+        "autocast=autocast_enabled(first.device.type),",
+        "autocast=False,",
+        (f"{FORWARD}::test_kernels_that_know_no_autocast_are_refused_under_it",),
+    ),
+    # derived
+    Bug(
+        "derived-version-not-compared",
+        "beit3_fast/derived.py",
+        "        source._version,\n",
+        "",
+        (f"{DERIVED}::test_every_change_of_a_weight_is_seen",),
+    ),
+    Bug(
+        "derived-fused-optimizers-not-watched",
+        "beit3_fast/derived.py",
+        "register_optimizer_step_post_hook(_after_step)",
+        "",
+        (f"{DERIVED}::test_every_change_of_a_weight_is_seen",),
+    ),
+    # layout
+    Bug(
+        "layout-split-off-by-one",
+        "beit3_fast/layout.py",
+        "return (0, self.num_vision_rows, self.num_rows)",
+        "return (0, max(self.num_vision_rows - 1, 0), self.num_rows)",
+        (f"{LAYOUT}::test_experts_own_the_rows_of_their_kind",),
+    ),
+    Bug(
+        "layout-part-counts-image-only-samples-beyond-its-end",
+        "beit3_fast/layout.py",
+        "max(0, min(stop, self.image_only) - start)",
+        "max(0, self.image_only - start)",
+        (PARTS,),
+    ),
+    # model
+    Bug(
+        "encoder-swapped-experts",
+        "beit3_fast/model/encoder.py",
+        'Route([children["A"], children["B"]]',
+        'Route([children["B"], children["A"]]',
+        (f"{FORMULA}::test_mixed_batches",),
+    ),
+    Bug(
+        "encoder-pair-expert-last",
+        "beit3_fast/model/encoder.py",
+        'for name in "ACB"]',
+        'for name in "ABC"]',
+        (f"{FORMULA}::test_mixed_batches",),
+    ),
+    Bug(
+        "encoder-attention-sub-layernorm-forgotten",
+        "beit3_fast/model/encoder.py",
+        "_branch(o, attention.out_proj, attention.inner_attn_ln, residual, keep, impl)",
+        "_branch(o, attention.out_proj, None, residual, keep, impl)",
+        (f"{FORMULA}::test_mixed_batches",),
+    ),
+    Bug(
+        "encoder-ffn-sub-layernorm-forgotten",
+        "beit3_fast/model/encoder.py",
+        "return _experts_linear(h, linears, experts.bounds, inner, None, x, impl)",
+        "return _experts_linear(h, linears, experts.bounds, None, None, x, impl)",
+        (f"{FORMULA}::test_mixed_batches",),
+    ),
+    Bug(
+        "encoder-eps-of-the-norms-ignored",
+        "beit3_fast/model/encoder.py",
+        "return Norm([n.weight for n in modules], [n.bias for n in modules], modules[0].eps)",
+        "return Norm([n.weight for n in modules], [n.bias for n in modules])",
+        (f"{FORMULA}::test_mixed_batches",),
+    ),
+    Bug(
+        "encoder-eps-of-the-ffn-norm-ignored",
+        "beit3_fast/model/encoder.py",
+        "inner = Norm([n.weight for n in norms], [n.bias for n in norms], norms[0].eps)",
+        "inner = Norm([n.weight for n in norms], [n.bias for n in norms])",
+        (f"{FORMULA}::test_mixed_batches",),
+    ),
+    Bug(
+        "encoder-key-and-value-swapped-where-few-rows-are-read",
+        "beit3_fast/model/encoder.py",
+        "k, v = kv.chunk(2, dim=1)",
+        "v, k = kv.chunk(2, dim=1)",
+        (f"{TASKS}::test_visual_question_answering",),
+    ),
+    Bug(
+        "embedding-text-positions-without-offset",
+        "beit3_fast/model/embedding.py",
+        "F.embedding(places + POSITION_OFFSET, table)",
+        "F.embedding(places, table)",
+        (f"{FORMULA}::test_mixed_batches",),
+    ),
+    Bug(
+        "batch-padding-of-another-sample",
+        "beit3_fast/model/batch.py",
+        "    kept = sorted_samples(kept)\n",
+        "",
+        (f"{FORMULA}::test_padded_batches",),
+    ),
+    Bug(
+        "beit3-order-of-samples-inverted",
+        "beit3_fast/model/beit3.py",
+        "torch.empty_like(rows).index_copy(0, torch.tensor(order, device=rows.device), rows)",
+        "rows[torch.tensor(order, device=rows.device)]",
+        (f"{FORWARD}::test_encoded_rows_in_the_caller_s_order",),
+    ),
+    Bug(
+        "masks-left-padding-not-moved",
+        "beit3_fast/model/masks.py",
+        "= visible[kept][:, kept]",
+        "= visible[: len(kept), : len(kept)]",
+        (f"{TORCHSCALE}::test_masks",),
+    ),
+    Bug(
+        "incremental-rows-put-back-inverted",
+        "beit3_fast/model/incremental.py",
+        "return torch.empty_like(packed).index_copy(0, rows, packed)",
+        "return packed[rows]",
+        (f"{TASKS}::test_the_first_decoding_step_is_the_plain_forward",),
+    ),
+    Bug(
+        "incremental-eps-ignored",
+        "beit3_fast/model/incremental.py",
+        "inner = Norm([n.weight for n in norms], [n.bias for n in norms], norms[0].eps)",
+        "inner = Norm([n.weight for n in norms], [n.bias for n in norms])",
+        (f"{TASKS}::test_decoding_step_by_step_is_decoding_at_once",),
+    ),
+    Bug(
+        "registry-preset-of-the-checkpoint-ignored",
+        "beit3_fast/model/registry.py",
+        'model.preset = preset or (task.preset if task else "square")',
+        'model.preset = task.preset if task else "square"',
+        ("tests/test_public_api.py::test_a_checkpoint_carries_the_whole_model",),
+    ),
+    Bug(
+        "tasks-class-token-in-the-mean",
+        "beit3_fast/model/tasks.py",
+        "tokens[:, 1:].mean(1)",
+        "tokens.mean(1)",
+        (f"{TASKS}::test_image_classification",),
+    ),
+    Bug(
+        "tasks-labels-of-the-first-rank",
+        "beit3_fast/model/tasks.py",
+        "torch.distributed.get_rank() * vision.shape[0]",
+        "torch.distributed.get_rank()",
+        (f"{TASKS}::test_the_contrastive_loss_meets_the_batches_of_all_ranks",),
+    ),
+    Bug(
+        "tasks-decoding-positions-put-right",
+        "beit3_fast/model/tasks.py",
+        "torch.arange(length, length + new, device=device)[None]",
+        "torch.arange(length - new, length, device=device)[None]",
+        (f"{TASK_PARITY}::test_caption_decoded_step_by_step",),
+    ),
+    # checkpoint
+    Bug(
+        "keys-prefix-covers-part-of-a-name",
+        "beit3_fast/checkpoint/keys.py",
+        'name.startswith(p.rstrip(".") + ".")',
+        'name.startswith(p.rstrip("."))',
+        (f"{LOAD}::test_prefixes_cover_whole_parts_of_names_only",),
+    ),
+    Bug(
+        "positions-corners-aligned",
+        "beit3_fast/checkpoint/positions.py",
+        "align_corners=False)",
+        "align_corners=True)",
+        (f"{POSITIONS}::test_square_grids_are_the_official_result_bit_for_bit",),
+    ),
+    Bug(
+        "save-whole-memory-behind-a-view",
+        "beit3_fast/checkpoint/save.py",
+        "tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes",
+        "tensor.is_contiguous()",
+        (f"{SAVE}::test_every_bit_comes_back",),
+    ),
+    Bug(
+        "atomic-name-before-the-data",
+        "beit3_fast/checkpoint/atomic.py",
+        "os.fsync(file.fileno())\n                os.replace(partial, target)",
+        "os.replace(partial, target)\n                os.fsync(file.fileno())",
+        (f"{SAVE}::test_data_reaches_the_disk_before_the_name",),
+    ),
+    Bug(
+        "safetensors-digest-not-compared",
+        "beit3_fast/checkpoint/safetensors_file.py",
+        'if verify and claimed and digest.hexdigest() != claimed["sha256"]:',
+        'if verify and claimed and not claimed["sha256"]:',
+        (f"{MALFORMED}::test_a_malformed_file_is_refused", f"{FUZZ}::test_random_damage"),
+    ),
+    Bug(
+        "pickle-any-name-of-torch",
+        "beit3_fast/checkpoint/pickle_scan.py",
+        "if name not in ALLOWED:",
+        'if name not in ALLOWED and not name.startswith("torch."):',
+        (f"{MALFORMED}::test_no_gadget_runs", f"{MALFORMED}::test_a_malformed_file_is_refused"),
+    ),
+    Bug(
+        "pickle-tensor-one-number-beyond-its-storage",
+        "beit3_fast/checkpoint/pickle_scan.py",
+        "(last + 1) * width > available",
+        "last * width > available",
+        (f"{MALFORMED}::test_a_malformed_file_is_refused",),
+    ),
+    # data
+    Bug(
+        "tokenizer-special-pieces-keep-their-numbers",
+        "beit3_fast/data/tokenizer.py",
+        "_ID_OF_SPECIAL = (UNK, BOS, EOS)",
+        "_ID_OF_SPECIAL = (BOS, PAD, EOS)",
+        ("tests/data/test_tokenizer.py::TestIds",),
+    ),
+    Bug(
+        "tokenizer-first-padding-not-marked",
+        "beit3_fast/data/tokenizer.py",
+        "torch.arange(width) >= torch.tensor(lengths)[:, None]",
+        "torch.arange(width) > torch.tensor(lengths)[:, None]",
+        ("tests/data/test_tokenizer.py::TestSegments",),
+    ),
+    Bug(
+        "images-channels-in-bgr",
+        "beit3_fast/data/presets.py",
+        "mean=(0.485, 0.456, 0.406)",
+        "mean=(0.406, 0.456, 0.485)",
+        ("tests/data/test_images.py::TestPresets",),
+    ),
+    Bug(
+        "processor-reserved-positions-counted",
+        "beit3_fast/data/processor.py",
+        "positions = config.max_text_positions - _RESERVED_POSITIONS",
+        "positions = config.max_text_positions",
+        ("tests/data/test_processor.py::TestForModel",),
+    ),
+    # integrations
+    Bug(
+        "torchscale-packing-forgets-the-order",
+        "beit3_fast/integrations/_packing.py",
+        "return places[kept] if order is None else places[order][kept[order]]",
+        "return places[kept]",
+        (f"{TORCHSCALE}::test_padding_anywhere_in_any_dtype",),
+    ),
+    Bug(
+        "torchscale-changed-modules-not-seen",
+        "beit3_fast/integrations/_structure.py",
+        "return self._read() == self._state",
+        "return True",
+        (f"{TORCHSCALE}::test_a_changed_encoder_runs_its_own_code",),
+    ),
+    # parity
+    Bug(
+        "parity-ten-times-the-allowance",
+        "beit3_fast/parity.py",
+        "_FORWARD_FACTOR = 2.0",
+        "_FORWARD_FACTOR = 20.0",
+        (PARITY,),
+    ),
+    Bug(
+        "parity-rows-not-judged",
+        "beit3_fast/parity.py",
+        "    broken.extend(_turned_rows(f, r, p, p_truth, _ROW_BOUND[dtype], factor))\n",
+        "",
+        (PARITY,),
+    ),
+    # bench
+    Bug(
+        "bench-ratio-inverted",
+        "bench/timing.py",
+        "[b / a for a, b in",
+        "[a / b for a, b in",
+        (f"{BENCH_TIMING}::test_speed_up_is_the_median_of_ratios_within_rounds",),
+    ),
+    Bug(
+        "bench-parity-of-the-baseline-with-itself",
+        "bench/measure.py",
+        "found = baseline if name == REFERENCE else outputs(name, case.dtype)",
+        "found = baseline",
+        (f"{BENCH_RUN}::test_a_wrong_runtime_is_found_and_nothing_is_timed",),
+    ),
+    # csrc: what all instruction-set levels share
+    Bug(
+        "ops-cpp-named-rows-cleared",
+        "csrc/ops.cpp",
+        "if (!named[i]) std::memset",
+        "if (named[i]) std::memset",
+        (f"{LINEAR}::test_rows_that_are_not_named_are_zero",),
+    ),
+    Bug(
+        "ops-cpp-position-check-off-by-one",
+        "csrc/ops.cpp",
+        "position < keys[s + 1] - keys[s]",
+        "position <= keys[s + 1] - keys[s]",
+        (f"{ARGUMENTS}::test_shared_attention_rejects",),
+    ),
+    Bug(
+        "ops-cpp-eps-fixed",
+        "csrc/ops.cpp",
+        "call.eps = static_cast<float>(eps);",
+        "call.eps = 1e-5f;",
+        (f"{LINEAR}::test_forward",),
+    ),
+    Bug(
+        "packed-weight-stride-ignored",
+        "csrc/cpu/packed_weight.cpp",
+        "row_bytes = stride * (",
+        "row_bytes = in_features * (",
+        (f"{LINEAR}::test_forward",),
+    ),
+    Bug(
+        "packed-weight-of-another-height",
+        "csrc/cpu/packed_weight.cpp",
+        " && header.out_features == out_features",
+        "",
+        (f"{ARGUMENTS}::test_pack_weight_says_what_it_holds",),
+    ),
+    Bug(
+        "linear-rows-of-the-first-expert",
+        "csrc/cpu/expert_linear.cpp",
+        "task.first = expert.first + begin;",
+        "task.first = begin;",
+        (f"{KERNELS}::test_expert_linear_sizes",),
+    ),
+    Bug(
+        "linear-last-panels-lost-between-threads",
+        "csrc/cpu/expert_linear.cpp",
+        "task.panel_end = panels * (split + 1) / splits;",
+        "task.panel_end = task.panel_begin + panels / splits;",
+        (f"{KERNELS}::test_columns_are_shared_out_among_threads",),
+    ),
+    Bug(
+        "linear-parameters-padded-with-old-numbers",
+        "csrc/cpu/expert_linear.cpp",
+        "  std::fill(to + count, to + padded, 0.0f);\n",
+        "  (void)padded;\n",
+        (f"{KERNELS}::test_parameters_of_an_earlier_call_are_not_read",),
+    ),
+    Bug(
+        "linear-rows-not-gathered",
+        "csrc/cpu/linear_loops.h",
+        "return block.rows == nullptr ? sorted : block.rows[sorted];",
+        "return sorted;",
+        (f"{LINEAR}::test_gathered_rows_give_the_packed_result",),
+    ),
+    Bug(
+        "tiles-eps-outside-the-root",
+        "csrc/cpu/tile_loops.h",
+        "__builtin_sqrtf((variance > 0.0f ? variance : variance * 0.0f) + eps)",
+        "(__builtin_sqrtf(variance > 0.0f ? variance : variance * 0.0f) + eps)",
+        (f"{KERNELS}::test_expert_linear_values",),
+    ),
+    Bug(
+        "tiles-variance-counts-the-padding",
+        "csrc/cpu/tile_loops.h",
+        "    if (left < 16) d = v_keep(d, left, 0.0f);\n",
+        "",
+        (f"{KERNELS}::test_expert_linear_sizes",),
+    ),
+    Bug(
+        "attention-text-does-not-see-itself",
+        "csrc/cpu/attention_loops.h",
+        "min_of(position + 1, block.text_keys) : block.vision_keys;",
+        "min_of(position, block.text_keys) : block.vision_keys;",
+        (f"{KERNELS}::test_shared_attention",),
+    ),
+    Bug(
+        "attention-positions-of-queries-ignored",
+        "csrc/cpu/attention_loops.h",
+        "  if (block.positions != nullptr) position = block.positions[row];\n",
+        "  (void)row;\n",
+        (f"{KERNELS}::test_shared_attention",),
+    ),
+    Bug(
+        "attention-largest-score-of-invisible-keys",
+        "csrc/cpu/attention_loops.h",
+        "left < 16 ? v_keep(x, left, -__builtin_inff()) : x",
+        "x",
+        (f"{KERNELS}::test_shared_attention",),
+    ),
+    Bug(
+        "attention-weight-of-invisible-keys",
+        "csrc/cpu/attention_loops.h",
+        "      if (left < 16) part[j] = v_keep(part[j], left, 0.0f);\n",
+        "",
+        (f"{KERNELS}::test_shared_attention",),
+    ),
+    # csrc: the portable level
+    Bug(
+        "portable-tanh-gelu",
+        "csrc/cpu/vec_portable.h",
+        "0.5f * a * std::erfc(a * -0.70710678118654752f)",
+        "0.5f * a * (1.0f + std::tanh(0.79788456f * (a + 0.044715f * a * a * a)))",
+        (f"{KERNELS}::test_expert_linear_sizes", f"{KERNELS}::test_lower_levels"),
+        isa=("portable",),
+    ),
+    Bug(
+        "portable-ties-of-bf16-away-from-zero",
+        "csrc/cpu/vec_portable.h",
+        "bits + 0x7fffu + ((bits >> 16) & 1u)",
+        "bits + 0x8000u",
+        (f"{KERNELS}::test_bfloat16_is_rounded_to_the_nearest_ties_to_even",),
+        isa=("portable",),
+    ),
+)
+
+
+class Trouble(Exception):
+    """Nothing can be said about the gate: the table, the copy or the tests themselves are at fault."""
+
+
+class Outcome(NamedTuple):
+    """How the tests ended: green, or red and why.
+
+    ``test`` is the one that failed, where a process went on to say so; ``endless`` whether a limit of time was met.
+    """
+
+    green: bool
+    why: str = ""
+    test: str | None = None
+    endless: bool = False
+
+    def catches(self, bug: Bug) -> bool:
+        """Whether this is what the bug may have done; a busy machine, too, runs out of time."""
+        return not self.green and (bug.can_hang or not self.endless)
+
+
+class Verdict(NamedTuple):
+    """What became of one bug: caught or not, or left out on this machine."""
+
+    bug: Bug
+    word: str
+    why: str
+    seconds: float
+
+
+class Copy:
+    """The files of a checkout in another folder, mistakes planted there and taken out again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._mistake: tuple[Path, str] | None = None
+        self._built: str | None = None
+        for name in _files():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target)
+        self.environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("BEIT3_FAST_")
+        }
+        # Two versions of a file may have the same size and second, which is all that cached bytecode is checked by.
+        self.environment |= {
+            "BEIT3_FAST_BUILD": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONPATH": str(folder),
+        }
+
+    def check_imports(self) -> None:
+        """Raises Trouble unless Python in the copy imports the copy, whatever is installed, op library included."""
+        code = (
+            "import beit3_fast, bench; from beit3_fast.ops import library; "
+            "print(beit3_fast.__file__, bench.__file__, library.load().path, sep='\\n')"
+        )
+        done = self._run([sys.executable, "-c", code], _OWN_SECONDS)
+        found = [Path(line) for line in done.stdout.splitlines()]
+        if done.returncode or len(found) != 3:
+            raise Trouble(f"the copy does not run: {_last_line(done.stderr)}")
+        strangers = [path for path in found if self.folder not in path.parents]
+        if strangers:
+            raise Trouble(f"Python in the copy imports {strangers[0]}")
+
+    def runs(self, level: str) -> bool:
+        """Whether the processor has an instruction-set level of the kernels."""
+        environment = self.environment | {"BEIT3_FAST_CPU_ISA": level}
+        code = "from beit3_fast import _native; print(_native.cpu_isa())"
+        done = self._run([sys.executable, "-c", code], _OWN_SECONDS, environment)
+        return done.returncode == 0 and done.stdout.split() == [level]
+
+    def plant(self, bug: Bug | None) -> None:
+        """The copy with this mistake and no other, compiled. Raises Trouble where it does not compile."""
+        if self._mistake is not None:
+            path, sound = self._mistake
+            path.write_text(sound)
+            self._mistake = None
+        if bug is not None:
+            path = self.folder / bug.file
+            sound = path.read_text()
+            path.write_text(bug.planted(sound))
+            self._mistake = path, sound
+        sources = sorted((self.folder / "csrc").rglob("*.*"))
+        state = "".join(path.read_text() for path in sources)
+        if state != self._built:
+            self._built = None
+            command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+            done = self._run(command, _OWN_SECONDS)
+            if done.returncode:
+                errors = [line for line in done.stdout.splitlines() if "error:" in line]
+                raise Trouble(f"the copy does not compile: {(errors or [done.stderr[-500:]])[0]}")
+            self._built = state
+
+    def test(self, arguments: Sequence[str], seconds: float) -> Outcome:
+        """Runs pytest up to the first failure. Raises Trouble where it cannot run the tests at all."""
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:benchmark"]
+        command += ["-p", "no:cacheprovider", "--tb=no", *arguments]
+        try:
+            done = self._run(command, seconds)
+        except subprocess.TimeoutExpired:
+            return Outcome(False, f"no end in {seconds:.0f} s", endless=True)
+        if done.returncode == 0:
+            return Outcome(True)
+        if done.returncode < 0:
+            name = signal.Signals(-done.returncode).name
+            return Outcome(False, f"pytest ended by {name} in {' '.join(arguments)}")
+        failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - (.*))?$", done.stdout, re.MULTILINE)
+        if done.returncode != 1 or failed is None:
+            raise Trouble(f"pytest ended with status {done.returncode}: {done.stdout[-1000:]}")
+        endless = re.search("from pytest-timeout|TimeoutExpired", failed[2] or "")
+        return Outcome(False, failed[1], failed[1], bool(endless))
+
+    def _run(
+        self, command: list[str], seconds: float, environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """A process of its own group, all of which is ended with it."""
+        with subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=environment or self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            try:
+                out, err = process.communicate(timeout=seconds)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _files() -> list[str]:
+    """What git tracks or would track, as it lies in the checkout."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[-1]
+
+
+def table_faults(bugs: Iterable[Bug] = BUGS) -> list[str]:
+    """What is wrong with the table: texts that are not in their files exactly once, or that change nothing."""
+    faults = []
+    for bug in bugs:
+        text = (ROOT / bug.file).read_text()
+        try:
+            planted = bug.planted(text)
+        except ValueError as error:
+            faults.append(str(error))
+            continue
+        if planted == text:
+            faults.append(f"{bug.name}: changes nothing")
+    return faults
+
+
+def union(selections: Iterable[Sequence[str]]) -> list[str]:
+    """All selected tests, each once: what lies in a selected file or class is left out."""
+    wanted = dict.fromkeys(test for selection in selections for test in selection)
+    return [t for t in wanted if not any(t.startswith(f"{other}::") for other in wanted)]
+
+
+def judge(copy: Copy, bug: Bug, unsound: set[str]) -> tuple[str, str]:
+    """("caught" or "SURVIVED", why). ``unsound`` gathers tests that prove nothing: they also fail without the bug."""
+    copy.plant(bug)
+    outcome = copy.test(bug.tests, _OWN_SECONDS)
+    if outcome.catches(bug):
+        return "caught", outcome.why
+    print(f"  {bug.name}: not caught by its own tests, now the whole gate", flush=True)
+    while True:
+        # In the copy its text is gone from the file, which must not count.
+        gate = ["tests", "--ignore=tests/test_planted_bugs.py"]
+        outcome = copy.test([*gate, *(f"--deselect={test}" for test in unsound)], _GATE_SECONDS)
+        if outcome.green or outcome.test is None:
+            break
+        if outcome.catches(bug):
+            copy.plant(None)
+            if copy.test([outcome.test], _OWN_SECONDS).green:
+                break
+            copy.plant(bug)
+        unsound.add(outcome.test)
+        print(
+            f"  {outcome.test} fails without a bug or is out of time, and is left out", flush=True
+        )
+    if outcome.catches(bug):
+        return "caught", f"the gate: {outcome.why}"
+    return "SURVIVED", outcome.why or "everything is green"
+
+
+def run(bugs: Sequence[Bug]) -> list[Verdict]:
+    """A verdict on each bug. Raises Trouble."""
+    # Compiled ones last: going back to sound kernels costs a build.
+    bugs = sorted(bugs, key=lambda bug: bug.is_native)
+    verdicts: list[Verdict] = []
+    unsound: set[str] = set()
+    with tempfile.TemporaryDirectory(prefix="planted-bugs-") as folder:
+        copy = Copy(Path(folder).resolve())
+        print("compiling the copy", flush=True)
+        copy.plant(None)
+        copy.check_imports()
+        here = {level: copy.runs(level) for bug in bugs for level in bug.isa}
+        print("the selected tests without a bug", flush=True)
+        sound = copy.test(union(bug.tests for bug in bugs), _GATE_SECONDS)
+        if not sound.green:
+            raise Trouble(f"the tests fail without a bug: {sound.why}")
+        for number, bug in enumerate(bugs, 1):
+            start = time.perf_counter()
+            if bug.isa and not any(here[level] for level in bug.isa):
+                word, why = "left out", f"no {' or '.join(bug.isa)} on this processor"
+            else:
+                word, why = judge(copy, bug, unsound)
+            verdict = Verdict(bug, word, why, time.perf_counter() - start)
+            verdicts.append(verdict)
+            print(f"[{number}/{len(bugs)}] {_line(verdict)}", flush=True)
+    return verdicts
+
+
+def _line(verdict: Verdict) -> str:
+    return f"{verdict.bug.name}: {verdict.word}, {verdict.why} ({verdict.seconds:.0f} s)"
+
+
+def show(verdicts: Sequence[Verdict]) -> bool:
+    """Prints the table; whether enough of the bugs were caught."""
+    width = max(len(verdict.bug.name) for verdict in verdicts)
+    print()
+    for verdict in verdicts:
+        name, word = verdict.bug.name.ljust(width), verdict.word.ljust(8)
+        print(f"{name}  {word}  {verdict.seconds:5.0f} s  {verdict.why}")
+    judged = [verdict for verdict in verdicts if verdict.word != "left out"]
+    caught = sum(verdict.word == "caught" for verdict in judged)
+    seconds = sum(verdict.seconds for verdict in verdicts)
+    share = caught / len(judged) if judged else 1.0
+    print(
+        f"\n{caught} of {len(judged)} bugs are caught, {share:.1%}, in {seconds / 60:.0f} minutes"
+    )
+    return share >= SHARE
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 1 where too few bugs are caught or the table does not fit the files."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these bugs")
+    parser.add_argument("--list", action="store_true", help="name the bugs and plant none")
+    options = parser.parse_args(arguments)
+    named = {bug.name: bug for bug in BUGS}
+    unknown = [name for name in options.only or () if name not in named]
+    if unknown:
+        parser.error(f"no bug is named {', '.join(unknown)}; --list names them")
+    bugs = [named[name] for name in dict.fromkeys(options.only or named)]
+    if options.list:
+        width = max(len(bug.name) for bug in bugs)
+        print("\n".join(f"{bug.name.ljust(width)}  {bug.file}" for bug in bugs))
+        return 0
+    faults = table_faults()
+    if faults:
+        print("\n".join(faults))
+        return 1
+    # Ended from outside, it still ends what it started and clears its folder.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return 0 if show(run(bugs)) else 1
+    except Trouble as trouble:
+        print(f"planted bugs: {trouble}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
