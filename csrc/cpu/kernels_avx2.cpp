@@ -31,9 +31,7 @@ struct Avx2 : OfTiles<Avx2<Element>> {
   }
   static Vec put_sum(uint32_t* a, const Vec* part, Vec sum) {
     for (int j = 0; j < kPerUnit; ++j) {
-      T stored[16];
-      v_store(stored, part[j]);
-      const Vec rounded = v_load(stored);
+      const Vec rounded = v_as(static_cast<const T*>(nullptr), part[j]);
       v_store(reinterpret_cast<float*>(a + 16 * j), rounded);
       sum = v_add(sum, rounded);
     }

@@ -85,18 +85,26 @@ inline Vec v_load_n(const uint16_t* p, int64_t n) {
   return v_load(some);
 }
 
-// fp32 to bf16, to nearest even, NaN kept.
+// fp32 rounded to bf16, to nearest even, NaN kept; the lower half of each lane is left over.
+inline __m256i v_round(__m256 a) {
+  const __m256i bits = _mm256_castps_si256(a);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i near = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  return _mm256_blendv_epi8(near, quiet, nan);
+}
 inline __m256i v_narrow(Vec a) {
-  __m256i words[2];
-  for (int i = 0; i < 2; ++i) {
-    const __m256i bits = _mm256_castps_si256(a.half[i]);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i near = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.half[i], a.half[i], _CMP_UNORD_Q));
-    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-    words[i] = _mm256_srli_epi32(_mm256_blendv_epi8(near, quiet, nan), 16);
-  }
-  return _mm256_permute4x64_epi64(_mm256_packus_epi32(words[0], words[1]), 0xd8);
+  const __m256i low = _mm256_srli_epi32(v_round(a.half[0]), 16);
+  const __m256i high = _mm256_srli_epi32(v_round(a.half[1]), 16);
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+}
+// The same value as if it had been stored as T and loaded again.
+inline Vec v_as(const float*, Vec a) { return a; }
+inline Vec v_as(const uint16_t*, Vec a) {
+  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  return v_map(
+      [&](int i) { return _mm256_castsi256_ps(_mm256_and_si256(v_round(a.half[i]), upper)); });
 }
 inline void v_store(uint16_t* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v_narrow(a));
