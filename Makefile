@@ -36,11 +36,12 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test test-full planted-bugs bench lint format build clean distclean
+.PHONY: help test test-full planted-bugs bench bench-baselines lint format build clean distclean
 
 help:
 	@echo "make test        environment, then style, types and tests (a first run: a few minutes to install; then at most 10 minutes)"
 	@echo "make bench       environment, then bench/run.py; BENCH_ARGS='--quick' for the short one, '--help' for the options"
+	@echo "make bench-baselines  installs OpenVINO, NNCF and ONNX Runtime; then BENCH_ARGS='--runtimes ...' or '--full' compares with them"
 	@echo "make test-full   the tests with the long matrices"
 	@echo "make planted-bugs  bugs planted in a copy, one at a time: does the gate catch them? (half an hour; BUGS_ARGS='--list')"
 	@echo "make build       environment and compiled ops only"
@@ -63,6 +64,10 @@ planted-bugs: build
 bench: build
 	@echo "== benchmark: bench/run.py $(BENCH_ARGS)"
 	@$(BIN)/python bench/run.py $(BENCH_ARGS)
+
+# Some 300 MB that only a comparison with all runtimes needs.
+bench-baselines: build .venv/.stamp-bench-full
+	@echo "== ready: make bench BENCH_ARGS=--full, or BENCH_ARGS='--runtimes beit3_fast torchscale openvino', and so on"
 
 lint: build
 	@echo "== style: ruff"
@@ -113,6 +118,11 @@ $(BASELINES_STAMP): .venv/.stamp-package
 	@echo "== 6/6 $(BASELINES), without their dependencies"
 	@$(PIP) install --no-deps $(BASELINES) $(QUIET)
 	@rm -f .venv/.stamp-baselines-*
+	@touch $@
+
+.venv/.stamp-bench-full: pyproject.toml $(BASELINES_STAMP)
+	@echo "== OpenVINO, NNCF and ONNX Runtime (about a minute)"
+	@$(PIP) install 'beit3-fast[bench-full]' $(QUIET)
 	@touch $@
 
 clean:

@@ -1,47 +1,28 @@
 """The runtimes that are compared: one entry of RUNTIMES each.
 
-A runtime is something that a user could run instead. One that cannot run here, or that is not measured
-yet, stays in the report as a named row with the reason. Every runtime gets the same random weights in
+A runtime is something that a user could run instead. One that cannot run here, or that runs only where
+asked, stays in the report as a named row with the reason. Every runtime gets the same random weights in
 the official layout, and takes the official forward arguments.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import beit3_fast
 from beit3_fast.errors import ConfigError
+from bench import baselines_onnxruntime, baselines_openvino, baselines_torch
+from bench.conversion import load, load_torchscale
+from bench.runtime import Build, Runtime, Weights
 from bench.torchscale_heads import MODELS, import_torchscale
 from bench.workloads import Workload
 
 OURS = "beit3_fast"
 REFERENCE = "torchscale"
-Weights = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """One way to run BEiT-3.
-
-    about: one line for --help and the report.
-    build: (workload, weights, dtype, device) -> a module that takes the workload's inputs.
-    impl: what the runtime chose to run with, for the report.
-    obstacle: workload -> why it cannot run, or None.
-    default: whether it runs when no runtimes are named.
-    """
-
-    about: str
-    build: Callable[[Workload, Weights, torch.dtype, torch.device], nn.Module]
-    impl: Callable[[nn.Module], str]
-    obstacle: Callable[[Workload], str | None] = lambda workload: None
-    default: bool = True
 
 
 def build_reference(workload: Workload) -> nn.Module:
@@ -91,12 +72,12 @@ def our_entrypoint(workload: Workload) -> str:
     raise ConfigError(f"beit3_fast has no model for {workload.name}; it has {sorted(known)}")
 
 
-def _build_ours(impl: str) -> Callable[[Workload, Weights, torch.dtype, torch.device], nn.Module]:
+def _build_ours(impl: str) -> Build:
     def build(
         workload: Workload, weights: Weights, dtype: torch.dtype, device: torch.device
     ) -> nn.Module:
         name = our_entrypoint(workload)
-        return _load(
+        return load(
             lambda: beit3_fast.create_model(
                 name, device=torch.empty(0).device, impl=impl, img_size=workload.pixels
             ),
@@ -108,28 +89,7 @@ def _build_ours(impl: str) -> Callable[[Workload, Weights, torch.dtype, torch.de
     return build
 
 
-def _build_torchscale(
-    workload: Workload, weights: Weights, dtype: torch.dtype, device: torch.device
-) -> nn.Module:
-    return _load(lambda: MODELS[workload.task.model](workload.config), weights, dtype, device)
-
-
-def _load(
-    make: Callable[[], nn.Module], weights: Weights, dtype: torch.dtype, device: torch.device
-) -> nn.Module:
-    """The model with these weights; its own initialisation, which takes seconds, is left out."""
-    with torch.device("meta"):
-        model = make()
-    if list(model.buffers()):
-        # A buffer may hold what only the constructor can compute.
-        model = make().to(device, dtype)
-    else:
-        model = model.to(dtype).to_empty(device=device)
-    model.load_state_dict(weights, strict=True)
-    return model.eval()
-
-
-def torchscale_obstacle(workload: Workload | None = None) -> str | None:
+def torchscale_obstacle() -> str | None:
     """Why torchscale cannot run here, or None."""
     if find_spec("torchscale") is None:
         return "not installed (pip install --no-deps torchscale==0.3.0 fairscale timm torchvision)"
@@ -140,34 +100,11 @@ def torchscale_obstacle(workload: Workload | None = None) -> str | None:
     return None
 
 
-def _later(
-    package: str | None, only_images: bool = False
-) -> tuple[Callable[..., Any], Callable[[Workload], str | None]]:
-    """Build and obstacle of a runtime that is named but not measured yet."""
-
-    def obstacle(workload: Workload) -> str | None:
-        if only_images and workload.task_name != "image":
-            return "runs images only"
-        if package is not None and find_spec(package) is None:
-            return "not installed"
-        return "not measured yet"
-
-    def build(*_: object) -> nn.Module:
-        raise ConfigError("this runtime is not measured yet")
-
-    return build, obstacle
-
-
 def _impl_of_ours(model: nn.Module) -> str:
     """What the two ops take on this machine: one name, or those of expert_linear/shared_attention."""
     mode = "training" if model.training else "inference"
     chosen = [e.impl for e in beit3_fast.explain(model, quiet=True) if e.op.endswith(f"({mode})")]
     return "/".join(dict.fromkeys(chosen))
-
-
-def _named(about: str, package: str | None, only_images: bool = False) -> Runtime:
-    build, obstacle = _later(package, only_images)
-    return Runtime(about, build, lambda model: "-", obstacle)
 
 
 RUNTIMES: dict[str, Runtime] = {
@@ -183,14 +120,13 @@ RUNTIMES: dict[str, Runtime] = {
     ),
     REFERENCE: Runtime(
         "torchscale 0.3.0, eager",
-        _build_torchscale,
+        load_torchscale,
         lambda model: "eager",
-        torchscale_obstacle,
+        lambda workload, dtype, device: torchscale_obstacle(),
     ),
-    "torchscale-compiled": _named("torchscale with SDPA under torch.compile", "torchscale"),
-    "timm": _named("timm's image tower under torch.compile", "timm", only_images=True),
-    "openvino": _named("OpenVINO", "openvino"),
-    "onnxruntime": _named("ONNX Runtime", "onnxruntime"),
+    **baselines_torch.RUNTIMES,
+    **baselines_openvino.RUNTIMES,
+    **baselines_onnxruntime.RUNTIMES,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ def draw(report: dict[str, Any], path: Path) -> bool:
                 continue
             x = relative[case, name]
             label = f"{_number(row['samples_per_s']['p50'])}/s"
+            if not row["parity"]["passed"]:
+                label += f"   error {row['parity']['rel_rms'] or math.nan:.0e}"
             if name != base:
                 label = f"{x:.2f}x   {label}"
             _bar(speed_axis, place + offset, x, thickness, colours[name], label, name == OURS)
@@ -147,10 +150,12 @@ def _finish(axis: Any, title: str) -> None:
 
 def _footer(report: dict[str, Any]) -> str:
     environment = report["environment"]
+    whole = all(row["parity"]["passed"] for row in report["results"])
+    parity = "every bar in parity" if whole else "bars with an error are not in parity"
     return (
         f"{environment.get('gpu') or environment.get('cpu')}, {environment.get('threads')} threads, "
         f"torch {environment.get('torch')}, torchscale {environment.get('torchscale')} eager; "
-        f"medians of interleaved rounds, every bar in parity; {str(environment.get('date'))[:10]}, "
+        f"medians of interleaved rounds, {parity}; {str(environment.get('date'))[:10]}, "
         f"commit {environment.get('git')}"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -13,17 +14,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from beit3_fast.parity import Parity, model_parity, worst_of
+from beit3_fast.parity import Parity, worst_of
 from bench.baselines import OURS, REFERENCE, RUNTIMES, build_reference
-from bench.environment import environment
+from bench.environment import available_memory, environment
 from bench.memory import MemoryProbeFailed, Probe, measure_peak, settle
-from bench.roofline import measure_ceilings
+from bench.roofline import BareProducts, measure_ceilings
 from bench.tasks import Output
 from bench.timing import Effort, Samples, interleave, quantiles, rates, speed_ups, synchronizer
 from bench.workloads import Workload, move, step
 
 Report = dict[str, Any]
 _REFERENCE_DTYPE = "float32"
+_PRODUCTS = "onednn_products"
+# Messages of other libraries quote their files; a report holds no paths.
+_PATH = re.compile(r"(?:/[\w.+-]+){2,}")
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Plan:
     """All that one run measures.
 
     memory: whether the peak memory of a case is measured.
+    costly: whether runtimes that take minutes to convert run too.
     cache_bytes: built models are kept up to this size, so that parity and timing build each one once.
     """
 
@@ -54,6 +59,7 @@ class Plan:
     threads: int
     effort: Effort
     memory: Callable[[Case], bool]
+    costly: bool = False
     ceiling_seconds: float = 0.25
     cache_bytes: int = 4 << 30
 
@@ -108,11 +114,12 @@ class _Models:
 
 
 def _size(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    own = sum(p.numel() * p.element_size() for p in model.parameters())
+    return own + int(getattr(model, "converted_bytes", 0))
 
 
 def run(plan: Plan, progress: Progress) -> Report:
-    """The report's data by the JSON contract. Without parity of every row there is no speed in it."""
+    """The report's data by the JSON contract. Without parity of every gated row there is no speed in it."""
     torch.set_num_threads(plan.threads)
     models = _Models(plan)
     parities: dict[tuple[Case, str], Parity] = {}
@@ -122,7 +129,7 @@ def run(plan: Plan, progress: Progress) -> Report:
         progress(f"parity of {case.title}")
         able = []
         for name in plan.runtimes:
-            obstacle = RUNTIMES[name].obstacle(case.workload)
+            obstacle = _obstacle(case, name, models, plan)
             if obstacle is None:
                 able.append(name)
             else:
@@ -134,8 +141,9 @@ def run(plan: Plan, progress: Progress) -> Report:
             if not parity.passed:
                 progress.say(f"  {name} is NOT in parity: {parity.reason}")
 
-    passed = all(parity.passed for parity in parities.values())
-    ceilings: dict[str, Any] = {"matmul_tflops": {}, "copy_gbps": None}
+    passed = all(p.passed for (_, name), p in parities.items() if RUNTIMES[name].gate)
+    ceilings: dict[str, Any] = {"matmul_tflops": {}, "copy_gbps": None, "amx_tiles_tflops": None}
+    bare: list[dict[str, Any]] = []
     speeds: dict[tuple[Case, str], dict[str, Any]] = {}
     ratios: list[dict[str, Any]] = []
     if passed:
@@ -149,9 +157,12 @@ def run(plan: Plan, progress: Progress) -> Report:
             progress(f"speed of {case.title}")
             able = [name for name in plan.runtimes if (case, name) in parities]
             samples = _time(case, able, models, plan)
+            products = samples.pop(_PRODUCTS, None)
+            if products is not None:
+                bare.append(_bare(case, products))
             ceiling = ceilings["matmul_tflops"].get(case.dtype)
-            for name in able:
-                speeds[case, name] = _speed(case, samples[name], ceiling)
+            for name, seconds in samples.items():
+                speeds[case, name] = _speed(case, seconds, ceiling, products)
             ratios.extend(_ratios(case, samples))
         # The processes that measure memory need room, and the models of this one are done.
         del models
@@ -161,7 +172,7 @@ def run(plan: Plan, progress: Progress) -> Report:
     results = []
     for (case, name), parity in parities.items():
         unmeasured = {"samples_per_s": None, "latency_ms": None, "rounds": 0}
-        unmeasured |= {"ceiling_fraction": None, "peak_memory_mib": None}
+        unmeasured |= {"ceiling_fraction": None, "onednn_fraction": None, "peak_memory_mib": None}
         results.append(
             {
                 "workload": case.workload.name,
@@ -178,7 +189,7 @@ def run(plan: Plan, progress: Progress) -> Report:
         "schema": 1,
         "passed": passed,
         "environment": environment(plan.threads, plan.device),
-        "ceilings": ceilings,
+        "ceilings": {**ceilings, "onednn_products": bare},
         "results": results,
         "ratios": ratios,
         "skipped": skipped,
@@ -226,7 +237,7 @@ def check_parity(
             continue
         verdicts[name] = worst_of(
             {
-                key: model_parity(
+                key: RUNTIMES[name].judge(
                     found[key].value,
                     reference[key].value,
                     baseline[key].value,
@@ -238,19 +249,62 @@ def check_parity(
     return verdicts
 
 
+def _obstacle(case: Case, name: str, models: _Models, plan: Plan) -> str | None:
+    """Why a runtime does not run a case, or None. One that is not ours to mend has to run once for that."""
+    runtime, workload = RUNTIMES[name], case.workload
+    obstacle = runtime.obstacle(workload, getattr(torch, case.dtype), plan.device)
+    if obstacle is None and runtime.costly and not plan.costly:
+        return "takes minutes to convert; runs with --full, or if named by --runtimes"
+    if obstacle is not None or runtime.gate:
+        return obstacle
+    # The source, a copy in the making, and what the runtime itself packs.
+    weights = _size(models.get(REFERENCE, workload, _REFERENCE_DTYPE))
+    if available_memory() < 4 * weights:
+        return f"needs about {4 * weights / 2**30:.1f} GiB of free memory"
+    try:
+        inputs = move(workload.inputs(case.batch), getattr(torch, case.dtype), plan.device)
+        step(models.get(name, workload, case.dtype), workload, inputs)
+    except Exception as error:
+        message = (str(error).strip().splitlines() or ["no message"])[0]
+        return f"failed: {type(error).__name__}: {_PATH.sub('...', message)[:160]}"
+    return None
+
+
 def _time(case: Case, runtimes: list[str], models: _Models, plan: Plan) -> Samples:
     dtype = getattr(torch, case.dtype)
     one, inputs = (move(case.workload.inputs(n), dtype, plan.device) for n in (1, case.batch))
-    calls = {}
+    calls: dict[str, Callable[[], object]] = {}
     for name in runtimes:
-        model = models.get(name, case.workload, case.dtype)
         # A model that was built again since parity has work to do on its first call.
-        step(model, case.workload, one)
+        try:
+            model = models.get(name, case.workload, case.dtype)
+            step(model, case.workload, inputs if RUNTIMES[name].costly else one)
+        except Exception:
+            if RUNTIMES[name].gate:
+                raise
+            continue
         calls[name] = partial(step, model, case.workload, inputs)
+    if plan.device.type == "cpu" and not case.workload.task.train:
+        products = BareProducts(case.workload.work(case.workload.inputs(case.batch)), dtype)
+        calls[_PRODUCTS] = products
     return interleave(calls, plan.effort, synchronize=synchronizer(plan.device))
 
 
-def _speed(case: Case, seconds: list[float], ceiling: float | None) -> dict[str, Any]:
+def _bare(case: Case, seconds: list[float]) -> dict[str, Any]:
+    work = case.workload.work(case.workload.inputs(case.batch))
+    flops = sum(product.flops for product in work.products)
+    return {
+        "workload": case.workload.name,
+        "dtype": case.dtype,
+        "batch": case.batch,
+        "samples_per_s": {k: _round(v) for k, v in asdict(rates(seconds, case.batch)).items()},
+        "tflops": _round(flops / quantiles(seconds).p50 / 1e12),
+    }
+
+
+def _speed(
+    case: Case, seconds: list[float], ceiling: float | None, products: list[float] | None
+) -> dict[str, Any]:
     middle = quantiles(seconds).p50
     work = case.workload.flops(case.workload.inputs(case.batch))
     return {
@@ -259,6 +313,7 @@ def _speed(case: Case, seconds: list[float], ceiling: float | None) -> dict[str,
         "rounds": len(seconds),
         "peak_memory_mib": None,
         "ceiling_fraction": _round(work / middle / 1e12 / ceiling) if ceiling else None,
+        "onednn_fraction": _round(speed_ups(seconds, products).p50) if products else None,
     }
 
 
@@ -292,7 +347,7 @@ def _measure_memory(
     for case in filter(plan.memory, plan.cases):
         progress(f"memory of {case.title}")
         for name in plan.runtimes:
-            if (case, name) not in parities:
+            if (case, name) not in speeds or RUNTIMES[name].costly:
                 continue
             probe = Probe(
                 name, case.workload.name, case.dtype, case.batch, plan.threads, plan.device.type

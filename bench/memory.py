@@ -25,7 +25,8 @@ import torch
 from torch import nn
 
 from beit3_fast.errors import Beit3FastError
-from bench.baselines import RUNTIMES, Weights
+from bench.baselines import RUNTIMES
+from bench.runtime import Weights
 from bench.tasks import Inputs
 from bench.torchscale_heads import MODELS
 from bench.workloads import Workload, move, parse_workload, step

@@ -38,6 +38,7 @@ _HEADER = (
     f"{OURS} is",
     "memory MiB",
     "of ceiling",
+    "of oneDNN",
     "error",
     "torchscale's",
 )
@@ -48,6 +49,7 @@ _RIGHT = {
     "ms",
     "memory MiB",
     "of ceiling",
+    "of oneDNN",
     "error",
     "torchscale's",
 }
@@ -133,7 +135,13 @@ def rows(report: Report) -> list[list[str]]:
             ]
         fraction = row["ceiling_fraction"]
         line.append("-" if fraction is None else f"{fraction:.0%}")
-        line += [_error(parity["rel_rms"]), _error(parity["baseline_rel_rms"])]
+        # Reports of earlier versions have no such figure.
+        fraction = row.get("onednn_fraction")
+        line.append("-" if fraction is None else f"{fraction:.0%}")
+        error = _error(parity["rel_rms"])
+        if speed is not None and not parity["passed"]:
+            error += " NOT IN PARITY"
+        line += [error, _error(parity["baseline_rel_rms"])]
         table.append(line)
     for reason, names in _skipped(report).items():
         table.append(["-", "-", "-", ", ".join(names), reason] + [""] * (len(_HEADER) - 5))
@@ -168,7 +176,10 @@ def text(report: Report) -> str:
 def markdown(report: Report, old: Report | None = None) -> str:
     """report.md: the verdict, the environment, the table, what the workloads are, a comparison."""
     environment = report["environment"]
-    verdict = "every row is in parity" if report.get("passed") else "**NOT IN PARITY: no speeds**"
+    verdict = "**NOT IN PARITY: no speeds**"
+    if report.get("passed"):
+        whole = all(row["parity"]["passed"] for row in report["results"])
+        verdict = f"every row is in parity{'' if whole else ' but those marked'}"
     lines = [
         "# beit3_fast benchmark",
         "",
@@ -189,7 +200,8 @@ def markdown(report: Report, old: Report | None = None) -> str:
         f"*{OURS} is*: median over the rounds of (time of that runtime) / (time of {OURS}), both taken in "
         "the same round. *memory*: peak beyond the parameters, in a process of its own. *of ceiling*: the "
         "operations that the answer needs, without padding, at this machine's measured matrix-product "
-        "rate. *error*: relative rms against torchscale in fp32 with the same weights; *torchscale's*: "
+        "rate. *of oneDNN*: the speed as a fraction of a loop of nothing but the products with weights, "
+        "timed in the same rounds. *error*: relative rms against torchscale in fp32 with the same weights; *torchscale's*: "
         "the same of torchscale in the row's dtype.",
         "",
         "Workloads (task/size/resolution), random weights in the official layout, photographs from "
@@ -198,6 +210,9 @@ def markdown(report: Report, old: Report | None = None) -> str:
     ]
     names = dict.fromkeys(row["workload"].split("/")[0] for row in report["results"])
     lines += [f"- {name}: {TASKS[name].about}" for name in names if name in TASKS]
+    named = dict.fromkeys(row["runtime"] for row in report["results"])
+    lines += ["", "Runtimes:", ""]
+    lines += [f"- {name}: {RUNTIMES[name].about}" for name in named if name in RUNTIMES]
     failures = [r for r in report["results"] if not r["parity"]["passed"]]
     if failures:
         lines += ["", "## Not in parity", ""]
@@ -265,15 +280,22 @@ def _markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _skipped(report: Report) -> dict[str, list[str]]:
-    """Reason -> runtimes; the workload is named where a runtime runs some and not others."""
-    rows = report.get("skipped", [])
+    """Reason -> runtimes, with the dtype or the workload where a runtime runs in some and not in others."""
+    skipped: list[dict[str, Any]] = report.get("skipped", [])
     reasons: dict[str, dict[str, None]] = {}
-    ran = {row["runtime"] for row in report["results"]}
-    for row in rows:
+    for row in skipped:
         name = row["runtime"]
-        if name in ran or len({r["reason"] for r in rows if r["runtime"] == name}) > 1:
-            name = f"{name} on {row['workload']}"
-        reasons.setdefault(row["reason"], {})[name] = None
+        all_of_it: list[dict[str, Any]] = [
+            other for other in (*skipped, *report["results"]) if other["runtime"] == name
+        ]
+        for key in ("runtime", "dtype", "workload", "batch"):
+            alike = [other for other in all_of_it if other[key] == row[key]]
+            if all(other.get("reason") == row["reason"] for other in alike):
+                where = "" if key == "runtime" else f" on {row[key]}"
+                break
+        else:
+            where = f" on {row['workload']} in {row['dtype']}"
+        reasons.setdefault(row["reason"], {})[name + where] = None
     return {reason: list(names) for reason, names in reasons.items()}
 
 
@@ -282,9 +304,17 @@ def _ceilings(report: Report) -> str:
     rates = [f"{dtype} {rate:.3g}" for dtype, rate in ceilings["matmul_tflops"].items()]
     if not rates:
         return "Ceilings: not measured."
+    tiles = ceilings.get("amx_tiles_tflops")
+    bare = [
+        f"{row['workload']} {row['dtype']} batch {row['batch']} {row['samples_per_s']['p50']:.3g}/s "
+        f"({row['tflops']:.3g} TFLOP/s)"
+        for row in ceilings.get("onednn_products", [])
+    ]
     return (
         f"Ceilings measured in this run: matrix products {', '.join(rates)} TFLOP/s, "
-        f"copy {ceilings['copy_gbps']:.3g} GB/s."
+        f"AMX tile loop {'not measured' if tiles is None else f'{tiles:.3g} TFLOP/s'}, "
+        f"copy {ceilings['copy_gbps']:.3g} GB/s"
+        + (f"; oneDNN's products alone: {', '.join(bare)}." if bare else ".")
     )
 
 

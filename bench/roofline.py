@@ -10,15 +10,17 @@ rows, and in the last layer only the rows that the task's head reads.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from beit3_fast.ops import expert_linear
 
@@ -44,7 +46,7 @@ def measure_ceilings(
     seconds: float = 0.25,
     synchronize: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """The JSON contract's "ceilings": TFLOP/s for each dtype, and copied GB/s (read plus written).
+    """The JSON contract's "ceilings": TFLOP/s for each dtype, copied GB/s (read plus written), AMX's TFLOP/s.
 
     Each shape runs for about `seconds`; the fastest call of the fastest shape counts, since whatever
     else runs on the machine only ever slows a call down.
@@ -58,11 +60,16 @@ def measure_ceilings(
             for product in (partial(F.linear, x, w), partial(_our_product, x, w)):
                 took = _fastest(product, seconds, synchronize)
                 best = max(best, 2 * rows * width * out / took)
-        rates[str(dtype).removeprefix("torch.")] = round(best / 1e12, 4)
+        rates[str(dtype).removeprefix("torch.")] = float(f"{best / 1e12:.4g}")
     source = torch.randint(0, 255, (_COPY_BYTES,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     took = _fastest(lambda: target.copy_(source), seconds, synchronize)
-    return {"matmul_tflops": rates, "copy_gbps": round(2 * _COPY_BYTES / took / 1e9, 2)}
+    tiles = measure_amx_tiles(seconds) if device.type == "cpu" else None
+    return {
+        "matmul_tflops": rates,
+        "copy_gbps": round(2 * _COPY_BYTES / took / 1e9, 2),
+        "amx_tiles_tflops": tiles,
+    }
 
 
 def _our_product(x: Tensor, w: Tensor) -> Tensor:
@@ -72,11 +79,15 @@ def _our_product(x: Tensor, w: Tensor) -> Tensor:
 def _fastest(call: Callable[[], object], seconds: float, synchronize: Callable[[], None]) -> float:
     samples: list[float] = []
     with torch.inference_mode():
-        call()
+        start = time.perf_counter()
         call()
         synchronize()
+        first = time.perf_counter() - start
+        if first > 1:
+            # The CPU has no instructions for the dtype: the benefit of a warm call is nothing beside that.
+            return first
         start = time.perf_counter()
-        while len(samples) < 3 or time.perf_counter() - start < seconds:
+        while len(samples) < 4 or time.perf_counter() - start < seconds:
             before = time.perf_counter()
             call()
             synchronize()
@@ -84,21 +95,67 @@ def _fastest(call: Callable[[], object], seconds: float, synchronize: Callable[[
     return min(samples)
 
 
-def embedding_flops(config: BEiT3Config, images: int) -> float:
+def measure_amx_tiles(seconds: float) -> float | None:
+    """TFLOP/s of bf16 tile products on random data in registers and L1, or None where that is unknown.
+
+    PyTorch has no call for it; the loop must be one of the compiled library, which has none so far.
+    """
+    return None
+
+
+@dataclass(frozen=True)
+class Product:
+    """[rows, width] times the transpose of [out, width], `times` times, each with weights of its own."""
+
+    rows: int
+    width: int
+    out: int
+    times: int = 1
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of all of them."""
+        return 2.0 * self.rows * self.width * self.out * self.times
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an answer needs at least.
+
+    products: the products with weights.
+    attention: floating-point operations of attention's two products, which have no weights.
+    """
+
+    products: tuple[Product, ...] = ()
+    attention: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of all of it."""
+        return sum(product.flops for product in self.products) + self.attention
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.products + other.products, self.attention + other.attention)
+
+
+def embedding_work(config: BEiT3Config, images: int) -> Work:
     """The patch projection of `images` images."""
-    patches = config.num_vision_tokens - 1
-    return 2.0 * images * patches * config.in_chans * config.patch_size**2 * config.embed_dim
+    rows = images * (config.num_vision_tokens - 1)
+    return Work((Product(rows, config.in_chans * config.patch_size**2, config.embed_dim),))
 
 
-def encoder_flops(
+def encoder_work(
     config: BEiT3Config,
     vision: int,
     texts: Sequence[int],
     *,
     read: Sequence[int] | None = None,
     seq2seq: bool = False,
-) -> float:
-    """Floating-point operations of the encoder for samples of `vision` image tokens and a text each.
+) -> Work:
+    """The encoder for samples of `vision` image tokens and a text each.
+
+    Queries, keys and values are one product, and the rows of each expert another one. In the last layer
+    the rows that the head reads are taken together, whichever expert they belong to.
 
     Args:
         vision: image tokens of every sample, 0 without an image.
@@ -106,8 +163,8 @@ def encoder_flops(
         read: how many rows of each sample the head reads after the last layer; None means all.
         seq2seq: text sees the image and earlier text, the image sees only itself.
     """
-    width, ffn = config.embed_dim, config.ffn_dim
-    total = 0.0
+    width, ffn, layers = config.embed_dim, config.ffn_dim, config.num_layers
+    attention = 0.0
     for i, text in enumerate(texts):
         tokens = vision + text
         last_rows = tokens if read is None else read[i]
@@ -119,16 +176,83 @@ def encoder_flops(
             )
         else:
             scores, last_scores = tokens * tokens, last_rows * tokens
-        full = 2.0 * tokens * (4 * width * width + 2 * width * ffn) + 4.0 * scores * width
-        last = (
-            2.0 * tokens * 2 * width * width
-            + 2.0 * last_rows * (2 * width * width + 2 * width * ffn)
-            + 4.0 * last_scores * width
-        )
-        total += (config.num_layers - 1) * full + last
-    return total
+        attention += 4.0 * width * ((layers - 1) * scores + last_scores)
+
+    experts = [rows for rows in (vision * len(texts), sum(texts)) if rows]
+    products = []
+    whole = layers if read is None else layers - 1
+    for rows in experts:
+        products += [
+            Product(rows, width, 3 * width, whole),
+            Product(rows, width, width, whole),
+            Product(rows, width, ffn, whole),
+            Product(rows, ffn, width, whole),
+        ]
+    if read is not None:
+        products += [Product(rows, width, 2 * width) for rows in experts]
+        last = sum(read)
+        products += [Product(last, width, width, 2)]
+        products += [Product(last, width, ffn), Product(last, ffn, width)]
+    return Work(tuple(products), attention)
 
 
-def linear_flops(rows: int, *widths: int) -> float:
-    """A chain of linear layers on `rows` rows: ``linear_flops(8, 768, 3129)`` is one of 768 to 3129."""
-    return sum(2.0 * rows * a * b for a, b in pairwise(widths))
+def linear_work(rows: int, *widths: int) -> Work:
+    """A chain of linear layers on `rows` rows: ``linear_work(8, 768, 3129)`` is one of 768 to 3129."""
+    return Work(tuple(Product(rows, a, b) for a, b in pairwise(widths)))
+
+
+class BareProducts(nn.Module):
+    """Nothing but the products of some work, in the faster of oneDNN with packed weights and F.linear.
+
+    A runtime that calls a library for its products, however well it does the rest, ends here. Each product
+    has weights of its own, as in the model, so that they come from memory as often as there.
+    """
+
+    def __init__(self, work: Work, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._calls: list[Callable[[], Tensor]] = []
+        for product in work.products:
+            x = torch.randn(product.rows, product.width).to(dtype)
+            make = _fastest_linear(product, x)
+            self._calls += [
+                partial(make(_random_weight(product, dtype)), x) for _ in range(product.times)
+            ]
+
+    @torch.inference_mode()
+    def forward(self) -> None:
+        """Runs every product once and drops the results."""
+        for call in self._calls:
+            call()
+
+
+def _random_weight(product: Product, dtype: torch.dtype) -> Tensor:
+    return torch.randn(product.out, product.width).to(dtype)
+
+
+def _plain_linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: F.linear(x, weight)
+
+
+def _packed_linear(rows: int, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    call = torch.ops.mkldnn._linear_pointwise
+    return lambda x: call(x, packed, None, "none", [], "")
+
+
+def _fastest_linear(product: Product, x: Tensor) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
+    """What turns a weight into the call that runs this shape in the least time."""
+    ways: list[Callable[[Tensor], Callable[[Tensor], Tensor]]] = [
+        _plain_linear,
+        partial(_packed_linear, product.rows),
+    ]
+    weight = _random_weight(product, x.dtype)
+    best, least = ways[0], math.inf
+    for way in ways:
+        try:
+            took = _fastest(partial(way(weight), x), 0.0, lambda: None)
+        except (NotImplementedError, RuntimeError):
+            # oneDNN does not have every dtype on every CPU.
+            continue
+        if took < least:
+            best, least = way, took
+    return best

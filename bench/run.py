@@ -95,13 +95,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     pace = parser.add_mutually_exclusive_group()
     pace.add_argument("--quick", action="store_true", help="base models only, under 3 minutes")
-    pace.add_argument("--full", action="store_true", help="also training and large models")
+    pace.add_argument(
+        "--full",
+        action="store_true",
+        help="also training, large models, and runtimes that take minutes to convert",
+    )
     parser.add_argument("--device", default=None, help="cpu or cuda; default: cuda if there is one")
     parser.add_argument(
         "--workloads", nargs="+", metavar="T/S/R", help="task/size/resolution, e.g. vqa/base/480"
     )
     parser.add_argument("--dtypes", nargs="+", metavar="D", help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--runtimes", nargs="+", metavar="R", help="see below")
+    parser.add_argument(
+        "--runtimes",
+        nargs="+",
+        metavar="R",
+        help="see below; without this option those that take minutes to convert run with --full only",
+    )
     parser.add_argument("--batch", nargs="+", type=int, metavar="B", help="batch sizes")
     parser.add_argument("--threads", type=int, help="CPU threads; default: the physical cores")
     parser.add_argument(
@@ -134,6 +143,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         for dtype in dict.fromkeys(dtypes or chosen.get(name, workloads.Variants()).dtypes)
         for batch in batches or chosen.get(name, workloads.Variants()).batches
     )
+    costly = options.full or bool(options.runtimes)
     return Plan(
         cases=cases,
         runtimes=tuple(parse_runtimes(options.runtimes)),
@@ -141,9 +151,11 @@ def _plan(options: argparse.Namespace) -> Plan:
         threads=threads,
         effort=EFFORTS[pace],
         memory=lambda case: not options.quick or case.dtype != "float32",
+        costly=costly,
         ceiling_seconds=0.1 if options.quick else 0.25,
-        # A model's packed weights and its activations need about as much again.
-        cache_bytes=available_memory() // 5,
+        # A model's packed weights and its activations need about as much again. What converted runtimes
+        # hold is counted, and to convert again takes minutes.
+        cache_bytes=available_memory() // (2 if costly else 5),
     )
 
 

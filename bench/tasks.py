@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from beit3_fast.config import BEiT3Config
 from bench.inputs import EOS, SCENES, photo_batch, text_batch
-from bench.roofline import embedding_flops, encoder_flops, linear_flops
+from bench.roofline import Work, embedding_work, encoder_work, linear_work
 
 Inputs = dict[str, Tensor]
 
@@ -40,7 +40,7 @@ class Task:
     model: "backbone", or the head's name as in the official entrypoints.
     inputs: (configuration, sample indices) -> arguments of the forward; floating-point ones are fp32.
     outputs: (raw output, inputs) -> the tensors to compare, real rows only.
-    flops: (configuration, inputs) -> the operations that the answer needs.
+    work: (configuration, inputs) -> the operations that the answer needs.
     values: numbers in the output of one sample. With few, parity is judged over several batches: the ratio of
         two errors of a handful of numbers says nothing.
     run: the step that is timed.
@@ -51,7 +51,7 @@ class Task:
     model: str
     inputs: Callable[[BEiT3Config, list[int]], Inputs]
     outputs: Callable[[Any, Inputs], dict[str, Output]]
-    flops: Callable[[BEiT3Config, Inputs], float]
+    work: Callable[[BEiT3Config, Inputs], Work]
     values: int = 512
     run: Callable[[nn.Module, Inputs], Any] = field(default=_call)
     train: bool = False
@@ -70,8 +70,8 @@ def _lengths(padding: Tensor) -> list[int]:
     return lengths
 
 
-def _patch_work(config: BEiT3Config, images: Tensor) -> float:
-    return embedding_flops(config, len(images))
+def _patch_work(config: BEiT3Config, images: Tensor) -> Work:
+    return embedding_work(config, len(images))
 
 
 # image: the plain backbone on images, every row compared
@@ -85,10 +85,10 @@ def _image_outputs(raw: Any, inputs: Inputs) -> dict[str, Output]:
     return {"encoder_out": Output(raw["encoder_out"])}
 
 
-def _image_flops(config: BEiT3Config, inputs: Inputs) -> float:
+def _image_work(config: BEiT3Config, inputs: Inputs) -> Work:
     images = inputs["visual_tokens"]
     texts = [0] * len(images)
-    return _patch_work(config, images) + encoder_flops(config, config.num_vision_tokens, texts)
+    return _patch_work(config, images) + encoder_work(config, config.num_vision_tokens, texts)
 
 
 # pair: the plain backbone on an image and a caption each, every real row compared
@@ -110,9 +110,9 @@ def _pair_outputs(raw: Any, inputs: Inputs) -> dict[str, Output]:
     return {"vision rows": Output(states[:, :vision].flatten(0, 1)), "text rows": Output(text)}
 
 
-def _pair_flops(config: BEiT3Config, inputs: Inputs) -> float:
+def _pair_work(config: BEiT3Config, inputs: Inputs) -> Work:
     lengths = _lengths(inputs["text_padding_position"])
-    return _patch_work(config, inputs["visual_tokens"]) + encoder_flops(
+    return _patch_work(config, inputs["visual_tokens"]) + encoder_work(
         config, config.num_vision_tokens, lengths
     )
 
@@ -130,14 +130,14 @@ def _logits(raw: Any, inputs: Inputs) -> dict[str, Output]:
     return {"logits": Output(raw)}
 
 
-def _vqa_flops(config: BEiT3Config, inputs: Inputs) -> float:
+def _vqa_work(config: BEiT3Config, inputs: Inputs) -> Work:
     lengths, width = _lengths(inputs["padding_mask"]), config.embed_dim
     batch = len(lengths)
     return (
         _patch_work(config, inputs["image"])
-        + encoder_flops(config, config.num_vision_tokens, lengths, read=[1] * batch)
-        + linear_flops(batch, width, width)
-        + linear_flops(batch, width, 2 * width, 3129)
+        + encoder_work(config, config.num_vision_tokens, lengths, read=[1] * batch)
+        + linear_work(batch, width, width)
+        + linear_work(batch, width, 2 * width, 3129)
     )
 
 
@@ -155,12 +155,12 @@ def _nlvr2_inputs(config: BEiT3Config, samples: list[int]) -> Inputs:
     }
 
 
-def _nlvr2_flops(config: BEiT3Config, inputs: Inputs) -> float:
+def _nlvr2_work(config: BEiT3Config, inputs: Inputs) -> Work:
     lengths, width = _lengths(inputs["padding_mask"]) * 2, config.embed_dim
     return (
-        2 * _patch_work(config, inputs["image_a"])
-        + encoder_flops(config, config.num_vision_tokens, lengths, read=[2] * len(lengths))
-        + linear_flops(len(lengths) // 2, 4 * width, 2 * width, 2)
+        embedding_work(config, 2 * len(inputs["image_a"]))
+        + encoder_work(config, config.num_vision_tokens, lengths, read=[2] * len(lengths))
+        + linear_work(len(lengths) // 2, 4 * width, 2 * width, 2)
     )
 
 
@@ -180,9 +180,9 @@ def _retrieval_text_outputs(raw: Any, inputs: Inputs) -> dict[str, Output]:
     return {"language_cls": Output(raw[1])}
 
 
-def _retrieval_text_flops(config: BEiT3Config, inputs: Inputs) -> float:
+def _retrieval_text_work(config: BEiT3Config, inputs: Inputs) -> Work:
     lengths = _lengths(inputs["padding_mask"])
-    return encoder_flops(config, 0, lengths, read=[1] * len(lengths)) + linear_flops(
+    return encoder_work(config, 0, lengths, read=[1] * len(lengths)) + linear_work(
         len(lengths), config.embed_dim, config.embed_dim
     )
 
@@ -206,19 +206,19 @@ def _caption_outputs(raw: Any, inputs: Inputs) -> dict[str, Output]:
     return {"logits": Output(raw[0])}
 
 
-def _caption_flops(config: BEiT3Config, inputs: Inputs) -> float:
+def _caption_work(config: BEiT3Config, inputs: Inputs) -> Work:
     hidden = inputs["language_masked_pos"]
     read: list[int] = hidden.sum(1).tolist()
     return (
         _patch_work(config, inputs["image"])
-        + encoder_flops(
+        + encoder_work(
             config,
             config.num_vision_tokens,
             _lengths(inputs["padding_mask"]),
             read=read,
             seq2seq=True,
         )
-        + linear_flops(sum(read), config.embed_dim, config.vocab_size)
+        + linear_work(sum(read), config.embed_dim, config.vocab_size)
     )
 
 
@@ -249,15 +249,15 @@ def _train_outputs(raw: Any, inputs: Inputs) -> dict[str, Output]:
     return outputs
 
 
-def _train_flops(config: BEiT3Config, inputs: Inputs) -> float:
+def _train_work(config: BEiT3Config, inputs: Inputs) -> Work:
     images = inputs["image"]
     tokens = config.num_vision_tokens
     read = [tokens - 1] * len(images)
-    forward = encoder_flops(config, tokens, [0] * len(images), read=read) + linear_flops(
-        len(images), config.embed_dim, 1000
-    )
+    forward = encoder_work(config, tokens, [0] * len(images), read=read)
+    forward += linear_work(len(images), config.embed_dim, 1000)
     # Backward is two products for each one of forward; pixels need no gradient.
-    return 3 * forward + 2 * _patch_work(config, images)
+    patches = _patch_work(config, images)
+    return patches + patches + forward + forward + forward
 
 
 TASKS: Mapping[str, Task] = {
@@ -266,24 +266,24 @@ TASKS: Mapping[str, Task] = {
         "backbone",
         _image_inputs,
         _image_outputs,
-        _image_flops,
+        _image_work,
     ),
     "pair": Task(
         "plain backbone on photographs with captions of 8 to 32 tokens, all real rows",
         "backbone",
         _pair_inputs,
         _pair_outputs,
-        _pair_flops,
+        _pair_work,
     ),
     "vqa": Task(
-        "visual question answering, 3129 answers", "vqav2", _vqa_inputs, _logits, _vqa_flops
+        "visual question answering, 3129 answers", "vqav2", _vqa_inputs, _logits, _vqa_work
     ),
     "nlvr2": Task(
         "visual reasoning over two photographs",
         "nlvr2",
         _nlvr2_inputs,
         _logits,
-        _nlvr2_flops,
+        _nlvr2_work,
         values=2,
     ),
     "retrieval-text": Task(
@@ -291,7 +291,7 @@ TASKS: Mapping[str, Task] = {
         "retrieval",
         _retrieval_text_inputs,
         _retrieval_text_outputs,
-        _retrieval_text_flops,
+        _retrieval_text_work,
         run=_run_retrieval_text,
     ),
     "caption": Task(
@@ -299,14 +299,14 @@ TASKS: Mapping[str, Task] = {
         "captioning",
         _caption_inputs,
         _caption_outputs,
-        _caption_flops,
+        _caption_work,
     ),
     "train": Task(
         "image classification, one forward and backward, 1000 classes",
         "imageclassification",
         _train_inputs,
         _train_outputs,
-        _train_flops,
+        _train_work,
         run=_run_train,
         train=True,
     ),

@@ -15,6 +15,7 @@ from torch import nn
 
 from beit3_fast.config import SIZES, BEiT3Config
 from beit3_fast.errors import ConfigError
+from bench.roofline import Work
 from bench.tasks import TASKS, Inputs, Task
 
 
@@ -91,7 +92,11 @@ class Workload:
 
     def flops(self, inputs: Inputs) -> float:
         """Floating-point operations that the answer to `inputs` needs."""
-        return self.task.flops(self.config, inputs)
+        return self.work(inputs).flops
+
+    def work(self, inputs: Inputs) -> Work:
+        """What the answer to `inputs` needs."""
+        return self.task.work(self.config, inputs)
 
 
 def move(inputs: Inputs, dtype: torch.dtype, device: torch.device) -> Inputs:

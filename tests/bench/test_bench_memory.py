@@ -52,6 +52,6 @@ def test_a_fresh_process_measures_one_runtime() -> None:
 
 def test_a_probe_that_fails_says_so() -> None:
     with pytest.raises(
-        MemoryProbeFailed, match=r"timm on image/tiny/32 .*exit code 1.*ConfigError"
+        MemoryProbeFailed, match=r"tensorrt on image/tiny/32 .*exit code 1.*KeyError"
     ):
-        measure_peak(Probe("timm", "image/tiny/32", "float32", 1, threads=1))
+        measure_peak(Probe("tensorrt", "image/tiny/32", "float32", 1, threads=1))

@@ -9,7 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from beit3_fast.config import SIZES
-from bench.roofline import encoder_flops, linear_flops, measure_ceilings
+from bench.roofline import (
+    BareProducts,
+    Product,
+    encoder_work,
+    linear_work,
+    measure_ceilings,
+)
 from bench.timing import Effort, interleave, quantiles, rates, speed_ups
 from bench.torchscale_heads import MODELS
 from bench.workloads import parse_workload, step
@@ -83,9 +89,8 @@ def test_counted_work_meets_the_published_figures(
     tokens = config.num_vision_tokens
     patches = 2 * (tokens - 1) * 3 * 16**2 * config.embed_dim
     rows = None if read is None else [read]
-    assert (patches + encoder_flops(config, tokens, [text], read=rows)) / 1e9 == pytest.approx(
-        expected, rel=2e-3
-    )
+    flops = patches + encoder_work(config, tokens, [text], read=rows).flops
+    assert flops / 1e9 == pytest.approx(expected, rel=2e-3)
 
 
 @pytest.mark.parametrize("name", ["image/tiny/32", "pair/tiny/64"])
@@ -100,13 +105,12 @@ def test_counted_work_is_what_torchscale_computes_without_padding(name: str) -> 
 
 def test_work_does_not_grow_with_padding_and_counts_what_a_caption_may_see() -> None:
     config = SIZES["tiny"]
-    one = encoder_flops(config, 5, [7])
-    assert encoder_flops(config, 5, [7, 3]) == one + encoder_flops(config, 5, [3])
-    with torch.no_grad():
-        bidirectional, causal = (encoder_flops(config, 5, [7], seq2seq=s) for s in (False, True))
+    one, other, both = (encoder_work(config, 5, texts).flops for texts in ([7], [3], [7, 3]))
+    assert both == one + other
+    bidirectional, causal = (encoder_work(config, 5, [7], seq2seq=s).flops for s in (False, True))
     # Of 12 x 12 scores the mask leaves 5 x 5 + 7 x 5 + 28.
     assert bidirectional - causal == config.num_layers * 4 * config.embed_dim * (144 - 88)
-    assert linear_flops(2, 3, 5, 7) == 2 * 2 * (3 * 5 + 5 * 7)
+    assert linear_work(2, 3, 5, 7).flops == 2 * 2 * (3 * 5 + 5 * 7)
 
 
 def test_ceilings_have_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,3 +119,41 @@ def test_ceilings_have_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     found = measure_ceilings([torch.float32, torch.bfloat16], torch.device("cpu"), seconds=0.01)
     assert set(found["matmul_tflops"]) == {"float32", "bfloat16"}
     assert found["copy_gbps"] > 0
+
+
+def test_bare_products_are_those_of_the_real_rows() -> None:
+    workload = parse_workload("pair/tiny/64")
+    config, inputs = workload.config, workload.inputs(3)
+    work = workload.work(inputs)
+    text = int((~inputs["text_padding_position"]).sum())
+    width, ffn, layers = config.embed_dim, config.ffn_dim, config.num_layers
+    assert Product(3 * 16, 3 * 16**2, width) in work.products
+    for rows in (3 * config.num_vision_tokens, text):
+        assert Product(rows, width, 3 * width, layers) in work.products
+        assert Product(rows, width, width, layers) in work.products
+        assert Product(rows, width, ffn, layers) in work.products
+        assert Product(rows, ffn, width, layers) in work.products
+    assert len(work.products) == 9
+    products = BareProducts(work, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        products()
+    assert len(products._calls) == 1 + 8 * layers
+    assert counter.get_total_flops() <= sum(p.flops for p in work.products)
+
+
+def test_last_layer_has_products_of_the_rows_that_are_read() -> None:
+    workload = parse_workload("vqa/tiny/32")
+    width, products = workload.config.embed_dim, workload.work(workload.inputs(4)).products
+    assert Product(4, width, width, 2) in products
+    assert Product(4 * workload.config.num_vision_tokens, width, 2 * width) in products
+    assert Product(4, width, 2 * width) in products
+    assert Product(4, 2 * width, 3129) in products
+
+
+def test_dtypes_that_onednn_lacks_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("not on this CPU")
+
+    monkeypatch.setattr("bench.roofline._packed_linear", refuse)
+    work = parse_workload("image/tiny/32").work(parse_workload("image/tiny/32").inputs(1))
+    BareProducts(work, torch.bfloat16)()

@@ -1,0 +1,422 @@
+"""The runtimes of others: conversion keeps the model, settings are the stated ones, absences have names.
+
+The libraries are stand-ins here, so that no test needs them; the last test runs the real ones that are installed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench import baselines_onnxruntime, baselines_openvino, baselines_torch, measure, run, runtime
+from bench.baselines import OURS, REFERENCE, RUNTIMES, build_reference
+from bench.conversion import Converted, Engine, TensorModel, load_torchscale, use_sdpa
+from bench.inputs import PAD
+from bench.measure import Case, check_parity
+from bench.runtime import Runtime, int8_parity
+from bench.timing import Effort
+from bench.workloads import TASKS, Workload, parse_workload, step
+
+CPU = torch.device("cpu")
+INFERENCE = [name for name, task in TASKS.items() if not task.train]
+OTHERS = ("torchscale-compiled", "timm", "openvino", "openvino-int8", "onnxruntime")
+
+
+class Uncompiled(Converted):
+    """Runs the model as it was handed over for conversion."""
+
+    def _convert(self, model: TensorModel, inputs: Mapping[str, Tensor]) -> Engine:
+        return lambda tensors: model(*tensors)
+
+
+def get(name: str, workload: Workload, dtype: str) -> nn.Module:
+    reference = build_reference(workload)
+    if (name, dtype) == (REFERENCE, "float32"):
+        return reference
+    return RUNTIMES[name].build(workload, reference.state_dict(), getattr(torch, dtype), CPU)
+
+
+def uncompiled(workload: Workload, weights: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    return Uncompiled(workload, use_sdpa(load_torchscale(workload, weights, dtype, device)))
+
+
+@pytest.mark.parametrize("task", INFERENCE)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_converted_is_torchscales_model(
+    monkeypatch: pytest.MonkeyPatch, task: str, dtype: str
+) -> None:
+    monkeypatch.setitem(RUNTIMES, "other", Runtime("", uncompiled, lambda model: "-"))
+    verdict = check_parity(Case(parse_workload(f"{task}/tiny/32"), dtype, 4), ["other"], get, CPU)
+    assert verdict["other"].passed, verdict["other"].reason
+
+
+def test_each_set_of_shapes_is_converted_once() -> None:
+    workload = parse_workload("pair/tiny/32")
+    made: list[tuple[int, ...]] = []
+
+    class Counted(Uncompiled):
+        def _convert(self, model: TensorModel, inputs: Mapping[str, Tensor]) -> Engine:
+            made.append(tuple(inputs["visual_tokens"].shape))
+            assert not torch.is_inference_mode_enabled()
+            assert not torch.is_grad_enabled()
+            return super()._convert(model, inputs)
+
+    model = Counted(workload, use_sdpa(build_reference(workload)))
+    for batch in (2, 3, 2):
+        step(model, workload, workload.inputs(batch))
+    step(model, parse_workload("image/tiny/32"), parse_workload("image/tiny/32").inputs(2))
+    assert [shape[0] for shape in made] == [2, 3, 2]
+    own = sum(p.nbytes for p in model.parameters())
+    assert model.converted_bytes == 3 * own
+
+
+def test_timms_tower_is_the_image_branch() -> None:
+    workload = parse_workload("image/tiny/32")
+    reference = build_reference(workload)
+    tower = baselines_torch.image_tower(workload, reference.state_dict()).eval()
+    inputs = workload.inputs(3)
+    found = step(tower, workload, inputs)
+    expected = step(reference, workload, inputs)["encoder_out"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["torchscale-compiled", "timm"])
+def test_compilation_sees_frozen_weights_and_fixed_shapes(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    import torch._inductor.config
+
+    seen: list[dict[str, Any]] = []
+
+    def compile_(model: nn.Module, **options: Any) -> Callable[..., Tensor]:
+        def first(*tensors: Tensor) -> Tensor:
+            config = torch._inductor.config
+            seen.append(
+                {
+                    **options,
+                    "freezing": config.freezing,
+                    "max_autotune": config.max_autotune,
+                    "gradients": torch.is_grad_enabled(),
+                }
+            )
+            result: Tensor = model(*tensors)
+            return result
+
+        return first
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    verdict = check_parity(Case(parse_workload("image/tiny/32"), "float32", 2), [name], get, CPU)
+    assert verdict[name].passed, verdict[name].reason
+    settings = {"freezing": True, "max_autotune": True}
+    assert seen[0] == {"dynamic": False, "gradients": False, **settings}
+    assert torch._inductor.config.freezing is False
+
+
+class FakeOpenVINO(ModuleType):
+    """Converts nothing, runs the module it was given, and keeps what it was asked for."""
+
+    def __init__(self, can: Sequence[str] = ("FP32",)) -> None:
+        super().__init__("openvino")
+        self.asked: list[Any] = []
+        self.can = can
+
+    def convert_model(self, model: nn.Module, example_input: Any, input: Any) -> nn.Module:
+        assert [tuple(t.shape) for t in example_input] == input
+        return model
+
+    def Core(self) -> Any:
+        def compile_model(model: nn.Module, device: str, settings: dict[str, object]) -> Any:
+            self.asked.append((device, settings))
+
+            def infer(arrays: list[Any], share_inputs: bool) -> Any:
+                tensors = [torch.from_numpy(a) for a in arrays]
+                assert {a.dtype for a in arrays} <= {np.dtype(t) for t in ("f4", "i8", "?")}
+                return [model(*tensors).numpy()]
+
+            return SimpleNamespace(create_infer_request=lambda: SimpleNamespace(infer=infer))
+
+        return SimpleNamespace(compile_model=compile_model, get_property=lambda *_: self.can)
+
+
+@pytest.fixture
+def openvino(monkeypatch: pytest.MonkeyPatch) -> FakeOpenVINO:
+    fake = FakeOpenVINO()
+    monkeypatch.setitem(sys.modules, "openvino", fake)
+    monkeypatch.setattr(runtime, "find_spec", lambda name: object())
+    return fake
+
+
+def test_openvino_gets_fixed_shapes_and_the_threads_of_the_run(openvino: FakeOpenVINO) -> None:
+    case = Case(parse_workload("pair/tiny/32"), "float32", 2)
+    verdict = check_parity(case, ["openvino"], get, CPU)["openvino"]
+    assert verdict.passed, verdict.reason
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    assert openvino.asked[0] == ("CPU", settings)
+    half = Case(case.workload, "bfloat16", 2)
+    assert check_parity(half, ["openvino"], get, CPU)["openvino"].passed
+    assert openvino.asked[-1][1]["INFERENCE_PRECISION_HINT"] == "bf16"
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+def test_int8_is_calibrated_on_photographs_of_the_same_shapes(
+    openvino: FakeOpenVINO, monkeypatch: pytest.MonkeyPatch, vnni: bool
+) -> None:
+    nncf = ModuleType("nncf")
+    asked: dict[str, Any] = {}
+
+    def quantize(model: nn.Module, samples: list[Any], **options: Any) -> nn.Module:
+        asked.update(options, samples=samples)
+        return model
+
+    monkeypatch.setitem(nncf.__dict__, "Dataset", list)
+    monkeypatch.setitem(nncf.__dict__, "ModelType", SimpleNamespace(TRANSFORMER="transformer"))
+    monkeypatch.setitem(nncf.__dict__, "OverflowFix", SimpleNamespace(ENABLE="enable"))
+    monkeypatch.setitem(nncf.__dict__, "AdvancedQuantizationParameters", dict)
+    monkeypatch.setitem(nncf.__dict__, "quantize", quantize)
+    monkeypatch.setitem(sys.modules, "nncf", nncf)
+    flags = {"avx2", "avx512_vnni"} if vnni else {"avx2"}
+    monkeypatch.setattr(baselines_openvino, "cpu_flags", lambda: flags)
+    # The backbone of one task is used for the other.
+    model = get("openvino-int8", parse_workload("image/tiny/32"), "float32")
+    workload = parse_workload("pair/tiny/32")
+    inputs = workload.inputs(8)
+    step(model, workload, inputs)
+    assert asked["model_type"] == "transformer"
+    assert asked["advanced_parameters"] == {"overflow_fix": None if vnni else "enable"}
+    samples = asked["samples"]
+    assert sum(len(sample[0]) for sample in samples) == baselines_openvino.CALIBRATION_SAMPLES
+    for sample in samples:
+        assert [s.shape for s in sample] == [tuple(t.shape) for t in inputs.values()]
+        assert not np.array_equal(sample[0], inputs["visual_tokens"].numpy())
+
+
+def test_texts_are_cut_or_padded_to_the_calibrated_length() -> None:
+    workload = parse_workload("pair/tiny/32")
+    sample = workload.inputs(2)
+    length = sample["textual_tokens"].shape[1]
+    for wanted in (length - 3, length + 3):
+        like = {**sample, "textual_tokens": torch.zeros(2, wanted, dtype=torch.int64)}
+        like["text_padding_position"] = torch.zeros(2, wanted, dtype=torch.bool)
+        image, ids, padding = baselines_openvino.fit(sample, like)
+        assert torch.equal(image, sample["visual_tokens"])
+        assert ids.shape == padding.shape == (2, wanted)
+        assert padding.dtype == torch.bool
+        assert torch.equal(ids == PAD, padding)
+
+
+def test_onnx_runtime_gets_every_optimisation_and_the_threads_of_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exported: list[nn.Module] = []
+    options = SimpleNamespace(entries={})
+    options.add_session_config_entry = options.entries.__setitem__
+
+    class Session:
+        def __init__(self, path: str, options: Any, providers: list[str]) -> None:
+            assert providers == ["CPUExecutionProvider"]
+            assert Path(path).parent.is_dir()
+
+        def get_inputs(self) -> list[Any]:
+            return [SimpleNamespace(name="x")]
+
+        def run(self, _: None, arrays: dict[str, Any]) -> list[Any]:
+            return [exported[-1](torch.from_numpy(arrays["x"])).numpy()]
+
+    fake = ModuleType("onnxruntime")
+    fake.__dict__.update(
+        SessionOptions=lambda: options,
+        GraphOptimizationLevel=SimpleNamespace(ORT_ENABLE_ALL="all"),
+        ExecutionMode=SimpleNamespace(ORT_SEQUENTIAL="sequential"),
+        InferenceSession=Session,
+    )
+    monkeypatch.setitem(sys.modules, "onnxruntime", fake)
+    monkeypatch.setattr(
+        baselines_onnxruntime, "_export", lambda model, example, path: exported.append(model)
+    )
+    case = Case(parse_workload("image/tiny/32"), "float32", 2)
+    verdict = check_parity(case, ["onnxruntime"], get, CPU)["onnxruntime"]
+    assert verdict.passed, verdict.reason
+    assert options.graph_optimization_level == "all"
+    assert options.intra_op_num_threads == torch.get_num_threads()
+    assert options.entries == {"session.force_spinning_stop": "1"}
+
+
+def test_obstacles_say_why(openvino: FakeOpenVINO, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, pair, train = (parse_workload(f"{t}/tiny/32") for t in ("image", "pair", "train"))
+
+    def why(name: str, workload: Workload, dtype: torch.dtype, device: str = "cpu") -> str | None:
+        return RUNTIMES[name].obstacle(workload, dtype, torch.device(device))
+
+    for name in OTHERS:
+        assert why(name, image, torch.float32) is None
+        assert why(name, train, torch.float32) == "runs inference only"
+    assert why("timm", pair, torch.float32) == "runs images only"
+    assert "no bfloat16 matrix products" in str(why("onnxruntime", image, torch.bfloat16))
+    assert "would compute bf16 in f32" in str(why("openvino", image, torch.bfloat16))
+    openvino.can = ("FP32", "BF16")
+    assert why("openvino", image, torch.bfloat16) is None
+    assert "CPUs only" in str(why("openvino", image, torch.float32, "cuda"))
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None)
+    for name, package in (("openvino", "openvino"), ("onnxruntime", "onnxruntime, onnx")):
+        assert f"not installed: {package}" in str(why(name, image, torch.float32))
+        assert "make bench-baselines" in str(why(name, image, torch.float32))
+
+
+def test_int8_has_a_rule_of_its_own() -> None:
+    torch.manual_seed(0)
+    truth = torch.randn(64, 64)
+    near, far = (truth + e * torch.randn(64, 64) for e in (0.03, 0.2))
+    assert int8_parity(near, truth, truth).passed
+    assert int8_parity(near, truth, truth).rel_rms == pytest.approx(0.03, rel=0.1)
+    assert "the rule for int8" in int8_parity(far, truth, truth).reason
+    near[3, 3] = torch.nan
+    assert not int8_parity(near, truth, truth).passed
+    assert not int8_parity(truth[:5], truth, truth).passed
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread, no seconds of measuring, no processes for the memory."""
+    monkeypatch.setattr(measure, "measure_peak", lambda probe: 1.0)
+    monkeypatch.setattr("bench.roofline.MATMUL_SHAPES", ((64, 32, 48),))
+    monkeypatch.setattr("bench.roofline._COPY_BYTES", 1 << 16)
+    for pace in run.EFFORTS:
+        monkeypatch.setitem(run.EFFORTS, pace, Effort(0, 3, 0.0))
+    monkeypatch.setattr(run, "physical_cores", torch.get_num_threads)
+
+
+def other(change: Callable[[nn.Module], None] = lambda model: None) -> Runtime:
+    def build(workload: Workload, weights: Any, dtype: torch.dtype, device: torch.device) -> Any:
+        model = load_torchscale(workload, weights, dtype, device)
+        with torch.no_grad():
+            change(model)
+        return Uncompiled(workload, use_sdpa(model))
+
+    return Runtime("somebody's", build, lambda model: "-", costly=True, gate=False)
+
+
+def bench(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
+    case = ("--workloads", "image/tiny/32", "--dtypes", "fp32", "--batch", "2")
+    code = run.main(["--out", str(tmp_path / "out"), *case, *arguments])
+    text = (tmp_path / "out" / "report.md").read_text()
+    return code, json.loads((tmp_path / "out" / "report.json").read_text()), text
+
+
+def reasons(report: dict[str, Any]) -> dict[str, str]:
+    return {row["runtime"]: row["reason"] for row in report["skipped"]}
+
+
+@pytest.mark.usefixtures("quick")
+def test_costly_runtimes_run_only_where_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RUNTIMES, "other", other())
+    code, report, _ = bench(tmp_path)
+    assert code == 0
+    assert "--full, or if named by --runtimes" in reasons(report)["other"]
+    assert "torchscale-compiled" in reasons(report)
+    code, report, text = bench(tmp_path, "--runtimes", OURS, "other")
+    assert code == 0
+    assert reasons(report) == {}
+    row = report["results"][-1]
+    assert (row["runtime"], row["parity"]["passed"]) == ("other", True)
+    assert row["samples_per_s"]["p50"] > 0
+    assert row["peak_memory_mib"] is None
+    assert report["ratios"][0]["against"] == "other"
+    assert "- other: somebody's" in text
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_baseline_out_of_parity_is_shown_with_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        RUNTIMES,
+        "other",
+        other(lambda m: getattr(m, "encoder").layer_norm.A.weight.mul_(1.05)),  # noqa: B009
+    )
+    code, report, text = bench(tmp_path, "--runtimes", OURS, "other")
+    assert code == 0
+    assert report["passed"] is True
+    row = report["results"][-1]
+    assert row["parity"]["passed"] is False
+    assert row["parity"]["rel_rms"] == pytest.approx(0.05, rel=0.1)
+    assert row["samples_per_s"]["p50"] > 0
+    assert "NOT IN PARITY" in text
+    assert "every row is in parity but those marked" in text
+    assert "other on image/tiny/32, float32, batch 2: encoder_out: largest error" in text
+    assert (tmp_path / "out" / "report.png").is_file()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_baseline_that_fails_is_a_row_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(model: nn.Module) -> None:
+        raise RuntimeError("no kernel for this\nat /opt/some/where.cpp:12")
+
+    def fail_in_a_file(model: nn.Module) -> None:
+        raise OSError("cannot write /opt/some/where.onnx today")
+
+    monkeypatch.setitem(RUNTIMES, "one", other(fail))
+    monkeypatch.setitem(RUNTIMES, "two", other(fail_in_a_file))
+    code, report, text = bench(tmp_path, "--runtimes", OURS, "one", "two")
+    assert code == 0
+    assert reasons(report) == {
+        "one": "failed: RuntimeError: no kernel for this",
+        "two": "failed: OSError: cannot write ... today",
+    }
+    assert "no kernel for this" in text
+    monkeypatch.setattr(measure, "available_memory", lambda: 1)
+    _, report, _ = bench(tmp_path, "--runtimes", OURS, "one")
+    assert "GiB of free memory" in reasons(report)["one"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_bare_products_are_a_ceiling_of_the_same_rounds(tmp_path: Path) -> None:
+    _, report, text = bench(tmp_path)
+    (ceiling,) = report["ceilings"]["onednn_products"]
+    assert (ceiling["workload"], ceiling["dtype"], ceiling["batch"]) == (
+        "image/tiny/32",
+        "float32",
+        2,
+    )
+    assert ceiling["samples_per_s"]["p50"] > 0
+    assert ceiling["tflops"] > 0
+    assert report["ceilings"]["amx_tiles_tflops"] is None
+    assert {row["runtime"] for row in report["results"]} == {OURS, REFERENCE}
+    assert all(row["onednn_fraction"] > 0 for row in report["results"])
+    assert "of oneDNN" in text
+    assert "oneDNN's products alone: image/tiny/32 float32 batch 2" in text
+    assert "AMX tile loop not measured" in text
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["openvino", "openvino-int8", "onnxruntime"])
+@pytest.mark.parametrize("task", INFERENCE)
+def test_the_real_library_is_in_parity(name: str, task: str) -> None:
+    packages = {"openvino-int8": "nncf"}
+    if find_spec(packages.get(name, name)) is None:
+        pytest.skip(f"{name} is not installed")
+    case = Case(parse_workload(f"{task}/tiny/32"), "float32", 4)
+    verdict = check_parity(case, [name], get, CPU)[name]
+    if name == "openvino-int8":
+        # Two narrow layers of random weights leave 8 bits a larger error than a real model does.
+        assert verdict.rel_rms < 0.3
+    else:
+        assert verdict.passed, verdict.reason
