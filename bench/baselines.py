@@ -15,6 +15,7 @@ from torch import nn
 
 import beit3_fast
 from beit3_fast.errors import ConfigError
+from beit3_fast.model.registry import for_inference
 from bench import baselines_onnxruntime, baselines_openvino, baselines_torch
 from bench.conversion import load, load_torchscale
 from bench.runtime import Build, Runtime, Weights
@@ -77,7 +78,7 @@ def _build_ours(impl: str) -> Build:
         workload: Workload, weights: Weights, dtype: torch.dtype, device: torch.device
     ) -> nn.Module:
         name = our_entrypoint(workload)
-        return load(
+        model = load(
             lambda: beit3_fast.create_model(
                 name, device=torch.empty(0).device, impl=impl, img_size=workload.pixels
             ),
@@ -85,6 +86,7 @@ def _build_ours(impl: str) -> Build:
             dtype,
             device,
         )
+        return model if workload.task_name == "train" else for_inference(model)
 
     return build
 

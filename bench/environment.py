@@ -54,6 +54,11 @@ def environment(threads: int, device: torch.device) -> dict[str, object]:
     return described
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has bf16 products of its own; elsewhere PyTorch's are several times slower than fp32."""
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def git_commit() -> str:
     """The checked-out commit, with "+" if files of it were changed, or "unknown"."""
     root = Path(__file__).resolve().parent.parent

@@ -142,7 +142,7 @@ def run(plan: Plan, progress: Progress) -> Report:
                 progress.say(f"  {name} is NOT in parity: {parity.reason}")
 
     passed = all(p.passed for (_, name), p in parities.items() if RUNTIMES[name].gate)
-    ceilings: dict[str, Any] = {"matmul_tflops": {}, "copy_gbps": None, "amx_tiles_tflops": None}
+    ceilings: dict[str, Any] = {"matmul_tflops": {}, "copy_gbps": None, "tile_loop_tflops": {}}
     bare: list[dict[str, Any]] = []
     speeds: dict[tuple[Case, str], dict[str, Any]] = {}
     ratios: list[dict[str, Any]] = []

@@ -304,7 +304,8 @@ def _ceilings(report: Report) -> str:
     rates = [f"{dtype} {rate:.3g}" for dtype, rate in ceilings["matmul_tflops"].items()]
     if not rates:
         return "Ceilings: not measured."
-    tiles = ceilings.get("amx_tiles_tflops")
+    loops = ceilings.get("tile_loop_tflops") or {}
+    tiles = ", ".join(f"{dtype} {rate:.3g}" for dtype, rate in loops.items() if rate)
     bare = [
         f"{row['workload']} {row['dtype']} batch {row['batch']} {row['samples_per_s']['p50']:.3g}/s "
         f"({row['tflops']:.3g} TFLOP/s)"
@@ -312,7 +313,7 @@ def _ceilings(report: Report) -> str:
     ]
     return (
         f"Ceilings measured in this run: matrix products {', '.join(rates)} TFLOP/s, "
-        f"AMX tile loop {'not measured' if tiles is None else f'{tiles:.3g} TFLOP/s'}, "
+        f"our tile loop alone {f'{tiles} TFLOP/s' if tiles else 'not measured'}, "
         f"copy {ceilings['copy_gbps']:.3g} GB/s"
         + (f"; oneDNN's products alone: {', '.join(bare)}." if bare else ".")
     )

@@ -26,7 +26,7 @@ from beit3_fast.errors import Beit3FastError, ConfigError  # noqa: E402
 from bench import report as reports  # noqa: E402
 from bench import workloads  # noqa: E402
 from bench.baselines import parse_runtimes, torchscale_obstacle  # noqa: E402
-from bench.environment import available_memory, physical_cores  # noqa: E402
+from bench.environment import available_memory, multiplies_bfloat16, physical_cores  # noqa: E402
 from bench.measure import Case, Plan, Progress, run, steps_of  # noqa: E402
 from bench.timing import Effort  # noqa: E402
 
@@ -137,20 +137,30 @@ def _plan(options: argparse.Namespace) -> Plan:
         raise ConfigError(
             f"--threads takes at most {os.cpu_count()} on this machine, got {threads}"
         )
+    device = _device(options.device)
+    if not dtypes and not multiplies_bfloat16(device):
+        print(
+            "bench: this CPU has no bfloat16 products, so float32 is measured; --dtypes bf16 measures it "
+            "all the same, in several times the time",
+            file=sys.stderr,
+        )
+        dtypes = ["float32"]
     cases = tuple(
         Case(workloads.parse_workload(name), dtype, batch)
         for name in names
         for dtype in dict.fromkeys(dtypes or chosen.get(name, workloads.Variants()).dtypes)
         for batch in batches or chosen.get(name, workloads.Variants()).batches
     )
+    # Each measurement of memory is a process of its own; the dtype that people run is enough for the quick one.
+    lowest = "float32" if all(case.dtype == "float32" for case in cases) else "bfloat16"
     costly = options.full or bool(options.runtimes)
     return Plan(
         cases=cases,
         runtimes=tuple(parse_runtimes(options.runtimes)),
-        device=_device(options.device),
+        device=device,
         threads=threads,
         effort=EFFORTS[pace],
-        memory=lambda case: not options.quick or case.dtype != "float32",
+        memory=lambda case: not options.quick or case.dtype == lowest,
         costly=costly,
         ceiling_seconds=0.1 if options.quick else 0.25,
         # A model's packed weights and its activations need about as much again. What converted runtimes

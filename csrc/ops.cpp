@@ -106,12 +106,13 @@ Tensor pack_weight(Tensor weight) {
 
 Tensor unpack_weight(Tensor packed, int64_t rows, int64_t columns) {
   const DType dtype = dtype_of(packed, "unpack_weight", "packed");
-  require(rows > 0 && columns > 0 && packed.dim() == 1 && packed.is_contiguous() &&
-              beit3_fast::cpu::is_packed(packed.const_data_ptr(),
-                                         packed.numel() * static_cast<int64_t>(packed.element_size()),
-                                         dtype, rows, columns),
-          "unpack_weight: not a weight of shape [", rows, ", ", columns,
-          "] and this dtype packed by pack_weight of this build");
+  require(
+      rows > 0 && columns > 0 && packed.dim() == 1 && packed.is_contiguous() &&
+          beit3_fast::cpu::is_packed(packed.const_data_ptr(),
+                                     packed.numel() * static_cast<int64_t>(packed.element_size()),
+                                     dtype, rows, columns),
+      "unpack_weight: not a weight of shape [", rows, ", ", columns,
+      "] and this dtype packed by pack_weight of this build");
   const int64_t shape[] = {rows, columns};
   Tensor weight = torch::stable::new_empty(packed, {shape, 2});
   beit3_fast::cpu::unpack_weight(torch_pool(), dtype, packed.const_data_ptr(), rows, columns,
@@ -178,8 +179,9 @@ Tensor expert_linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> 
   require_matrix(x, op, "x");
   const std::size_t experts = weights.size();
   require(experts > 0, op, ": needs at least one weight");
-  require(packed.size() % experts == 0, op, ": packed must have the same number of parts for each of ",
-          experts, " weights, got ", packed.size(), " in all");
+  require(packed.size() % experts == 0, op,
+          ": packed must have the same number of parts for each of ", experts, " weights, got ",
+          packed.size(), " in all");
   require_list(biases, experts, "biases");
   require_list(norm_weights, experts, "norm_weights");
   require_list(norm_biases, experts, "norm_biases");
@@ -222,8 +224,8 @@ Tensor expert_linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> 
       const auto height = out_features / static_cast<int64_t>(parts);
       require(parts == 1 || (height * static_cast<int64_t>(parts) == out_features &&
                              height % beit3_fast::cpu::kPanel == 0),
-              op, ": ", out_features, " out-features in ", parts, " packed parts are no multiples of ",
-              beit3_fast::cpu::kPanel);
+              op, ": ", out_features, " out-features in ", parts,
+              " packed parts are no multiples of ", beit3_fast::cpu::kPanel);
       for (std::size_t i = e * parts; i < (e + 1) * parts; ++i) {
         const Tensor& p = packed[i];
         require_same_type(p, x, op, "every packed weight");
@@ -267,6 +269,31 @@ Tensor expert_linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> 
   call.activation = activation == "gelu" ? Activation::kGelu : Activation::kNone;
   beit3_fast::cpu::expert_linear(torch_pool(), call);
   return out;
+}
+
+int64_t product_loop(Tensor x, Tensor packed, int64_t repeats) {
+  constexpr const char* op = "product_loop";
+  ExpertLinear call;
+  call.dtype = dtype_of(x, op, "x");
+  require_matrix(x, op, "x");
+  require_same_type(packed, x, op, "packed");
+  require(repeats > 0 && x.size(0) > 0 && x.size(1) > 0, op, ": needs rows, columns and repeats");
+  call.in_features = x.size(1);
+  call.out_features = beit3_fast::cpu::kPanel;
+  require(
+      packed.dim() == 1 && packed.is_contiguous() &&
+          beit3_fast::cpu::is_packed(packed.const_data_ptr(),
+                                     packed.numel() * static_cast<int64_t>(packed.element_size()),
+                                     call.dtype, call.out_features, call.in_features),
+      op, ": packed must be a weight [", call.out_features, ", ", call.in_features,
+      "] packed by pack_weight of this build");
+  call.x = x.const_data_ptr();
+  call.x_stride = x.stride(0);
+  Expert expert;
+  expert.packed.push_back(packed.const_data_ptr());
+  expert.end = x.size(0);
+  call.experts.push_back(expert);
+  return beit3_fast::cpu::product_loop(torch_pool(), call, repeats);
 }
 
 // [B + 1] offsets that start at 0 and never decrease.
@@ -389,6 +416,7 @@ STABLE_TORCH_LIBRARY(beit3_fast, m) {
   m.def("cpu_isa() -> str");
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("unpack_weight(Tensor packed, int out_features, int in_features) -> Tensor");
+  m.def("product_loop(Tensor x, Tensor packed, int repeats) -> int");
   m.def(
       "expert_linear(Tensor x, Tensor[] weights, Tensor[] packed, Tensor[] biases, "
       "Tensor[] norm_weights, Tensor[] norm_biases, Tensor? residual, Tensor? rows, int[] bounds, "
@@ -402,6 +430,7 @@ STABLE_TORCH_LIBRARY(beit3_fast, m) {
 STABLE_TORCH_LIBRARY_IMPL(beit3_fast, CPU, m) {
   m.impl("pack_weight", TORCH_BOX(&pack_weight));
   m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
+  m.impl("product_loop", TORCH_BOX(&product_loop));
   m.impl("expert_linear", TORCH_BOX(&expert_linear));
   m.impl("shared_attention", TORCH_BOX(&shared_attention));
 }

@@ -61,14 +61,16 @@ py::object build_info() {
   return py::module_::import("json").attr("loads")(stamp.substr(stamp.find('{')));
 }
 
-// One fp32 or bf16 (as uint16) weight in the layout that the CPU kernels read: the bytes that the op of the same name makes.
+// One fp32 or bf16 (as uint16) weight in the layout that the CPU kernels read: the bytes that the
+// op of the same name makes.
 py::array pack_weight(const py::array& weight) {
   namespace cpu = beit3_fast::cpu;
   const bool is_float32 = py::isinstance<py::array_t<float>>(weight);
   const bool is_known = is_float32 || py::isinstance<py::array_t<uint16_t>>(weight);
   if (!is_known || weight.ndim() != 2 || weight.size() == 0) {
     throw py::value_error(
-        "pack_weight: expected an array [out, in] of float32, or of uint16 for bfloat16, not empty; got shape " +
+        "pack_weight: expected an array [out, in] of float32, or of uint16 for bfloat16, not "
+        "empty; got shape " +
         py::str(weight.attr("shape")).cast<std::string>() + " of " +
         py::str(weight.dtype()).cast<std::string>());
   }
@@ -81,7 +83,8 @@ py::array pack_weight(const py::array& weight) {
   const void* const from = rows.data();
   {
     py::gil_scoped_release released;
-    cpu::pack_weight(cpu::Pool{1, nullptr}, dtype, from, in_features, out_features, in_features, to);
+    cpu::pack_weight(cpu::Pool{1, nullptr}, dtype, from, in_features, out_features, in_features,
+                     to);
   }
   return packed;
 }
@@ -91,11 +94,14 @@ py::array pack_weight(const py::array& weight) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU features, build information and weight packing";
   m.def("cpu_features", &cpu_features,
-        "Instruction sets that processor and system offer, by their name in /proc/cpuinfo: dict[str, bool].");
-  m.def("cpu_isa", [] { return beit3_fast::cpu::isa_name(beit3_fast::cpu::isa()); },
-        "The level that the CPU kernels run on here: portable, avx2, avx512 or avx512_bf16.");
+        "Instruction sets that processor and system offer, by their name in /proc/cpuinfo: "
+        "dict[str, bool].");
+  m.def(
+      "cpu_isa", [] { return beit3_fast::cpu::isa_name(beit3_fast::cpu::isa()); },
+      "The level that the CPU kernels run on here: portable, avx2, avx512 or avx512_bf16.");
   m.def("pack_weight", &pack_weight, py::arg("weight"),
-        "A weight [out, in] of float32, or of uint16 that holds bfloat16, in the layout of the CPU kernels:\n"
+        "A weight [out, in] of float32, or of uint16 that holds bfloat16, in the layout of the CPU "
+        "kernels:\n"
         "one dimension, the same dtype. Raises ValueError for other arrays.");
   m.def("build_info", &build_info, "What this was built from and for: dict[str, str].");
 }

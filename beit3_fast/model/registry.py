@@ -131,10 +131,11 @@ def create_model(
         preset = load_checkpoint(model, checkpoint).preset
     model.name = name
     model.preset = preset or (task.preset if task else "square")
-    return _for_inference(model) if inference_only else model.eval()
+    return for_inference(model) if inference_only else model.eval()
 
 
-def _for_inference(model: Any) -> Any:
+def for_inference(model: Any) -> Any:
+    """What ``inference_only=True`` makes of a model, in place."""
     model.eval().requires_grad_(False)
     if next(model.parameters()).device.type != "cpu":
         return model

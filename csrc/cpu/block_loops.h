@@ -23,6 +23,7 @@ constexpr Kernels make_kernels(const char* isa) {
           linear_block<Arch>,
           attention_scratch<Arch>,
           attention_block<Arch>,
+          product_loop<Arch>,
           pack_panel<Arch>};
 }
 

@@ -1,6 +1,7 @@
 #include "expert_linear.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "isa.h"
@@ -128,6 +129,25 @@ void expert_linear(const Pool& pool, const ExpertLinear& op) {
     const LinearBlock& task = tasks[static_cast<std::size_t>(i)];
     level.linear_block(task, scratch.at_least(level.linear_scratch(task)));
   });
+}
+
+int64_t product_loop(const Pool& pool, const ExpertLinear& op, int64_t repeats) {
+  const Kernels& level = kernels(op.dtype);
+  const uint32_t* const panels = panels_of(op.experts[0].packed[0]);
+  LinearBlock block{};
+  block.x = op.x;
+  block.x_stride = op.x_stride;
+  block.count = op.experts[0].end;
+  block.in_features = op.in_features;
+  block.out_features = op.out_features;
+  block.parts = &panels;
+  block.part_panels = block.panel_end = panel_count(op.out_features);
+  std::atomic<int64_t> rows{0};
+  share(pool, pool.threads, [&](int64_t) {
+    Scratch scratch;
+    rows += level.product_loop(block, repeats, scratch.at_least(level.linear_scratch(block)));
+  });
+  return rows * repeats * 2 * op.in_features * kPanel;
 }
 
 }  // namespace beit3_fast::cpu

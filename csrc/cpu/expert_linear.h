@@ -45,4 +45,8 @@ struct ExpertLinear {
 // Arguments are trusted: the binding layer has checked shapes and ranges.
 void expert_linear(const Pool& pool, const ExpertLinear& op);
 
+// Runs only the innermost loop of the products, `repeats` times on every thread, for the rows of
+// one expert without norm (x, its packed weight): a ceiling. Returns floating-point operations.
+int64_t product_loop(const Pool& pool, const ExpertLinear& op, int64_t repeats);
+
 }  // namespace beit3_fast::cpu

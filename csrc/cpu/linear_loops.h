@@ -124,4 +124,22 @@ void linear_block(const LinearBlock& block, void* scratch) {
   }
 }
 
+template <class Arch>
+int64_t product_loop(const LinearBlock& block, int64_t repeats, void* scratch) {
+  using T = typename Arch::T;
+  Carver carver(scratch);
+  uint32_t* a;
+  float* c;
+  carve_linear<Arch>(block, carver, &a, &c);
+  const int64_t rows = min_of(block.count, Arch::kTileRows);
+  const auto row = [&](int64_t r) { return static_cast<const T*>(block.x) + r * block.x_stride; };
+  pack_tile<Arch>(row, rows, block.in_features, nullptr, nullptr, 0.0f, a);
+  const int64_t units = ceil_div(block.in_features, Arch::kPerUnit);
+  typename Arch::State state;
+  for (int64_t i = 0; i < repeats; ++i) {
+    Arch::product(state, rows, 2, a, block.parts[0], 0, units, c, kPanel, false);
+  }
+  return rows;
+}
+
 }  // namespace

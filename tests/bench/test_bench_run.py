@@ -258,7 +258,10 @@ def test_comparison_with_an_earlier_run(tmp_path: Path, capsys: pytest.CaptureFi
     assert "## Compared with an earlier run" in (out / "report.md").read_text()
 
 
-def test_quick_is_base_models_and_measures_memory_in_bfloat16_only() -> None:
+def test_quick_is_base_models_and_measures_memory_in_bfloat16_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run, "multiplies_bfloat16", lambda device: True)
     options = run._parser().parse_args(["--quick"])
     plan = run._plan(options)
     names = {case.workload.name for case in plan.cases}
@@ -302,3 +305,19 @@ def test_a_missing_output_is_not_in_parity(monkeypatch: pytest.MonkeyPatch) -> N
     verdict: Parity = check_parity(case, [OURS], get, CPU)[OURS]
     assert not verdict.passed
     assert "fc_norm.weight" in verdict.reason
+
+
+def test_a_cpu_without_bfloat16_products_is_measured_in_float32(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dtypes(*arguments: str) -> set[str]:
+        return {case.dtype for case in run._plan(run._parser().parse_args(arguments)).cases}
+
+    monkeypatch.setattr(run, "multiplies_bfloat16", lambda device: True)
+    assert dtypes("--quick") == {"bfloat16", "float32"}
+    monkeypatch.setattr(run, "multiplies_bfloat16", lambda device: False)
+    assert dtypes("--quick") == {"float32"}
+    plan = run._plan(run._parser().parse_args(["--quick"]))
+    assert all(plan.memory(case) for case in plan.cases)
+    assert "--dtypes bf16 measures it" in capsys.readouterr().err
+    assert dtypes("--quick", "--dtypes", "bf16") == {"bfloat16"}
