@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from bench.conversion import Converted, Engine, TensorModel, load_torchscale, use_sdpa
-from bench.environment import cpu_flags
 from bench.inputs import PAD
 from bench.runtime import INT8_BOUND, Obstacle, Runtime, Weights, converted, int8_parity, missing
 from bench.tasks import TASKS, Inputs
@@ -84,15 +83,7 @@ class OpenVINO(Converted):
             nncf.Dataset(arrays),
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(arrays),
-            advanced_parameters=nncf.AdvancedQuantizationParameters(
-                overflow_fix=None if _has_vnni() else nncf.OverflowFix.ENABLE
-            ),
         )
-
-
-def _has_vnni() -> bool:
-    """Without it, sums of two 8-bit products saturate at 16 bits, and NNCF takes 7 bits for the weights."""
-    return bool(cpu_flags() & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
 
 
 def fit(sample: Inputs, like: Mapping[str, Tensor]) -> list[Tensor]:

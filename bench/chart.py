@@ -33,7 +33,10 @@ def draw(report: dict[str, Any], path: Path) -> bool:
     memory = any(row["peak_memory_mib"] is not None for row in timed)
 
     thickness = 0.8 / len(runtimes)
-    height = 2.0 + 0.3 * len(cases) * max(len(runtimes), 1.6)
+    # Beside the title there is room for three names.
+    columns = len(runtimes) if len(runtimes) < 4 else 6 if memory else 4
+    legend = 0.0 if len(runtimes) < 4 else 0.28 * -(-len(runtimes) // columns)
+    height = 2.0 + legend + 0.3 * len(cases) * max(len(runtimes), 1.6)
     figure, axes = pyplot.subplots(
         1,
         2 if memory else 1,
@@ -74,16 +77,18 @@ def draw(report: dict[str, Any], path: Path) -> bool:
     figure.legend(
         handles,
         runtimes,
-        loc="upper right",
-        ncols=len(runtimes),
+        loc="upper left" if legend else "upper right",
+        ncols=columns,
         frameon=False,
-        bbox_to_anchor=(0.99, 1.0 - 0.12 / height),
+        bbox_to_anchor=(0.0, 1.0 - 0.46 / height) if legend else (0.99, 1.0 - 0.12 / height),
     )
     figure.text(
         0.012, 1 - 0.38 / height, "BEiT-3 inference", fontsize=15, weight="bold", color=_INK
     )
-    figure.text(0.012, 0.16 / height, _footer(report), fontsize=8.5, color=_FAINT)
-    figure.tight_layout(rect=(0, 0.38 / height, 1, 1 - 0.55 / height), w_pad=2.5)
+    lines = _footer(report, 1 if memory else 2)
+    figure.text(0.012, 0.16 / height, lines, fontsize=8.5, color=_FAINT)
+    below, above = (0.38 if memory else 0.55) / height, (0.55 + legend) / height
+    figure.tight_layout(rect=(0, below, 1, 1 - above), w_pad=2.5)
     figure.savefig(path, dpi=144, facecolor="white")
     pyplot.close(figure)
     return True
@@ -148,14 +153,15 @@ def _finish(axis: Any, title: str) -> None:
     axis.spines["bottom"].set_color("#d5d9dc")
 
 
-def _footer(report: dict[str, Any]) -> str:
+def _footer(report: dict[str, Any], lines: int) -> str:
     environment = report["environment"]
     whole = all(row["parity"]["passed"] for row in report["results"])
     parity = "every bar in parity" if whole else "bars with an error are not in parity"
     return (
         f"{environment.get('gpu') or environment.get('cpu')}, {environment.get('threads')} threads, "
-        f"torch {environment.get('torch')}, torchscale {environment.get('torchscale')} eager; "
-        f"medians of interleaved rounds, {parity}; {str(environment.get('date'))[:10]}, "
+        f"torch {environment.get('torch')}, torchscale {environment.get('torchscale')} eager;"
+        + (" " if lines == 1 else "\n")
+        + f"medians of interleaved rounds, {parity}; {str(environment.get('date'))[:10]}, "
         f"commit {environment.get('git')}"
     )
 

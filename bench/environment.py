@@ -30,7 +30,8 @@ _PACKAGES = ("torchscale", "timm", "numpy", "triton", "openvino", "nncf", "onnxr
 
 def environment(threads: int, device: torch.device) -> dict[str, object]:
     """The JSON contract's "environment"."""
-    info, flags = _cpuinfo(), cpu_flags()
+    info = _cpuinfo()
+    flags = set((info.get("flags") or info.get("Features") or "").split())
     described: dict[str, object] = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "git": git_commit(),
@@ -100,12 +101,6 @@ def physical_cores() -> int:
         except OSError:
             return len(allowed)
     return len(cores)
-
-
-def cpu_flags() -> set[str]:
-    """The CPU's features by the kernel's names, empty where the kernel does not say."""
-    info = _cpuinfo()
-    return set((info.get("flags") or info.get("Features") or "").split())
 
 
 def _cpuinfo() -> dict[str, str]:

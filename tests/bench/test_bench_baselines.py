@@ -171,9 +171,8 @@ def test_openvino_gets_fixed_shapes_and_the_threads_of_the_run(openvino: FakeOpe
     assert openvino.asked[-1][1]["INFERENCE_PRECISION_HINT"] == "bf16"
 
 
-@pytest.mark.parametrize("vnni", [True, False])
 def test_int8_is_calibrated_on_photographs_of_the_same_shapes(
-    openvino: FakeOpenVINO, monkeypatch: pytest.MonkeyPatch, vnni: bool
+    openvino: FakeOpenVINO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nncf = ModuleType("nncf")
     asked: dict[str, Any] = {}
@@ -184,19 +183,14 @@ def test_int8_is_calibrated_on_photographs_of_the_same_shapes(
 
     monkeypatch.setitem(nncf.__dict__, "Dataset", list)
     monkeypatch.setitem(nncf.__dict__, "ModelType", SimpleNamespace(TRANSFORMER="transformer"))
-    monkeypatch.setitem(nncf.__dict__, "OverflowFix", SimpleNamespace(ENABLE="enable"))
-    monkeypatch.setitem(nncf.__dict__, "AdvancedQuantizationParameters", dict)
     monkeypatch.setitem(nncf.__dict__, "quantize", quantize)
     monkeypatch.setitem(sys.modules, "nncf", nncf)
-    flags = {"avx2", "avx512_vnni"} if vnni else {"avx2"}
-    monkeypatch.setattr(baselines_openvino, "cpu_flags", lambda: flags)
     # The backbone of one task is used for the other.
     model = get("openvino-int8", parse_workload("image/tiny/32"), "float32")
     workload = parse_workload("pair/tiny/32")
     inputs = workload.inputs(8)
     step(model, workload, inputs)
     assert asked["model_type"] == "transformer"
-    assert asked["advanced_parameters"] == {"overflow_fix": None if vnni else "enable"}
     samples = asked["samples"]
     assert sum(len(sample[0]) for sample in samples) == baselines_openvino.CALIBRATION_SAMPLES
     for sample in samples:
