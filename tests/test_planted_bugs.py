@@ -39,14 +39,14 @@ def test_every_bug_names_tests_that_may_be_there() -> None:
         for test in bug.tests:
             file, _, name = test.partition("::")
             assert (ROOT / file).exists(), f"{bug.name}: {file}"
-            last = name.rpartition("::")[2]
+            last = name.partition("[")[0].rpartition("::")[2]
             text = (ROOT / file).read_text() if name else ""
             assert not name or f"def {last}(" in text or f"class {last}" in text, test
 
 
 def test_selections_are_joined_without_repeats() -> None:
-    selections = [("a.py::one", "b.py"), ("a.py::two", "b.py::three"), ("a.py::one",)]
-    assert union(selections) == ["a.py::one", "b.py", "a.py::two"]
+    selections = [("a.py::one", "b.py"), ("a.py::two[x]", "b.py::three"), ("a.py::one[y]",)]
+    assert union(selections) == ["a.py::one", "b.py", "a.py::two[x]"]
 
 
 def test_the_list_and_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import beit3_fast
+from beit3_fast.data import ImagePreset
 from beit3_fast.model import BEiT3, create_model
 
 NAMES = {
@@ -100,6 +101,8 @@ def test_the_official_signatures() -> None:
 def test_a_checkpoint_carries_the_whole_model(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = create_model("beit3_tiny_patch16_32_vqav2", num_classes=5)
+    assert model.preset == "square"
+    model.preset = "imagenet"
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     image, words = torch.randn(2, 3, 32, 32), torch.randint(0, 100, (2, 4))
@@ -111,6 +114,8 @@ def test_a_checkpoint_carries_the_whole_model(tmp_path: Path) -> None:
         assert all(
             torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items()
         )
+        assert again.preset == "imagenet"
+        assert beit3_fast.Processor.for_model(again).preset == ImagePreset.get("imagenet")
         other = create_model("beit3_tiny_patch16_32_vqav2", num_classes=5)
         beit3_fast.load_checkpoint(other, path)
         with torch.no_grad():

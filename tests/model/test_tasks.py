@@ -193,14 +193,14 @@ def test_decoding_step_by_step_is_decoding_at_once(impl: str) -> None:
 @torch.no_grad()
 def test_the_first_decoding_step_is_the_plain_forward() -> None:
     model = task_model("captioning")
-    picture, words = images(2), texts(2, 5)
+    picture, words = images(3), texts(3, 4)
     plain, _ = model(picture, words, None, None)
     state: dict[int, dict[str, Tensor]] = {}
-    first, returned = model(picture, words, None, None, 5, state)
+    first, returned = model(picture, words, None, None, 4, state)
     near(first, plain)
     assert returned is state
-    chosen = torch.tensor([[0, 1, 0, 0, 1], [1, 0, 0, 0, 0]])
-    near(model(picture, words, None, chosen, 5, {})[0], plain[chosen.bool()])
+    chosen = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 1, 0]])
+    near(model(picture, words, None, chosen, 4, {})[0], plain[chosen.bool()])
 
 
 @torch.no_grad()

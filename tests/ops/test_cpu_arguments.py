@@ -122,11 +122,3 @@ def test_the_product_loop_counts_its_operations_and_checks_its_operands() -> Non
         OPS.product_loop(x, OPS.pack_weight(weight[:, :47]), 1)
     with pytest.raises(RuntimeError, match="needs rows"):
         OPS.product_loop(x, packed, 0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_of_a_weight_may_lie_apart(dtype: torch.dtype) -> None:
-    weight = torch.randn(40, 70).to(dtype)[:, 3:61]
-    packed = OPS.pack_weight(weight)
-    assert torch.equal(packed, OPS.pack_weight(weight.contiguous()))
-    assert torch.equal(OPS.unpack_weight(packed, 40, 58), weight)

@@ -139,6 +139,16 @@ def test_a_bad_row_spoils_no_other() -> None:
         assert torch.equal(case.run(), clean)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_weight_may_lie_apart(dtype: str) -> None:
+    case = Linear(DTYPES[dtype], (6, 40, 70), experts=2)
+    wanted = case.run()
+    wide = [torch.full((70, 47), math.nan, dtype=DTYPES[dtype]) for _ in case.weights]
+    apart = [own[:, 3:43].copy_(weight) for own, weight in zip(wide, case.weights, strict=True)]
+    assert torch.equal(case.run(weights=apart, packed=[]), wanted)
+    assert torch.equal(case.run(packed=[OPS.pack_weight(weight) for weight in apart]), wanted)
+
+
 def test_parameters_of_an_earlier_call_are_not_read() -> None:
     for dtype in DTYPES.values():
         wide, narrow = Linear(dtype, (4, 130, 100)), Linear(dtype, (4, 33, 17))
