@@ -319,5 +319,6 @@ def test_a_cpu_without_bfloat16_products_is_measured_in_float32(
     assert dtypes("--quick") == {"float32"}
     plan = run._plan(run._parser().parse_args(["--quick"]))
     assert all(plan.memory(case) for case in plan.cases)
+    assert {case.workload.name for case in plan.cases} == {"image/base/224", "pair/base/224"}
     assert "--dtypes bf16 measures it" in capsys.readouterr().err
     assert dtypes("--quick", "--dtypes", "bf16") == {"bfloat16"}
