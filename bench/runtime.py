@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -73,7 +74,7 @@ def int8_parity(
     figures = model_parity(found, reference, baseline, gradient=gradient)
     if figures.rel_rms <= INT8_BOUND:
         return replace(figures, passed=True, reason="")
-    if figures.rel_rms != figures.rel_rms:
+    if math.isnan(figures.rel_rms):
         return figures
     reason = f"relative rms error {figures.rel_rms:.3e} is over {INT8_BOUND}, the rule for int8"
     return replace(figures, passed=False, reason=reason)

@@ -59,7 +59,6 @@ def convert_checkpoint(
                 f"{source}: is for {old[0]}x{old[1]} patches and the named model for {new[0]}x{new[1]}; "
                 "name the model of the file's own image size"
             )
-    metadata = {k: v for k, v in checkpoint.metadata.items() if k not in ("format", *DIGESTS)}
     if preset is None and checkpoint.preset is None:
         preset = getattr(model, "preset", None)
     save_checkpoint(
@@ -68,7 +67,7 @@ def convert_checkpoint(
         name=getattr(model, "name", None),
         config=getattr(model, "config", None),
         preset=preset,
-        metadata=metadata,
+        metadata={k: v for k, v in checkpoint.metadata.items() if k not in ("format", *DIGESTS)},
     )
     written = read_checkpoint(target)
     if not _equal(checkpoint.state, written.state):

@@ -257,7 +257,7 @@ class EncoderForward:
             )
         if call.attn_mask is None:
             return
-        past = call.incremental_state[0].get("prev_key")
+        past = state[0].get("prev_key")
         keys = tokens + (0 if past is None else past.shape[2])
         if tuple(call.attn_mask.shape) != (tokens, keys):
             shape = list(call.attn_mask.shape)

@@ -8,6 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "packed_weight.h"
+#include "parallel.h"
+
 #if defined(__linux__) && defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -90,17 +93,16 @@ std::vector<float> product(const Kernels& level, const Kernels& packer) {
     return out;
   };
   const auto x = numbers(rows * depth), weight = numbers(columns * depth);
-  constexpr int64_t panels = (columns + kPanel - 1) / kPanel;
-  constexpr int64_t words = (depth + 2 * kChunk - 1) / (2 * kChunk) * kChunk * kPanel;
-  std::vector<uint32_t> packed(static_cast<std::size_t>(panels * words + 16));
-  const auto past = reinterpret_cast<uintptr_t>(packed.data()) % 64;
-  uint32_t* const aligned = packed.data() + (past == 0 ? 0 : (64 - past) / 4);
+  const int64_t panels = panel_count(columns);
+  const int64_t words = panel_words(DType::kBFloat16, depth);
+  Scratch packed, scratch;
+  auto* const b = static_cast<uint32_t*>(packed.at_least(panels * words * 4));
   for (int64_t panel = 0; panel < panels; ++panel) {
     const int64_t first = panel * kPanel;
     const int64_t count = columns - first < kPanel ? columns - first : kPanel;
     const void* from[kPanel];
     for (int64_t j = 0; j < count; ++j) from[j] = weight.data() + (first + j) * depth;
-    packer.pack_panel(from, count, depth, aligned + panel * words);
+    packer.pack_panel(from, count, depth, b + panel * words);
   }
   std::vector<uint16_t> y(static_cast<std::size_t>(rows * columns));
   LinearBlock block{};
@@ -111,13 +113,11 @@ std::vector<float> product(const Kernels& level, const Kernels& packer) {
   block.count = rows;
   block.in_features = depth;
   block.out_features = columns;
-  const uint32_t* const parts[] = {aligned};
+  const uint32_t* const parts[] = {b};
   block.parts = parts;
   block.part_panels = panels;
   block.panel_end = panels;
-  std::vector<char> scratch(static_cast<std::size_t>(level.linear_scratch(block) + 64));
-  const auto at = reinterpret_cast<uintptr_t>(scratch.data());
-  level.linear_block(block, scratch.data() + (64 - at % 64) % 64);
+  level.linear_block(block, scratch.at_least(level.linear_scratch(block)));
   std::vector<float> out;
   for (const uint16_t bits : y) {
     const uint32_t wide = static_cast<uint32_t>(bits) << 16;
@@ -128,7 +128,7 @@ std::vector<float> product(const Kernels& level, const Kernels& packer) {
   return out;
 }
 
-// Whether tile products on this processor are what the portable ones are: half a millisecond, once,
+// Whether tile products on this processor are what the portable ones are. Tried once a process,
 // since these kernels were developed on machines without the unit.
 bool amx_agrees() {
   const Kernels& portable = *portable_kernels(DType::kBFloat16);
