@@ -150,9 +150,10 @@ def _packed(weight: Tensor) -> Tensor:
 def _packed_whole(parts: tuple[Tensor, ...]) -> Tensor:
     if len(parts) == 1:
         return _packed(parts[0])
-    plain = [_stack(part) for part in parts]
     return derived(
-        "packed whole", parts, lambda: torch.ops.beit3_fast.pack_weight(torch.cat(plain))
+        "packed whole",
+        [part.packed if isinstance(part, PackedWeight) else part for part in parts],
+        lambda: torch.ops.beit3_fast.pack_weight(torch.cat([_stack(part) for part in parts])),
     )
 
 

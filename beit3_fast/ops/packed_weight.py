@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_map
 
 from beit3_fast.errors import ConfigError
 from beit3_fast.ops import library
+from beit3_fast.ops.dispatch import rows_in_memory
 
 
 class PackedWeight(Tensor):
@@ -85,6 +87,7 @@ class PackedWeight(Tensor):
             source = args[1].unpack() if isinstance(args[1], PackedWeight) else args[1]
             plain = source.to(first.dtype).expand(first.shape)
             first.packed.copy_(pack(plain).packed)
+            increment_version(first.packed)  # PyTorch does not count changes made within a dispatch
             return first
         if func._schema.is_mutable and isinstance(first, PackedWeight):
             raise ConfigError(
@@ -101,11 +104,8 @@ class PackedWeight(Tensor):
 def pack(weight: Tensor) -> Any:
     """A weight [O, I], fp32 or bf16, as the parameter of an inference model."""
     library.load()
-    plain = weight.detach()
-    plain = plain if plain.stride(-1) == 1 else plain.contiguous()
-    return _parameter(
-        PackedWeight(torch.ops.beit3_fast.pack_weight(plain), (weight.shape[0], weight.shape[1]))
-    )
+    packed = torch.ops.beit3_fast.pack_weight(rows_in_memory(weight.detach()))
+    return _parameter(PackedWeight(packed, (weight.shape[0], weight.shape[1])))
 
 
 def _parameter(weight: PackedWeight) -> Any:

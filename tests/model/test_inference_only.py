@@ -114,6 +114,18 @@ def test_a_copy_is_independent() -> None:
     assert not torch.equal(scores(other), before)
 
 
+def test_new_weights_are_seen_where_panels_are_not_whole() -> None:
+    """At a width of 48 query, key and value are packed together, from parts that are packed already."""
+    options = {"embed_dim": 48, "num_heads": 4, "ffn_dim": 100}
+    plain, packed = pair("float32", **options)
+    assert torch.equal(scores(packed), scores(plain))
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    packed.load_state_dict(plain.state_dict())
+    assert torch.equal(scores(packed), scores(plain))
+
+
 def test_training_and_changes_in_place_are_refused() -> None:
     _, packed = pair("float32")
     assert not any(p.requires_grad for p in packed.parameters())
