@@ -98,8 +98,6 @@ def _cpu_slower(at: Situation) -> str | None:
     if level == "portable":
         return "has only its portable path on this CPU (no AVX2)"
     if at.op == "expert_linear":
-        if at.dtype is torch.float32 and level == "avx2":
-            return "reaches nine tenths of MKL's fp32 product on AVX2"
         amx = library.cpu_features().get("amx_bf16")
         if at.dtype is torch.bfloat16 and amx and level != "amx_bf16":
             return f"is held at {level}, and oneDNN uses AMX"
