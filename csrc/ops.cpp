@@ -104,8 +104,27 @@ Tensor pack_weight(Tensor weight) {
   return packed;
 }
 
+Tensor quantize_weight(Tensor weight) {
+  const DType dtype = dtype_of(weight, "quantize_weight", "weight");
+  require_matrix(weight, "quantize_weight", "weight");
+  const int64_t rows = weight.size(0), columns = weight.size(1);
+  require(rows > 0 && columns > 0, "quantize_weight: weight must not be empty, got shape ",
+          shape_of(weight));
+  const int64_t shape[] = {beit3_fast::cpu::packed_bytes(DType::kInt8, rows, columns)};
+  Tensor packed = torch::stable::new_empty(weight, {shape, 1}, ScalarType::Char);
+  beit3_fast::cpu::quantize_weight(torch_pool(), dtype, weight.const_data_ptr(), weight.stride(0),
+                                   rows, columns, packed.mutable_data_ptr());
+  return packed;
+}
+
+// The form of a packed weight, by the type of its tensor.
+DType form_of(const Tensor& packed, const char* op) {
+  if (packed.is_cpu() && packed.scalar_type() == ScalarType::Char) return DType::kInt8;
+  return dtype_of(packed, op, "packed");
+}
+
 Tensor unpack_weight(Tensor packed, int64_t rows, int64_t columns) {
-  const DType dtype = dtype_of(packed, "unpack_weight", "packed");
+  const DType dtype = form_of(packed, "unpack_weight");
   require(
       rows > 0 && columns > 0 && packed.dim() == 1 && packed.is_contiguous() &&
           beit3_fast::cpu::is_packed(packed.const_data_ptr(),
@@ -114,7 +133,8 @@ Tensor unpack_weight(Tensor packed, int64_t rows, int64_t columns) {
       "unpack_weight: not a weight of shape [", rows, ", ", columns,
       "] and this dtype packed by pack_weight of this build");
   const int64_t shape[] = {rows, columns};
-  Tensor weight = torch::stable::new_empty(packed, {shape, 2});
+  Tensor weight = torch::stable::new_empty(
+      packed, {shape, 2}, dtype == DType::kInt8 ? ScalarType::Float : packed.scalar_type());
   beit3_fast::cpu::unpack_weight(torch_pool(), dtype, packed.const_data_ptr(), rows, columns,
                                  weight.mutable_data_ptr());
   return weight;
@@ -182,6 +202,8 @@ Tensor expert_linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> 
   require(packed.size() % experts == 0, op,
           ": packed must have the same number of parts for each of ", experts, " weights, got ",
           packed.size(), " in all");
+  const DType form = packed.empty() ? call.dtype : form_of(packed[0], op);
+  call.int8 = form == DType::kInt8;
   require_list(biases, experts, "biases");
   require_list(norm_weights, experts, "norm_weights");
   require_list(norm_biases, experts, "norm_biases");
@@ -228,11 +250,13 @@ Tensor expert_linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> 
               " packed parts are no multiples of ", beit3_fast::cpu::kPanel);
       for (std::size_t i = e * parts; i < (e + 1) * parts; ++i) {
         const Tensor& p = packed[i];
-        require_same_type(p, x, op, "every packed weight");
+        require(
+            p.is_cpu() && (form == DType::kInt8 || form == call.dtype) && form_of(p, op) == form,
+            op, ": every packed weight must be of the dtype of x, or all of int8");
         require(p.dim() == 1 && p.is_contiguous() &&
                     beit3_fast::cpu::is_packed(p.const_data_ptr(),
                                                p.numel() * static_cast<int64_t>(p.element_size()),
-                                               call.dtype, height, in_features),
+                                               form, height, in_features),
                 op, ": packed[", i, "] is not a weight of shape [", height, ", ", in_features,
                 "] and this dtype packed by pack_weight of this build");
         expert.packed.push_back(p.const_data_ptr());
@@ -276,7 +300,10 @@ int64_t product_loop(Tensor x, Tensor packed, int64_t repeats) {
   ExpertLinear call;
   call.dtype = dtype_of(x, op, "x");
   require_matrix(x, op, "x");
-  require_same_type(packed, x, op, "packed");
+  const DType form = form_of(packed, op);
+  call.int8 = form == DType::kInt8;
+  require(form == DType::kInt8 || form == call.dtype, op,
+          ": packed must be of the dtype of x or int8");
   require(repeats > 0 && x.size(0) > 0 && x.size(1) > 0, op, ": needs rows, columns and repeats");
   call.in_features = x.size(1);
   call.out_features = beit3_fast::cpu::kPanel;
@@ -284,7 +311,7 @@ int64_t product_loop(Tensor x, Tensor packed, int64_t repeats) {
       packed.dim() == 1 && packed.is_contiguous() &&
           beit3_fast::cpu::is_packed(packed.const_data_ptr(),
                                      packed.numel() * static_cast<int64_t>(packed.element_size()),
-                                     call.dtype, call.out_features, call.in_features),
+                                     form, call.out_features, call.in_features),
       op, ": packed must be a weight [", call.out_features, ", ", call.in_features,
       "] packed by pack_weight of this build");
   call.x = x.const_data_ptr();
@@ -415,6 +442,7 @@ std::string cpu_isa() { return beit3_fast::cpu::isa_name(beit3_fast::cpu::isa())
 STABLE_TORCH_LIBRARY(beit3_fast, m) {
   m.def("cpu_isa() -> str");
   m.def("pack_weight(Tensor weight) -> Tensor");
+  m.def("quantize_weight(Tensor weight) -> Tensor");
   m.def("unpack_weight(Tensor packed, int out_features, int in_features) -> Tensor");
   m.def("product_loop(Tensor x, Tensor packed, int repeats) -> int");
   m.def(
@@ -429,6 +457,7 @@ STABLE_TORCH_LIBRARY(beit3_fast, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(beit3_fast, CPU, m) {
   m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
   m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
   m.impl("product_loop", TORCH_BOX(&product_loop));
   m.impl("expert_linear", TORCH_BOX(&expert_linear));

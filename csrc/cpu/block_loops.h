@@ -27,4 +27,10 @@ constexpr Kernels make_kernels(const char* isa) {
           pack_panel<Arch>};
 }
 
+template <class Arch>
+constexpr Kernels make_int8_kernels(const char* isa) {
+  return {isa,    linear_scratch<Arch>, linear_block<Arch>, nullptr, nullptr, product_loop<Arch>,
+          nullptr};
+}
+
 }  // namespace

@@ -66,8 +66,8 @@ void plan(const Pool& pool, const ExpertLinear& op, const std::vector<LinearBloc
 void expert_linear(const Pool& pool, const ExpertLinear& op) {
   thread_local Scratch parameters;
   thread_local Scratch packed;
-  const Kernels& level = kernels(op.dtype);
-  const int64_t in_padded = ceil_div(op.in_features, 32) * 32;
+  const Kernels& level = op.int8 ? int8_kernels(op.dtype) : kernels(op.dtype);
+  const int64_t in_padded = ceil_div(op.in_features, 64) * 64;
   const int64_t out_padded = panel_count(op.out_features) * kPanel;
   const auto count = static_cast<int64_t>(op.experts.size());
   auto* at = static_cast<float*>(parameters.at_least(count * (out_padded + 2 * in_padded) *
@@ -132,7 +132,7 @@ void expert_linear(const Pool& pool, const ExpertLinear& op) {
 }
 
 int64_t product_loop(const Pool& pool, const ExpertLinear& op, int64_t repeats) {
-  const Kernels& level = kernels(op.dtype);
+  const Kernels& level = op.int8 ? int8_kernels(op.dtype) : kernels(op.dtype);
   const uint32_t* const panels = panels_of(op.experts[0].packed[0]);
   LinearBlock block{};
   block.x = op.x;

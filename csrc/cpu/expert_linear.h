@@ -28,6 +28,7 @@ struct Expert {
 
 struct ExpertLinear {
   DType dtype = DType::kFloat32;
+  bool int8 = false;  // whether the packed weights are int8
   const void* x = nullptr;
   int64_t x_stride = 0;
   const void* residual = nullptr;

@@ -25,27 +25,31 @@ struct Level {
   Isa isa;
   const char* name;
   const Kernels* (*kernels)(DType);
+  const Kernels* (*int8_kernels)(DType);
 };
+const Kernels* none(DType) { return nullptr; }
 constexpr Level kLevels[] = {
-    {Isa::kPortable, "portable", portable_kernels},
-    {Isa::kAvx2, "avx2", avx2_kernels},
-    {Isa::kAvx512, "avx512", avx512_kernels},
-    {Isa::kAvx512Bf16, "avx512_bf16", avx512bf16_kernels},
-    {Isa::kAmxBf16, "amx_bf16", amx_kernels},
+    {Isa::kPortable, "portable", portable_kernels, portable_int8_kernels},
+    {Isa::kAvx2, "avx2", avx2_kernels, avx2_int8_kernels},
+    {Isa::kAvx512, "avx512", avx512_kernels, avx512_int8_kernels},
+    {Isa::kAvx512Vnni, "avx512_vnni", none, avx512vnni_int8_kernels},
+    {Isa::kAvx512Bf16, "avx512_bf16", avx512bf16_kernels, none},
+    {Isa::kAmxBf16, "amx_bf16", amx_kernels, amx_int8_kernels},
 };
 
 bool compiled(const Level& level) {
-  return level.kernels(DType::kFloat32) != nullptr || level.kernels(DType::kBFloat16) != nullptr;
+  return level.kernels(DType::kBFloat16) != nullptr ||
+         level.int8_kernels(DType::kBFloat16) != nullptr;
 }
 
-// AMX with bf16 products, and Linux's leave to use its 8 KB of registers: one leave for the
-// process.
-bool amx_bf16() {
+// AMX with bf16 and int8 products, and Linux's leave to use its 8 KB of registers: one leave for
+// the process.
+bool amx() {
 #if defined(__linux__) && defined(__x86_64__)
   uint32_t a = 0, b = 0, c = 0, d = 0;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
-  constexpr uint32_t kTileAndBf16 = 1u << 24 | 1u << 22;
-  if ((d & kTileAndBf16) != kTileAndBf16) return false;
+  constexpr uint32_t kTileBf16Int8 = 1u << 24 | 1u << 22 | 1u << 25;
+  if ((d & kTileBf16Int8) != kTileBf16Int8) return false;
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 #else
@@ -64,15 +68,18 @@ bool supported(Isa isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   switch (isa) {
     case Isa::kAvx2:
       return avx2;
     case Isa::kAvx512:
       return avx512;
+    case Isa::kAvx512Vnni:
+      return vnni;
     case Isa::kAvx512Bf16:
-      return avx512 && __builtin_cpu_supports("avx512bf16");
+      return vnni && __builtin_cpu_supports("avx512bf16");
     case Isa::kAmxBf16:
-      return avx512 && __builtin_cpu_supports("avx512bf16") && amx_bf16();
+      return vnni && __builtin_cpu_supports("avx512bf16") && amx();
     default:
       break;
   }
@@ -80,8 +87,8 @@ bool supported(Isa isa) {
   return false;
 }
 
-// y = x W^T for bf16 numbers of no pattern, in odd sizes.
-std::vector<float> product(const Kernels& level, const Kernels& packer) {
+// y = x W^T for bf16 numbers of no pattern, in odd sizes; the weight is bf16 or int8.
+std::vector<float> product(const Kernels& level, bool int8) {
   constexpr int64_t rows = 37, depth = 1093, columns = 45;
   uint32_t state = 1;
   const auto numbers = [&](int64_t count) {
@@ -93,17 +100,12 @@ std::vector<float> product(const Kernels& level, const Kernels& packer) {
     return out;
   };
   const auto x = numbers(rows * depth), weight = numbers(columns * depth);
-  const int64_t panels = panel_count(columns);
-  const int64_t words = panel_words(DType::kBFloat16, depth);
+  const Pool alone{1, nullptr};
   Scratch packed, scratch;
-  auto* const b = static_cast<uint32_t*>(packed.at_least(panels * words * 4));
-  for (int64_t panel = 0; panel < panels; ++panel) {
-    const int64_t first = panel * kPanel;
-    const int64_t count = columns - first < kPanel ? columns - first : kPanel;
-    const void* from[kPanel];
-    for (int64_t j = 0; j < count; ++j) from[j] = weight.data() + (first + j) * depth;
-    packer.pack_panel(from, count, depth, b + panel * words);
-  }
+  const DType form = int8 ? DType::kInt8 : DType::kBFloat16;
+  void* const b = packed.at_least(packed_bytes(form, columns, depth));
+  const auto pack = int8 ? quantize_weight : pack_weight_portably;
+  pack(alone, DType::kBFloat16, weight.data(), depth, columns, depth, b);
   std::vector<uint16_t> y(static_cast<std::size_t>(rows * columns));
   LinearBlock block{};
   block.x = x.data();
@@ -113,10 +115,9 @@ std::vector<float> product(const Kernels& level, const Kernels& packer) {
   block.count = rows;
   block.in_features = depth;
   block.out_features = columns;
-  const uint32_t* const parts[] = {b};
+  const uint32_t* const parts[] = {panels_of(b)};
   block.parts = parts;
-  block.part_panels = panels;
-  block.panel_end = panels;
+  block.part_panels = block.panel_end = panel_count(columns);
   level.linear_block(block, scratch.at_least(level.linear_scratch(block)));
   std::vector<float> out;
   for (const uint16_t bits : y) {
@@ -131,16 +132,20 @@ std::vector<float> product(const Kernels& level, const Kernels& packer) {
 // Whether tile products on this processor are what the portable ones are. Tried once a process,
 // since these kernels were developed on machines without the unit.
 bool amx_agrees() {
-  const Kernels& portable = *portable_kernels(DType::kBFloat16);
-  const auto expected = product(portable, portable);
-  const auto found = product(*amx_kernels(DType::kBFloat16), portable);
-  for (std::size_t i = 0; i < expected.size(); ++i) {
-    if (!(std::fabs(found[i] - expected[i]) <= 0.02f * std::fabs(expected[i]) + 0.5f)) {
-      std::fprintf(
-          stderr,
-          "beit3_fast: the AMX kernels gave a wrong product on this processor and are left "
-          "out; please report it together with /proc/cpuinfo\n");
-      return false;
+  for (const bool int8 : {false, true}) {
+    const auto* const portable =
+        (int8 ? portable_int8_kernels : portable_kernels)(DType::kBFloat16);
+    const auto* const level = (int8 ? amx_int8_kernels : amx_kernels)(DType::kBFloat16);
+    const auto expected = product(*portable, int8);
+    const auto found = product(*level, int8);
+    for (std::size_t i = 0; i < expected.size(); ++i) {
+      if (!(std::fabs(found[i] - expected[i]) <= 0.02f * std::fabs(expected[i]) + 0.5f)) {
+        std::fprintf(
+            stderr,
+            "beit3_fast: the AMX kernels gave a wrong product on this processor and are left "
+            "out; please report it together with /proc/cpuinfo\n");
+        return false;
+      }
     }
   }
   return true;
@@ -175,6 +180,14 @@ Isa isa() {
 const Kernels& kernels(DType dtype) {
   const Kernels* found = nullptr;
   for (int at = static_cast<int>(isa()); found == nullptr; --at) found = kLevels[at].kernels(dtype);
+  return *found;
+}
+
+const Kernels& int8_kernels(DType rows) {
+  const Kernels* found = nullptr;
+  for (int at = static_cast<int>(isa()); found == nullptr; --at) {
+    found = kLevels[at].int8_kernels(rows);
+  }
   return *found;
 }
 

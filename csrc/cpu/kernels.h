@@ -8,14 +8,19 @@
 
 namespace beit3_fast::cpu {
 
-enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };  // kInt8: weights only
 enum class Activation : int32_t { kNone, kGelu };
 enum class Mask : int32_t { kBidirectional, kSeq2Seq, kCausal };
 
-// Matrix operands are cut along their depth into 4-byte units: one fp32 or two neighbouring bf16.
+// Matrix operands are cut along their depth into 4-byte units: one fp32, two neighbouring bf16 or
+// four int8.
 //   B (packed weights, keys, values): panels of kPanel columns, [units][kPanel] words each.
 //   A (rows): tiles of some rows (Arch::kTileRows at most), [chunks][rows][kChunk units].
 // The depth is padded with zeros to whole chunks.
+// An int8 weight is q[o, i] = round(w[o, i] * (127 / max |w[o, :]|)), to nearest even, and s[o] =
+// max |w[o, :]| / 127. Behind its last panel follow s and 128 times the sums of the columns of B
+// (int32), both padded to whole panels. Rows that meet it are rounded likewise, each by its own
+// scale.
 constexpr int64_t kPanel = 32;
 constexpr int64_t kChunk = 16;
 
@@ -93,5 +98,12 @@ const Kernels* avx2_kernels(DType dtype);
 const Kernels* avx512_kernels(DType dtype);
 const Kernels* avx512bf16_kernels(DType dtype);
 const Kernels* amx_kernels(DType dtype);
+
+// For int8 weights and rows of a dtype: only linear_* and product_loop.
+const Kernels* portable_int8_kernels(DType rows);
+const Kernels* avx2_int8_kernels(DType rows);
+const Kernels* avx512_int8_kernels(DType rows);
+const Kernels* avx512vnni_int8_kernels(DType rows);
+const Kernels* amx_int8_kernels(DType rows);
 
 }  // namespace beit3_fast::cpu

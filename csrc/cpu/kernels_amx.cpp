@@ -5,111 +5,22 @@
     defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 
 #include "arch_avx512bf16.h"
+//
+#include "amx_tiles.h"
 
 namespace {
 
-// Tile registers: sums 0 to 3 (two tiles of rows, two halves of a panel), A 4 and 5, B 6 and 7.
-struct TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {};
-};
-
-// Tile intrinsics of GCC 12 do not tell the compiler all of the memory that they read and write.
-inline void memory_is_read() { __asm__ volatile("" ::: "memory"); }
-
-// The tile registers of this thread, configured for some number of rows; released at the end, since
-// an open configuration makes every switch of threads dearer.
-class Tiles {
- public:
-  Tiles() = default;
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-  ~Tiles() {
-    if (rows_ > 0) _tile_release();
-  }
-  void set_rows(int64_t rows) {
-    if (rows == rows_) return;
-    TileConfig config;
-    const auto upper = static_cast<uint8_t>(min_of(rows, 16));
-    const auto lower = static_cast<uint8_t>(max_of(rows - 16, 1));
-    config.rows[0] = config.rows[1] = config.rows[4] = upper;
-    config.rows[2] = config.rows[3] = config.rows[5] = lower;
-    config.rows[6] = config.rows[7] = 16;
-    memory_is_read();
-    _tile_loadconfig(&config);
-    rows_ = rows;
-  }
-
- private:
-  int64_t rows_ = 0;
-};
-
-struct AmxBFloat16 : BFloat16 {
-  static constexpr int kTileRows = 32;
-  static constexpr bool kEven = false;
-  static constexpr int64_t kDepthUnits = 256;
-  using State = Tiles;
-
-  static int64_t vectors_at_once(int64_t, int64_t columns) { return columns <= 16 ? 1 : 2; }
-
-  static void product(Tiles& tiles, int64_t rows, int64_t vectors, const uint32_t* a,
-                      const uint32_t* b, int64_t, int64_t units, float* c, int64_t c_stride,
-                      bool more) {
-    tiles.set_rows(rows);
-    const int64_t chunks = ceil_div(units, kChunk);
-    if (vectors == 1) {
-      rows > 16 ? multiply_tiles<2, 1>(rows, a, b, chunks, c, c_stride, more)
-                : multiply_tiles<1, 1>(rows, a, b, chunks, c, c_stride, more);
-    } else {
-      rows > 16 ? multiply_tiles<2, 2>(rows, a, b, chunks, c, c_stride, more)
-                : multiply_tiles<1, 2>(rows, a, b, chunks, c, c_stride, more);
-    }
-  }
-
-  template <int M, int N>
-  static void multiply_tiles(int64_t rows, const uint32_t* a, const uint32_t* b, int64_t chunks,
-                             float* c, int64_t c_stride, bool more) {
-    constexpr int64_t kARow = kRowWords * 4, kBRow = kPanel * 4;
-    const int64_t c_row = c_stride * 4;
-    float* const lower = c + 16 * c_stride;
-    memory_is_read();
-    if (more) {
-      _tile_loadd(0, c, c_row);
-      if (N == 2) _tile_loadd(1, c + 16, c_row);
-      if (M == 2) _tile_loadd(2, lower, c_row);
-      if (M == 2 && N == 2) _tile_loadd(3, lower + 16, c_row);
-    } else {
-      _tile_zero(0);
-      if (N == 2) _tile_zero(1);
-      if (M == 2) _tile_zero(2);
-      if (M == 2 && N == 2) _tile_zero(3);
-    }
-    for (; chunks > 0; --chunks, a += rows * kRowWords, b += kChunk * kPanel) {
-      _tile_loadd(4, a, kARow);
-      _tile_loadd(6, b, kBRow);
-      _tile_dpbf16ps(0, 4, 6);
-      if (N == 2) {
-        _tile_loadd(7, b + 16, kBRow);
-        _tile_dpbf16ps(1, 4, 7);
-      }
-      if (M == 2) {
-        _tile_loadd(5, a + 16 * kRowWords, kARow);
-        _tile_dpbf16ps(2, 5, 6);
-        if (N == 2) _tile_dpbf16ps(3, 5, 7);
-      }
-    }
-    _tile_stored(0, c, c_row);
-    if (N == 2) _tile_stored(1, c + 16, c_row);
-    if (M == 2) _tile_stored(2, lower, c_row);
-    if (M == 2 && N == 2) _tile_stored(3, lower + 16, c_row);
-    memory_is_read();
+struct BFloat16Tiles {
+  template <int I>
+  static void add() {  // the intrinsic takes nothing but digits
+    if (I == 0) _tile_dpbf16ps(0, 4, 6);
+    if (I == 1) _tile_dpbf16ps(1, 4, 7);
+    if (I == 2) _tile_dpbf16ps(2, 5, 6);
+    if (I == 3) _tile_dpbf16ps(3, 5, 7);
   }
 };
 
-constexpr Kernels kBFloat16 = make_kernels<AmxBFloat16>("amx_bf16");
+constexpr Kernels kBFloat16 = make_kernels<OfAmx<BFloat16, BFloat16Tiles>>("amx_bf16");
 
 }  // namespace
 

@@ -5,19 +5,45 @@
 
 namespace {
 
+struct LinearScratch {
+  uint32_t* a;
+  float* c;
+  float* row_scales;
+};
+
 template <class Arch>
-inline void carve_linear(const LinearBlock& block, Carver& carver, uint32_t** a, float** c) {
-  *a = carver.take<uint32_t>(block.count * chunks_of<Arch>(block.in_features) * Arch::kRowWords);
-  *c = carver.take<float>(max_of(block.count, 4) * kPanel * 4);
+inline LinearScratch carve_linear(const LinearBlock& block, Carver& carver) {
+  LinearScratch out;
+  out.a = carver.take<uint32_t>(block.count * chunks_of<Arch>(block.in_features) * Arch::kRowWords);
+  out.c = carver.take<float>(max_of(block.count, 4) * kPanel * 4);
+  out.row_scales = carver.take<float>(Arch::kInt8 ? block.count : 0);
+  return out;
 }
 
 template <class Arch>
 int64_t linear_scratch(const LinearBlock& block) {
   Carver carver(nullptr);
-  uint32_t* a;
-  float* c;
-  carve_linear<Arch>(block, carver, &a, &c);
+  carve_linear<Arch>(block, carver);
   return carver.used();
+}
+
+// What turns int32 sums into numbers: scales of the rows of a tile and of the columns from its
+// first, and what an unsigned A adds to the sums of these columns.
+struct Scales {
+  const float* rows;
+  const float* columns;
+  const int32_t* offsets;
+};
+
+template <class Arch>
+inline Vec sums(const float* c, int64_t row, int64_t column, const Scales& scales) {
+  if constexpr (Arch::kInt8) {
+    const Vec whole = v_integers(reinterpret_cast<const int32_t*>(c + column),
+                                 Arch::kUnsigned ? scales.offsets + column : nullptr);
+    return v_mul(whole, v_mul(v_load(scales.columns + column), v_set(scales.rows[row])));
+  } else {
+    return v_load(c + column);
+  }
 }
 
 inline int64_t row_of(const LinearBlock& block, int64_t sorted) {
@@ -45,7 +71,7 @@ inline void foresee(const LinearBlock& block, int64_t first, int64_t rows, int64
 // Bias, activation, residual and the store of one tile of products.
 template <class Arch, bool Gelu, bool Residual>
 inline void finish(const LinearBlock& block, int64_t first, int64_t rows, int64_t column,
-                   int64_t columns, const float* c, int64_t c_stride) {
+                   int64_t columns, const float* c, int64_t c_stride, const Scales& scales) {
   using T = typename Arch::T;
   T* const out = static_cast<T*>(block.out);
   const T* const residual = static_cast<const T*>(block.residual);
@@ -53,7 +79,7 @@ inline void finish(const LinearBlock& block, int64_t first, int64_t rows, int64_
     const int64_t row = row_of(block, first + r);
     T* const to = out + row * block.out_stride + column;
     for (int64_t j = 0; j < columns; j += 16) {
-      Vec y = v_load(c + j);
+      Vec y = sums<Arch>(c, r, j, scales);
       if (block.bias != nullptr) y = v_add(y, v_load(block.bias + column + j));
       if (Gelu) y = v_gelu(y);
       if (Residual) {
@@ -68,9 +94,7 @@ template <class Arch>
 void linear_block(const LinearBlock& block, void* scratch) {
   using T = typename Arch::T;
   Carver carver(scratch);
-  uint32_t* a;
-  float* c;
-  carve_linear<Arch>(block, carver, &a, &c);
+  const LinearScratch own = carve_linear<Arch>(block, carver);
   const int64_t chunks = chunks_of<Arch>(block.in_features);
   const int64_t row_words = chunks * Arch::kRowWords;
   const int64_t panel_words = chunks * kChunk * kPanel;
@@ -83,8 +107,13 @@ void linear_block(const LinearBlock& block, void* scratch) {
       return static_cast<const T*>(block.x) +
              row_of(block, block.first + begin + r) * block.x_stride;
     };
-    pack_tile<Arch>(row, end - begin, block.in_features, block.norm_weight, block.norm_bias,
-                    block.eps, a + begin * row_words);
+    if constexpr (Arch::kInt8) {
+      pack_int8_tile<Arch>(row, end - begin, block.in_features, block.norm_weight, block.norm_bias,
+                           block.eps, own.a + begin * row_words, own.row_scales + begin);
+    } else {
+      pack_tile<Arch>(row, end - begin, block.in_features, block.norm_weight, block.norm_bias,
+                      block.eps, own.a + begin * row_words);
+    }
   }
 
   const bool gelu = block.activation == Activation::kGelu;
@@ -103,20 +132,27 @@ void linear_block(const LinearBlock& block, void* scratch) {
     const int64_t vectors = Arch::vectors_at_once(most, part_end - column);
     const int64_t columns = min_of(vectors * 16, part_end - column);
     const int64_t c_stride = vectors * 16;
+    const int64_t inside = column - part_begin;
+    const auto* const behind =
+        reinterpret_cast<const float*>(block.parts[part] + block.part_panels * panel_words);
+    Scales scales{own.row_scales, behind + inside,
+                  reinterpret_cast<const int32_t*>(behind) + block.part_panels * kPanel + inside};
     for (int64_t d = 0; d < depths; ++d) {
       const int64_t from = chunks * d / depths, to = chunks * (d + 1) / depths;
       const uint32_t* const b =
-          block.parts[part] + (column - part_begin) / kPanel * panel_words + from * kChunk * kPanel;
+          block.parts[part] + inside / kPanel * panel_words + from * kChunk * kPanel;
       const int64_t depth = min_of(units, to * kChunk) - from * kChunk;
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t begin = tile_begin<Arch>(block.count, tiles, t);
         const int64_t rows = tile_begin<Arch>(block.count, tiles, t + 1) - begin;
-        float* const sums = c + begin * c_stride;
+        float* const c = own.c + begin * c_stride;
         if (d + 1 == depths) foresee<Arch>(block, block.first + begin, rows, column, columns);
-        Arch::product(state, rows, vectors, a + begin * row_words + from * rows * Arch::kRowWords,
-                      b, panel_words, depth, sums, c_stride, d > 0);
+        Arch::product(state, rows, vectors,
+                      own.a + begin * row_words + from * rows * Arch::kRowWords, b, panel_words,
+                      depth, c, c_stride, d > 0);
         if (d + 1 == depths) {
-          end_tile(block, block.first + begin, rows, column, columns, sums, c_stride);
+          scales.rows = own.row_scales + begin;
+          end_tile(block, block.first + begin, rows, column, columns, c, c_stride, scales);
         }
       }
     }
@@ -128,16 +164,19 @@ template <class Arch>
 int64_t product_loop(const LinearBlock& block, int64_t repeats, void* scratch) {
   using T = typename Arch::T;
   Carver carver(scratch);
-  uint32_t* a;
-  float* c;
-  carve_linear<Arch>(block, carver, &a, &c);
+  const LinearScratch own = carve_linear<Arch>(block, carver);
   const int64_t rows = min_of(block.count, Arch::kTileRows);
   const auto row = [&](int64_t r) { return static_cast<const T*>(block.x) + r * block.x_stride; };
-  pack_tile<Arch>(row, rows, block.in_features, nullptr, nullptr, 0.0f, a);
+  if constexpr (Arch::kInt8) {
+    pack_int8_tile<Arch>(row, rows, block.in_features, nullptr, nullptr, 0.0f, own.a,
+                         own.row_scales);
+  } else {
+    pack_tile<Arch>(row, rows, block.in_features, nullptr, nullptr, 0.0f, own.a);
+  }
   const int64_t units = ceil_div(block.in_features, Arch::kPerUnit);
   typename Arch::State state;
   for (int64_t i = 0; i < repeats; ++i) {
-    Arch::product(state, rows, 2, a, block.parts[0], 0, units, c, kPanel, false);
+    Arch::product(state, rows, 2, own.a, block.parts[0], 0, units, own.c, kPanel, false);
   }
   return rows;
 }

@@ -1,6 +1,8 @@
 #include "packed_weight.h"
 
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "isa.h"
 
@@ -9,7 +11,7 @@ namespace {
 
 // Every level reads the same panels; a level that wants others gets another layout number.
 constexpr uint32_t kMagic = 0x33544542;  // "BET3" in memory
-constexpr uint32_t kLayout = 1;
+constexpr uint32_t kLayout = 2;
 
 struct Header {
   uint32_t magic;
@@ -22,19 +24,11 @@ struct Header {
 };
 static_assert(sizeof(Header) == kHeaderBytes, "the header is one cache line");
 
-}  // namespace
-
-int64_t panel_words(DType dtype, int64_t in_features) {
-  const int64_t chunk = dtype == DType::kBFloat16 ? 2 * kChunk : kChunk;
-  return (in_features + chunk - 1) / chunk * kChunk * kPanel;
+int64_t bytes_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kBFloat16 ? 2 : 1;
 }
 
-int64_t packed_bytes(DType dtype, int64_t out_features, int64_t in_features) {
-  return kHeaderBytes + panel_count(out_features) * panel_words(dtype, in_features) * 4;
-}
-
-void pack_weight(const Pool& pool, DType dtype, const void* weight, int64_t stride,
-                 int64_t out_features, int64_t in_features, void* packed) {
+char* put_header(DType dtype, int64_t out_features, int64_t in_features, void* packed) {
   Header header{};
   header.magic = kMagic;
   header.layout = kLayout;
@@ -42,11 +36,23 @@ void pack_weight(const Pool& pool, DType dtype, const void* weight, int64_t stri
   header.out_features = out_features;
   header.in_features = in_features;
   std::memcpy(packed, &header, sizeof(header));
+  return static_cast<char*>(packed) + kHeaderBytes;
+}
 
-  const Kernels& level = kernels(dtype);
-  const int64_t row_bytes = stride * (dtype == DType::kBFloat16 ? 2 : 4);
+float element(DType dtype, const void* row, int64_t i) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(row)[i];
+  const uint32_t wide = static_cast<uint32_t>(static_cast<const uint16_t*>(row)[i]) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof(value));
+  return value;
+}
+
+void pack(const Kernels& level, const Pool& pool, DType dtype, const void* weight, int64_t stride,
+          int64_t out_features, int64_t in_features, void* packed) {
+  const int64_t row_bytes = stride * bytes_of(dtype);
   const int64_t words = panel_words(dtype, in_features);
-  auto* const panels = reinterpret_cast<uint32_t*>(static_cast<char*>(packed) + kHeaderBytes);
+  auto* const panels =
+      reinterpret_cast<uint32_t*>(put_header(dtype, out_features, in_features, packed));
   share(pool, panel_count(out_features), [&](int64_t panel) {
     const int64_t first = panel * kPanel;
     const int64_t count = out_features - first < kPanel ? out_features - first : kPanel;
@@ -58,11 +64,72 @@ void pack_weight(const Pool& pool, DType dtype, const void* weight, int64_t stri
   });
 }
 
+}  // namespace
+
+int64_t panel_words(DType dtype, int64_t in_features) {
+  const int64_t chunk = kChunk * 4 / bytes_of(dtype);
+  return (in_features + chunk - 1) / chunk * kChunk * kPanel;
+}
+
+int64_t packed_bytes(DType dtype, int64_t out_features, int64_t in_features) {
+  const int64_t words = panel_words(dtype, in_features) + (dtype == DType::kInt8 ? 2 * kPanel : 0);
+  return kHeaderBytes + panel_count(out_features) * words * 4;
+}
+
+void pack_weight(const Pool& pool, DType dtype, const void* weight, int64_t stride,
+                 int64_t out_features, int64_t in_features, void* packed) {
+  pack(kernels(dtype), pool, dtype, weight, stride, out_features, in_features, packed);
+}
+
+void pack_weight_portably(const Pool& pool, DType dtype, const void* weight, int64_t stride,
+                          int64_t out_features, int64_t in_features, void* packed) {
+  pack(*portable_kernels(dtype), pool, dtype, weight, stride, out_features, in_features, packed);
+}
+
+void quantize_weight(const Pool& pool, DType dtype, const void* weight, int64_t stride,
+                     int64_t out_features, int64_t in_features, void* packed) {
+  const int64_t row_bytes = stride * bytes_of(dtype);
+  const int64_t panels = panel_count(out_features), words = panel_words(DType::kInt8, in_features);
+  char* const base = put_header(DType::kInt8, out_features, in_features, packed);
+  auto* const scales = reinterpret_cast<float*>(base + panels * words * 4);
+  auto* const offsets = reinterpret_cast<int32_t*>(scales + panels * kPanel);
+  share(pool, panels, [&](int64_t panel) {
+    auto* const bytes = reinterpret_cast<int8_t*>(base + panel * words * 4);
+    std::memset(bytes, 0, static_cast<std::size_t>(words) * 4);
+    for (int64_t j = 0; j < kPanel; ++j) {
+      const int64_t column = panel * kPanel + j;
+      scales[column] = 0.0f;
+      offsets[column] = 0;
+      if (column >= out_features) continue;
+      const void* const row = static_cast<const char*>(weight) + column * row_bytes;
+      float largest = 0.0f;
+      bool finite = true;
+      for (int64_t i = 0; i < in_features; ++i) {
+        const float w = element(dtype, row, i);
+        finite = finite && std::isfinite(w);
+        largest = std::fmax(largest, std::fabs(w));
+      }
+      scales[column] = finite ? largest / 127.0f : std::numeric_limits<float>::quiet_NaN();
+      const float inverse = 127.0f / largest;
+      if (!finite || !std::isfinite(inverse)) continue;
+      int32_t sum = 0;
+      for (int64_t i = 0; i < in_features; ++i) {
+        const auto q = static_cast<int8_t>(std::lrint(element(dtype, row, i) * inverse));
+        bytes[(i / 4 * kPanel + j) * 4 + i % 4] = q;
+        sum += q;
+      }
+      offsets[column] = 128 * sum;
+    }
+  });
+}
+
 void unpack_weight(const Pool& pool, DType dtype, const void* packed, int64_t out_features,
                    int64_t in_features, void* weight) {
-  const int64_t per_unit = dtype == DType::kBFloat16 ? 2 : 1;
+  const int64_t per_unit = 4 / bytes_of(dtype);
   const int64_t words = panel_words(dtype, in_features);
   const uint32_t* const panels = panels_of(packed);
+  const auto* const scales =
+      reinterpret_cast<const float*>(panels + panel_count(out_features) * words);
   share(pool, panel_count(out_features), [&](int64_t panel) {
     const int64_t first = panel * kPanel;
     const int64_t count = out_features - first < kPanel ? out_features - first : kPanel;
@@ -72,6 +139,9 @@ void unpack_weight(const Pool& pool, DType dtype, const void* packed, int64_t ou
         const int64_t at = (first + j) * in_features + i;
         if (per_unit == 1) {
           static_cast<uint32_t*>(weight)[at] = unit;
+        } else if (per_unit == 4) {
+          const auto q = static_cast<int8_t>(unit >> (i % 4 * 8));
+          static_cast<float*>(weight)[at] = static_cast<float>(q) * scales[first + j];
         } else {
           static_cast<uint16_t*>(weight)[at] = static_cast<uint16_t>(unit >> (i % 2 * 16));
         }

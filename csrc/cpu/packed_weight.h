@@ -16,8 +16,15 @@ inline int64_t panel_count(int64_t out_features) { return (out_features + kPanel
 // `packed` needs packed_bytes(...) bytes. `stride` counts elements between rows of `weight`.
 void pack_weight(const Pool& pool, DType dtype, const void* weight, int64_t stride,
                  int64_t out_features, int64_t in_features, void* packed);
+// The same bytes by the portable kernels, at any level of instructions.
+void pack_weight_portably(const Pool& pool, DType dtype, const void* weight, int64_t stride,
+                          int64_t out_features, int64_t in_features, void* packed);
+// Rounds a weight of `dtype` to int8, an output channel at a time (kernels.h). A channel that holds
+// a number that is not finite gets NaN as its scale.
+void quantize_weight(const Pool& pool, DType dtype, const void* weight, int64_t stride,
+                     int64_t out_features, int64_t in_features, void* packed);
 
-// The weight again, [out_features, in_features] without gaps.
+// The weight again, [out_features, in_features] without gaps; an int8 weight in fp32.
 void unpack_weight(const Pool& pool, DType dtype, const void* packed, int64_t out_features,
                    int64_t in_features, void* weight);
 

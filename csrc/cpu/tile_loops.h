@@ -12,6 +12,9 @@
 //   put          converts one row chunk of A from fp32
 //   copy         one row chunk of A from memory, of which `left` elements are there
 //   put_sum      the same, and returns sum + the lanes of the rounded values
+//   kInt8        whether B is int8 and rows are rounded to int8 by their own scales; then
+//                put_int8 takes the place of put, copy and put_sum, sums in c are int32, and
+//                kUnsigned says whether A holds its numbers plus 128
 //   State        what a thread sets up before its first product and gives back after its last
 //   vectors_at_once, product   how many vectors (16 columns) of B one product takes, and the
 //   product
@@ -155,6 +158,7 @@ template <class Arch>
 struct OfTiles {
   struct State {};
   static constexpr bool kEven = true;
+  static constexpr bool kInt8 = false;
   static int64_t vectors_at_once(int64_t rows, int64_t columns) {
     return vectors_of_tiles(rows, columns);
   }
@@ -226,6 +230,50 @@ inline Norm measure(const typename Arch::T* x, int64_t n, float eps) {
       v_sum(v_add(v_add(second[0], second[1]), v_add(second[2], second[3]))) / count;
   const float scale = inverse_deviation(square - offset * offset, eps);
   return {pivot, -offset * scale, scale};
+}
+
+// Values [at, at + 16) of a row, normalised where norm_weight is given.
+template <class T>
+inline Vec normal_values(const T* x, int64_t at, int64_t depth, const Norm& norm,
+                         const float* norm_weight, const float* norm_bias) {
+  const Vec values = load_some(x + at, depth - at);
+  if (norm_weight == nullptr) return values;
+  const Vec y = v_fma(v_sub(values, v_set(norm.pivot)), v_set(norm.scale), v_set(norm.shift));
+  return v_fma(y, v_load(norm_weight + at), v_load(norm_bias + at));
+}
+
+// Rows of a tile of A rounded to int8, and their scales. A row with a number that is not finite
+// gets NaN as its scale.
+template <class Arch, class Row>
+inline void pack_int8_tile(const Row& row, int64_t rows, int64_t depth, const float* norm_weight,
+                           const float* norm_bias, float eps, uint32_t* a, float* scales) {
+  const int64_t chunk_words = rows * Arch::kRowWords;
+  const int64_t vectors = chunks_of<Arch>(depth) * kChunk * Arch::kPerUnit / 16;
+  for (int64_t r = 0; r < rows; ++r) {
+    const typename Arch::T* const x = row(r);
+    Norm norm{};
+    if (norm_weight != nullptr) norm = measure<Arch>(x, depth, eps);
+    const auto values = [&](int64_t vector) {
+      return normal_values(x, 16 * vector, depth, norm, norm_weight, norm_bias);
+    };
+    Vec top = v_zero(), poison = v_zero();
+    for (int64_t i = 0; 16 * i < depth; ++i) {
+      const Vec y = values(i);
+      top = v_max(top, v_max(y, v_sub(v_zero(), y)));
+      poison = v_fma(y, v_zero(), poison);
+    }
+    const float largest = v_top(top);
+    scales[r] = largest / 127.0f + v_sum(poison);
+    const Vec inverse = v_set(largest > 0.0f ? 127.0f / largest : 0.0f);
+    uint32_t* to = a + r * Arch::kRowWords;
+    for (int64_t i = 0; i < vectors; i += 4, to += chunk_words) {
+      Vec part[4];
+      for (int64_t j = 0; j < 4; ++j) {
+        part[j] = 16 * (i + j) < depth ? v_mul(values(i + j), inverse) : v_zero();
+      }
+      Arch::put_int8(to, part);
+    }
+  }
 }
 
 // Rows of a tile of A, normalised where norm_weight is given.

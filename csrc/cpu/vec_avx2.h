@@ -115,6 +115,18 @@ inline void v_store_n(uint16_t* p, Vec a, int64_t n) {
   __builtin_memcpy(p, some, static_cast<unsigned long>(n) * sizeof(uint16_t));
 }
 
+// Sixteen int32, less `offsets` where there are some.
+inline Vec v_integers(const int32_t* p, const int32_t* offsets) {
+  return v_map([&](int i) {
+    __m256i whole = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i);
+    if (offsets != nullptr) {
+      whole = _mm256_sub_epi32(whole,
+                               _mm256_loadu_si256(reinterpret_cast<const __m256i*>(offsets) + i));
+    }
+    return _mm256_cvtepi32_ps(whole);
+  });
+}
+
 // 2^x for x <= 1: relative error 2e-7 (Degree 5) or 1e-7 (Degree 6); below -150 it is 0.
 template <int Degree>
 inline Vec v_exp2(Vec a) {

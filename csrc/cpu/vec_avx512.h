@@ -72,6 +72,13 @@ inline void v_store_n(uint16_t* p, Vec a, int64_t n) {
   _mm256_mask_storeu_epi16(p, v_lanes(n), v_narrow(a));
 }
 
+// Sixteen int32, less `offsets` where there are some.
+inline Vec v_integers(const int32_t* p, const int32_t* offsets) {
+  const __m512i whole = _mm512_loadu_si512(p);
+  return _mm512_cvtepi32_ps(
+      offsets == nullptr ? whole : _mm512_sub_epi32(whole, _mm512_loadu_si512(offsets)));
+}
+
 // 2^x for x <= 1: relative error 2e-7 (Degree 5) or 1e-7 (Degree 6); below -150 it is 0.
 template <int Degree>
 inline Vec v_exp2(Vec x) {

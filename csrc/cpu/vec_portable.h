@@ -87,6 +87,12 @@ inline void v_store_n(T* p, const Vec& a, int64_t n) {
   for (int i = 0; i < n; ++i) from_float(a.lane[i], p + i);
 }
 
+// Sixteen int32, less `offsets` where there are some.
+inline Vec v_integers(const int32_t* p, const int32_t* offsets) {
+  return v_map(
+      [&](int i) { return static_cast<float>(offsets == nullptr ? p[i] : p[i] - offsets[i]); });
+}
+
 template <int Degree>
 inline Vec v_exp2(const Vec& x) {
   return v_map([&](int i) { return std::exp2(x.lane[i]); });

@@ -18,8 +18,10 @@
 #define __AVX512VL__ 1
 #define __AVX512DQ__ 1
 #define __AVX512BF16__ 1
+#define __AVX512VNNI__ 1
 #define __AMX_TILE__ 1
 #define __AMX_BF16__ 1
+#define __AMX_INT8__ 1
 
 #pragma GCC diagnostic ignored "-Wpsabi"
 
@@ -29,6 +31,7 @@ namespace emulated {
 using Floats = float __attribute__((vector_size(64)));
 using Ints = int32_t __attribute__((vector_size(64)));
 using Words = uint32_t __attribute__((vector_size(64)));
+using Halves = int16_t __attribute__((vector_size(64)));
 using Pairs = int64_t __attribute__((vector_size(64)));
 
 template <class To, class From> inline To bits(const From &from) {
@@ -65,6 +68,15 @@ inline float dot(float sum, uint32_t a, uint32_t b) {
                  widen(static_cast<uint16_t>(b >> 16)), sum);
   return std::fma(widen(static_cast<uint16_t>(a)),
                   widen(static_cast<uint16_t>(b)), sum);
+}
+
+// Four products of 8-bit numbers, the second ones signed. They cannot
+// overflow in as few as the tests add up, so that an overflow is a bug.
+template <class Left>
+inline int32_t dot_fours(int32_t sum, uint32_t a, uint32_t b) {
+  for (int i = 0; i < 4; ++i)
+    sum += static_cast<Left>(a >> (8 * i)) * static_cast<int8_t>(b >> (8 * i));
+  return sum;
 }
 
 // Memory: a masked access touches no element outside the mask.
@@ -178,23 +190,31 @@ inline void tile_store(int t, void *base, int64_t stride) {
                 state.row_bytes[t]);
   }
 }
-inline void tile_dot_bf16(int c, int a, int b) {
+template <class Sum, class Dot>
+inline void tile_dot(int c, int a, int b, Dot multiply) {
   Tiles &state = tiles();
   need(state.configured && state.rows[a] == state.rows[c] &&
        state.row_bytes[a] == 4 * state.rows[b] &&
        state.row_bytes[b] == state.row_bytes[c]);
   for (int r = 0; r < state.rows[c]; ++r) {
-    float sums[16];
+    Sum sums[16];
     std::memcpy(sums, state.data[c][r], sizeof(sums));
     for (int k = 0; k < state.rows[b]; ++k) {
       uint32_t left, right[16];
       std::memcpy(&left, state.data[a][r] + 4 * k, sizeof(left));
       std::memcpy(right, state.data[b][k], sizeof(right));
       for (int j = 0; j < state.row_bytes[c] / 4; ++j)
-        sums[j] = dot(sums[j], left, right[j]);
+        sums[j] = multiply(sums[j], left, right[j]);
     }
     std::memcpy(state.data[c][r], sums, sizeof(sums));
   }
+}
+
+inline void tile_dot_bf16(int c, int a, int b) {
+  tile_dot<float>(c, a, b, dot);
+}
+inline void tile_dot_int8(int c, int a, int b) {
+  tile_dot<int32_t>(c, a, b, dot_fours<int8_t>);
 }
 
 } // namespace emulated
@@ -280,6 +300,38 @@ inline __m256i castsi512_si256(__m512i a) { return extracti64x4_epi64(a, 0); }
 
 inline __m512i add_epi32(__m512i a, __m512i b) {
   return bits<__m512i>(bits<Words>(a) + bits<Words>(b));
+}
+inline __m512i sub_epi32(__m512i a, __m512i b) {
+  return bits<__m512i>(bits<Words>(a) - bits<Words>(b));
+}
+inline __m512i slli_epi16(__m512i a, int n) {
+  return bits<__m512i>(bits<Halves>(a) << n);
+}
+inline __m512i srai_epi16(__m512i a, int n) {
+  return bits<__m512i>(bits<Halves>(a) >> n);
+}
+inline __m512i madd_epi16(__m512i a, __m512i b) {
+  const auto x = bits<Halves>(a), y = bits<Halves>(b);
+  return each_int([&](int i) {
+    return x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
+  });
+}
+inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
+  const auto s = bits<Ints>(sum);
+  const auto x = bits<Words>(a), y = bits<Words>(b);
+  return each_int([&](int i) { return dot_fours<uint8_t>(s[i], x[i], y[i]); });
+}
+inline __m512i xor_si512(__m512i a, __m512i b) { return a ^ b; }
+inline __m512 cvtepi32_ps(__m512i a) {
+  const auto x = bits<Ints>(a);
+  return each([&](int i) { return static_cast<float>(x[i]); });
+}
+inline __m128i cvtsepi32_epi8(__m512i a) {
+  const auto x = bits<Ints>(a);
+  int8_t out[16];
+  for (int i = 0; i < 16; ++i)
+    out[i] = static_cast<int8_t>(x[i] < -128 ? -128 : x[i] > 127 ? 127 : x[i]);
+  return bits<__m128i>(out);
 }
 inline __m512i and_si512(__m512i a, __m512i b) { return a & b; }
 inline __m512i or_si512(__m512i a, __m512i b) { return a | b; }
@@ -494,3 +546,21 @@ inline void half_mask_storeu_epi16(void *p, __mmask16 mask, __m256i a) {
 #define _tile_stored emulated::tile_store
 #undef _tile_dpbf16ps
 #define _tile_dpbf16ps emulated::tile_dot_bf16
+#undef _mm512_sub_epi32
+#define _mm512_sub_epi32 emulated::sub_epi32
+#undef _mm512_slli_epi16
+#define _mm512_slli_epi16 emulated::slli_epi16
+#undef _mm512_srai_epi16
+#define _mm512_srai_epi16 emulated::srai_epi16
+#undef _mm512_madd_epi16
+#define _mm512_madd_epi16 emulated::madd_epi16
+#undef _mm512_dpbusd_epi32
+#define _mm512_dpbusd_epi32 emulated::dpbusd_epi32
+#undef _mm512_xor_si512
+#define _mm512_xor_si512 emulated::xor_si512
+#undef _mm512_cvtepi32_ps
+#define _mm512_cvtepi32_ps emulated::cvtepi32_ps
+#undef _mm512_cvtsepi32_epi8
+#define _mm512_cvtsepi32_epi8 emulated::cvtsepi32_epi8
+#undef _tile_dpbssd
+#define _tile_dpbssd emulated::tile_dot_int8

@@ -1,0 +1,66 @@
+// What the int8 Archs (tile_loops.h) of AVX-512 have in common; Dot says how a unit is multiplied.
+#pragma once
+
+#include "vec_avx512.h"
+//
+#include "block_loops.h"
+
+namespace {
+
+inline __m512i v_int8(const Vec* part) {
+  __m128i bytes[4];
+  for (int i = 0; i < 4; ++i) bytes[i] = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(part[i]));
+  return _mm512_loadu_si512(bytes);
+}
+
+// Dot has kUnsigned, kParts (words of A a unit takes), put(a, bytes), and add(sum, part, left,
+// right).
+template <class Element, class Dot>
+struct Int8 : OfTiles<Int8<Element, Dot>> {
+  using T = Element;
+  static constexpr bool kInt8 = true;
+  static constexpr bool kUnsigned = Dot::kUnsigned;
+  static constexpr int kPerUnit = 4;
+  static constexpr int kRowWords = 16 * Dot::kParts;
+  static constexpr int kTileRows = 12;
+  static constexpr int64_t kDepthUnits = 768;
+
+  static bool moments(const T*, int64_t, float*, float*) { return false; }
+  static void put_int8(uint32_t* a, const Vec* part) { Dot::put(a, v_int8(part)); }
+
+  template <int M, int V>
+  static void tile(const uint32_t* a, const uint32_t* b, int64_t panel_words, int64_t units,
+                   float* c, int64_t c_stride, bool more) {
+    __m512i sum[M][V];
+    for (int i = 0; i < M; ++i) {
+      for (int j = 0; j < V; ++j) {
+        sum[i][j] = more ? _mm512_loadu_si512(c + i * c_stride + 16 * j) : _mm512_setzero_si512();
+      }
+    }
+    const auto step = [&](int64_t k) __attribute__((always_inline)) {
+      __m512i right[V];
+      for (int j = 0; j < V; ++j) {
+        right[j] = _mm512_loadu_si512(b + (j / 2) * panel_words + k * kPanel + (j % 2) * 16);
+      }
+      for (int part = 0; part < Dot::kParts; ++part) {
+        for (int i = 0; i < M; ++i) {
+          const auto word = static_cast<int>(a[i * kRowWords + 16 * part + k]);
+          const __m512i left = _mm512_set1_epi32(word);
+          for (int j = 0; j < V; ++j) sum[i][j] = Dot::add(sum[i][j], part, left, right[j]);
+        }
+      }
+    };
+    for (; units >= kChunk; units -= kChunk, a += M * kRowWords, b += kChunk * kPanel) {
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < kChunk; ++k) step(k);
+    }
+    for (int64_t k = 0; k < units; ++k) step(k);
+    for (int i = 0; i < M; ++i) {
+      for (int j = 0; j < V; ++j) {
+        _mm512_storeu_si512(c + i * c_stride + 16 * j, sum[i][j]);
+      }
+    }
+  }
+};
+
+}  // namespace
