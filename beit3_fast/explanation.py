@@ -9,6 +9,7 @@ from torch import nn
 
 from beit3_fast.errors import ConfigError
 from beit3_fast.ops import dispatch
+from beit3_fast.ops.packed_weight import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def explain(model: nn.Module, *, quiet: bool = False) -> list[Explanation]:
             f"{type(model).__name__} is neither a beit3_fast model nor accelerated; make one with "
             "beit3_fast.create_model or pass it to beit3_fast.accelerate first"
         )
+    int8 = any(isinstance(p, PackedWeight) and p.is_int8 for p in model.parameters())
     explanations = []
     for needs_grad in (False, True):
         for op in dispatch.OPS:
@@ -50,6 +52,7 @@ def explain(model: nn.Module, *, quiet: bool = False) -> list[Explanation]:
                 autocast=dispatch.autocast_enabled(parameter.device.type),
                 compiling=False,
                 mask_tensor=False,
+                int8=int8,
             )
             choice = dispatch.choose(at, impl)
             name = f"{op} ({'training' if needs_grad else 'inference'})"

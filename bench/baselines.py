@@ -15,10 +15,11 @@ from torch import nn
 
 import beit3_fast
 from beit3_fast.errors import ConfigError
-from beit3_fast.model.registry import for_inference
+from beit3_fast.model.registry import for_inference, to_int8
+from beit3_fast.ops import library
 from bench import baselines_onnxruntime, baselines_openvino, baselines_torch
 from bench.conversion import load, load_torchscale
-from bench.runtime import Build, Runtime, Weights
+from bench.runtime import Build, Runtime, Weights, int8_parity
 from bench.torchscale_heads import MODELS, import_torchscale
 from bench.workloads import Workload
 
@@ -73,7 +74,7 @@ def our_entrypoint(workload: Workload) -> str:
     raise ConfigError(f"beit3_fast has no model for {workload.name}; it has {sorted(known)}")
 
 
-def _build_ours(impl: str) -> Build:
+def _build_ours(impl: str, int8: bool = False) -> Build:
     def build(
         workload: Workload, weights: Weights, dtype: torch.dtype, device: torch.device
     ) -> nn.Module:
@@ -86,6 +87,8 @@ def _build_ours(impl: str) -> Build:
             dtype,
             device,
         )
+        if int8:
+            return to_int8(model, dtype)
         return model if workload.task_name == "train" else for_inference(model)
 
     return build
@@ -109,6 +112,16 @@ def _impl_of_ours(model: nn.Module) -> str:
     return "/".join(dict.fromkeys(chosen))
 
 
+def _int8_obstacle(workload: Workload, dtype: torch.dtype, device: torch.device) -> str | None:
+    if workload.task.train:
+        return "runs inference only"
+    if device.type != "cpu":
+        return "runs on a CPU only"
+    if not library.available():
+        return f"needs the compiled library, which {library.why_unavailable()}"
+    return None
+
+
 RUNTIMES: dict[str, Runtime] = {
     OURS: Runtime("this package, impl=auto", _build_ours("auto"), _impl_of_ours),
     f"{OURS}-composite": Runtime(
@@ -116,6 +129,14 @@ RUNTIMES: dict[str, Runtime] = {
     ),
     f"{OURS}-cpu": Runtime(
         "this package, impl=cpu", _build_ours("cpu"), _impl_of_ours, default=False
+    ),
+    f"{OURS}-int8": Runtime(
+        "this package, dtype=int8; activations between products in the dtype of the row",
+        _build_ours("auto", int8=True),
+        _impl_of_ours,
+        _int8_obstacle,
+        default=False,
+        judge=int8_parity,
     ),
     f"{OURS}-reference": Runtime(
         "this package, impl=reference", _build_ours("reference"), _impl_of_ours, default=False

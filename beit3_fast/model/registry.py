@@ -11,7 +11,7 @@ from torch import nn
 
 from beit3_fast.checkpoint import load_checkpoint
 from beit3_fast.config import SIZES, BEiT3Config
-from beit3_fast.errors import ConfigError
+from beit3_fast.errors import ConfigError, KernelUnavailable
 from beit3_fast.model.beit3 import BEiT3
 from beit3_fast.model.tasks import (
     BEiT3ForCaptioning,
@@ -20,8 +20,8 @@ from beit3_fast.model.tasks import (
     BEiT3ForVisualQuestionAnswering,
     BEiT3ForVisualReasoning,
 )
-from beit3_fast.ops import dispatch
-from beit3_fast.ops.packed_weight import pack_linear
+from beit3_fast.ops import dispatch, library
+from beit3_fast.ops.packed_weight import keep_packed, pack, quantize
 
 DTYPES = {
     "float32": torch.float32,
@@ -29,6 +29,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+INT8 = "int8"
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,10 @@ def create_model(
     to this model's image size. ``overrides`` are fields of BEiT3Config (img_size, drop_path_rate, modalities,
     ...). ``inference_only`` gives parameters without gradients, and where the compiled CPU kernels run keeps
     the weights of the layers in their layout only: half the memory, no packing at the first call; state dict,
-    saving and loading are the same. The model's ``name`` and ``preset`` (image preprocessing, the file's where it states one) are set. Raises
-    ConfigError for an unknown name, field, dtype or impl and CheckpointError for a file that does
+    saving and loading are the same. ``dtype="int8"`` is for inference on a CPU: the weights of the layers are
+    rounded to int8 by output channel and the rows that meet them by row, all else is bfloat16 (README: accuracy).
+    The model's ``name`` and ``preset`` (image preprocessing, the file's where it states one) are set. Raises
+    ConfigError for an unknown name, field, dtype or impl, KernelUnavailable for int8 without the compiled library, and CheckpointError for a file that does
     not fit.
     """
     if not isinstance(name, str) or name not in _ENTRYPOINTS:
@@ -119,7 +122,11 @@ def create_model(
         if not isinstance(num_classes, int) or num_classes < 1:
             raise ConfigError(f"num_classes must be a positive integer, got {num_classes!r}")
         options["num_classes"] = num_classes
-    wanted, place, preset = _dtype(dtype), _device(device), None
+    place, preset = _device(device), None
+    int8 = isinstance(dtype, str) and dtype == INT8
+    if int8:
+        _check_int8(place, impl)
+    wanted = torch.float32 if int8 else _dtype(dtype)
     if checkpoint is None:
         with place:
             model: Any = make(config, **options).to(wanted)
@@ -131,6 +138,8 @@ def create_model(
         preset = load_checkpoint(model, checkpoint).preset
     model.name = name
     model.preset = preset or (task.preset if task else "square")
+    if int8:
+        return to_int8(model)
     return for_inference(model) if inference_only else model.eval()
 
 
@@ -139,13 +148,43 @@ def for_inference(model: Any) -> Any:
     model.eval().requires_grad_(False)
     if next(model.parameters()).device.type != "cpu":
         return model
-    backbone = model if isinstance(model, BEiT3) else model.beit3
-    layers = backbone.encoder.layers
-    for linear in [module for module in layers.modules() if isinstance(module, nn.Linear)]:
+    for linear in _layer_products(model):
         at = dispatch.situation("expert_linear", [linear.weight])
-        if dispatch.choose(at, backbone.impl).impl == "cpu":
-            pack_linear(linear)
+        if dispatch.choose(at, _backbone(model).impl).impl == "cpu":
+            keep_packed(linear, pack(linear.weight))
     return model
+
+
+def to_int8(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """What ``dtype="int8"`` makes of a model on the CPU, in place; ``dtype`` is that of all but its products."""
+    model.eval().requires_grad_(False)
+    rounded = [(linear, quantize(linear.weight, dtype)) for linear in _layer_products(model)]
+    for linear, _ in rounded:  # spares their conversion
+        linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
+    model.to(dtype)
+    for linear, weight in rounded:
+        keep_packed(linear, weight)
+    return model
+
+
+def _backbone(model: Any) -> BEiT3:
+    return model if isinstance(model, BEiT3) else model.beit3
+
+
+def _layer_products(model: Any) -> list[nn.Linear]:
+    layers = _backbone(model).encoder.layers
+    return [module for module in layers.modules() if isinstance(module, nn.Linear)]
+
+
+def _check_int8(device: torch.device, impl: str) -> None:
+    if device.type != "cpu":
+        raise ConfigError(f"dtype='int8' runs on a CPU, got device {str(device)!r}; use 'bfloat16'")
+    if impl not in ("auto", "cpu"):
+        raise ConfigError(f"dtype='int8' needs impl='auto' or 'cpu', got {impl!r}")
+    if not library.available():
+        raise KernelUnavailable(
+            f"dtype='int8' needs the compiled library, which {library.why_unavailable()}; use 'float32'"
+        )
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -153,7 +192,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
         return dtype
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
-    raise ConfigError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}")
+    raise ConfigError(f"dtype must be one of {[*DTYPES, INT8]}, got {dtype!r}")
 
 
 def _device(device: str | torch.device) -> torch.device:

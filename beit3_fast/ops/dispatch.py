@@ -41,6 +41,7 @@ class Situation(NamedTuple):
     autocast: bool
     compiling: bool
     mask_tensor: bool
+    int8: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,13 @@ def autocast_enabled(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def situation(op: str, tensors: list[Tensor], mask_tensor: bool = False) -> Situation:
-    """The situation of a call: ``tensors`` are all operands, the first one gives device and dtype."""
+def situation(
+    op: str, tensors: list[Tensor], mask_tensor: bool = False, int8: bool = False
+) -> Situation:
+    """The situation of a call: ``tensors`` are all operands, the first one gives device and dtype.
+
+    ``int8``: whether the weights are rounded to int8, which only the CPU kernels multiply as such.
+    """
     first = tensors[0]
     return Situation(
         op=op,
@@ -67,6 +73,7 @@ def situation(op: str, tensors: list[Tensor], mask_tensor: bool = False) -> Situ
         autocast=autocast_enabled(first.device.type),
         compiling=torch.compiler.is_compiling(),
         mask_tensor=mask_tensor,
+        int8=int8,
     )
 
 
@@ -90,6 +97,8 @@ def _cpu_slower(at: Situation) -> str | None:
 
     docs/measurements.md holds the figures behind these rules.
     """
+    if at.int8:
+        return None
     if at.needs_grad:
         return "recomputes in the backward pass what composite keeps"
     if at.compiling:

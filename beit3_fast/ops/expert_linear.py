@@ -70,7 +70,8 @@ def expert_linear(
     tensors = [x, *_flat(weights), *_flat(biases or ()), *norm_weights, *norm_biases]
     if residual is not None:
         tensors.append(residual)
-    at = dispatch.situation("expert_linear", tensors)
+    int8 = any(isinstance(part, PackedWeight) and part.is_int8 for part in _flat(weights))
+    at = dispatch.situation("expert_linear", tensors, int8=int8)
     choice = dispatch.choose(at, impl)
     tail = (residual, rows, tuple(bounds), eps, activation or "none")
     if choice.impl == "cpu":
@@ -150,11 +151,20 @@ def _packed(weight: Tensor) -> Tensor:
 def _packed_whole(parts: tuple[Tensor, ...]) -> Tensor:
     if len(parts) == 1:
         return _packed(parts[0])
+    sources = [part.packed if isinstance(part, PackedWeight) else part for part in parts]
+    if sources[0].dtype is torch.int8:
+        return derived("packed whole", sources, lambda: _join_int8(parts))
     return derived(
         "packed whole",
-        [part.packed if isinstance(part, PackedWeight) else part for part in parts],
+        sources,
         lambda: torch.ops.beit3_fast.pack_weight(torch.cat([_stack(part) for part in parts])),
     )
+
+
+def _join_int8(parts: Sequence[Any]) -> Tensor:
+    whole = torch.cat([part.unpack(torch.float32) for part in parts])
+    joined: Tensor = torch.ops.beit3_fast.quantize_weight(whole)
+    return joined
 
 
 def _stand_in(parts: tuple[Tensor, ...]) -> Tensor:
@@ -174,9 +184,15 @@ def _op() -> Any:
         size = torch.library.get_ctx().new_dynamic_size()
         return weight.new_empty(size)
 
+    @torch.library.register_fake("beit3_fast::quantize_weight")
+    def _(weight: Tensor) -> Tensor:
+        size = torch.library.get_ctx().new_dynamic_size()
+        return weight.new_empty(size, dtype=torch.int8)
+
     @torch.library.register_fake("beit3_fast::unpack_weight")
     def _(packed: Tensor, out_features: int, in_features: int) -> Tensor:
-        return packed.new_empty(out_features, in_features)
+        dtype = torch.float32 if packed.dtype is torch.int8 else packed.dtype
+        return packed.new_empty(out_features, in_features, dtype=dtype)
 
     @torch.library.register_fake("beit3_fast::expert_linear")
     def _(x: Tensor, weights: list[Tensor], *_: Any) -> Tensor:

@@ -1,9 +1,9 @@
 """A weight kept only in the layout that the CPU kernels read: one copy of it, for inference.
 
-``PackedWeight`` is a tensor [O, I] whose memory is the packed form. ``expert_linear`` reads that form; to
-everything else it behaves as the plain weight, which is unpacked for the call. It has no gradient and cannot be
-changed in place, except as a whole by ``copy_`` (which ``load_state_dict`` uses); moved to another dtype or
-device, it becomes a plain parameter.
+``PackedWeight`` is a tensor [O, I] whose memory is the packed form, exact or rounded to int8. ``expert_linear``
+reads that form; to everything else it behaves as the plain weight, which is unpacked for the call. It has no
+gradient and cannot be changed in place, except as a whole by ``copy_`` (which ``load_state_dict`` uses); moved to
+another dtype or device, it becomes a plain parameter.
 """
 
 from __future__ import annotations
@@ -21,23 +21,32 @@ from beit3_fast.ops.dispatch import rows_in_memory
 
 
 class PackedWeight(Tensor):
-    """[O, I], fp32 or bf16, on the CPU; ``packed`` is the only memory. Made by ``pack``."""
+    """[O, I], fp32 or bf16, on the CPU; ``packed`` is the only memory. Made by ``pack`` and ``quantize``."""
 
     packed: Tensor
 
     @staticmethod
-    def __new__(cls, packed: Tensor, shape: tuple[int, int]) -> PackedWeight:
+    def __new__(cls, packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
         weight: PackedWeight = Tensor._make_wrapper_subclass(
-            cls, shape, dtype=packed.dtype, device=packed.device, requires_grad=False
+            cls, shape, dtype=dtype, device=packed.device, requires_grad=False
         )
         weight.packed = packed
         return weight
 
-    def unpack(self) -> Tensor:
-        """The plain weight [O, I], bit for bit what was packed."""
+    @property
+    def is_int8(self) -> bool:
+        """Whether the packed form is rounded to int8."""
+        return self.packed.dtype is torch.int8
+
+    def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The plain weight [O, I]: bit for bit what was packed, or what int8 left of it."""
         library.load()
         plain: Tensor = torch.ops.beit3_fast.unpack_weight(self.packed, *self.shape)
-        return plain
+        return plain.to(dtype or self.dtype)
+
+    def _packed_like(self, plain: Tensor) -> Tensor:
+        packed: Tensor = (quantize(plain) if self.is_int8 else pack(plain.to(self.dtype))).packed
+        return packed
 
     @property
     def data(self) -> Tensor:
@@ -52,7 +61,7 @@ class PackedWeight(Tensor):
         elif (
             value.shape == self.shape and value.dtype == self.dtype and value.device == self.device
         ):
-            self.packed = pack(value).packed
+            self.packed = self._packed_like(value)
         else:
             torch.utils.swap_tensors(self, nn.Parameter(value.detach(), requires_grad=False))
 
@@ -66,13 +75,15 @@ class PackedWeight(Tensor):
         return self
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"PackedWeight({list(self.shape)}, {self.dtype})"
+        return f"PackedWeight({list(self.shape)}, {self.dtype}{', int8' if self.is_int8 else ''})"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        if self.is_int8:
+            return _parameter, (self.packed, tuple(self.shape), self.dtype)
         return pack, (self.unpack(),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
-        copied = _parameter(PackedWeight(self.packed.clone(), (self.shape[0], self.shape[1])))
+        copied = _parameter(self.packed.clone(), tuple(self.shape), self.dtype)
         memo[id(self)] = copied
         return copied
 
@@ -82,11 +93,12 @@ class PackedWeight(Tensor):
     ) -> Any:
         first = args[0]
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return PackedWeight(first.packed, (first.shape[0], first.shape[1]))
+            return PackedWeight(first.packed, tuple(first.shape), first.dtype)
         if func is torch.ops.aten.copy_.default and isinstance(first, PackedWeight):
-            source = args[1].unpack() if isinstance(args[1], PackedWeight) else args[1]
-            plain = source.to(first.dtype).expand(first.shape)
-            first.packed.copy_(pack(plain).packed)
+            source = args[1]
+            if isinstance(source, PackedWeight):
+                source = source.unpack(torch.float32 if source.is_int8 else None)
+            first.packed.copy_(first._packed_like(source.expand(first.shape)))
             increment_version(first.packed)  # PyTorch does not count changes made within a dispatch
             return first
         if func._schema.is_mutable and isinstance(first, PackedWeight):
@@ -105,16 +117,28 @@ def pack(weight: Tensor) -> Any:
     """A weight [O, I], fp32 or bf16, as the parameter of an inference model."""
     library.load()
     packed = torch.ops.beit3_fast.pack_weight(rows_in_memory(weight.detach()))
-    return _parameter(PackedWeight(packed, (weight.shape[0], weight.shape[1])))
+    return _parameter(packed, tuple(weight.shape), weight.dtype)
 
 
-def _parameter(weight: PackedWeight) -> Any:
-    return nn.Parameter(weight, requires_grad=False)
+def quantize(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A weight [O, I] rounded to int8, each output channel by its own scale, for activations of ``dtype``.
+
+    The scale is the channel's largest magnitude / 127; a channel with a number that is not finite gives NaN.
+    """
+    library.load()
+    plain = weight.detach()
+    plain = plain if plain.dtype in (torch.float32, torch.bfloat16) else plain.float()
+    packed = torch.ops.beit3_fast.quantize_weight(rows_in_memory(plain))
+    return _parameter(packed, tuple(weight.shape), dtype)
 
 
-def pack_linear(linear: nn.Linear) -> None:
-    """Keep a linear layer's weight packed only; its state dict goes on holding the plain weight."""
-    linear.weight = pack(linear.weight)
+def _parameter(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    return nn.Parameter(PackedWeight(packed, shape, dtype), requires_grad=False)
+
+
+def keep_packed(linear: nn.Linear, weight: Any) -> None:
+    """Give a linear layer a weight from ``pack`` or ``quantize``; its state dict goes on holding plain weights."""
+    linear.weight = weight
     linear.register_state_dict_post_hook(_unpack_entry)
 
 

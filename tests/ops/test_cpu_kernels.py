@@ -18,7 +18,7 @@ from torch import Tensor
 
 from beit3_fast.parity import op_parity
 
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+LEVELS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16")
 SHAPES = [
     (40, 1, 1),
     (1, 64, 160),

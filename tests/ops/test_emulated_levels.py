@@ -20,7 +20,13 @@ from beit3_fast.ops import library
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 FOLDER = ROOT / "build" / "emulated"
-LEVELS = ("avx512", "avx512_bf16", "amx_bf16")
+# Each level with the files that it does not share with the level before.
+LEVELS = {
+    "avx512": ("test_cpu_kernels.py", "test_cpu_int8.py"),
+    "avx512_vnni": ("test_cpu_int8.py",),
+    "avx512_bf16": ("test_cpu_kernels.py",),
+    "amx_bf16": ("test_cpu_kernels.py", "test_cpu_int8.py"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,7 @@ def test_the_kernel_tests_hold_at_every_level(level: str, emulated: Path) -> Non
         "BEIT3_FAST_CPU_ISA": level,
         "OMP_NUM_THREADS": "1",
     }
-    tests = str(HERE / "test_cpu_kernels.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
+    tests = [str(HERE / name) for name in LEVELS[level]]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
