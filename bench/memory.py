@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from beit3_fast.errors import Beit3FastError
+from beit3_fast.ops.packed_weight import PackedWeight
 from bench.baselines import RUNTIMES
 from bench.runtime import Weights
 from bench.tasks import Inputs
@@ -104,7 +105,7 @@ def _forward(
     model = RUNTIMES[runtime].build(workload, _cheap_weights(workload), dtype, device)
     one, inputs = (move(workload.inputs(n), dtype, device) for n in (1, batch))
     tensors = (*model.parameters(), *model.buffers(), *one.values(), *inputs.values())
-    held = sum(t.numel() * t.element_size() for t in tensors)
+    held = sum(map(_bytes, tensors))
     settle()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -113,6 +114,11 @@ def _forward(
     with _PeakAnonymous() as peak:
         _steps(model, workload, one, inputs)
     return float(peak.bytes - before - held)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    memory = tensor.packed if isinstance(tensor, PackedWeight) else tensor
+    return memory.numel() * memory.element_size()
 
 
 def _steps(model: nn.Module, workload: Workload, *batches: Inputs) -> None:
