@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from random import Random
 
 import torch
 from torch import Tensor
@@ -154,20 +156,39 @@ def photo_batch(indices: list[int], size: int) -> Tensor:
     return torch.stack([_pixels(i, size) for i in indices])
 
 
+def photo_pieces(numbers: Iterable[int], size: int) -> Tensor:
+    """Pieces of the photographs [B, 3, size, size] fp32, one for each number, preset as in ``photo_batch``.
+
+    Place, extent (a third of the photograph to all of it) and mirroring follow from the number alone.
+    """
+    pieces = []
+    for number in numbers:
+        draw = Random(number)
+        width, height = (draw.uniform(0.33, 1.0) for _ in range(2))
+        left, top = draw.uniform(0, 1 - width), draw.uniform(0, 1 - height)
+        box = (left, top, left + width, top + height)
+        pieces.append(_cut(number % len(SCENES), box, draw.random() < 0.5, size))
+    return torch.stack(pieces)
+
+
 @lru_cache(maxsize=256)
 def _pixels(index: int, size: int) -> Tensor:
+    scene, again = index % len(SCENES), index // len(SCENES)
+    cut = min(again * 0.03, 0.4)
+    return _cut(scene, (cut, cut, 1 - cut, 1 - cut), again % 2 == 1, size)
+
+
+def _cut(scene: int, box: tuple[float, float, float, float], mirrored: bool, size: int) -> Tensor:
+    """A box of a photograph, its edges as fractions of width and height: left, top, right, bottom."""
     import numpy as np
     from PIL import Image, ImageOps
 
-    scene, again = SCENES[index % len(SCENES)], index // len(SCENES)
-    with Image.open(_locate(scene)) as file:
+    with Image.open(_locate(SCENES[scene])) as file:
         image = file.convert("RGB")
-    cut = min(again * 0.03, 0.4)
-    width, height = image.size
-    image = image.crop(
-        (int(width * cut), int(height * cut), int(width * (1 - cut)), int(height * (1 - cut)))
-    )
-    if again % 2:
+    edges = zip(box, image.size * 2, strict=True)
+    left, top, right, bottom = (int(fraction * extent) for fraction, extent in edges)
+    image = image.crop((left, top, right, bottom))
+    if mirrored:
         image = ImageOps.mirror(image)
     image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
