@@ -34,6 +34,7 @@ LINEAR = "tests/ops/test_expert_linear.py"
 ATTENTION = "tests/ops/test_shared_attention.py"
 PADDED = "tests/ops/test_padded_attention.py"
 KERNELS = "tests/ops/test_cpu_kernels.py"
+INT8 = "tests/ops/test_cpu_int8.py"
 EMULATED = "tests/ops/test_emulated_levels.py"
 ARGUMENTS = "tests/ops/test_cpu_arguments.py"
 CONTRACT = "tests/test_api_contract.py"
@@ -469,9 +470,32 @@ BUGS = (
     Bug(
         "packed-weight-copied-by-reference",
         "beit3_fast/ops/packed_weight.py",
-        "PackedWeight(self.packed.clone(),",
-        "PackedWeight(self.packed,",
+        "_parameter(self.packed.clone(),",
+        "_parameter(self.packed,",
         ("tests/model/test_inference_only.py::test_a_copy_is_independent",),
+    ),
+    Bug(
+        "packed-weight-changes-not-counted",
+        "beit3_fast/ops/packed_weight.py",
+        "            increment_version(first.packed)  # PyTorch does not count changes made within a dispatch\n",
+        "",
+        (
+            "tests/model/test_inference_only.py::test_new_weights_are_seen_where_panels_are_not_whole",
+        ),
+    ),
+    Bug(
+        "int8-joined-parts-not-rounded",
+        "beit3_fast/ops/expert_linear.py",
+        "if sources[0].dtype is torch.int8:",
+        "if False:",
+        ("tests/model/test_int8.py::test_parts_whose_panels_are_not_whole",),
+    ),
+    Bug(
+        "int8-rounded-from-bfloat16",
+        "beit3_fast/model/registry.py",
+        "wanted = torch.float32 if int8 else _dtype(dtype)",
+        "wanted = torch.bfloat16 if int8 else _dtype(dtype)",
+        ("tests/model/test_int8.py::test_a_checkpoint_is_rounded_from_its_own_precision",),
     ),
     Bug(
         "incremental-words-of-a-pair-to-the-text-expert",
@@ -498,21 +522,21 @@ BUGS = (
     # csrc: single levels; those that this processor lacks run emulated
     Bug(
         "amx-second-half-of-the-panel-again-the-first",
-        "csrc/cpu/kernels_amx.cpp",
+        "csrc/cpu/amx_tiles.h",
         "_tile_loadd(7, b + 16, kBRow);",
         "_tile_loadd(7, b, kBRow);",
         (EMULATED,),
     ),
     Bug(
         "amx-lower-rows-forgotten-with-one-half",
-        "csrc/cpu/kernels_amx.cpp",
+        "csrc/cpu/amx_tiles.h",
         "if (M == 2) _tile_stored(2, lower, c_row);",
         "if (M == 2 && N == 2) _tile_stored(2, lower, c_row);",
         (EMULATED,),
     ),
     Bug(
         "amx-sums-of-earlier-depth-dropped",
-        "csrc/cpu/kernels_amx.cpp",
+        "csrc/cpu/amx_tiles.h",
         "_tile_loadd(0, c, c_row);",
         "_tile_zero(0);",
         (EMULATED,),
@@ -533,7 +557,50 @@ BUGS = (
         (KERNELS,),
         isa=("avx2",),
     ),
+    Bug(
+        "vnni-offsets-forgotten",
+        "csrc/cpu/linear_loops.h",
+        "Arch::kUnsigned ? scales.offsets + column : nullptr",
+        "nullptr",
+        (EMULATED,),
+    ),
+    Bug(
+        "avx2-int8-odd-numbers-twice",
+        "csrc/cpu/int8_avx2.cpp",
+        "right[j] = odd ? odds(unit) : evens(unit);",
+        "right[j] = odds(unit);",
+        (INT8,),
+        isa=("avx2",),
+    ),
     # csrc: what all instruction-set levels share
+    Bug(
+        "int8-numbers-not-finite-become-whole",
+        "csrc/cpu/tile_loops.h",
+        "scales[r] = largest / 127.0f + v_sum(poison);",
+        "scales[r] = largest / 127.0f;",
+        (f"{INT8}::test_numbers_that_are_not_finite_are_not_hidden",),
+    ),
+    Bug(
+        "int8-one-scale-for-a-tile",
+        "csrc/cpu/linear_loops.h",
+        "v_set(scales.rows[row])",
+        "v_set(scales.rows[0])",
+        (f"{INT8}::test_sizes",),
+    ),
+    Bug(
+        "int8-scales-of-the-first-panel",
+        "csrc/cpu/linear_loops.h",
+        "behind + inside,",
+        "behind,",
+        (f"{INT8}::test_sizes",),
+    ),
+    Bug(
+        "int8-weights-cut-instead-of-rounded",
+        "csrc/cpu/packed_weight.cpp",
+        "std::lrint(element(dtype, row, i) * inverse)",
+        "element(dtype, row, i) * inverse",
+        (f"{INT8}::test_unpacked_weights",),
+    ),
     Bug(
         "ops-cpp-named-rows-cleared",
         "csrc/ops.cpp",
@@ -558,8 +625,8 @@ BUGS = (
     Bug(
         "packed-weight-stride-ignored",
         "csrc/cpu/packed_weight.cpp",
-        "row_bytes = stride * (",
-        "row_bytes = in_features * (",
+        "const int64_t row_bytes = stride * bytes_of(dtype);\n  const int64_t words",
+        "const int64_t row_bytes = in_features * bytes_of(dtype);\n  const int64_t words",
         (f"{KERNELS}::test_rows_of_a_weight_may_lie_apart",),
     ),
     Bug(

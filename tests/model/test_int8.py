@@ -14,8 +14,8 @@ from torch import Tensor
 import beit3_fast
 from beit3_fast.errors import ConfigError, KernelUnavailable
 from beit3_fast.model.registry import to_int8
-from beit3_fast.ops import library
-from beit3_fast.ops.packed_weight import PackedWeight
+from beit3_fast.ops import expert_linear, library
+from beit3_fast.ops.packed_weight import PackedWeight, quantize
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the compiled library")
 TASKS = ("vqav2", "nlvr2", "retrieval", "captioning", "imageclassification")
@@ -75,7 +75,14 @@ def test_close_to_fp32(task: str) -> None:
     assert all(w.is_int8 and w.dtype is torch.bfloat16 for w in weights(rounded))
 
 
-def test_a_width_whose_panels_are_not_whole() -> None:
+def test_parts_whose_panels_are_not_whole() -> None:
+    """Query, key and value of a width of 48 are packed together, and as exactly as they are apart."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [quantize(torch.randn(48, 48, generator=generator), torch.float32) for _ in range(3)]
+    x = torch.randn(20, 48, generator=generator)
+    together = expert_linear(x, [tuple(parts)], bounds=(0, 20))
+    apart = torch.cat([expert_linear(x, [part], bounds=(0, 20)) for part in parts], 1)
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
     plain, rounded = models(embed_dim=48, num_heads=4, ffn_dim=100)
     expected = outputs(plain)
     assert (outputs(rounded) - expected).norm() / expected.norm() < 0.03

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cpu_cases import DTYPES, EPS, OPS, Linear, randn
-from test_cpu_kernels import LEVELS, SHAPES
+from test_cpu_kernels import LEVELS, SHAPES, Fence
 from torch import Tensor
 
 from beit3_fast.ops import library
@@ -161,6 +161,23 @@ def test_bad_operands_are_refused() -> None:
         OPS.quantize_weight(weight.double())
     with pytest.raises(RuntimeError, match="must not be empty"):
         OPS.quantize_weight(weight[:0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for pages without access")
+@pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_read_outside_its_tensor(dtype: str, at_end: bool) -> None:
+    fence = Fence(at_end)
+    for shape in [(5, 33, 17), (13, 40, 100), (3, 7, 33), (26, 64, 64), (2, 1093, 45)]:
+        case = Int8Linear(DTYPES[dtype], shape, activation="gelu", residual=True)
+        wanted = case.run()
+        for name in ("packed", "biases", "norm", "shift"):
+            setattr(case, name, [fence(t) for t in getattr(case, name)])
+        assert case.residual is not None
+        case.x, case.residual = fence(case.x), fence(case.residual)
+        assert torch.equal(case.run(), wanted)
+        OPS.quantize_weight(fence(case.weights[0]))
+    fence.open()
 
 
 @pytest.mark.skipif("BEIT3_FAST_CPU_ISA" in os.environ, reason="runs at one level")
