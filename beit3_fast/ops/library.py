@@ -264,7 +264,8 @@ def _cpu_features() -> dict[str, bool]:
 
 
 def cpu_isa() -> str:
-    """The instruction-set level that the compiled CPU kernels run on here: portable, avx2, avx512, avx512_bf16.
+    """The instruction-set level that the compiled CPU kernels run on here: portable,
+    avx2, avx512, avx512_vnni, avx512_bf16 or amx_bf16 (each has what those before it have).
 
     ``BEIT3_FAST_CPU_ISA`` lowers it. Raises KernelUnavailable without the library.
     """

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3_fast.ops import expert_linear
+from beit3_fast.ops import expert_linear, library
 from beit3_fast.ops.expert_linear import Norm
+from beit3_fast.ops.packed_weight import quantize
 
 from .conftest import Timed
 
@@ -68,7 +69,7 @@ def by_plain_calls(o: Operands) -> Tensor:
     return y if o.residual is None else y + o.residual
 
 
-@pytest.mark.parametrize("impl", ["auto", "cpu", "composite", "plain PyTorch"])
+@pytest.mark.parametrize("impl", ["auto", "cpu", "cpu int8", "composite", "plain PyTorch"])
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_expert_linear(timed: Timed, dtype: str, product: str, impl: str) -> None:
@@ -78,17 +79,22 @@ def test_expert_linear(timed: Timed, dtype: str, product: str, impl: str) -> Non
     if impl == "plain PyTorch":
         timed(group, flops, lambda: by_plain_calls(o))
         return
+    weights: list[Tensor] = o.weights
+    if impl == "cpu int8":
+        if not library.available():
+            pytest.skip(f"needs the compiled library, which {library.why_unavailable()}")
+        weights = [quantize(weight, o.x.dtype) for weight in o.weights]
     timed(
         group,
         flops,
         lambda: expert_linear(
             o.x,
-            o.weights,
+            weights,
             o.biases,
             bounds=BOUNDS,
             norm=o.norm,
             activation=o.activation,
             residual=o.residual,
-            impl=impl,
+            impl=impl.removesuffix(" int8"),
         ),
     )
