@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -98,3 +100,31 @@ def shared_attention(
     if not vision_parts:
         return q.clone()
     return torch.cat(vision_parts + text_parts).to(q.dtype)
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    samples: Sequence[int],
+    num_heads: int,
+    scale: float,
+) -> Tensor:
+    """softmax(scale Q K^T) V, sequence s against cache sample samples[s], keys where ``seen``.
+
+    q [S, n, C], k and v [B, N, C], seen bool [S, n, N] -> [S, n, C]; a query without a visible key gives zeros.
+    Computed in fp32, in fp64 for fp64 operands.
+    """
+    compute = torch.promote_types(q.dtype, torch.float32)
+    out = torch.empty_like(q)
+    for place, sample in enumerate(samples):
+        own_q, own_k, own_v = (
+            t.to(compute).unflatten(1, (num_heads, -1)) for t in (q[place], k[sample], v[sample])
+        )
+        scores = torch.einsum("qhd,khd->hqk", own_q, own_k) * scale
+        scores = scores.masked_fill(~seen[place], float("-inf"))
+        any_seen = seen[place].any(dim=1)[None, :, None]
+        weights = torch.where(any_seen, scores, 0.0).softmax(dim=-1) * any_seen
+        out[place] = torch.einsum("hqk,khd->qhd", weights, own_v).flatten(1).to(q.dtype)
+    return out
