@@ -89,11 +89,7 @@ def shared_attention(
         vision_q, text_q = queries.segments(sample)
         own_q = torch.cat([q[vision_q], q[text_q]]).to(compute).unflatten(1, (num_heads, -1))
         visible = sample_mask(mask, keys, queries, sample)  # [Nq, Nk]
-        scores = torch.einsum("qhd,khd->hqk", own_q, own_k) * scale
-        scores = scores.masked_fill(~visible, float("-inf"))
-        seen = visible.any(dim=1)[None, :, None]
-        weights = torch.where(seen, scores, 0.0).softmax(dim=-1) * seen
-        o = torch.einsum("hqk,khd->qhd", weights, own_v).flatten(1)
+        o = _attend(own_q, own_k, own_v, visible, scale)
         split = queries.vision_lengths[sample]
         vision_parts.append(o[:split])
         text_parts.append(o[split:])
@@ -122,9 +118,14 @@ def cached_attention(
         own_q, own_k, own_v = (
             t.to(compute).unflatten(1, (num_heads, -1)) for t in (q[place], k[sample], v[sample])
         )
-        scores = torch.einsum("qhd,khd->hqk", own_q, own_k) * scale
-        scores = scores.masked_fill(~seen[place], float("-inf"))
-        any_seen = seen[place].any(dim=1)[None, :, None]
-        weights = torch.where(any_seen, scores, 0.0).softmax(dim=-1) * any_seen
-        out[place] = torch.einsum("hqk,khd->qhd", weights, own_v).flatten(1).to(q.dtype)
+        out[place] = _attend(own_q, own_k, own_v, seen[place], scale).to(q.dtype)
     return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """One sample: q [Nq, H, D], k and v [Nk, H, D], visible bool [Nq, Nk] -> [Nq, H * D]."""
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    scores = scores.masked_fill(~visible, float("-inf"))
+    seen = visible.any(dim=1)[None, :, None]
+    weights = torch.where(seen, scores, 0.0).softmax(dim=-1) * seen
+    return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
