@@ -21,7 +21,7 @@ FLOORS = (
     ("composite",),
     ("ops", "checkpoint", "data", "generate"),
     ("model",),
-    ("train", "integrations", "explanation"),
+    ("train", "integrations", "explanation", "retrieval"),
     ("cli", "__init__"),
     ("__main__",),
 )

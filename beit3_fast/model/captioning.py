@@ -120,7 +120,7 @@ class BEiT3ForCaptioning(BEiT3Task):
         sources = listed(images)
         generator = self._generator(options)
         results: list[list[Caption]] = [[]] * len(sources)
-        for places, batch in image_batches(self, sources, processor, batch_size):
+        for places, batch in image_batches(self.beit3, sources, processor, batch_size):
             decoder = self._decoder(batch, options, special)
             for place, found in zip(
                 places, captions(decoder, options, special, generator), strict=True
@@ -155,7 +155,7 @@ class BEiT3ForCaptioning(BEiT3Task):
         sources = listed(image)
         if len(sources) != 1:
             raise ConfigError(f"stream_caption takes one image, got {len(sources)}; use caption")
-        (tensor,) = image_tensors(self, sources, processor)
+        (tensor,) = image_tensors(self.beit3, sources, processor)
         with torch.inference_mode():
             decoder = self._decoder(tensor[None], options, special)
         return self._steps(decoder, options, special, processor)

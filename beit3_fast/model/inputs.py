@@ -10,6 +10,7 @@ from torch import Tensor
 
 from beit3_fast.data import Processor
 from beit3_fast.errors import ConfigError, InputError, ShapeError
+from beit3_fast.model.batch import branch
 
 
 def listed(images: Any) -> list[Any]:
@@ -22,14 +23,14 @@ def listed(images: Any) -> list[Any]:
     return items
 
 
-def image_tensors(model: Any, images: list[Any], processor: Processor | None) -> list[Tensor]:
+def image_tensors(backbone: Any, images: list[Any], processor: Processor | None) -> list[Tensor]:
     """[3, H, W] each, on the model's device and in its dtype.
 
     A floating-point tensor is taken for model input, normalised already; everything else goes through the
     processor. Raises InputError for what cannot be used, ConfigError where a processor is needed and missing.
     """
     check_processor(processor)
-    weight = model.beit3.vision_embed.proj.weight
+    weight = branch(backbone, "vision_embed").proj.weight
     out = []
     for index, image in enumerate(images):
         if not (isinstance(image, Tensor) and image.is_floating_point()):
@@ -46,13 +47,13 @@ def image_tensors(model: Any, images: list[Any], processor: Processor | None) ->
 
 
 def image_batches(
-    model: Any, images: list[Any], processor: Processor | None, batch_size: int
+    backbone: Any, images: list[Any], processor: Processor | None, batch_size: int
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Images of one size, at most ``batch_size`` at a time: their places in the list, and [S, 3, H, W]."""
     check_batch_size(batch_size)
     waiting: dict[torch.Size, tuple[list[int], list[Tensor]]] = {}
     for start in range(0, len(images), batch_size):
-        part = image_tensors(model, images[start : start + batch_size], processor)
+        part = image_tensors(backbone, images[start : start + batch_size], processor)
         for place, image in enumerate(part, start):
             places, tensors = waiting.setdefault(image.shape, ([], []))
             places.append(place)

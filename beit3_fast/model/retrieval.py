@@ -40,12 +40,12 @@ class BEiT3ForRetrieval(BEiT3Task):
         vision = language = None
         if image is not None:
             encoded = self.beit3.encode(image=image, read_vision="first")
-            vision = F.normalize(self.vision_head(encoded.vision()), dim=-1)
+            vision = self._pooled("image", encoded.vision())
         if text_description is not None:
             encoded = self.beit3.encode(
                 text=text_description, text_padding=padding_mask, read_text="first"
             )
-            language = F.normalize(self.language_head(text_of_all(encoded)), dim=-1)
+            language = self._pooled("text", text_of_all(encoded))
         if only_infer:
             return vision, language
         if vision is None or language is None:
@@ -53,6 +53,13 @@ class BEiT3ForRetrieval(BEiT3Task):
                 "the contrastive loss needs an image and a text; pass only_infer=True for one of them"
             )
         return contrastive_loss(vision, language, self.logit_scale.exp()), vision, language
+
+    def _pools_first(self, kind: str) -> bool:
+        return kind != "pair"
+
+    def _pooled(self, kind: str, rows: Tensor) -> Tensor:
+        head = self.vision_head if kind == "image" else self.language_head
+        return F.normalize(head(rows), dim=-1)
 
 
 def contrastive_loss(vision: Tensor, language: Tensor, scale: Tensor) -> Tensor:

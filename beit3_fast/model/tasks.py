@@ -109,3 +109,9 @@ class BEiT3ForVisualQuestionAnswering(BEiT3Task):
             image, question, padding_mask, read_vision="first", read_text="none"
         )
         return self.head(self.pooler(encoded.vision()))
+
+    def _pools_first(self, kind: str) -> bool:
+        return kind == "pair"
+
+    def _pooled(self, kind: str, rows: Tensor) -> Tensor:
+        return self.pooler(rows)
