@@ -48,7 +48,9 @@ class Embeddings:
         sources = listed(images)
         parts = []
         for start in range(0, len(sources), batch_size):
-            tensors = image_tensors(self.backbone, sources[start : start + batch_size], processor)
+            tensors = image_tensors(
+                self.backbone, sources[start : start + batch_size], processor, start
+            )
             parts.append(self._encoded("image", output, tensors, None))
         return _joined(parts)
 
@@ -99,7 +101,7 @@ class Embeddings:
         parts = []
         for start in range(0, len(sources), batch_size):
             own = slice(start, start + batch_size)
-            vision = image_tensors(self.backbone, sources[own], processor)
+            vision = image_tensors(self.backbone, sources[own], processor, start)
             parts.append(self._encoded("pair", output, vision, tensors[own]))
         return _joined(parts)
 

@@ -23,23 +23,26 @@ def listed(images: Any) -> list[Any]:
     return items
 
 
-def image_tensors(backbone: Any, images: list[Any], processor: Processor | None) -> list[Tensor]:
+def image_tensors(
+    backbone: Any, images: list[Any], processor: Processor | None, first: int = 0
+) -> list[Tensor]:
     """[3, H, W] each, on the model's device and in its dtype.
 
     A floating-point tensor is taken for model input, normalised already; everything else goes through the
-    processor. Raises InputError for what cannot be used, ConfigError where a processor is needed and missing.
+    processor. ``first`` is the number of the first image in the caller's list, for messages. Raises InputError for what
+    cannot be used, ConfigError where a processor is needed and missing.
     """
     check_processor(processor)
     weight = branch(backbone, "vision_embed").proj.weight
     out = []
-    for index, image in enumerate(images):
+    for index, image in enumerate(images, first):
         if not (isinstance(image, Tensor) and image.is_floating_point()):
             if processor is None:
                 raise ConfigError(
                     f"image {index} is {_named(image)}; pass processor=Processor.for_model(model, ...), or "
                     "normalised floating-point tensors [3, H, W]"
                 )
-            image = _processed(processor, image, index, len(images))
+            image = _processed(processor, image, index, first + len(images))
         if image.dim() != 3:
             raise ShapeError(f"image {index} must be [3, H, W], got {list(image.shape)}")
         out.append(image.to(weight.device, weight.dtype))
@@ -53,7 +56,7 @@ def image_batches(
     check_batch_size(batch_size)
     waiting: dict[torch.Size, tuple[list[int], list[Tensor]]] = {}
     for start in range(0, len(images), batch_size):
-        part = image_tensors(backbone, images[start : start + batch_size], processor)
+        part = image_tensors(backbone, images[start : start + batch_size], processor, start)
         for place, image in enumerate(part, start):
             places, tensors = waiting.setdefault(image.shape, ([], []))
             places.append(place)
@@ -72,13 +75,13 @@ def text_tensors(
 ) -> list[Tensor]:
     """Token ids int64 [Nt] each, bos and eos included, without padding.
 
-    ``texts`` are strings, or ids: int64 [B, Nt], or one tensor [Nt] a text. Raises InputError, ShapeError, and
+    ``texts`` are strings, or ids: int64 [B, Nt] or [Nt], or a list of tensors [Nt]. Raises InputError, ShapeError, and
     ConfigError for strings without a tokenizer.
     """
     check_processor(processor)
-    if isinstance(texts, str):
+    if isinstance(texts, str) or (isinstance(texts, Tensor) and texts.dim() == 1):
         texts = [texts]
-    if isinstance(texts, Tensor) and texts.dim() == 2:
+    elif isinstance(texts, Tensor) and texts.dim() == 2:
         texts = list(texts)
     if not isinstance(texts, (list, tuple)) or not texts:
         raise InputError(

@@ -15,6 +15,7 @@ from beit3_fast.checkpoint import safetensors_file
 from beit3_fast.checkpoint.atomic import replacing
 from beit3_fast.data import Processor
 from beit3_fast.errors import CheckpointError, ConfigError, InputError, ShapeError
+from beit3_fast.model.guess import check_top_k
 from beit3_fast.retrieval.model import check_retrieval
 
 BACKENDS = ("auto", "faiss", "torch")
@@ -110,8 +111,7 @@ class EmbeddingIndex:
 
         Raises ShapeError for queries of another width, ConfigError for a top_k below 1.
         """
-        if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
-            raise ConfigError(f"top_k must be a positive integer, got {top_k!r}")
+        check_top_k(top_k)
         width = self.embeddings.shape[1]
         if not isinstance(queries, Tensor) or queries.dim() not in (1, 2):
             raise ShapeError(f"queries must be a tensor [Q, {width}], got {type(queries).__name__}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +12,10 @@ from torch import Tensor
 from beit3_fast.data import Processor
 from beit3_fast.errors import ConfigError, InputError
 from beit3_fast.model import BEiT3ForRetrieval
+from beit3_fast.model.guess import Guess, best, check_top_k
 from beit3_fast.retrieval.model import check_retrieval
 
 TEMPLATES = ("a photo of a {}.",)
-
-
-class Guess(NamedTuple):
-    """A label and its probability among all labels."""
-
-    label: str
-    score: float
 
 
 class ZeroShotClassifier:
@@ -44,14 +38,8 @@ class ZeroShotClassifier:
 
     def __call__(self, images: Any, top_k: int = 5, *, batch_size: int = 32) -> list[list[Guess]]:
         """The ``top_k`` likeliest labels of every image, best first. Raises what ``model.encode_image`` raises."""
-        if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
-            raise ConfigError(f"top_k must be a positive integer, got {top_k!r}")
-        scores = self.logits(images, batch_size).float().softmax(dim=-1)
-        best, places = scores.topk(min(top_k, len(self.labels)), dim=-1)
-        return [
-            [Guess(self.labels[place], score) for place, score in zip(own_places, own, strict=True)]
-            for own_places, own in zip(places.tolist(), best.tolist(), strict=True)
-        ]
+        check_top_k(top_k)
+        return best(self.logits(images, batch_size).float().softmax(dim=-1), top_k, self.labels)
 
 
 @torch.no_grad()
