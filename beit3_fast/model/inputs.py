@@ -79,29 +79,27 @@ def text_tensors(
     ConfigError for strings without a tokenizer.
     """
     check_processor(processor)
+    given: Any = texts
     if isinstance(texts, str) or (isinstance(texts, Tensor) and texts.dim() == 1):
-        texts = [texts]
+        given = [texts]
     elif isinstance(texts, Tensor) and texts.dim() == 2:
-        texts = list(texts)
-    if not isinstance(texts, (list, tuple)) or not texts:
-        raise InputError(
-            f"expected a text or a list of at least one, got {_named(texts)}"
-            f"{'' if isinstance(texts, Tensor) else f' {texts!r}'[:80]}"
-        )
-    if all(isinstance(text, Tensor) for text in texts):
-        for index, tokens in enumerate(texts):
+        given = list(texts)
+    if not isinstance(given, (list, tuple)) or not given:
+        raise InputError(f"expected a text or a list of at least one, got {_named(given)}")
+    if all(isinstance(text, Tensor) for text in given):
+        for index, tokens in enumerate(given):
             if tokens.dim() != 1 or tokens.dtype != torch.int64 or not len(tokens):
                 raise ShapeError(
                     f"text {index} must be token ids, int64 [Nt] with bos and eos, got {tokens.dtype} of shape "
                     f"{list(tokens.shape)}"
                 )
-        return [tokens.to(device) for tokens in texts]
+        return [tokens.to(device) for tokens in given]
     if processor is None or processor.tokenizer is None:
         raise ConfigError(
             "texts need a tokenizer; pass processor=Processor.for_model(model, 'beit3.spm'), or token ids as int64 "
             "tensors [Nt]"
         )
-    batch = processor.tokenizer(texts, processor.max_length, padding=False)
+    batch = processor.tokenizer(given, processor.max_length, padding=False)
     return [tokens.to(device) for tokens in batch["text_tokens"]]
 
 
