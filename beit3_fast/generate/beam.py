@@ -17,12 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from beit3_fast.generate.decoder import Decoder
+from beit3_fast.generate.decoder import Decoder, survivors
 from beit3_fast.generate.options import CANDIDATES_PER_BEAM, Options, Special
-
-# Elsewhere asking which captions are finished waits for the device.
-_STEPS_BETWEEN_CHECKS = {"cpu": 1}
-_STEPS_BETWEEN_CHECKS_ELSEWHERE = 4
 
 
 @dataclass
@@ -82,7 +78,6 @@ def beam_search(decoder: Decoder, options: Options, special: Special) -> Results
     final, found = (Results.empty(inputs, kept, most_words, special.mask, device) for _ in range(2))
     origin = torch.arange(inputs, device=device)
     done = torch.zeros(inputs, dtype=torch.bool, device=device)
-    check_every = _STEPS_BETWEEN_CHECKS.get(device.type, _STEPS_BETWEEN_CHECKS_ELSEWHERE)
     for before in range(most_words):
         last = before == most_words - 1
         scores, parents, words = _candidates(logits, sums, options, special)
@@ -108,16 +103,14 @@ def beam_search(decoder: Decoder, options: Options, special: Special) -> Results
         chosen = ends.int().argsort(dim=1, stable=True)[:, :width]
         sums, parents, words = (_pick(t, chosen) for t in (scores, parents, words))
         tokens = _pick(grown, chosen)
-        if (before + 1) % check_every == 0 and bool(done.any()):
-            live = (~done).nonzero().flatten()
+        live = survivors(decoder, done, before + 1)
+        if live is not None:
             if not len(live):
                 break
-            # On a CPU leaving is free; elsewhere what stays is moved together, so it should be worth it.
-            if device.type == "cpu" or 2 * len(live) <= len(done):
-                final.put(origin, found)
-                decoder.keep(live)
-                found, origin, done = found.at(live), origin[live], done[live]
-                sums, parents, words, tokens = (t[live] for t in (sums, parents, words, tokens))
+            final.put(origin, found)
+            decoder.keep(live)
+            found, origin, done = found.at(live), origin[live], done[live]
+            sums, parents, words, tokens = (t[live] for t in (sums, parents, words, tokens))
         logits = decoder.step(words, parents)
     final.put(origin, found)
     return final

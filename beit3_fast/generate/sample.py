@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from beit3_fast.generate.beam import Results, without_special
-from beit3_fast.generate.decoder import Decoder
+from beit3_fast.generate.decoder import Decoder, survivors
 from beit3_fast.generate.options import Options, Special
 
 
@@ -35,10 +35,12 @@ def choose_words(
         words = words.masked_fill(ended, special.pad)
         yield Chosen(words, log_p, origin)
         ended = ended | (words == special.eos)
-        if step == options.max_length - 3 or bool(ended.all()):
+        if step == options.max_length - 3:
             return
-        live = (~ended.all(1)).nonzero().flatten()
-        if len(live) < len(ended):
+        live = survivors(decoder, ended.all(1), step + 1)
+        if live is not None:
+            if not len(live):
+                return
             decoder.keep(live)
             words, ended, origin, same = (t[live] for t in (words, ended, origin, same))
         logits = decoder.step(words, same if step else torch.zeros_like(same))

@@ -36,6 +36,7 @@ class CaptionDecoder:
         self.model, self.encoder, self.impl = model, model.beit3.encoder, model.beit3.impl
         self.bos, self.mask, self.width = bos, mask, width
         self.device = images.device
+        self.keep_is_free = images.device.type == "cpu"
         self.samples, self.num_samples = tuple(range(len(images))), len(images)
         self.pairs = any("C" in layer.ffn._modules for layer in self.encoder.layers)
         grid = model.beit3.vision_embed.grid_size(images)
@@ -61,9 +62,9 @@ class CaptionDecoder:
         return self._step(words)
 
     def keep(self, inputs: Tensor) -> None:
-        """Go on with the images ``inputs`` int64 [S'] only; on a CPU their cache stays where it is."""
+        """Go on with the images ``inputs`` int64 [S'] only; where that is free their cache stays where it is."""
         self.seen = self.seen[inputs]
-        if self.device.type == "cpu":
+        if self.keep_is_free:
             self.samples = tuple(self.samples[index] for index in inputs.tolist())
             return
         self.samples = tuple(range(len(inputs)))

@@ -19,6 +19,8 @@ class TableDecoder:
     ``end`` is added to the end token's logit. ``rows`` holds how many inputs each step had.
     """
 
+    keep_is_free = True
+
     def __init__(self, inputs: int, end: float = 0.0, vocabulary: int = VOCABULARY) -> None:
         self.live = list(range(inputs))
         self.end, self.vocabulary = end, vocabulary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -52,14 +53,18 @@ def test_finished_inputs_leave() -> None:
         assert search(alone, num_beams=2, max_length=12) == [found[which]]
 
 
-def test_finished_inputs_stay_where_moving_is_dear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checked every second step only, as if a device were far away; the captions are the same."""
-    expected = search(TableDecoder(8, end=2.0, vocabulary=40), num_beams=2, max_length=12)
-    monkeypatch.setattr("beit3_fast.generate.beam._STEPS_BETWEEN_CHECKS", {})
-    monkeypatch.setattr("beit3_fast.generate.beam._STEPS_BETWEEN_CHECKS_ELSEWHERE", 2)
-    decoder = TableDecoder(8, end=2.0, vocabulary=40)
-    assert search(decoder, num_beams=2, max_length=12) == expected
-    assert decoder.rows[1] == 8
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_finished_inputs_stay_where_leaving_is_dear(num_beams: int) -> None:
+    """Asked every fourth step, and half of them must be done; the captions are the same."""
+    options = {"num_beams": num_beams, "max_length": 14}
+    expected = search(TableDecoder(8, end=1.5, vocabulary=40), **options)
+    decoder = TableDecoder(8, end=1.5, vocabulary=40)
+    decoder.keep_is_free = False
+    assert search(decoder, **options) == expected
+    assert decoder.rows[:4] == [8] * 4
+    assert len(set(decoder.rows)) > 1
+    for before, after in itertools.pairwise(decoder.rows):
+        assert after == before or 2 * after <= before
 
 
 def test_a_caption_of_the_wanted_length() -> None:

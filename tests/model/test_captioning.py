@@ -21,7 +21,7 @@ from model_cases import FORMS, randomize
 from torch import Tensor
 
 from beit3_fast.errors import KernelUnavailable
-from beit3_fast.model import BEiT3ForCaptioning, decoding
+from beit3_fast.model import BEiT3ForCaptioning, captioning, decoding
 from beit3_fast.model.decoding import CaptionDecoder
 from beit3_fast.parity import assert_parity, model_parity
 from bench.official_captioning import official_captions
@@ -182,6 +182,32 @@ def test_images_that_are_encoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(decoding, "_ROWS_AT_ONCE", 20)
     found = model.caption(photos(5), max_length=8, mask_id=MASK)
     assert [own[0].tokens for own in found] == [own[0].tokens for own in expected]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_where_leaving_means_moving_the_cache(beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does: one attention call for all images, and finished images leave together."""
+    model = ours(official("base", "soon"))
+    options = {"num_beams": beams, "max_length": 10, "mask_id": MASK}
+    expected = model.caption(photos(9), **options)
+    moved: list[int] = []
+
+    class Moving(CaptionDecoder):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.keep_is_free = False
+
+        def keep(self, inputs: Tensor) -> None:
+            moved.append(len(inputs))
+            super().keep(inputs)
+            assert all(len(keys) == len(inputs) for keys in (*self.keys, *self.values))
+
+    monkeypatch.setattr("beit3_fast.generate.decoder._STEPS_BETWEEN_QUESTIONS", 1)
+    monkeypatch.setattr(captioning, "CaptionDecoder", Moving)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found = model.caption(photos(9), **options)
+    assert [own[0].tokens for own in found] == [own[0].tokens for own in expected]
+    assert moved
 
 
 def test_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
