@@ -17,35 +17,42 @@ if TYPE_CHECKING:
     from beit3_fast.integrations.torchscale import accelerate, restore
     from beit3_fast.layout import TokenLayout
     from beit3_fast.model import create_model, list_models
+    from beit3_fast.retrieval import EmbeddingIndex, evaluate_retrieval, zero_shot_classifier
 
 _HOMES = {
     "BEiT3Config": ("beit3_fast.config", "BEiT3Config"),
+    "EmbeddingIndex": ("beit3_fast.retrieval", "EmbeddingIndex"),
     "Processor": ("beit3_fast.data", "Processor"),
     "TokenLayout": ("beit3_fast.layout", "TokenLayout"),
     "Tokenizer": ("beit3_fast.data", "Tokenizer"),
     "accelerate": ("beit3_fast.integrations.torchscale", "accelerate"),
     "create_model": ("beit3_fast.model", "create_model"),
+    "evaluate_retrieval": ("beit3_fast.retrieval", "evaluate_retrieval"),
     "explain": ("beit3_fast.explanation", "explain"),
     "list_models": ("beit3_fast.model", "list_models"),
     "load_checkpoint": ("beit3_fast.checkpoint", "load_checkpoint"),
     "refresh": ("beit3_fast.derived", "forget"),
     "restore": ("beit3_fast.integrations.torchscale", "restore"),
     "save_checkpoint": ("beit3_fast.checkpoint", "save_checkpoint"),
+    "zero_shot_classifier": ("beit3_fast.retrieval", "zero_shot_classifier"),
 }
 
 __all__ = [
     "BEiT3Config",
+    "EmbeddingIndex",
     "Processor",
     "TokenLayout",
     "Tokenizer",
     "accelerate",
     "create_model",
+    "evaluate_retrieval",
     "explain",
     "list_models",
     "load_checkpoint",
     "refresh",
     "restore",
     "save_checkpoint",
+    "zero_shot_classifier",
 ]
 
 

@@ -22,6 +22,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from bench.baselines import fill, torchscale_obstacle  # noqa: E402
+from bench.official_captioning import official_caption_step, reorder_cache  # noqa: E402, F401
 from bench.torchscale_heads import MODELS, import_torchscale  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -115,41 +116,3 @@ def official_loss(model: Any, vision: Tensor, language: Tensor) -> Tensor:
     by_image = F.cross_entropy(scale * vision @ language.t(), labels)
     by_text = F.cross_entropy(scale * language @ vision.t(), labels)
     return (by_image + by_text) / 2
-
-
-def official_caption_step(
-    model: Any,
-    image: Tensor | None,
-    text_ids: Tensor,
-    state: dict[int, dict[str, Tensor]],
-    text_len: int,
-) -> Tensor:
-    """One call of the released captioning decoder: logits [B, new tokens, V]; ``state`` is extended."""
-    num_image = model.beit3.vision_embed.num_position_embeddings()
-    total = num_image + text_len
-    seen = torch.zeros(total, total, dtype=torch.long)
-    seen[:, :num_image] = 1
-    seen[num_image:, num_image:] = torch.ones(text_len, text_len, dtype=torch.long).tril()
-    blocked, positions, padding = 1 - seen, None, torch.zeros_like(text_ids)
-    for index in range(len(model.beit3.encoder.layers)):
-        state.setdefault(index, {})
-    if image is None:
-        new = text_ids.shape[1]
-        blocked = blocked[-new:]
-        positions = torch.arange(text_len, text_len + new).unsqueeze(0)
-    out = model.beit3(
-        textual_tokens=text_ids,
-        visual_tokens=image,
-        text_padding_position=None if image is None else padding,
-        attn_mask=blocked,
-        incremental_state=state,
-        positions=positions,
-    )["encoder_out"]
-    return model.mlm_head(out if image is None else out[:, num_image:])
-
-
-def reorder_cache(state: dict[int, dict[str, Tensor]], beams: Tensor) -> None:
-    """What the released beam search does after a step: follow the beams, forget the mask token."""
-    for cache_ in state.values():
-        for key in cache_:
-            cache_[key] = cache_[key].index_select(0, beams)[:, :, :-1, :]

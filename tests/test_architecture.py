@@ -19,9 +19,9 @@ FLOORS = (
     ("layout", "config", "parity"),
     ("reference",),
     ("composite",),
-    ("ops", "checkpoint", "data"),
+    ("ops", "checkpoint", "data", "generate"),
     ("model",),
-    ("generate", "train", "integrations", "explanation"),
+    ("train", "integrations", "explanation", "retrieval"),
     ("cli", "__init__"),
     ("__main__",),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_the_help_of_a_command_has_an_example_that_parses(
     code, out, _ = usage(capsys, name, "--help")
     assert code == 0
     example = out.split("example:\n  ")[1].strip()
-    program, *arguments = example.split()
+    program, *arguments = shlex.split(example)
     assert program == "beit3-fast"
     assert cli._parser().parse_args(arguments).command == name
 

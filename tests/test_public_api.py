@@ -14,17 +14,20 @@ from beit3_fast.model import BEiT3, create_model
 
 NAMES = {
     "BEiT3Config",
+    "EmbeddingIndex",
     "Processor",
     "TokenLayout",
     "Tokenizer",
     "accelerate",
     "create_model",
+    "evaluate_retrieval",
     "explain",
     "list_models",
     "load_checkpoint",
     "refresh",
     "restore",
     "save_checkpoint",
+    "zero_shot_classifier",
 }
 PUBLIC = sorted(NAMES)
 

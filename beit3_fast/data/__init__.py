@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from beit3_fast.data.batch import Batch
 from beit3_fast.data.images import PRESETS, ImagePreset, load_image, preprocess_image
+from beit3_fast.data.labels import read_labels
 from beit3_fast.data.processor import Processor
 from beit3_fast.data.tokenizer import Tokenizer, segments
 
@@ -15,5 +16,6 @@ __all__ = [
     "Tokenizer",
     "load_image",
     "preprocess_image",
+    "read_labels",
     "segments",
 ]

@@ -1,11 +1,11 @@
 """The slim model: embeddings, encoder, the five released tasks, and the names they go by."""
 
 from beit3_fast.model.beit3 import BEiT3, Encoded
+from beit3_fast.model.captioning import BEiT3ForCaptioning
 from beit3_fast.model.registry import create_model, list_models
+from beit3_fast.model.retrieval import BEiT3ForRetrieval
 from beit3_fast.model.tasks import (
-    BEiT3ForCaptioning,
     BEiT3ForImageClassification,
-    BEiT3ForRetrieval,
     BEiT3ForVisualQuestionAnswering,
     BEiT3ForVisualReasoning,
 )

@@ -59,7 +59,7 @@ def embed_padded(
     batch, device = first.shape[0], first.device
     num_vision = num_text = 0
     if image is not None:
-        grid = _branch(model, "vision_embed").grid_size(image)
+        grid = branch(model, "vision_embed").grid_size(image)
         num_vision = grid[0] * grid[1] + 1
     text_lengths, kept = [0] * batch, None
     if text is not None:
@@ -133,7 +133,7 @@ def embed_samples(
             )
         grid = (0, 0)
         if image is not None:
-            grid = _branch(model, "vision_embed").grid_size(image[None])
+            grid = branch(model, "vision_embed").grid_size(image[None])
         vision_lengths.append(0 if image is None else grid[0] * grid[1] + 1)
         text_lengths.append(0 if tokens is None else tokens.shape[0])
     device = next(t for t in (*images, *text) if t is not None).device
@@ -180,7 +180,8 @@ def packed_choice(chosen: Tensor, text_padding: Tensor | None, layout: TokenLayo
     return chosen[order][~padding[order]]
 
 
-def _branch(model: nn.Module, name: str) -> Any:
+def branch(model: nn.Module, name: str) -> Any:
+    """A model's ``vision_embed`` or ``text_embed``. Raises ConfigError where it was made without."""
     module = model._modules.get(name)
     if module is None:
         kind = "vision" if name == "vision_embed" else "text"
@@ -194,7 +195,7 @@ def _branch(model: nn.Module, name: str) -> Any:
 def _vision_rows(
     model: Any, images: Tensor, masked_position: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    embed = _branch(model, "vision_embed")
+    embed = branch(model, "vision_embed")
     x = embed(images, masked_position, model.impl)
     table = model.encoder.embed_positions.A.weight
     positions = vision_positions(table, model.config.grid_size, embed.grid_size(images))
@@ -202,7 +203,7 @@ def _vision_rows(
 
 
 def _text_rows(model: Any, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    words = _branch(model, "text_embed").weight
+    words = branch(model, "text_embed").weight
     return text_rows(tokens, places, words, model.encoder.embed_positions.B.weight)
 
 

@@ -14,6 +14,7 @@ from beit3_fast.errors import ShapeError
 from beit3_fast.layout import Pick, TokenLayout
 from beit3_fast.model.batch import Embedded, embed_padded, embed_samples, packed_choice
 from beit3_fast.model.embedding import VisionEmbedding
+from beit3_fast.model.embeddings import Embeddings
 from beit3_fast.model.encoder import Encoder, encode_rows
 from beit3_fast.model.incremental import encode_incremental
 from beit3_fast.model.masks import read_blocked_mask
@@ -47,7 +48,7 @@ class Encoded:
         return torch.empty_like(rows).index_copy(0, torch.tensor(order, device=rows.device), rows)
 
 
-class BEiT3(nn.Module):
+class BEiT3(Embeddings, nn.Module):
     """torchscale's ``BEiT3`` in parameters, forward signature and output; packed and stateless inside.
 
     ``config.modalities`` may leave a branch out. ``impl`` names the implementation of both ops.

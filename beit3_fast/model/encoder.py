@@ -155,32 +155,10 @@ def encoder_layer(
     attention = layer.self_attn
     own = layout if read is None else read.layout
     residual = x if read is None else x[read.rows]
-    query, key, value = (
-        route(module, layout).modules
-        for module in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    bounds = route(attention.q_proj, layout).bounds
-    norm = _norm(layer.self_attn_layer_norm, layout)
     if read is None:
-        qkv = expert_linear(
-            x,
-            [(q.weight, k.weight, v.weight) for q, k, v in zip(query, key, value, strict=True)],
-            [(q.bias, k.bias, v.bias) for q, k, v in zip(query, key, value, strict=True)],
-            bounds=bounds,
-            norm=norm,
-            impl=impl,
-        )
-        q, k, v = qkv.chunk(3, dim=1)
+        q, k, v = project(layer, x, layout, "qkv", impl)
     else:
-        kv = expert_linear(
-            x,
-            [(k.weight, v.weight) for k, v in zip(key, value, strict=True)],
-            [(k.bias, v.bias) for k, v in zip(key, value, strict=True)],
-            bounds=bounds,
-            norm=norm,
-            impl=impl,
-        )
-        k, v = kv.chunk(2, dim=1)
+        k, v = project(layer, x, layout, "kv", impl)
         q = _linear(residual, attention.q_proj, own, layer.self_attn_layer_norm, impl=impl)
     o = shared_attention(
         q,
@@ -195,6 +173,30 @@ def encoder_layer(
     keep = (own, drop_path_rate)
     x = _branch(o, attention.out_proj, attention.inner_attn_ln, residual, keep, impl)
     return feed_forward(layer, x, own, drop_path_rate, impl)
+
+
+def project(
+    layer: Any, x: Tensor, layout: TokenLayout, names: str, impl: str
+) -> tuple[Tensor, ...]:
+    """LayerNorm and the projections that ``names`` spells ("qkv" or "kv"), in one product: [R, C] each."""
+    attention = layer.self_attn
+    routes = [route(getattr(attention, f"{name}_proj"), layout) for name in names]
+    experts = list(zip(*(own.modules for own in routes), strict=True))
+    return expert_linear(
+        x,
+        [tuple(linear.weight for linear in own) for own in experts],
+        [tuple(linear.bias for linear in own) for own in experts],
+        bounds=routes[0].bounds,
+        norm=_norm(layer.self_attn_layer_norm, layout),
+        impl=impl,
+    ).chunk(len(names), dim=1)
+
+
+def attend(layer: Any, o: Tensor, residual: Tensor, layout: TokenLayout, impl: str) -> Tensor:
+    """The rest of a layer after its attention o [R, C], without drop path."""
+    attention = layer.self_attn
+    x = _linear(o, attention.out_proj, layout, attention.inner_attn_ln, residual, impl)
+    return feed_forward(layer, x, layout, 0.0, impl)
 
 
 def feed_forward(

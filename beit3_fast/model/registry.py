@@ -13,10 +13,10 @@ from beit3_fast.checkpoint import load_checkpoint
 from beit3_fast.config import SIZES, BEiT3Config
 from beit3_fast.errors import ConfigError, KernelUnavailable
 from beit3_fast.model.beit3 import BEiT3
+from beit3_fast.model.captioning import BEiT3ForCaptioning
+from beit3_fast.model.retrieval import BEiT3ForRetrieval
 from beit3_fast.model.tasks import (
-    BEiT3ForCaptioning,
     BEiT3ForImageClassification,
-    BEiT3ForRetrieval,
     BEiT3ForVisualQuestionAnswering,
     BEiT3ForVisualReasoning,
 )

@@ -1,11 +1,12 @@
-"""The five released fine-tuning models: official class names, forward signatures and parameter names.
+"""Three of the released fine-tuning models: official class names, forward signatures and parameter names.
 
 Each computes in the last layer only the rows that its head reads.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 import torch
@@ -13,64 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3_fast.config import BEiT3Config
-from beit3_fast.errors import ConfigError, ShapeError
-from beit3_fast.model.beit3 import BEiT3, Encoded, init_weights
-
-_HEAD_INIT_SCALE = 0.001
-
-
-class BEiT3Task(nn.Module):
-    """A backbone with a head; ``config`` and ``impl`` are the backbone's."""
-
-    def __init__(self, config: BEiT3Config, impl: str = "auto") -> None:
-        super().__init__()
-        self.beit3 = BEiT3(config, impl)
-        self.name: str | None = None
-
-    @property
-    def config(self) -> BEiT3Config:
-        """The backbone's configuration."""
-        return self.beit3.config
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """Patch rows and columns of the position table."""
-        return self.beit3.grid_size
-
-    def get_num_layers(self) -> int:
-        """Encoder layers (official helper for layer-wise learning rates)."""
-        return self.config.num_layers
-
-    def no_weight_decay(self) -> set[str]:
-        """Names that the official optimizer exempts from weight decay."""
-        return {
-            "pos_embed",
-            "cls_token",
-            "beit3.encoder.embed_positions.A.weight",
-            "beit3.vision_embed.cls_token",
-            "logit_scale",
-        }
-
-    def _init_head(self, *small: nn.Linear) -> None:
-        for name, child in self.named_children():
-            if name != "beit3":
-                child.apply(init_weights)
-        for linear in small:
-            with torch.no_grad():
-                for parameter in linear.parameters():
-                    parameter.mul_(_HEAD_INIT_SCALE)
-
-
-def _text_of_all(encoded: Encoded) -> Tensor:
-    """[B, C]: the first text row of every sample. Raises ShapeError where a sample has none."""
-    lengths = encoded.layout.text_lengths
-    if 0 in lengths:
-        sample = encoded.layout.order[lengths.index(0)]
-        raise ShapeError(
-            f"the head reads the first text token of every sample, but the text of sample {sample} of the "
-            "batch is empty or all padding"
-        )
-    return encoded.text()
+from beit3_fast.data import Processor
+from beit3_fast.data.labels import labels_for
+from beit3_fast.errors import ConfigError, InputError, ShapeError
+from beit3_fast.model.guess import Guess, best, check_top_k
+from beit3_fast.model.inputs import (
+    check_batch_size,
+    image_batches,
+    image_tensors,
+    listed,
+    text_tensors,
+)
+from beit3_fast.model.task import BEiT3Task, text_of_all
 
 
 class BEiT3ForImageClassification(BEiT3Task):
@@ -88,6 +43,32 @@ class BEiT3ForImageClassification(BEiT3Task):
         batch, width = encoded.layout.batch_size, encoded.rows.shape[1]
         tokens = encoded.rows.view(batch, encoded.rows.shape[0] // max(batch, 1), width)
         return self.head(self.fc_norm(tokens[:, 1:].mean(1)))
+
+    @torch.no_grad()
+    def classify(
+        self,
+        images: Any,
+        top_k: int = 5,
+        *,
+        labels: str | PathLike[str] | Sequence[str] | None = None,
+        processor: Processor | None = None,
+        batch_size: int = 32,
+    ) -> list[list[Guess]]:
+        """The ``top_k`` likeliest classes of every image, best first; scores are probabilities.
+
+        ``images``: one or a list of any sizes, see ``BEiT3ForCaptioning.caption`` for the kinds. ``labels``: a file for
+        ``beit3_fast.data.read_labels``, or a list with a name for each class. Raises ConfigError, InputError and
+        ShapeError for what cannot be used.
+        """
+        check_top_k(top_k)
+        names = labels_for(labels, self.head.out_features)
+        sources = listed(images)
+        out: list[list[Guess]] = [[]] * len(sources)
+        for places, batch in image_batches(self.beit3, sources, processor, batch_size):
+            found = best(self(batch).float().softmax(dim=-1), top_k, names)
+            for place, guesses in zip(places, found, strict=True):
+                out[place] = guesses
+        return out
 
 
 class TwoLayerMLP(nn.Module):
@@ -130,8 +111,47 @@ class BEiT3ForVisualReasoning(BEiT3Task):
             read_vision="first",
             read_text="first",
         )
-        states = torch.cat([encoded.vision(), _text_of_all(encoded)], dim=1)  # [2B, 2C]
+        states = torch.cat([encoded.vision(), text_of_all(encoded)], dim=1)  # [2B, 2C]
         return self.head(torch.cat(states.chunk(2), dim=1))
+
+    @torch.no_grad()
+    def reason(
+        self,
+        image_a: Any,
+        image_b: Any,
+        text: str | Sequence[str] | Sequence[Tensor] | Tensor,
+        *,
+        processor: Processor | None = None,
+        batch_size: int = 16,
+    ) -> list[float]:
+        """The probability that each sentence is true of its two images (left ``image_a``, right ``image_b``).
+
+        One of each or lists of one length; a single pair of images goes with every sentence. Kinds of images and texts
+        as for ``encode_pair``; sizes may differ. Raises ConfigError for a model with other classes than false and
+        true, InputError and ShapeError for what cannot be used.
+        """
+        if self.head.dense2.out_features != 2:
+            raise ConfigError(
+                f"reason needs the two classes false and true, this model has {self.head.dense2.out_features}"
+            )
+        pairs = [listed(image) for image in (image_a, image_b)]
+        if len(pairs[0]) != len(pairs[1]):
+            raise InputError(
+                f"two images belong together, got {len(pairs[0])} as image_a and {len(pairs[1])} as image_b"
+            )
+        texts, (left, right) = _paired(self.beit3, text, pairs, processor)
+        check_batch_size(batch_size)
+        out: list[float] = []
+        for start in range(0, len(texts), batch_size):
+            own = slice(start, start + batch_size)
+            images = left.tensors(own) + right.tensors(own)
+            encoded = self.beit3.forward_packed(
+                images, texts[own] * 2, read_vision="first", read_text="first"
+            )
+            states = torch.cat([encoded.vision(), encoded.text()], dim=1)  # [2B, 2C]
+            logits = self.head(torch.cat(states.chunk(2), dim=1))
+            out += logits.float().softmax(dim=-1)[:, 1].tolist()
+        return out
 
 
 class Pooler(nn.Module):
@@ -169,161 +189,74 @@ class BEiT3ForVisualQuestionAnswering(BEiT3Task):
         )
         return self.head(self.pooler(encoded.vision()))
 
-
-class BEiT3ForCaptioning(BEiT3Task):
-    """Masked prediction of caption tokens; the text sees the image and earlier text."""
-
-    def __init__(self, config: BEiT3Config, impl: str = "auto") -> None:
-        super().__init__(config, impl)
-        self.mlm_head = nn.Linear(config.embed_dim, config.vocab_size)
-        self._init_head()
-
-    def forward(
+    @torch.no_grad()
+    def answer(
         self,
-        image: Tensor | None,
-        text_ids: Tensor,
-        padding_mask: Tensor | None,
-        language_masked_pos: Tensor | None,
-        text_len: int | None = None,
-        incremental_state: dict[int, dict[str, Tensor]] | None = None,
-    ) -> tuple[Tensor, dict[int, dict[str, Tensor]] | None]:
-        """Predict tokens; returns (logits, incremental_state).
+        images: Any,
+        questions: str | Sequence[str] | Sequence[Tensor] | Tensor,
+        top_k: int = 5,
+        *,
+        labels: str | PathLike[str] | Sequence[str] | None = None,
+        processor: Processor | None = None,
+        batch_size: int = 32,
+    ) -> list[list[Guess]]:
+        """The ``top_k`` answers to every question, best first.
 
-        image [B, 3, H, W], text_ids int64 [B, Nt], padding_mask [B, Nt], nonzero for padding. With
-        ``language_masked_pos`` [B, Nt] logits are [masked, V], else [B, Nt, V]. Decoding: the first call has the
-        image and an empty ``incremental_state``; later calls have ``image=None``, the last word and a mask token
-        as ``text_ids`` [B, 2], and ``text_len``, the length of the text so far including both.
+        An image for each question, or one image for all of them: it is then read and prepared once, but encoded with
+        every question anew, because in this encoder an image's rows see the question from the first layer on.
+        ``labels``: the official answer2label.txt (``beit3_fast.data.read_labels``), or a list with an answer for each
+        class. Scores are sigmoids, as the model was trained: they do not sum to one. Kinds of images and texts as for
+        ``encode_pair``. Raises ConfigError, InputError and ShapeError for what cannot be used.
         """
-        if incremental_state is not None or image is None:
-            return self._decode(
-                image, text_ids, padding_mask, language_masked_pos, text_len, incremental_state
+        check_top_k(top_k)
+        check_batch_size(batch_size)
+        last: Any = self.head[-1]
+        names = labels_for(labels, last.out_features)
+        texts, (own_images,) = _paired(self.beit3, questions, [listed(images)], processor)
+        out: list[list[Guess]] = []
+        for start in range(0, len(texts), batch_size):
+            own = slice(start, start + batch_size)
+            encoded = self.beit3.forward_packed(
+                own_images.tensors(own), texts[own], read_vision="first", read_text="none"
             )
-        encoded = self.beit3.encode(
-            image,
-            text_ids,
-            padding_mask,
-            mask="seq2seq",
-            read_vision="none",
-            read_text="all" if language_masked_pos is None else language_masked_pos,
-        )
-        if language_masked_pos is not None:
-            return self.mlm_head(self._caller_order(encoded)), None
-        features = encoded.rows
-        kept = torch.ones_like(text_ids, dtype=torch.bool)
-        if padding_mask is not None:
-            kept = ~padding_mask.bool()
-        order = torch.tensor(encoded.layout.order, device=text_ids.device)
-        places = torch.arange(text_ids.numel(), device=text_ids.device).view_as(text_ids)
-        padded = features.new_zeros(text_ids.numel(), features.shape[1])
-        padded = padded.index_copy(0, places[order][kept[order]], features)
-        return self.mlm_head(padded.view(*text_ids.shape, -1)), None
+            logits = self.head(self.pooler(encoded.vision()))
+            out += best(logits.float().sigmoid(), top_k, names)
+        return out
 
-    def _caller_order(self, encoded: Any) -> Tensor:
-        """Text rows sorted by the caller's samples, as indexing with the mask would give them."""
-        order = encoded.layout.order
-        if order == tuple(range(len(order))):
-            return encoded.rows
-        return encoded.rows[encoded.layout.sample_of_row.argsort(stable=True)]
+    def _pools_first(self, kind: str) -> bool:
+        return kind == "pair"
 
-    def _decode(
-        self,
-        image: Tensor | None,
-        text_ids: Tensor,
-        padding_mask: Tensor | None,
-        language_masked_pos: Tensor | None,
-        text_len: int | None,
-        state: dict[int, dict[str, Tensor]] | None,
-    ) -> tuple[Tensor, dict[int, dict[str, Tensor]] | None]:
-        if state is None:
-            raise ConfigError("a caption step without an image needs incremental_state")
-        for index in range(self.get_num_layers()):
-            state.setdefault(index, {})
-        new, length = text_ids.shape[1], text_len or text_ids.shape[1]
-        num_image = self.config.num_vision_tokens
-        if image is not None:
-            rows, columns = self.beit3.vision_embed.grid_size(image)
-            num_image = rows * columns + 1
-        elif "prev_key" in state[0]:
-            num_image = state[0]["prev_key"].shape[2] + new - length
-        device = text_ids.device
-        total = num_image + length
-        blocked = torch.ones(total, total, dtype=torch.bool, device=device)
-        blocked[:, :num_image] = False
-        blocked[num_image:, num_image:] = ~torch.ones(
-            length, length, dtype=torch.bool, device=device
-        ).tril()
-        positions = None
-        if image is None:
-            blocked = blocked[-new:]
-            padding_mask = None
-            # The offset of two rows in the position table equals the two tokens that a step feeds.
-            positions = torch.arange(length, length + new, device=device)[None]
-        outputs = self.beit3(
-            text_ids,
-            image,
-            padding_mask,
-            attn_mask=blocked,
-            incremental_state=state,
-            positions=positions,
-        )
-        features = outputs["encoder_out"]
-        if image is not None:
-            features = features[:, num_image:]
-        if language_masked_pos is not None:
-            features = features[language_masked_pos.bool()]
-        return self.mlm_head(features), state
+    def _pooled(self, kind: str, rows: Tensor) -> Tensor:
+        return self.pooler(rows)
 
 
-class BEiT3ForRetrieval(BEiT3Task):
-    """Image and text embeddings in one space, and the contrastive loss between them."""
+class _Images:
+    """A list of images, made into tensors as they are needed; a single one is made once and goes with every text."""
 
-    def __init__(self, config: BEiT3Config, impl: str = "auto") -> None:
-        super().__init__(config, impl)
-        width = config.embed_dim
-        self.language_head = nn.Linear(width, width, bias=False)
-        self.vision_head = nn.Linear(width, width, bias=False)
-        self._init_head()
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+    def __init__(
+        self, backbone: Any, images: list[Any], count: int, processor: Processor | None
+    ) -> None:
+        self._backbone, self._images, self._processor = backbone, images, processor
+        self._only = None
+        if len(images) == 1:
+            self._only = image_tensors(backbone, images, processor)
+        self._count = count
 
-    def forward(
-        self,
-        image: Tensor | None = None,
-        text_description: Tensor | None = None,
-        padding_mask: Tensor | None = None,
-        only_infer: bool = False,
-    ) -> tuple[Any, ...]:
-        """(vision [B, C], language [B, C]), each None without its input; the loss comes first unless only_infer.
+    def tensors(self, own: slice) -> list[Tensor]:
+        """[3, H, W] for the texts ``own``."""
+        if self._only is not None:
+            return self._only * len(range(self._count)[own])
+        return image_tensors(self._backbone, self._images[own], self._processor, own.start)
 
-        image [B, 3, H, W]; text_description int64 [B, Nt]; padding_mask [B, Nt], nonzero for padding. The
-        embeddings have unit length. Under torch.distributed the loss compares with every rank's batch.
-        """
-        vision = language = None
-        if image is not None:
-            encoded = self.beit3.encode(image=image, read_vision="first")
-            vision = F.normalize(self.vision_head(encoded.vision()), dim=-1)
-        if text_description is not None:
-            encoded = self.beit3.encode(
-                text=text_description, text_padding=padding_mask, read_text="first"
+
+def _paired(
+    backbone: Any, texts: Any, images: list[list[Any]], processor: Processor | None
+) -> tuple[list[Tensor], list[_Images]]:
+    """Token ids of the texts, and images that go with them. Raises InputError where the counts do not fit."""
+    tokens = text_tensors(texts, processor, next(backbone.parameters()).device)
+    for own in images:
+        if len(own) not in (1, len(tokens)):
+            raise InputError(
+                f"every text goes with an image, or all with one, got {len(own)} images and {len(tokens)} texts"
             )
-            language = F.normalize(self.language_head(_text_of_all(encoded)), dim=-1)
-        if only_infer:
-            return vision, language
-        if vision is None or language is None:
-            raise ShapeError(
-                "the contrastive loss needs an image and a text; pass only_infer=True for one of them"
-            )
-        return contrastive_loss(vision, language, self.logit_scale.exp()), vision, language
-
-
-def contrastive_loss(vision: Tensor, language: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric cross entropy between matching rows of [B, C] embeddings, over the batches of all ranks."""
-    all_vision, all_language, first = vision, language, 0
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.nn.functional import all_gather
-
-        first = torch.distributed.get_rank() * vision.shape[0]
-        all_vision, all_language = torch.cat(all_gather(vision)), torch.cat(all_gather(language))
-    labels = torch.arange(vision.shape[0], device=vision.device) + first
-    to_text = F.cross_entropy(scale * vision @ all_language.T, labels)
-    to_image = F.cross_entropy(scale * language @ all_vision.T, labels)
-    return (to_text + to_image) / 2
+    return tokens, [_Images(backbone, own, len(tokens), processor) for own in images]

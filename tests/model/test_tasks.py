@@ -15,7 +15,7 @@ from torch import Tensor
 
 import beit3_fast.model.encoder as encoder_module
 from beit3_fast.errors import ConfigError, ShapeError
-from beit3_fast.model.tasks import contrastive_loss
+from beit3_fast.model.retrieval import contrastive_loss
 from beit3_fast.parity import assert_parity, model_parity
 
 IMPLS = ("composite", "cpu", "auto")

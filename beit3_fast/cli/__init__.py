@@ -1,0 +1,79 @@
+"""The command ``beit3-fast``: one entry in ``COMMANDS`` for each subcommand.
+
+Exit codes: 0 done, 1 it could not be done (one line on stderr says why and how to mend it), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from beit3_fast.cli.answer import ANSWER, REASON
+from beit3_fast.cli.caption import CAPTION
+from beit3_fast.cli.classify import CLASSIFY
+from beit3_fast.cli.command import Command, version_of
+from beit3_fast.cli.convert import CONVERT
+from beit3_fast.cli.info import INFO, environment
+from beit3_fast.cli.search import SEARCH
+from beit3_fast.errors import Beit3FastError
+
+__all__ = ["COMMANDS", "Command", "environment", "main"]
+
+COMMANDS = {
+    "info": INFO,
+    "convert": CONVERT,
+    "caption": CAPTION,
+    "answer": ANSWER,
+    "reason": REASON,
+    "classify": CLASSIFY,
+    "search": SEARCH,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return the exit code; usage errors and ``--help`` leave through SystemExit."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code = COMMANDS[arguments.command].run(arguments)
+        sys.stdout.flush()
+        return code
+    except Beit3FastError as error:
+        print(f"beit3-fast {arguments.command}: {_one_line(str(error))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"beit3-fast {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # whoever read our output has seen enough; without this Python complains once more while it shuts down
+        sys.stdout = None
+        return 1
+
+
+def _one_line(message: str) -> str:
+    """A message of several lines as one; the listing of a file that fits nowhere is cut, its first words are kept."""
+    parts = [part.strip() for part in message.splitlines()]
+    room = 160 if len(message) > 1200 else len(message)
+    return "; ".join(part if len(part) <= room else part[:room] + " ..." for part in parts)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="beit3-fast",
+        description="BEiT-3, fast: captions, answers, classes and search; checkpoint files; what this machine can do.",
+        epilog="beit3-fast COMMAND --help shows the options of a command and an example.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=version_of("beit3-fast") or "unknown"
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name,
+            help=command.summary,
+            description=command.summary,
+            epilog=f"example:\n  {command.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.arguments(subparser)
+    return parser

@@ -1,0 +1,111 @@
+"""``beit3-fast caption``: sentences about images."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from beit3_fast.cli.command import Command
+from beit3_fast.cli.options import add_model, image_paths, load_model, positive, show
+from beit3_fast.errors import ConfigError
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders of images")
+    parser.add_argument("--num-beams", type=positive, metavar="N", help="default: 3; 1: greedy")
+    parser.add_argument(
+        "--max-length",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="tokens at most, beginning and end included (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--length-penalty", type=float, default=0.6, metavar="X", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--captions", type=positive, default=1, metavar="N", help="captions for each image"
+    )
+    parser.add_argument("--sample", action="store_true", help="draw words instead of searching")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="X")
+    parser.add_argument("--top-k", type=positive, metavar="N")
+    parser.add_argument("--top-p", type=float, metavar="X")
+    parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument(
+        "--compat", action="store_true", help="keep the habits of the released search"
+    )
+    parser.add_argument(
+        "--stream", action="store_true", help="print the words of one image as they come"
+    )
+    add_model(parser, "beit3_base_patch16_480_captioning", tokenizer=True)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    paths = image_paths(arguments.images)
+    if arguments.stream:
+        return _stream(arguments, paths)
+    model, processor = load_model(arguments, "captioning", "caption")
+    beams = arguments.num_beams or (1 if arguments.sample else 3)
+    found = model.caption(
+        paths,
+        beams,
+        arguments.max_length,
+        arguments.length_penalty,
+        arguments.captions,
+        processor=processor,
+        sample=arguments.sample,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        compat=arguments.compat,
+        batch_size=arguments.batch_size,
+    )
+    report = [
+        {"image": path, "captions": [asdict(caption) for caption in own]}
+        for path, own in zip(paths, found, strict=True)
+    ]
+    lines = [
+        f"{path}: {caption.text}" for path, own in zip(paths, found, strict=True) for caption in own
+    ]
+    return show(arguments, report, lines)
+
+
+def _stream(arguments: argparse.Namespace, paths: list[str]) -> int:
+    unused = {
+        "--num-beams": arguments.num_beams not in (None, 1),
+        "--captions": arguments.captions != 1,
+        "--compat": arguments.compat,
+        "--json": arguments.json,
+    }
+    wrong = [name for name, given in unused.items() if given]
+    if wrong or len(paths) != 1:
+        raise ConfigError(
+            f"--stream writes one caption of one image word by word; leave out {', '.join(wrong)}"
+            if wrong
+            else f"--stream takes one image, got {len(paths)}"
+        )
+    model, processor = load_model(arguments, "captioning", "caption")
+    steps = model.stream_caption(
+        paths[0],
+        arguments.max_length,
+        processor=processor,
+        sample=arguments.sample,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    for step in steps:
+        print(step.text, end="", flush=True)
+    print()
+    return 0
+
+
+CAPTION = Command(
+    summary="Describe images in a sentence each.",
+    example="beit3-fast caption photo.jpg --model beit3_base_patch16_480_captioning "
+    "--checkpoint beit3_base_patch16_480_coco_captioning.pth --tokenizer beit3.spm",
+    arguments=_arguments,
+    run=_run,
+)

@@ -1,0 +1,83 @@
+"""``beit3-fast convert``: checkpoints from one form to the other."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from beit3_fast.cli.command import Command
+from beit3_fast.cli.options import check_model_name
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", metavar="IN", help="a .pth file under any name, or a .safetensors file"
+    )
+    parser.add_argument(
+        "target",
+        metavar="OUT",
+        help="the file to write: .safetensors, or .pth in the official form",
+    )
+    parser.add_argument(
+        "--name",
+        metavar="MODEL",
+        help="check that the weights fit this model, such as beit3_base_patch16_384_retrieval, "
+        "and keep its name and configuration in the file",
+    )
+    parser.add_argument(
+        "--preset",
+        metavar="PRESET",
+        help="keep how images are prepared in the file: square or imagenet",
+    )
+    parser.add_argument(
+        "--key",
+        help="the entry of IN that holds the weights, such as model_ema; found by itself without it",
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from beit3_fast.checkpoint import convert_checkpoint
+
+    preset = None
+    if arguments.preset is not None:
+        from beit3_fast.data.presets import ImagePreset
+
+        preset = ImagePreset.get(arguments.preset)
+    model = None if arguments.name is None else _empty_model(arguments.name)
+    done = convert_checkpoint(
+        arguments.source,
+        arguments.target,
+        model=model,
+        preset=preset,
+        key=arguments.key,
+        overwrite=arguments.force,
+    )
+    print(
+        f"{done.target}: {done.tensors} tensors, {done.nbytes / 2**20:.1f} MiB, read back and equal"
+    )
+    if done.left_out:
+        print(f"left out, since they are no weights: {', '.join(done.left_out)}")
+    for remark in done.remarks:
+        print(f"{done.source}: {remark}")
+    return 0
+
+
+def _empty_model(name: str) -> Any:
+    """The model without memory: names, shapes and configuration are all that is needed."""
+    import torch
+
+    from beit3_fast.model import create_model
+
+    check_model_name(name)
+    with torch.device("meta"):
+        return create_model(name, device="meta")
+
+
+CONVERT = Command(
+    summary="Convert a checkpoint between .pth and .safetensors, bit for bit.",
+    example="beit3-fast convert beit3_base_patch16_384_coco_retrieval.pth retrieval.safetensors "
+    "--name beit3_base_patch16_384_retrieval",
+    arguments=_convert_arguments,
+    run=_convert,
+)

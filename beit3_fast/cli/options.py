@@ -1,0 +1,146 @@
+"""Options that the commands with a model share: which model, where it runs, which images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from beit3_fast.errors import ConfigError, InputError
+
+# What is taken from a folder; a file that is named is tried whatever it is called.
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".avif",
+    ".jp2",
+)
+
+
+def add_model(parser: argparse.ArgumentParser, example: str, *, tokenizer: bool) -> None:
+    """--model, --checkpoint, --tokenizer, --device, --dtype, --impl, --batch-size, --json."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, metavar="NAME", help=f"such as {example}")
+    group.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="FILE",
+        help="an official .pth, or .safetensors",
+    )
+    if tokenizer:
+        group.add_argument(
+            "--tokenizer", required=True, metavar="FILE", help="the official beit3.spm"
+        )
+    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
+    group.add_argument("--dtype", default="float32", help="or bfloat16, float16")
+    group.add_argument("--impl", default="auto", help="or composite, cpu, reference")
+    group.add_argument(
+        "--batch-size",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="inputs at a time (default: %(default)s)",
+    )
+    group.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def load_model(arguments: argparse.Namespace, needs: str, use: str) -> tuple[Any, Any]:
+    """The model and its processor. Raises ConfigError unless the model has the method or attribute ``needs``."""
+    from beit3_fast.data import Processor
+    from beit3_fast.model import create_model
+
+    check_model_name(arguments.model)
+    kind = arguments.model.rpartition("_")[2]
+    if kind != needs:
+        raise ConfigError(
+            f"{use} needs a model whose name ends in _{needs}, got {arguments.model}; see beit3_fast.list_models()"
+        )
+    model = create_model(
+        arguments.model,
+        arguments.checkpoint,
+        arguments.device,
+        arguments.dtype,
+        arguments.impl,
+        inference_only=True,
+        **_classes(arguments),
+    )
+    return model, Processor.for_model(model, getattr(arguments, "tokenizer", None))
+
+
+def _classes(arguments: argparse.Namespace) -> dict[str, int]:
+    """The number of classes, where a label file says that it is not the released one."""
+    names = getattr(arguments, "names", None)
+    return {} if names is None else {"num_classes": len(names)}
+
+
+def check_model_name(name: str) -> None:
+    """Raises ConfigError, with the nearest names, for a model that does not exist."""
+    from beit3_fast.model import list_models
+
+    if name not in list_models():
+        import difflib
+
+        near = difflib.get_close_matches(name, list_models(), n=3)
+        raise ConfigError(
+            f"unknown model {name!r}; "
+            + (f"did you mean {' or '.join(near)}?" if near else "see beit3_fast.list_models()")
+        )
+
+
+def image_paths(arguments: Sequence[str]) -> list[str]:
+    """The files that are named, and the image files of folders, sorted. Raises InputError for an empty folder."""
+    paths: list[str] = []
+    for argument in arguments:
+        if not Path(argument).is_dir():
+            paths.append(argument)
+            continue
+        found = sorted(
+            str(path) for path in Path(argument).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
+        )
+        if not found:
+            raise InputError(
+                f"the folder {argument!r} has no image files ({', '.join(IMAGE_SUFFIXES)}); name the files"
+            )
+        paths += found
+    return paths
+
+
+def positive(text: str) -> int:
+    """A positive integer, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
+    return value
+
+
+def show(arguments: argparse.Namespace, report: list[dict[str, Any]], lines: list[str]) -> int:
+    """Print one JSON document or the lines for people, and return 0."""
+    if arguments.json:
+        json.dump(report, sys.stdout, indent=2, ensure_ascii=False)
+        print()
+    else:
+        print("\n".join(lines))
+    return 0
+
+
+def guesses(found: Sequence[Any]) -> list[dict[str, Any]]:
+    """Guesses as JSON objects."""
+    return [guess._asdict() for guess in found]
+
+
+def guess_lines(found: Sequence[Any]) -> list[str]:
+    """Guesses for people, one a line."""
+    return [
+        f"  {guess.score:.3f}  {guess.class_id if guess.label is None else guess.label}"
+        for guess in found
+    ]

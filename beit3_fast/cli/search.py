@@ -1,0 +1,67 @@
+"""``beit3-fast search``: an index of images, and texts or images to search it with."""
+
+from __future__ import annotations
+
+import argparse
+
+from beit3_fast.cli.command import Command
+from beit3_fast.cli.options import add_model, image_paths, load_model, positive, show
+from beit3_fast.errors import ConfigError
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("index", metavar="INDEX", help="the index file")
+    parser.add_argument("queries", nargs="*", metavar="TEXT", help="what to search for")
+    parser.add_argument(
+        "--build",
+        nargs="+",
+        metavar="IMAGE",
+        help="first make the index of these files or folders of images",
+    )
+    parser.add_argument(
+        "--image", action="append", metavar="FILE", help="search for what is like this image"
+    )
+    parser.add_argument(
+        "--top-k", type=positive, default=10, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument("--tokenizer", metavar="FILE", help="the official beit3.spm, for texts")
+    add_model(parser, "beit3_base_patch16_384_retrieval", tokenizer=False)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from beit3_fast.retrieval import EmbeddingIndex
+
+    images = arguments.image or []
+    if not (arguments.build or arguments.queries or images):
+        raise ConfigError("nothing to do; give a text, --image FILE, or --build IMAGE...")
+    if arguments.queries and not arguments.tokenizer:
+        raise ConfigError("texts need --tokenizer beit3.spm")
+    paths = image_paths(arguments.build) if arguments.build else []
+    index = None if paths else EmbeddingIndex.load(arguments.index)
+    model, processor = load_model(arguments, "retrieval", "search")
+    options = {"processor": processor, "batch_size": arguments.batch_size}
+    if index is None:
+        index = EmbeddingIndex.build(model, paths, **options)
+        index.save(arguments.index)
+        if not (arguments.queries or images):
+            made = [{"index": arguments.index, "images": len(index)}]
+            return show(arguments, made, [f"{arguments.index}: {len(index)} images"])
+    found = []
+    if arguments.queries:
+        found += index.search(model.encode_text(arguments.queries, **options), arguments.top_k)
+    if images:
+        found += index.search(model.encode_image(images, **options), arguments.top_k)
+    report, lines = [], []
+    for query, hits in zip([*arguments.queries, *images], found, strict=True):
+        report.append({"query": query, "hits": [hit._asdict() for hit in hits]})
+        lines += [query, *(f"  {hit.score:.3f}  {hit.name}" for hit in hits)]
+    return show(arguments, report, lines)
+
+
+SEARCH = Command(
+    summary="Find images by a text or an image, in an index that it also makes.",
+    example='beit3-fast search photos.index "a red cup" --build photos --model beit3_base_patch16_384_retrieval '
+    "--checkpoint beit3_base_patch16_384_coco_retrieval.pth --tokenizer beit3.spm",
+    arguments=_arguments,
+    run=_run,
+)

@@ -1,0 +1,100 @@
+"""One word after another: the likeliest (greedy), or drawn at random (temperature, top-k, top-p)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from beit3_fast.generate.beam import Results, without_special
+from beit3_fast.generate.decoder import Decoder, survivors
+from beit3_fast.generate.options import Options, Special
+
+
+class Chosen(NamedTuple):
+    """The next words int64 [S, W] of the inputs ``origin`` [S], and their log p, fp32 [S, W]."""
+
+    words: Tensor
+    log_p: Tensor
+    origin: Tensor
+
+
+def choose_words(
+    decoder: Decoder, options: Options, special: Special, generator: torch.Generator | None = None
+) -> Iterator[Chosen]:
+    """Every step's words, the end token too; inputs whose captions have all ended leave."""
+    logits = decoder.start()[:, None].expand(-1, options.width, -1)
+    inputs, device = len(logits), logits.device
+    origin = torch.arange(inputs, device=device)
+    ended = torch.zeros(inputs, options.width, dtype=torch.bool, device=device)
+    same = torch.arange(options.width, device=device).expand(inputs, -1)
+    for step in range(options.max_length - 2):
+        words, log_p = _choose(logits, options, special, generator)
+        words = words.masked_fill(ended, special.pad)
+        yield Chosen(words, log_p, origin)
+        ended = ended | (words == special.eos)
+        if step == options.max_length - 3:
+            return
+        live = survivors(decoder, ended.all(1), step + 1)
+        if live is not None:
+            if not len(live):
+                return
+            decoder.keep(live)
+            words, ended, origin, same = (t[live] for t in (words, ended, origin, same))
+        logits = decoder.step(words, same if step else torch.zeros_like(same))
+
+
+def sample(
+    decoder: Decoder, options: Options, special: Special, generator: torch.Generator | None = None
+) -> Results:
+    """``options.width`` captions of every input of ``decoder``, best first; scored like those of a beam search."""
+    results: Results | None = None
+    for step, (words, log_p, origin) in enumerate(
+        choose_words(decoder, options, special, generator)
+    ):
+        if results is None:
+            results = Results.empty(
+                len(words), options.width, options.max_length - 2, special.mask, words.device
+            )
+            results.scores.zero_()
+        going = ~results.ended[origin]
+        ends = words == special.eos
+        results.scores[origin] += log_p * going
+        is_word = going & ~ends
+        own = results.tokens[origin]
+        own[:, :, step] = torch.where(is_word, words, special.mask)
+        results.tokens[origin] = own
+        results.lengths[origin] += is_word
+        results.ended[origin] |= ends
+    assert results is not None
+    # Beginning and, where it was chosen, end count: what was cut has one word more and no end.
+    counted = results.lengths + 1 + results.ended
+    results.scores /= counted**options.length_penalty
+    order = results.scores.argsort(dim=1, descending=True, stable=True)
+    return results.picked(order)
+
+
+def _choose(
+    logits: Tensor, options: Options, special: Special, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Words [S, W] for logits [S, W, V], and the model's own log p of them, whatever they were drawn from."""
+    scores = without_special(logits.float(), special)
+    if options.sample:
+        words = _draw(scores / options.temperature, options, generator)
+    else:
+        words = scores.argmax(dim=-1)
+    total = logits.float().logsumexp(dim=-1)
+    return words, scores.gather(-1, words[..., None])[..., 0] - total
+
+
+def _draw(scores: Tensor, options: Options, generator: torch.Generator | None) -> Tensor:
+    count = scores.shape[-1] if options.top_k is None else min(options.top_k, scores.shape[-1])
+    best, words = scores.topk(count, dim=-1)
+    p = best.softmax(dim=-1)
+    if options.top_p is not None:
+        # The likeliest words whose probabilities sum up to top_p, the one that reaches it included.
+        p = p.masked_fill(p.cumsum(-1) - p >= options.top_p, 0.0)
+    drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator)
+    return words.gather(-1, drawn.view(*p.shape[:-1], 1))[..., 0]

@@ -1,0 +1,151 @@
+"""Decoding captions: keys and values of an image are computed once, all its captions are queries against them.
+
+One cache a layer holds, for every image, the image's keys and behind them those of every word that any of its captions
+ever took, in the order of the steps. A caption is the set of words that it sees: choosing beams rearranges a small
+bool table and no key. A step brings two rows a caption, the last word and a mask token that stands for the next; the
+mask token's keys are overwritten by the next step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit3_fast.layout import TokenLayout
+from beit3_fast.model.batch import embed_padded
+from beit3_fast.model.embedding import text_rows
+from beit3_fast.model.encoder import attend, layer_norm, project
+from beit3_fast.ops import cached_attention, expert_linear, shared_attention
+
+# Images are encoded as many at a time as give about this number of rows, see model/encoder.py.
+_ROWS_AT_ONCE = 2048
+
+
+class CaptionDecoder:
+    """A ``generate.Decoder`` of a BEiT3ForCaptioning for images [S, 3, H, W] with ``width`` captions each.
+
+    ``bos`` and ``mask`` are token ids, ``max_words`` bounds the words of a caption. Encodes the images at once.
+    """
+
+    def __init__(
+        self, model: Any, images: Tensor, width: int, max_words: int, bos: int, mask: int
+    ) -> None:
+        self.model, self.encoder, self.impl = model, model.beit3.encoder, model.beit3.impl
+        self.bos, self.mask, self.width = bos, mask, width
+        self.device = images.device
+        self.keep_is_free = images.device.type == "cpu"
+        self.samples, self.num_samples = tuple(range(len(images))), len(images)
+        self.pairs = any("C" in layer.ffn._modules for layer in self.encoder.layers)
+        grid = model.beit3.vision_embed.grid_size(images)
+        self.num_vision = grid[0] * grid[1] + 1
+        # BOS, max_words - 1 steps' words of every caption, and the last step's mask tokens.
+        self.words = 1 + max_words * width
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        step = max(1, _ROWS_AT_ONCE // self.num_vision)
+        for start in range(0, len(images), step):
+            self._encode(images[start : start + step], start)
+        self.steps = self.used = 0
+        self.seen = torch.zeros(len(images), 1, self.words, dtype=torch.bool, device=self.device)
+
+    def start(self) -> Tensor:
+        """Logits [S, V] of the first token."""
+        words = torch.full((len(self.samples), 1), self.bos, device=self.device)
+        return self._step(words)[:, 0]
+
+    def step(self, words: Tensor, parents: Tensor) -> Tensor:
+        """Logits [S, W, V] after ``words`` int64 [S, W], each added to the caption ``parents`` int64 [S, W]."""
+        self.seen = self.seen.gather(1, parents[:, :, None].expand(-1, -1, self.words))
+        return self._step(words)
+
+    def keep(self, inputs: Tensor) -> None:
+        """Go on with the images ``inputs`` int64 [S'] only; where that is free their cache stays where it is."""
+        self.seen = self.seen[inputs]
+        if self.keep_is_free:
+            self.samples = tuple(self.samples[index] for index in inputs.tolist())
+            return
+        self.samples = tuple(range(len(inputs)))
+        for layer in range(len(self.keys)):
+            self.keys[layer] = self.keys[layer][inputs]
+            self.values[layer] = self.values[layer][inputs]
+
+    def _step(self, words: Tensor) -> Tensor:
+        batch, width = words.shape
+        used, stop = self.used, self.used + 2 * width
+        own = torch.arange(width, device=self.device)
+        self.seen[:, own, used + own] = True
+        # Rows: the words of all captions, then their mask tokens; each mask token sees what its word sees, and itself.
+        seen = torch.ones(
+            batch, 2 * width, self.num_vision + stop, dtype=torch.bool, device=self.device
+        )
+        seen[:, :, self.num_vision :] = self.seen[:, :, :stop].repeat(1, 2, 1)
+        seen[:, width + own, self.num_vision + used + width + own] = True
+        x = self._embed(words)
+        layout = TokenLayout.from_lengths([0] * batch, [2 * width] * batch, self.device)
+        if self.pairs:
+            layout = replace(layout, text_only=0)
+        last = len(self.encoder.layers) - 1
+        for index, layer in enumerate(self.encoder.layers):
+            q, k, v = project(layer, x, layout, "qkv", self.impl)
+            self._write(index, list(self.samples), self.num_vision + used, 2 * width, k, v)
+            q = q.unflatten(0, (batch, 2 * width))
+            if index == last:
+                q, seen = q[:, width:], seen[:, width:]
+                x = x.unflatten(0, (batch, 2 * width))[:, width:].flatten(0, 1)
+                layout = replace(layout, text_lengths=(width,) * batch)
+            o = cached_attention(
+                q,
+                self.keys[index][:, : self.num_vision + stop],
+                self.values[index][:, : self.num_vision + stop],
+                seen,
+                num_heads=layer.self_attn.num_heads,
+                samples=self.samples,
+                impl=self.impl,
+            )
+            x = attend(layer, o.flatten(0, 1), x, layout, self.impl)
+        self.steps, self.used = self.steps + 1, self.used + width
+        if self.encoder.layer_norm is not None:
+            x = layer_norm(self.encoder.layer_norm, x, layout)
+        head = self.model.mlm_head
+        logits = expert_linear(x, [head.weight], [head.bias], bounds=(0, len(x)), impl=self.impl)
+        return logits.unflatten(0, (batch, width))
+
+    def _embed(self, words: Tensor) -> Tensor:
+        """Rows [S * 2W, C]: words at this step's place, mask tokens at the next."""
+        tokens = torch.cat([words, torch.full_like(words, self.mask)], dim=1)
+        places = torch.full_like(tokens, self.steps)
+        places[:, words.shape[1] :] += 1
+        own, table = self.model.beit3.text_embed.weight, self.encoder.embed_positions.B.weight
+        return text_rows(tokens.flatten(), places.flatten(), own, table)[1]
+
+    def _encode(self, images: Tensor, first: int) -> None:
+        """Fill the caches of the samples from ``first`` on with the keys and values of ``images``."""
+        embedded = embed_padded(self.model.beit3, images, None)
+        x, layout = embedded.rows, embedded.layout
+        if self.pairs:
+            layout = replace(layout, image_only=0)
+        samples = slice(first, first + len(images))
+        for index, layer in enumerate(self.encoder.layers):
+            if index == len(self.encoder.layers) - 1:
+                k, v = project(layer, x, layout, "kv", self.impl)
+                self._write(index, samples, 0, self.num_vision, k, v)
+                return
+            q, k, v = project(layer, x, layout, "qkv", self.impl)
+            self._write(index, samples, 0, self.num_vision, k, v)
+            heads = layer.self_attn.num_heads
+            o = shared_attention(q, k, v, layout, num_heads=heads, impl=self.impl)
+            x = attend(layer, o, x, layout, self.impl)
+
+    def _write(
+        self, layer: int, samples: slice | list[int], start: int, new: int, k: Tensor, v: Tensor
+    ) -> None:
+        """Put ``new`` keys and values a sample, [S * new, C] each, at the places from ``start`` on."""
+        if layer == len(self.keys):
+            shape = (self.num_samples, self.num_vision + self.words, k.shape[1])
+            self.keys.append(k.new_empty(shape))
+            self.values.append(v.new_empty(shape))
+        for cache, rows in ((self.keys[layer], k), (self.values[layer], v)):
+            cache[samples, start : start + new] = rows.unflatten(0, (-1, new))

@@ -1,0 +1,76 @@
+"""The released retrieval model, by its official names: image and text embeddings in one space."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beit3_fast.config import BEiT3Config
+from beit3_fast.errors import ShapeError
+from beit3_fast.model.task import BEiT3Task, text_of_all
+
+
+class BEiT3ForRetrieval(BEiT3Task):
+    """Image and text embeddings in one space, and the contrastive loss between them."""
+
+    def __init__(self, config: BEiT3Config, impl: str = "auto") -> None:
+        super().__init__(config, impl)
+        width = config.embed_dim
+        self.language_head = nn.Linear(width, width, bias=False)
+        self.vision_head = nn.Linear(width, width, bias=False)
+        self._init_head()
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(
+        self,
+        image: Tensor | None = None,
+        text_description: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        only_infer: bool = False,
+    ) -> tuple[Any, ...]:
+        """(vision [B, C], language [B, C]), each None without its input; the loss comes first unless only_infer.
+
+        image [B, 3, H, W]; text_description int64 [B, Nt]; padding_mask [B, Nt], nonzero for padding. The
+        embeddings have unit length. Under torch.distributed the loss compares with every rank's batch.
+        """
+        vision = language = None
+        if image is not None:
+            encoded = self.beit3.encode(image=image, read_vision="first")
+            vision = self._pooled("image", encoded.vision())
+        if text_description is not None:
+            encoded = self.beit3.encode(
+                text=text_description, text_padding=padding_mask, read_text="first"
+            )
+            language = self._pooled("text", text_of_all(encoded))
+        if only_infer:
+            return vision, language
+        if vision is None or language is None:
+            raise ShapeError(
+                "the contrastive loss needs an image and a text; pass only_infer=True for one of them"
+            )
+        return contrastive_loss(vision, language, self.logit_scale.exp()), vision, language
+
+    def _pools_first(self, kind: str) -> bool:
+        return kind != "pair"
+
+    def _pooled(self, kind: str, rows: Tensor) -> Tensor:
+        head = self.vision_head if kind == "image" else self.language_head
+        return F.normalize(head(rows), dim=-1)
+
+
+def contrastive_loss(vision: Tensor, language: Tensor, scale: Tensor) -> Tensor:
+    """Symmetric cross entropy between matching rows of [B, C] embeddings, over the batches of all ranks."""
+    all_vision, all_language, first = vision, language, 0
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.nn.functional import all_gather
+
+        first = torch.distributed.get_rank() * vision.shape[0]
+        all_vision, all_language = torch.cat(all_gather(vision)), torch.cat(all_gather(language))
+    labels = torch.arange(vision.shape[0], device=vision.device) + first
+    to_text = F.cross_entropy(scale * vision @ all_language.T, labels)
+    to_image = F.cross_entropy(scale * language @ all_vision.T, labels)
+    return (to_text + to_image) / 2

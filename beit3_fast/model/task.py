@@ -1,0 +1,67 @@
+"""What the five task models have in common."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from beit3_fast.config import BEiT3Config
+from beit3_fast.errors import ShapeError
+from beit3_fast.model.beit3 import BEiT3, Encoded, init_weights
+from beit3_fast.model.embeddings import Embeddings
+
+_HEAD_INIT_SCALE = 0.001
+
+
+class BEiT3Task(Embeddings, nn.Module):
+    """A backbone with a head; ``config`` and ``impl`` are the backbone's."""
+
+    def __init__(self, config: BEiT3Config, impl: str = "auto") -> None:
+        super().__init__()
+        self.beit3 = BEiT3(config, impl)
+        self.name: str | None = None
+
+    @property
+    def config(self) -> BEiT3Config:
+        """The backbone's configuration."""
+        return self.beit3.config
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patch rows and columns of the position table."""
+        return self.beit3.grid_size
+
+    def get_num_layers(self) -> int:
+        """Encoder layers (official helper for layer-wise learning rates)."""
+        return self.config.num_layers
+
+    def no_weight_decay(self) -> set[str]:
+        """Names that the official optimizer exempts from weight decay."""
+        return {
+            "pos_embed",
+            "cls_token",
+            "beit3.encoder.embed_positions.A.weight",
+            "beit3.vision_embed.cls_token",
+            "logit_scale",
+        }
+
+    def _init_head(self, *small: nn.Linear) -> None:
+        for name, child in self.named_children():
+            if name != "beit3":
+                child.apply(init_weights)
+        for linear in small:
+            with torch.no_grad():
+                for parameter in linear.parameters():
+                    parameter.mul_(_HEAD_INIT_SCALE)
+
+
+def text_of_all(encoded: Encoded) -> Tensor:
+    """[B, C]: the first text row of every sample. Raises ShapeError where a sample has none."""
+    lengths = encoded.layout.text_lengths
+    if 0 in lengths:
+        sample = encoded.layout.order[lengths.index(0)]
+        raise ShapeError(
+            f"the head reads the first text token of every sample, but the text of sample {sample} of the "
+            "batch is empty or all padding"
+        )
+    return encoded.text()

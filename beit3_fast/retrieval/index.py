@@ -1,0 +1,217 @@
+"""Embeddings with names, to be searched: exact inner products by FAISS where it is installed, by PyTorch elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from beit3_fast.checkpoint import safetensors_file
+from beit3_fast.checkpoint.atomic import replacing
+from beit3_fast.data import Processor
+from beit3_fast.errors import CheckpointError, ConfigError, InputError, ShapeError
+from beit3_fast.model.guess import check_top_k
+from beit3_fast.retrieval.model import check_retrieval
+
+BACKENDS = ("auto", "faiss", "torch")
+_FORMAT = "beit3_fast index 1"
+# Scores of a block of queries are held at once.
+_SCORES_AT_ONCE = 1 << 24
+
+
+class Hit(NamedTuple):
+    """An entry that was found, and its inner product with the query."""
+
+    name: str
+    score: float
+
+
+class EmbeddingIndex:
+    """``embeddings`` fp32 [M, C] on the CPU and their ``names``; images and texts of a retrieval model alike.
+
+    ``backend`` is "faiss", "torch" or "auto" (FAISS where it imports). Both are exact; scores are cosines where the
+    embeddings have unit length, as those of ``encode_image`` and ``encode_text`` do. Raises ShapeError for embeddings
+    of another shape, InputError for names that do not fit them, ConfigError for a backend that is not there.
+    """
+
+    def __init__(self, embeddings: Tensor, names: Sequence[str], backend: str = "auto") -> None:
+        if not isinstance(embeddings, Tensor) or embeddings.dim() != 2:
+            what = (
+                list(embeddings.shape)
+                if isinstance(embeddings, Tensor)
+                else type(embeddings).__name__
+            )
+            raise ShapeError(f"embeddings must be a tensor [M, C], got {what}")
+        if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+            raise InputError(f"names must be a list of str, got {names!r:.80}")
+        if len(names) != len(embeddings):
+            raise InputError(
+                f"every embedding has one name, got {len(embeddings)} embeddings and {len(names)} names"
+            )
+        self.embeddings = embeddings.detach().to("cpu", torch.float32).contiguous()
+        if not bool(self.embeddings.isfinite().all()):
+            raise InputError(
+                "embeddings must be finite; was the model trained, and the image read?"
+            )
+        self.names = list(names)
+        self.backend, self._faiss = _backend(backend)
+        self._searcher: Any = None
+
+    @classmethod
+    def build(
+        cls,
+        model: Any,
+        images: Sequence[Any],
+        names: Sequence[str] | None = None,
+        *,
+        processor: Processor | None = None,
+        batch_size: int = 32,
+        backend: str = "auto",
+    ) -> EmbeddingIndex:
+        """An index of images, each encoded once by a retrieval model; names default to the images' paths.
+
+        Raises ConfigError for another model, InputError for an image that cannot be read or has no name.
+        """
+        model = check_retrieval(model)
+        if names is None:
+            if not isinstance(images, (list, tuple)) or not all(
+                isinstance(image, (str, PathLike)) for image in images
+            ):
+                raise InputError("images without paths need names; pass names=[...]")
+            names = [str(image) for image in images]
+        embedded = model.encode_image(images, processor=processor, batch_size=batch_size)
+        return cls(embedded, names, backend)
+
+    def __len__(self) -> int:
+        """M."""
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        return f"EmbeddingIndex({len(self)} entries of width {self.embeddings.shape[1]}, {self.backend})"
+
+    def add(self, embeddings: Tensor, names: Sequence[str]) -> None:
+        """Append entries. Raises ShapeError and InputError as the constructor, and for another width."""
+        more = EmbeddingIndex(embeddings, names, "torch")
+        if more.embeddings.shape[1] != self.embeddings.shape[1]:
+            raise ShapeError(
+                f"embeddings must have the index's width {self.embeddings.shape[1]}, "
+                f"got {more.embeddings.shape[1]}"
+            )
+        self.embeddings = torch.cat([self.embeddings, more.embeddings])
+        self.names += more.names
+        self._searcher = None
+
+    def search(self, queries: Tensor, top_k: int = 10) -> list[list[Hit]]:
+        """The ``top_k`` entries nearest to each query, best first; queries [Q, C], or [C] for one.
+
+        Raises ShapeError for queries of another width, ConfigError for a top_k below 1.
+        """
+        check_top_k(top_k)
+        width = self.embeddings.shape[1]
+        if not isinstance(queries, Tensor) or queries.dim() not in (1, 2):
+            raise ShapeError(f"queries must be a tensor [Q, {width}], got {type(queries).__name__}")
+        rows = queries.detach().to("cpu", torch.float32).reshape(-1, queries.shape[-1])
+        if rows.shape[1] != width:
+            raise ShapeError(
+                f"queries must be [Q, {width}] as in the index, got {list(queries.shape)}"
+            )
+        count = min(top_k, len(self))
+        if not count or not len(rows):
+            return [[] for _ in rows]
+        scores, places = self._nearest(rows.contiguous(), count)
+        return [
+            [Hit(self.names[place], score) for place, score in zip(own, best, strict=True)]
+            for own, best in zip(places.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def search_text(
+        self,
+        model: Any,
+        texts: str | Sequence[str],
+        top_k: int = 10,
+        *,
+        processor: Processor | None = None,
+    ) -> list[list[Hit]]:
+        """``search`` with the text embeddings of the model that the index was built with."""
+        embedded = check_retrieval(model).encode_text(texts, processor=processor)
+        return self.search(embedded, top_k)
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write one file, whole or not at all: a safetensors file with digests. Raises CheckpointError."""
+        target = _path(path)
+        names = json.dumps(self.names, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        state = {
+            "embeddings": self.embeddings,
+            "names": torch.frombuffer(bytearray(names), dtype=torch.uint8),
+        }
+        try:
+            with replacing(target) as file:
+                safetensors_file.write(file, state, {"format": "pt", "content": _FORMAT})
+        except CheckpointError as error:
+            raise CheckpointError(f"{target}: {error}") from error
+        return target
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], backend: str = "auto") -> EmbeddingIndex:
+        """Read what ``save`` wrote. Raises CheckpointError for another or a damaged file."""
+        source = _path(path)
+        try:
+            with source.open("rb") as file:
+                size = source.stat().st_size
+                if size < 8:
+                    raise CheckpointError("it is too short to be an index")
+                state, metadata = safetensors_file.read(file, size, verify=True)
+            if metadata.get("content") != _FORMAT or set(state) != {"embeddings", "names"}:
+                raise CheckpointError("it is no index; make one with beit3-fast search --build")
+            names = json.loads(state["names"].numpy().tobytes().decode("utf-8", "surrogatepass"))
+            return cls(state["embeddings"], names, backend)
+        except OSError as error:
+            raise CheckpointError(
+                f"{source}: cannot be read: {error.strerror or error}; make an index with beit3-fast search --build"
+            ) from error
+        except (CheckpointError, InputError, ShapeError, ValueError) as error:
+            raise CheckpointError(f"{source}: {error}") from error
+
+    def _nearest(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        if self._faiss is not None:
+            if self._searcher is None:
+                self._searcher = self._faiss.IndexFlatIP(rows.shape[1])
+                self._searcher.add(self.embeddings.numpy())
+            scores, places = self._searcher.search(rows.numpy(), count)
+            return torch.from_numpy(scores), torch.from_numpy(places)
+        step = max(1, _SCORES_AT_ONCE // len(self))
+        parts = [
+            (rows[start : start + step] @ self.embeddings.T).topk(count, dim=1)
+            for start in range(0, len(rows), step)
+        ]
+        return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+
+
+def _backend(wanted: str) -> tuple[str, Any]:
+    if wanted not in BACKENDS:
+        raise ConfigError(f"backend must be one of {list(BACKENDS)}, got {wanted!r}")
+    if wanted == "torch":
+        return "torch", None
+    try:
+        import faiss
+    # A package that was built for another numpy fails in ways of its own.
+    except Exception as error:
+        if wanted == "faiss":
+            raise ConfigError(
+                f"backend='faiss' was asked for, but it does not import ({error}); pip install faiss-cpu, or use "
+                "backend='torch'"
+            ) from error
+        return "torch", None
+    return "faiss", faiss
+
+
+def _path(path: Any) -> Path:
+    try:
+        return Path(path)
+    except TypeError as error:
+        raise CheckpointError(f"expected the path of an index, got {path!r:.80}") from error

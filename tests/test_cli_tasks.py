@@ -1,0 +1,198 @@
+"""The commands with a model: what they print, for people and programs, and how they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from products import ANSWERS, Shop
+
+from beit3_fast import cli
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return Shop(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    """The output of a command that succeeds; parsed, where --json was given."""
+
+    def call(*arguments: str) -> Any:
+        assert cli.main(arguments) == 0
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        return json.loads(captured.out) if "--json" in arguments else captured.out
+
+    return call
+
+
+@pytest.fixture
+def refuse(capsys: pytest.CaptureFixture[str]) -> Any:
+    def call(*arguments: str) -> str:
+        assert cli.main(arguments) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith(f"beit3-fast {arguments[0]}: ")
+        assert captured.err.count("\n") == 1
+        return captured.err
+
+    return call
+
+
+def test_caption(shop: Shop, run: Any) -> None:
+    model, photos = shop.model("captioning"), shop.photos
+    call = ("caption", *photos, *model, "--max-length", "8")
+    report = run(*call, "--captions", "2", "--json")
+    assert [entry["image"] for entry in report] == photos
+    assert all(len(entry["captions"]) == 2 for entry in report)
+    first = report[0]["captions"][0]
+    assert set(first) == {"tokens", "score", "ended", "text"}
+    lines = run(*call).splitlines()
+    assert lines == [f"{e['image']}: {e['captions'][0]['text']}" for e in report]
+    greedy = run("caption", photos[0], *model, "--num-beams", "1", "--max-length", "8")
+    streamed = run("caption", photos[0], *model, "--stream", "--max-length", "8")
+    assert greedy.removeprefix(f"{photos[0]}: ") == streamed
+    drawn = ("--sample", "--top-k", "5", "--top-p", "0.9", "--temperature", "1.5", "--seed", "3")
+    assert run(*call, *drawn) == run(*call, *drawn)
+    assert run(*call, "--compat", "--length-penalty", "0", "--dtype", "bfloat16")
+
+
+def test_answer(shop: Shop, run: Any) -> None:
+    questions = ["What animal is this?", "How many coins?"]
+    call = ("answer", shop.photos[0], *questions, "--answers", shop.answers, "--top-k", "3")
+    report = run(*call, *shop.model("vqav2"), "--json")
+    assert [entry["question"] for entry in report] == questions
+    for entry in report:
+        labels = [guess["label"] for guess in entry["answers"]]
+        assert len(labels) == 3
+        assert [ANSWERS[guess["class_id"]] for guess in entry["answers"]] == labels
+    lines = run(*call, *shop.model("vqav2")).splitlines()
+    assert lines[0] == questions[0]
+    assert lines[1].endswith(report[0]["answers"][0]["label"])
+
+
+def test_reason(shop: Shop, run: Any) -> None:
+    sentences = ["Both show an animal.", "One shows a tower."]
+    call = ("reason", *shop.photos[:2], *sentences, *shop.model("nlvr2"))
+    report = run(*call, "--json")
+    assert [entry["sentence"] for entry in report] == sentences
+    for entry, line in zip(report, run(*call).splitlines(), strict=True):
+        assert entry["true"] is (entry["probability"] > 0.5)
+        assert line.split()[0] == str(entry["true"]).lower()
+        assert line.endswith(entry["sentence"])
+
+
+def test_classify(shop: Shop, run: Any) -> None:
+    call = ("classify", *shop.photos, "--top-k", "2")
+    report = run(*call, *shop.model("imageclassification", tokenizer=False), "--json")
+    assert [entry["image"] for entry in report] == shop.photos
+    assert all(guess["label"] is None for entry in report for guess in entry["classes"])
+    names = ("--label", "cat", "--label", "red cup", "--label", "pagoda", "--template", "the {}")
+    report = run(*call, *names, *shop.model("retrieval"), "--json")
+    assert all(len(entry["classes"]) == 2 for entry in report)
+    assert {g["label"] for e in report for g in e["classes"]} <= {"cat", "red cup", "pagoda"}
+    out = run(*call, *names, *shop.model("retrieval"))
+    assert out.splitlines()[0] == f"{shop.photos[0]}:"
+
+
+def test_classes_of_a_file(shop: Shop, run: Any, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("\n".join(f"class {i}" for i in range(1000)))
+    report = run(
+        *("classify", shop.photos[0], "--labels", str(tmp_path / "names.txt"), "--json"),
+        *shop.model("imageclassification", tokenizer=False),
+    )
+    for guess in report[0]["classes"]:
+        assert guess["label"] == f"class {guess['class_id']}"
+
+
+def test_search(shop: Shop, run: Any, tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder, index = tmp_path / "photos", str(tmp_path / "photos.index")
+    (folder / "more").mkdir(parents=True)
+    for i, path in enumerate(shop.photos):
+        with Image.open(path) as image:
+            image.resize((40, 40)).save(folder / ("more" if i else "") / f"{i}.png")
+    (folder / "notes.txt").write_text("no image")
+    model = shop.model("retrieval")
+    assert run("search", index, "--build", str(folder), *model) == f"{index}: 3 images\n"
+    report = run("search", index, "a red cup", "--top-k", "2", *model, "--json")
+    assert [entry["query"] for entry in report] == ["a red cup"]
+    assert len(report[0]["hits"]) == 2
+    own = str(folder / "0.png")
+    report = run("search", index, "a cat", "--image", own, *model, "--json")
+    assert report[1]["hits"][0]["name"] == own
+    assert report[1]["hits"][0]["score"] == pytest.approx(1.0, abs=1e-4)
+    lines = run("search", index, "a cat", *model, "--build", str(folder)).splitlines()
+    assert lines[0] == "a cat"
+    assert len(lines) == 4
+
+
+def test_what_is_refused(shop: Shop, refuse: Any, tmp_path: Path) -> None:
+    photo = shop.photos[0]
+    captioning, retrieval = shop.model("captioning"), shop.model("retrieval")
+    classes = shop.model("imageclassification", tokenizer=False)
+    index = str(tmp_path / "photos.index")
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        (("caption", "missing.jpg", *captioning), "missing.jpg"),
+        (("caption", photo, *captioning[:5], "none.spm"), "none.spm"),
+        (("caption", photo, *captioning, "--dtype", "int8"), "dtype must be one of"),
+        (("caption", photo, *captioning, "--device", "cuda:99"), "device 'cuda:99' is not there"),
+        (("caption", photo, *captioning, "--impl", "x"), "impl must be 'auto' or one of"),
+        (("caption", photo, *retrieval), "needs a model whose name ends in _captioning"),
+        (("caption", photo, *captioning, "--top-k", "3"), "top_k needs sample=True"),
+        (("caption", photo, *captioning, "--captions", "9"), "at most num_beams"),
+        (("caption", str(tmp_path / "empty"), *captioning), "has no image files"),
+        (("caption", photo, *captioning, "--stream", "--json"), "leave out --json"),
+        (("caption", photo, photo, *captioning, "--stream"), "takes one image, got 2"),
+        (
+            ("caption", photo, "--model", "beit3_tiny_captioning", *captioning[2:]),
+            "did you mean beit3_tiny_patch16_32_captioning",
+        ),
+        (("caption", photo, *captioning[:3], "none.pth", *captioning[4:]), "none.pth"),
+        (
+            ("answer", photo, "?", "--answers", "none.txt", *shop.model("vqav2")),
+            "label file 'none.txt' cannot be read",
+        ),
+        (("reason", photo, "missing.jpg", "?", *shop.model("nlvr2")), "missing.jpg"),
+        (("classify", photo, "--label", "cat", *retrieval[:4]), "--label needs --tokenizer"),
+        (("classify", photo, *retrieval[:4]), "ends in _imageclassification"),
+        (("classify", photo, "--template", "{}", *classes), "go with --label"),
+        (
+            ("classify", photo, "--label", "a", "--labels", "x", *retrieval),
+            "--label classes of your own",
+        ),
+        (("classify", photo, "--label", "a", "--template", "b", *retrieval), "one {} for"),
+        (("search", index, *retrieval), "nothing to do"),
+        (("search", index, "a cat", *retrieval), "make an index with beit3-fast search --build"),
+        (("search", index, "a cat", *retrieval[:4]), "texts need --tokenizer"),
+        (("search", index, "--build", "missing.jpg", *retrieval), "missing.jpg"),
+    ):
+        assert message in refuse(*arguments)
+    assert not Path(index).exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("caption", "a.jpg"),
+        ("caption", "a.jpg", "--model", "x", "--checkpoint", "y"),
+        ("caption", "--num-beams", "0", "a.jpg"),
+        ("caption", "--length-penalty", "x", "a.jpg"),
+        ("answer", "a.jpg"),
+        ("reason", "a.jpg", "b.jpg"),
+        ("classify",),
+        ("search",),
+        ("search", "x", "--top-k", "-1"),
+    ],
+)
+def test_wrong_usage_is_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: beit3-fast" in capsys.readouterr().err
