@@ -124,14 +124,15 @@ inline __m512i unpack64(__m512i a, __m512i b, int first) {
   Pairs out;
   const auto x = bits<Pairs>(a), y = bits<Pairs>(b);
   for (int i = 0; i < 8; ++i)
-    out[i] = (i % 2 ? y : x)[i / 2 * 2 + first];
+    out[i] = i % 2 ? y[i / 2 * 2 + first] : x[i / 2 * 2 + first];
   return bits<__m512i>(out);
 }
 inline __m512i shuffle_quarters(__m512i a, __m512i b, int control) {
   const auto x = bits<Ints>(a), y = bits<Ints>(b);
   return each_int([&](int i) {
     const int quarter = i / 4;
-    return (quarter < 2 ? x : y)[(control >> (2 * quarter) & 3) * 4 + i % 4];
+    const int from = (control >> (2 * quarter) & 3) * 4 + i % 4;
+    return quarter < 2 ? x[from] : y[from];
   });
 }
 inline __m512 scale_by_power(__m512 a, __m512 b) {
