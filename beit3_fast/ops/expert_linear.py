@@ -20,7 +20,7 @@ from beit3_fast.composite.expert_linear import expert_linear as composite_impl
 from beit3_fast.composite.expert_linear import expert_linear_backward
 from beit3_fast.derived import derived, needs_grad
 from beit3_fast.errors import ShapeError
-from beit3_fast.ops import dispatch, library
+from beit3_fast.ops import dispatch, library, triton_kernels
 from beit3_fast.ops.packed_weight import PackedWeight
 from beit3_fast.reference.expert_linear import expert_linear as reference_impl
 
@@ -75,6 +75,8 @@ def expert_linear(
     tail = (residual, rows, tuple(bounds), eps, activation or "none")
     if choice.impl == "cpu":
         return _cpu(x, weights, biases, norm_weights, norm_biases, tail, at.needs_grad)
+    if choice.impl == "triton":
+        return _triton(x, weights, biases, norm_weights, norm_biases, tail)
     run = reference_impl if choice.impl == "reference" else composite_impl
     stacked = [_stack(weight) for weight in weights]
     stacked_biases = [_stack(bias) for bias in biases or ()]
@@ -131,6 +133,26 @@ def _cpu(
     residual, rows, *rest = tail
     residual, rows = (None if t is None else ordered(t) for t in (residual, rows))
     return op(ordered(x), stacked, packed, *vectors, residual, rows, *rest)
+
+
+def _triton(
+    x: Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[Weight] | None,
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    tail: tuple[Any, ...],
+) -> Tensor:
+    ordered = dispatch.rows_in_memory
+    parts, bias_parts = (
+        [own if isinstance(own, tuple) else (own,) for own in group]
+        for group in (weights, biases or ())
+    )
+    residual, *rest = tail
+    residual = None if residual is None else ordered(residual)
+    return triton_kernels.expert_linear(
+        ordered(x), parts, bias_parts, norm_weights, norm_biases, residual, *rest
+    )
 
 
 # Columns of a panel of packed weights (csrc/cpu/kernels.h): equal parts of whole panels can lie apart.

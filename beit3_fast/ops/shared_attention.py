@@ -23,7 +23,7 @@ from beit3_fast.composite.shared_attention import shared_attention as composite_
 from beit3_fast.composite.shared_attention import shared_attention_backward
 from beit3_fast.errors import ShapeError
 from beit3_fast.layout import TokenLayout
-from beit3_fast.ops import dispatch, library
+from beit3_fast.ops import dispatch, library, triton_kernels
 from beit3_fast.reference.shared_attention import shared_attention as reference_impl
 
 MASKS = ("bidirectional", "seq2seq", "causal")
@@ -71,6 +71,9 @@ def shared_attention(
             scale,
             mask,
         )
+    if choice.impl == "triton" and isinstance(mask, str):
+        q, k, v = (dispatch.rows_in_memory(t) for t in (q, k, v))
+        return triton_kernels.shared_attention(q, k, v, layout, queries, num_heads, scale, mask)
     run = reference_impl if choice.impl == "reference" else composite_impl
     return run(q, k, v, layout, queries, num_heads, scale, mask)
 

@@ -1,0 +1,315 @@
+"""expert_linear on a GPU: one persistent launch in which rows of expert e meet the weights of expert e.
+
+    y[r] = gelu(rstd (x[r] W'_e^T - mean s_e) + c_e) + residual[r]
+    W' = W diag(gamma), rounded;  s = row sums of the rounded W';  c = W beta + b
+
+LayerNorm costs no pass over the activations: gamma and beta are folded into the weights, and mean and rstd of a row
+enter behind the product, from two numbers for each part of the row (``RowStatistics``) that the op which wrote the
+row left behind. Normalising in the main loop instead would take the operand from shared memory through registers
+for every column tile. Only fp32 subtracts the mean in front of the product: there the difference of two large
+sums would show, and no tensor core waits. The sums ``s`` must be those of the *rounded* weights: with others, a row
+whose mean is 50 deviations loses 1.5 of its 2.5 digits in bf16.
+
+Letters: M rows of the tensors, R rows of the experts, K input features, N output features, E experts, T parts of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_EXPERTS = 3
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+
+
+class RowStatistics(NamedTuple):
+    """Mean and sum of squared deviations of every row, in parts of ``width`` columns (the last may have fewer)."""
+
+    parts: Tensor  # fp32 [M, T, 2]
+    width: int
+
+
+class FoldedWeights(NamedTuple):
+    """The weights of all experts with their LayerNorm inside."""
+
+    weights: Tensor  # [E, N, K] in the dtype of the rows
+    sums: Tensor | None  # fp32 [E, N]; None: no LayerNorm
+    biases: Tensor | None  # fp32 [E, N]
+
+
+class Tile(NamedTuple):
+    """How a launch is cut: a tile of the result, its step along K, and the row tiles that share columns in a turn."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def _locate(tile, tiles_n, start, end0, end1, end2, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
+    """Expert of a tile, its first row, the end of the expert's rows, and its first column tile.
+
+    Tiles count through the experts one after the other, so all columns of a few row tiles are met while their rows
+    are in the L2 cache.
+    """
+    tiles0 = tl.cdiv(end0 - start, BLOCK_M) * tiles_n
+    tiles01 = tiles0 + tl.cdiv(end1 - end0, BLOCK_M) * tiles_n
+    expert = (tile >= tiles0).to(tl.int32) + (tile >= tiles01).to(tl.int32)
+    begin = tl.where(expert == 0, start, tl.where(expert == 1, end0, end1))
+    end = tl.where(expert == 0, end0, tl.where(expert == 1, end1, end2))
+    own = tile - tl.where(expert == 0, 0, tl.where(expert == 1, tiles0, tiles01))
+    group = own // (GROUP_M * tiles_n)
+    first = group * GROUP_M
+    height = tl.minimum(tl.cdiv(end - begin, BLOCK_M) - first, GROUP_M)
+    place = own - group * GROUP_M * tiles_n
+    return expert, begin + (first + place % height) * BLOCK_M, end, place // height
+
+
+@triton.jit
+def _moments(parts_ptr, rows, num_parts, width, K, eps, PARTS: tl.constexpr):
+    """Mean and reciprocal deviation of rows, from the moments of their parts (Chan's combination)."""
+    part = tl.arange(0, PARTS)
+    real = part < num_parts
+    count = tl.where(real, tl.minimum(K - part * width, width), 0).to(tl.float32)
+    at = parts_ptr + (rows[:, None] * num_parts + part[None, :]) * 2
+    means = tl.load(at, mask=real[None, :], other=0.0)
+    squares = tl.load(at + 1, mask=real[None, :], other=0.0)
+    mean = tl.sum(means * (count / K)[None, :], 1)
+    shift = means - mean[:, None]
+    variance = tl.sum(squares + shift * shift * count[None, :], 1) / K
+    return mean, 1.0 / tl.sqrt_rn(variance + eps)
+
+
+@triton.jit(do_not_specialize=["start", "end0", "end1", "end2", "eps"])
+def expert_linear_kernel(
+    x_ptr,  # [M, K]
+    x_stride,
+    weight_ptr,  # [E, N, K], contiguous
+    sum_ptr,  # fp32 [E, N]
+    bias_ptr,  # fp32 [E, N] or None
+    parts_ptr,  # fp32 [M, T, 2] of x, or None: no LayerNorm
+    num_parts,
+    part_width,
+    eps,
+    residual_ptr,  # [M, N] or None
+    residual_stride,
+    rows_ptr,  # int64 [R] or None: row r is row rows[r] of x, residual and y
+    y_ptr,  # [M, N]
+    y_stride,
+    y_parts_ptr,  # fp32 [M, cdiv(N, BLOCK_N), 2] or None
+    start,  # rows of the experts: [start, end0), [end0, end1), [end1, end2)
+    end0,
+    end1,
+    end2,
+    K,
+    N,
+    GELU: tl.constexpr,
+    PARTS: tl.constexpr,  # a power of two that holds num_parts
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    NORM: tl.constexpr = parts_ptr is not None
+    CENTRE_FIRST: tl.constexpr = NORM and dtype == tl.float32
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_m = tl.cdiv(end0 - start, BLOCK_M) + tl.cdiv(end1 - end0, BLOCK_M)
+    tiles_m += tl.cdiv(end2 - end1, BLOCK_M)
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        expert, first, end, tile_n = _locate(
+            tile, tiles_n, start, end0, end1, end2, BLOCK_M, GROUP_M
+        )
+        # Rows and columns past the end repeat the last one: nothing strange is read, and nothing of it is stored.
+        place = first + tl.arange(0, BLOCK_M)
+        row = tl.minimum(place, end - 1).to(tl.int64)
+        if rows_ptr is not None:
+            row = tl.load(rows_ptr + row)
+        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        weight_row = expert.to(tl.int64) * N + tl.minimum(column, N - 1)
+        if NORM:
+            mean, rstd = _moments(parts_ptr, row, num_parts, part_width, K, eps, PARTS)
+
+        depth = tl.arange(0, BLOCK_K)
+        x_at = x_ptr + row[:, None] * x_stride + depth[None, :]
+        weight_at = weight_ptr + weight_row[None, :] * K + depth[:, None]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, K, BLOCK_K):
+            x = tl.load(x_at + k, mask=depth[None, :] < K - k, other=0.0)
+            w = tl.load(weight_at + k, mask=depth[:, None] < K - k, other=0.0)
+            if CENTRE_FIRST:
+                x -= mean[:, None]
+            acc = tl.dot(x, w, acc, input_precision="ieee")
+
+        if NORM:
+            if not CENTRE_FIRST:
+                acc -= mean[:, None] * tl.load(sum_ptr + weight_row)[None, :]
+            acc *= rstd[:, None]
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + weight_row)[None, :]
+        if GELU:
+            acc = 0.5 * acc * (1.0 + tl.erf(acc * _SQRT_HALF))
+        real = (place < end)[:, None] & (column < N)[None, :]
+        if residual_ptr is not None:
+            residual_at = residual_ptr + row[:, None] * residual_stride + column[None, :]
+            acc += tl.load(residual_at, mask=real, other=0.0).to(tl.float32)
+        y = acc.to(dtype)
+        tl.store(y_ptr + row[:, None] * y_stride + column[None, :], y, mask=real)
+        if y_parts_ptr is not None:
+            # Of what was stored, not of acc: these moments belong to the numbers that the next op reads.
+            count = tl.minimum(N - tile_n * BLOCK_N, BLOCK_N)
+            y = tl.where((column < N)[None, :], y.to(tl.float32), 0.0)
+            y_mean = tl.sum(y, 1) / count
+            shift = tl.where((column < N)[None, :], y - y_mean[:, None], 0.0)
+            at = y_parts_ptr + (row * tiles_n + tile_n) * 2
+            tl.store(at, y_mean, mask=place < end)
+            tl.store(at + 1, tl.sum(shift * shift, 1), mask=place < end)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def row_statistics_kernel(
+    x_ptr,  # [M, K]
+    x_stride,
+    rows_ptr,  # int64 [R] or None
+    parts_ptr,  # fp32 [M, 1, 2]
+    num_rows,  # R
+    K,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # at least K
+):
+    place = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = tl.minimum(place, num_rows - 1).to(tl.int64)
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + row)
+    column = tl.arange(0, BLOCK_K)
+    real = (column < K)[None, :]
+    x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=real, other=0.0)
+    mean = tl.sum(x.to(tl.float32), 1) / K
+    shift = tl.where(real, x.to(tl.float32) - mean[:, None], 0.0)
+    tl.store(parts_ptr + row * 2, mean, mask=place < num_rows)
+    tl.store(parts_ptr + row * 2 + 1, tl.sum(shift * shift, 1), mask=place < num_rows)
+
+
+def fold(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+) -> FoldedWeights:
+    """Weights [N, K], biases [N] (none or one each), LayerNorm weights and biases [K] (likewise), made one."""
+    given = torch.stack([bias.float() for bias in biases]) if biases else None
+    plain = torch.stack(list(weights)) if len(weights) > 1 else weights[0][None]
+    if not norm_weights:
+        return FoldedWeights(plain.contiguous(), None, given)
+    gamma, beta = (torch.stack(list(group)).double() for group in (norm_weights, norm_biases))
+    folded = (plain.float() * gamma.float()[:, None, :]).to(plain.dtype)
+    constant = torch.einsum("enk,ek->en", plain.double(), beta).float()
+    sums = folded.sum(-1, dtype=torch.float64).float()
+    return FoldedWeights(folded, sums, constant if given is None else constant + given)
+
+
+def row_statistics(x: Tensor, rows: Tensor | None = None) -> RowStatistics:
+    """The statistics of the rows [M, K], or of those that ``rows`` int64 [R] names, in one part each."""
+    count = x.shape[0] if rows is None else rows.shape[0]
+    features = x.shape[1]
+    parts = torch.empty(x.shape[0], 1, 2, dtype=torch.float32, device=x.device)
+    block_k = triton.next_power_of_2(features)
+    block_r = max(1, 4096 // block_k)
+    if count:
+        row_statistics_kernel[(triton.cdiv(count, block_r),)](
+            x, x.stride(0), rows, parts, count, features, BLOCK_R=block_r, BLOCK_K=block_k
+        )
+    return RowStatistics(parts, features)
+
+
+def expert_linear(
+    x: Tensor,
+    folded: FoldedWeights,
+    residual: Tensor | None,
+    rows: Tensor | None,
+    bounds: Sequence[int],
+    eps: float,
+    activation: str,
+    *,
+    statistics: RowStatistics | None = None,
+    with_statistics: bool = False,
+    tile: Tile | None = None,
+) -> tuple[Tensor, RowStatistics | None]:
+    """Rows x [M, K] (fp32, fp16, bf16; elements of a row side by side) by experts; y [M, N] and its statistics.
+
+    ``bounds``, ``rows``, ``residual``, ``activation``: as in ``beit3_fast.ops.expert_linear``. ``statistics`` of x
+    are computed where LayerNorm needs them and they are not given. Arguments are trusted.
+    """
+    features, out = x.shape[1], folded.weights.shape[1]
+    tile = tile or choose_tile(x, out, bounds[-1])
+    # Rows that ``rows`` does not name are zero.
+    allocate = x.new_empty if rows is None else x.new_zeros
+    y = allocate(x.shape[0], out)
+    tiles_n = triton.cdiv(out, tile.block_n)
+    y_parts = None
+    if with_statistics:
+        y_parts = torch.zeros(x.shape[0], tiles_n, 2, dtype=torch.float32, device=x.device)
+    if folded.sums is not None and statistics is None:
+        statistics = row_statistics(x, rows)
+    parts, width = statistics if folded.sums is not None and statistics else (None, 0)
+    num_parts = 0 if parts is None else parts.shape[1]
+    for e in range(0, len(bounds) - 1, MAX_EXPERTS):
+        own = [*bounds[e : e + MAX_EXPERTS + 1]]
+        own += own[-1:] * (MAX_EXPERTS + 1 - len(own))
+        tiles = tiles_n * sum(triton.cdiv(b - a, tile.block_m) for a, b in pairwise(own))
+        if not tiles:
+            continue
+        expert_linear_kernel[(min(tiles, _programs(x.device)),)](
+            x,
+            x.stride(0),
+            folded.weights[e:],
+            None if folded.sums is None else folded.sums[e:],
+            None if folded.biases is None else folded.biases[e:],
+            parts,
+            num_parts,
+            width,
+            eps,
+            residual,
+            0 if residual is None else residual.stride(0),
+            rows,
+            y,
+            y.stride(0),
+            y_parts,
+            *own,
+            features,
+            out,
+            GELU=activation == "gelu",
+            PARTS=triton.next_power_of_2(max(num_parts, 1)),
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            GROUP_M=tile.group_m,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return y, None if y_parts is None else RowStatistics(y_parts, tile.block_n)
+
+
+def choose_tile(x: Tensor, out: int, rows: int) -> Tile:
+    """The tile for a product of ``rows`` rows x with weights of ``out`` features."""
+    if x.dtype == torch.float32:
+        return Tile(64, 64, 32, 8, 4, 2)
+    if rows <= 64 or out <= 64:
+        return Tile(64, 64, 64, 8, 4, 4)
+    return Tile(128, 128, 64, 8, 8, 3)
+
+
+def _programs(device: torch.device) -> int:
+    """One for each multiprocessor; a few in the interpreter, so that each has several tiles there, too."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
