@@ -6,6 +6,8 @@ PYTHON     ?= python3
 TORCH      ?= torch==2.13.0
 # Must belong to that torch; only the baselines of the benchmark import it.
 TORCHVISION ?= torchvision==0.28.0
+# For the tests of the Triton kernels, which need no GPU; TRITON= does without. A torch built for CUDA brings its own.
+TRITON     ?= $(if $(filter Linux,$(shell uname -s)),triton==3.6.0)
 JOBS       ?= 2
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
@@ -22,7 +24,7 @@ NATIVE_SOURCES := $(shell find csrc) CMakeLists.txt setup.py
 # Named after what was asked for, so that another TORCH=... is another step to do.
 sum = $(shell printf '%s' "$(1)" | cksum | cut -d' ' -f1)
 TORCH_STAMP := .venv/.stamp-torch-$(call sum,$(TORCH))
-BASELINES_STAMP := .venv/.stamp-baselines-$(call sum,$(BASELINES))
+BASELINES_STAMP := .venv/.stamp-baselines-$(call sum,$(BASELINES) $(TRITON))
 
 # With a compiler, sources that do not compile are an error; without one the package does without them.
 export BEIT3_FAST_BUILD ?= $(if $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++),1,auto)
@@ -115,8 +117,9 @@ $(TORCH_STAMP): .venv/.stamp-venv
 
 # Last, because pip complains about their pins whenever it installs something that they depend on.
 $(BASELINES_STAMP): .venv/.stamp-package
-	@echo "== 6/6 $(BASELINES), without their dependencies"
+	@echo "== 6/6 $(BASELINES) $(TRITON), without their dependencies"
 	@$(PIP) install --no-deps $(BASELINES) $(QUIET)
+	@$(BIN)/python -c 'import torch; assert torch.version.cuda; import triton' 2>/dev/null || $(PIP) install --no-deps $(or $(TRITON),pip) $(QUIET)
 	@rm -f .venv/.stamp-baselines-*
 	@touch $@
 

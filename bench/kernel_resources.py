@@ -1,27 +1,37 @@
 """What the compiled Triton kernels use of a GPU, read from the code: no GPU is needed.
 
-    python -m bench.kernel_resources            # writes docs/triton-kernels.md
+    python -m bench.kernel_resources                                 # writes docs/triton-kernels.md
+    python -m bench.kernel_resources --json --architectures sm_90    # prints what was read
 
-A launch is recorded instead of run, compiled ahead of time for an architecture, and its machine code is read.
+Every kernel with every shipped tile: the launch is recorded instead of run, compiled ahead of time for the
+architecture, and its machine code is read.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ARCHITECTURES = (80, 90, 100)
-# Bytes of shared memory that one block may have; the compiler does not check.
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "docs" / "triton-kernels.md"
+ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+# Bytes of shared memory that a block may have; the compiler does not check. The tiles of sm_80 serve sm_86, sm_89
+# and sm_120 as well, which have fewer than its own 166,912.
+SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
+REGISTERS = 65_536
 # Tensor-core instructions in the machine code.
 MMA = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 _TYPES = {
@@ -55,6 +65,26 @@ class Resources:
     other_tensor_core: int
     tma_loads: int
     local_accesses: int
+
+    def broken(
+        self, architecture: int, *, wants_mma: bool, wants_tma: bool, per_sm: int
+    ) -> list[str]:
+        """Each rule that the compiled code breaks, with its figures."""
+        shared, registers = self.shared * per_sm, self.registers * self.threads * per_sm
+        rules = {
+            f"{self.stack} bytes of stack, {self.local_accesses} accesses to local memory": not (
+                self.stack or self.local_accesses
+            ),
+            f"{shared} bytes of shared memory": shared <= SHARED_LIMIT[architecture],
+            f"{registers} registers": registers <= REGISTERS,
+            f"{self.tensor_core} {MMA[architecture]} instructions": (self.tensor_core > 0)
+            is wants_mma,
+            f"{self.other_tensor_core} tensor-core instructions of another architecture": (
+                self.other_tensor_core == 0
+            ),
+            f"{self.tma_loads} TMA loads": (self.tma_loads > 0) is wants_tma,
+        }
+        return [figure for figure, holds in rules.items() if not holds]
 
 
 @contextmanager
@@ -92,6 +122,7 @@ def compile_for(launch: Launch, architecture: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     places = {name: place for place, name in enumerate(launch.kernel.arg_names)}
     plain = {p.name for p in launch.kernel.params if p.do_not_specialize}
@@ -99,6 +130,10 @@ def compile_for(launch: Launch, architecture: int) -> Any:
     constants = dict(launch.constants)
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for name, value in launch.arguments.items():
+        if isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}[{block}]>"
+            continue
         if isinstance(value, Tensor):
             signature[name] = "*" + _TYPES[value.dtype]
         elif isinstance(value, float):
@@ -159,3 +194,161 @@ def _cuobjdump(option: str, cubin: Path) -> str:
         [str(program), option, str(cubin)], capture_output=True, text=True, check=True
     )
     return done.stdout
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One kernel as it ships: its launch, and what its code must hold."""
+
+    name: str
+    shape_class: str
+    launch: Launch
+    wants_mma: bool
+    wants_tma: bool
+    per_sm: int
+
+
+def specimens(name: str) -> Iterator[Specimen]:
+    """Every kernel with every shipped tile of an architecture, in bf16 (class "fp32" in fp32), all options on."""
+    from beit3_fast.kernels import _tiles
+    from beit3_fast.kernels import expert_linear as linear
+    from beit3_fast.kernels import shared_attention as attention
+
+    rows = 1024
+    for shape_class in _tiles.CLASSES["expert_linear"]:
+        tile = _tiles.choose(linear.Tile, "expert_linear", shape_class, name)
+        dtype = torch.float32 if shape_class == "fp32" else torch.bfloat16
+        x, residual = torch.empty(rows, 768, dtype=dtype), torch.empty(rows, 3072, dtype=dtype)
+        vectors = torch.empty(2, 3072)
+        folded = linear.FoldedWeights(torch.empty(2, 3072, 768, dtype=dtype), vectors, vectors)
+        statistics = linear.RowStatistics(torch.empty(rows, 6, 2), 128)
+        with recorded(linear.expert_linear_kernel) as launches:
+            linear.expert_linear(
+                x,
+                folded,
+                residual,
+                None,
+                (0, 900, rows),
+                1e-5,
+                "gelu",
+                statistics=statistics,
+                with_statistics=True,
+                tile=tile,
+            )
+        yield Specimen(
+            "expert_linear",
+            shape_class,
+            launches[0],
+            wants_mma=shape_class != "fp32",
+            wants_tma=tile.tma,
+            per_sm=tile.per_sm,
+        )
+    with recorded(linear.row_statistics_kernel) as launches:
+        linear.row_statistics(torch.empty(rows, 3072, dtype=torch.bfloat16))
+    yield Specimen("row_statistics", "3072 features", launches[0], False, False, 1)
+
+    for shape_class in _tiles.CLASSES["shared_attention"]:
+        own_tile = _tiles.choose(attention.Tile, "shared_attention", shape_class, name)
+        dtype = torch.float32 if shape_class == "fp32" else torch.bfloat16
+        for head_dim, mask in ((64, "bidirectional"), (64, "seq2seq"), (88, "causal")):
+            q, k, v = torch.empty(rows, 3 * 16 * head_dim, dtype=dtype).chunk(3, dim=1)
+            ends = torch.empty(9, dtype=torch.int32)
+            segments = attention.Segments(ends, ends, 197)
+            with recorded(attention.shared_attention_kernel) as launches:
+                attention.shared_attention(
+                    q,
+                    k,
+                    v,
+                    segments,
+                    segments,
+                    16,
+                    0.125,
+                    mask,
+                    with_lse=True,
+                    with_statistics=True,
+                    tile=own_tile,
+                )
+            yield Specimen(
+                "shared_attention",
+                f"{shape_class}, {head_dim} wide, {mask}",
+                launches[0],
+                wants_mma=shape_class != "fp32",
+                wants_tma=False,
+                per_sm=1,
+            )
+
+
+def examine(names: list[str], wanted: str) -> Iterator[dict[str, Any]]:
+    """What the code of the specimens uses whose "kernel, class" holds ``wanted``, and each rule that it breaks."""
+    for name in names:
+        architecture = ARCHITECTURES[name]
+        for specimen in specimens(name):
+            if wanted not in f"{specimen.name}, {specimen.shape_class}":
+                continue
+            resources = read(compile_for(specimen.launch, architecture), architecture)
+            yield {
+                "architecture": name,
+                "kernel": specimen.name,
+                "class": specimen.shape_class,
+                "constants": _shown(specimen.launch),
+                **asdict(resources),
+                "broken": resources.broken(
+                    architecture,
+                    wants_mma=specimen.wants_mma,
+                    wants_tma=specimen.wants_tma,
+                    per_sm=specimen.per_sm,
+                ),
+            }
+
+
+def _shown(launch: Launch) -> str:
+    """128x256x64, 8 warps, 3 stages"""
+    blocks = "x".join(str(v) for k, v in launch.constants.items() if k.startswith("BLOCK_"))
+    warps, stages = launch.options.get("num_warps", 4), launch.options.get("num_stages", 3)
+    return f"{blocks}, {warps} warps, {stages} stages"
+
+
+def table(findings: list[dict[str, Any]]) -> str:
+    """The findings as Markdown."""
+    import triton
+
+    lines = [
+        "# Triton kernels: what the compiled code uses",
+        "",
+        "Written by `python -m bench.kernel_resources`; no GPU is needed. Every kernel with every tile of `kernels/tiles/`, all options on,",
+        f"compiled by Triton {triton.__version__} and read with cuobjdump. The tests hold each line to: no stack and no local memory, shared memory within the",
+        "architecture's limit, tensor-core instructions (HMMA, HGMMA, UTCHMMA) where the products are 16-bit and none of another architecture, TMA loads",
+        "where a tile asks for them. These are facts about code, not speeds.",
+        "",
+        "| architecture | kernel | class | tile | registers | shared memory (bytes) | tensor-core instructions | TMA loads | rules broken |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for own in findings:
+        figures = [own[key] for key in ("registers", "shared", "tensor_core", "tma_loads")]
+        cells = [own["architecture"], own["kernel"], own["class"], own["constants"], *figures]
+        cells.append("; ".join(own["broken"]) or "none")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints or writes the findings; 1 where a rule is broken."""
+    parser = argparse.ArgumentParser(description="What the compiled Triton kernels use of a GPU.")
+    parser.add_argument(
+        "--architectures", nargs="+", default=[*ARCHITECTURES], choices=ARCHITECTURES
+    )
+    parser.add_argument("--kernels", default="", help='part of "kernel, class", as in the table')
+    parser.add_argument("--json", action="store_true", help="print instead of writing the table")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 interprets the kernels; unset it to compile them")
+    findings = list(examine(options.architectures, options.kernels))
+    if options.json:
+        print(json.dumps(findings))
+    else:
+        TABLE.write_text(table(findings), encoding="utf-8")
+    return 1 if any(own["broken"] for own in findings) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

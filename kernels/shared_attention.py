@@ -22,6 +22,8 @@ import triton.language as tl
 from beit3_fast.kernels.expert_linear import RowStatistics
 from torch import Tensor
 
+from beit3_fast.kernels import _tiles
+
 MASKS = ("bidirectional", "seq2seq", "causal")
 _LOG2_E = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -67,10 +69,12 @@ def _row_of(place, vision, num_vision, text):
 def _limits(place, num_vision, num_keys, MASK: tl.constexpr):
     """How many keys, in the order vision, text, the queries at these places see."""
     if MASK == _CAUSAL:
-        return place + 1
-    if MASK == _SEQ2SEQ:
-        return tl.maximum(place + 1, num_vision)
-    return tl.zeros_like(place) + num_keys
+        limit = place + 1
+    elif MASK == _SEQ2SEQ:
+        limit = tl.maximum(place + 1, num_vision)
+    else:
+        limit = tl.zeros_like(place) + num_keys
+    return limit
 
 
 @triton.jit
@@ -271,7 +275,9 @@ def shared_attention(
         lse = torch.empty(q.shape[0], num_heads, dtype=torch.float32, device=q.device)
     if with_statistics:
         parts = torch.empty(q.shape[0], num_heads, 2, dtype=torch.float32, device=q.device)
-    tile = tile or choose_tile(q, head_dim, keys.longest)
+    if tile is None:
+        own_class = shape_class(q.dtype, keys.longest)
+        tile = _tiles.choose(Tile, "shared_attention", own_class, _tiles.architecture(q.device))
     batch = keys.cu_vision.shape[0] - 1
     tiles = triton.cdiv(queries.longest, tile.block_q)
     width, rest = split_width(head_dim)
@@ -317,10 +323,8 @@ def split_width(head_dim: int) -> tuple[int, int]:
     return whole, 0
 
 
-def choose_tile(q: Tensor, head_dim: int, longest: int) -> Tile:
-    """The tile for samples of up to ``longest`` keys."""
-    if q.dtype == torch.float32:
-        return Tile(32, 32, 4, 1)
-    if longest <= 32:
-        return Tile(32, 32, 2, 1)
-    return Tile(128, 64, 8, 3) if longest > 256 else Tile(64, 64, 4, 3)
+def shape_class(dtype: torch.dtype, longest: int) -> str:
+    """The class of ``tiles/*.json`` for samples of up to ``longest`` keys."""
+    if dtype == torch.float32:
+        return "fp32"
+    return "short" if longest <= 256 else "long"

@@ -28,7 +28,7 @@ from beit3_fast.reference.expert_linear import expert_linear as formula
 CASES = linear_cases(1, TARGETS)
 LONG_CASES = linear_cases(6, TARGETS)[len(CASES) :]
 DTYPE_NAMES = [dtype for _, dtype in TARGETS]
-EDGES = kernels.Tile(16, 32, 16, 2, 4, 2)
+EDGES = kernels.Tile(16, 32, 16, 2, 4, 2, slices=2)
 
 
 def run(operands: LinearOperands, case: LinearCase, impl: str) -> Tensor:
@@ -92,7 +92,7 @@ def test_statistics_are_those_of_the_stored_rows(dtype: str, shape: str, with_ro
     )
     assert statistics is not None
     named = slice(None) if rows is None else rows
-    expected = moments(y, EDGES.block_n)[named]
+    expected = moments(y, EDGES.block_n // EDGES.slices)[named]
     torch.testing.assert_close(
         statistics.parts[named].double(), expected, rtol=1e-5, atol=1e-6, msg=shape
     )
@@ -134,6 +134,23 @@ def test_sums_of_unrounded_weights_would_be_seen() -> None:
     assert_near(op_parity(right.cpu(), plain, truth), "sums of rounded weights")
     spoiled, _ = kernels.expert_linear(x, wrong, *arguments)
     assert not op_parity(spoiled.cpu(), plain, truth).passed
+
+
+@pytest.mark.parametrize("shape", ["tile edges", "197 and 19", "middle expert empty"])
+def test_descriptors_load_what_pointers_load(shape: str) -> None:
+    bounds, _, out = SHAPES[shape]
+    x, residual = draw(bounds[-1], 72, dtype="fp16"), draw(bounds[-1], out, dtype="fp16")
+    experts = range(len(bounds) - 1)
+    weights = [draw(out, 72, dtype="fp16") for _ in experts]
+    vectors = [[draw(size, dtype="fp16") for _ in experts] for size in (out, 72, 72)]
+    folded = kernels.fold(weights, *vectors)
+    ours, expected = (
+        kernels.expert_linear(
+            x, folded, residual, None, bounds, 1e-5, "gelu", tile=EDGES._replace(tma=tma)
+        )[0]
+        for tma in (True, False)
+    )
+    assert torch.equal(ours, expected)
 
 
 def test_more_experts_than_one_launch_takes() -> None:
