@@ -17,7 +17,7 @@ FOLDER = Path(__file__).with_name("tiles")
 ARCHITECTURES = ("interpreter", "sm_80", "sm_90", "sm_100")
 CLASSES = {
     "expert_linear": ("fp32", "few rows", "many rows"),
-    "shared_attention": ("fp32", "short", "long"),
+    "shared_attention": ("fp32", "short", "long", "fp32 backward", "backward"),
 }
 T = TypeVar("T", bound=NamedTuple)
 

@@ -290,9 +290,9 @@ def fold(
 ) -> FoldedWeights:
     """Weights [N, K], biases [N] (none or one each), LayerNorm weights and biases [K] (likewise), made one."""
     given = torch.stack([bias.float() for bias in biases]) if biases else None
-    plain = torch.stack(list(weights)) if len(weights) > 1 else weights[0][None]
+    plain = torch.stack(list(weights)) if len(weights) > 1 else weights[0][None].contiguous()
     if not norm_weights:
-        return FoldedWeights(plain.contiguous(), None, given)
+        return FoldedWeights(plain, None, given)
     gamma, beta = (torch.stack(list(group)).double() for group in (norm_weights, norm_biases))
     folded = (plain.float() * gamma.float()[:, None, :]).to(plain.dtype)
     constant = torch.einsum("enk,ek->en", plain.double(), beta).float()

@@ -114,9 +114,7 @@ def _triton_obstacle(at: Situation) -> str | None:
         return "reads operands in their own dtype, and autocast is on"
     if at.mask_tensor:
         return "takes mask structures, not a mask tensor"
-    if at.compiling:
-        return "is not registered with torch.library yet, so torch.compile cannot trace it"
-    return triton_kernels.obstacle(at.device, at.dtype, at.needs_grad)
+    return triton_kernels.obstacle(at.device, at.dtype)
 
 
 def _obstacle(impl: str, at: Situation) -> str | None:

@@ -76,7 +76,7 @@ def expert_linear(
     if choice.impl == "cpu":
         return _cpu(x, weights, biases, norm_weights, norm_biases, tail, at.needs_grad)
     if choice.impl == "triton":
-        return _triton(x, weights, biases, norm_weights, norm_biases, tail)
+        return _triton(x, weights, biases, norm_weights, norm_biases, tail, at.needs_grad)
     run = reference_impl if choice.impl == "reference" else composite_impl
     stacked = [_stack(weight) for weight in weights]
     stacked_biases = [_stack(bias) for bias in biases or ()]
@@ -142,17 +142,28 @@ def _triton(
     norm_weights: Sequence[Tensor],
     norm_biases: Sequence[Tensor],
     tail: tuple[Any, ...],
+    with_grad: bool,
 ) -> Tensor:
-    ordered = dispatch.rows_in_memory
-    parts, bias_parts = (
-        [own if isinstance(own, tuple) else (own,) for own in group]
-        for group in (weights, biases or ())
-    )
-    residual, *rest = tail
-    residual = None if residual is None else ordered(residual)
-    return triton_kernels.expert_linear(
-        ordered(x), parts, bias_parts, norm_weights, norm_biases, residual, *rest
-    )
+    groups = [weight if isinstance(weight, tuple) else (weight,) for weight in weights]
+    apart = not with_grad and len({len(parts) for parts in groups}) == 1
+    if apart:
+        stacked, parts = [_stand_in(own) for own in groups], _flat(groups)
+    else:
+        stacked, parts = [_stack(weight) for weight in weights], []
+    residual, rows, bounds, *rest = tail
+    residual = None if residual is None else dispatch.rows_in_memory(residual)
+    stacked_biases = [_stack(bias) for bias in biases or ()]
+    vectors = (stacked_biases, list(norm_weights), list(norm_biases))
+    op = _triton_op()
+    x = dispatch.rows_in_memory(x)
+    return op(x, stacked, parts, *vectors, residual, rows, list(bounds), *rest)
+
+
+@cache
+def _triton_op() -> Any:
+    op = triton_kernels.expert_linear
+    op.register_autograd(_backward, setup_context=_setup_context)
+    return op
 
 
 # Columns of a panel of packed weights (csrc/cpu/kernels.h): equal parts of whole panels can lie apart.

@@ -71,9 +71,22 @@ def shared_attention(
             scale,
             mask,
         )
-    if choice.impl == "triton" and isinstance(mask, str):
-        q, k, v = (dispatch.rows_in_memory(t) for t in (q, k, v))
-        return triton_kernels.shared_attention(q, k, v, layout, queries, num_heads, scale, mask)
+    if choice.impl == "triton":
+        selected = queries is not layout
+        o, _ = triton_kernels.shared_attention(
+            *(dispatch.rows_in_memory(t) for t in (q, k, v)),
+            layout.cu_vision,
+            layout.cu_text,
+            queries.cu_vision if selected else None,
+            queries.cu_text if selected else None,
+            queries.positions if selected else None,
+            layout.longest,
+            queries.longest,
+            num_heads,
+            scale,
+            mask,
+        )
+        return o
     run = reference_impl if choice.impl == "reference" else composite_impl
     return run(q, k, v, layout, queries, num_heads, scale, mask)
 

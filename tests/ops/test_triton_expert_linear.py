@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +65,36 @@ def test_forward(case: LinearCase) -> None:
 @pytest.mark.parametrize("case", LONG_CASES, ids=lambda case: case.name)
 def test_forward_long(case: LinearCase) -> None:
     check_forward(case)
+
+
+GRADIENT_CASES = [
+    case for case in linear_cases(1, TARGETS[:1]) if SHAPES[case.shape][0][-1] and case.grad_mode
+]
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=lambda case: case.name)
+def test_gradients_are_those_of_the_formula(case: LinearCase) -> None:
+    operands = linear_on_device(linear_operands(case))
+    seed = draw(operands.x.shape[0], SHAPES[case.shape][2], dtype=case.dtype)
+
+    def gradients(change: Any, call: Any) -> dict[str, Tensor | None]:
+        own = operands.map(lambda t: change(t).detach().requires_grad_())
+        y = call(own)
+        y.backward(seed.to(y.dtype))
+        return {name: leaf.grad for name, leaf in own.leaves().items()}
+
+    ours = gradients(lambda t: t, lambda own: run(own, case, "triton"))
+    plain = gradients(lambda t: t, lambda own: run(own, case, "composite"))
+    truth = gradients(Tensor.double, lambda own: run(own, case, "reference"))
+    for name, expected in truth.items():
+        if expected is None:
+            assert ours[name] is None, name
+            continue
+        mine, theirs = (own[name] for own in (ours, plain))
+        assert mine is not None, name
+        assert theirs is not None, name
+        parity = op_parity(mine.cpu(), theirs.cpu(), expected.cpu(), gradient=True)
+        assert_near(parity, f"gradient of {name}")
 
 
 def draw(*shape: int, dtype: str = "fp32") -> Tensor:
@@ -212,8 +243,12 @@ def test_operands_in_any_memory_order(operand: str) -> None:
         )
 
     expected = call()
-    parts[operand] = torch.stack([parts[operand]] * 2, dim=-1)[..., 0]
+    whole = parts[operand]
+    parts[operand] = torch.stack([whole] * 2, dim=-1)[..., 0]
     assert torch.equal(call(), expected)
+    if whole.dim() == 2:
+        parts[operand] = whole.T.contiguous().T
+        assert torch.equal(call(), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPE_NAMES)
