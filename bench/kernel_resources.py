@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -210,72 +211,74 @@ class Specimen:
 
 def specimens(name: str) -> Iterator[Specimen]:
     """Every kernel with every shipped tile of an architecture, in bf16 (class "fp32" in fp32), all options on."""
-    from beit3_fast.kernels import _tiles
-    from beit3_fast.kernels import expert_linear as linear
-    from beit3_fast.kernels import shared_attention as attention
-
-    rows = 1024
+    names = (
+        "_tiles",
+        "_row_statistics",
+        "expert_linear",
+        "shared_attention",
+        "_shared_attention_backward",
+    )
+    _tiles, moments, linear, attention, backward = map(
+        import_module, [f"beit3_fast.kernels.{n}" for n in names]
+    )
+    rows, ends = 1024, torch.empty(9, dtype=torch.int32)
     for shape_class in _tiles.CLASSES["expert_linear"]:
         tile = _tiles.choose(linear.Tile, "expert_linear", shape_class, name)
         dtype = torch.float32 if shape_class == "fp32" else torch.bfloat16
         x, residual = torch.empty(rows, 768, dtype=dtype), torch.empty(rows, 3072, dtype=dtype)
         vectors = torch.empty(2, 3072)
         folded = linear.FoldedWeights(torch.empty(2, 3072, 768, dtype=dtype), vectors, vectors)
-        statistics = linear.RowStatistics(torch.empty(rows, 6, 2), 128)
-        with recorded(linear.expert_linear_kernel) as launches:
-            linear.expert_linear(
-                x,
-                folded,
-                residual,
-                None,
-                (0, 900, rows),
-                1e-5,
-                "gelu",
-                statistics=statistics,
-                with_statistics=True,
-                tile=tile,
-            )
-        yield Specimen(
-            "expert_linear",
-            shape_class,
-            launches[0],
-            wants_mma=shape_class != "fp32",
-            wants_tma=tile.tma,
-            per_sm=tile.per_sm,
-        )
-    with recorded(linear.row_statistics_kernel) as launches:
-        linear.row_statistics(torch.empty(rows, 3072, dtype=torch.bfloat16))
-    yield Specimen("row_statistics", "3072 features", launches[0], False, False, 1)
-
-    for shape_class in _tiles.CLASSES["shared_attention"]:
-        own_tile = _tiles.choose(attention.Tile, "shared_attention", shape_class, name)
-        dtype = torch.float32 if shape_class == "fp32" else torch.bfloat16
-        for head_dim, mask in ((64, "bidirectional"), (64, "seq2seq"), (88, "causal")):
-            q, k, v = torch.empty(rows, 3 * 16 * head_dim, dtype=dtype).chunk(3, dim=1)
-            ends = torch.empty(9, dtype=torch.int32)
-            segments = attention.Segments(ends, ends, 197)
-            with recorded(attention.shared_attention_kernel) as launches:
-                attention.shared_attention(
-                    q,
-                    k,
-                    v,
-                    segments,
-                    segments,
-                    16,
-                    0.125,
-                    mask,
-                    with_lse=True,
+        statistics = moments.RowStatistics(torch.empty(rows, 6, 2), 128)
+        for gathered in (None, torch.empty(rows, dtype=torch.int64)):
+            with recorded(linear.expert_linear_kernel) as launches:
+                linear.expert_linear(
+                    x,
+                    folded,
+                    residual,
+                    gathered,
+                    (0, 900, rows),
+                    1e-5,
+                    "gelu",
+                    statistics=statistics,
                     with_statistics=True,
-                    tile=own_tile,
+                    tile=tile,
                 )
             yield Specimen(
-                "shared_attention",
-                f"{shape_class}, {head_dim} wide, {mask}",
+                "expert_linear",
+                shape_class + (", gathered" if gathered is not None else ""),
                 launches[0],
                 wants_mma=shape_class != "fp32",
-                wants_tma=False,
-                per_sm=1,
+                wants_tma=tile.tma and gathered is None,
+                per_sm=tile.per_sm,
             )
+    with recorded(moments.row_statistics_kernel) as launches:
+        moments.row_statistics(torch.empty(rows, 3072, dtype=torch.bfloat16))
+    yield Specimen("row_statistics", "3072 features", launches[0], False, False, 1)
+
+    segments = attention.Segments(ends, ends, 197)
+    for shape_class in _tiles.CLASSES["shared_attention"]:
+        tile = _tiles.choose(attention.Tile, "shared_attention", shape_class, name)
+        dtype = torch.float32 if "fp32" in shape_class else torch.bfloat16
+        for head_dim, mask in ((64, "bidirectional"), (64, "seq2seq"), (88, "causal")):
+            q, k, v = torch.empty(rows, 3 * 16 * head_dim, dtype=dtype).chunk(3, dim=1)
+            call = (segments, segments, 16, 0.125, mask)
+            kernels = (backward.query_gradient_kernel, backward.key_gradient_kernel)
+            with recorded(attention.shared_attention_kernel, *kernels) as launches:
+                if "backward" in shape_class:
+                    o, lse = torch.empty(q.shape, dtype=dtype), torch.empty(rows, 16)
+                    backward.shared_attention_backward(o, q, k, v, o, lse, *call, tile=tile)
+                else:
+                    options = {"with_lse": True, "with_statistics": True, "tile": tile}
+                    attention.shared_attention(q, k, v, *call, **options)
+            for launch in launches:
+                yield Specimen(
+                    launch.kernel.__name__.removesuffix("_kernel"),
+                    f"{shape_class}, {head_dim} wide, {mask}",
+                    launch,
+                    wants_mma=dtype != torch.float32,
+                    wants_tma=False,
+                    per_sm=1,
+                )
 
 
 def examine(names: list[str], wanted: str) -> Iterator[dict[str, Any]]:

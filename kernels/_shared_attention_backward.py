@@ -1,10 +1,11 @@
 """The gradients of shared_attention on a GPU: two launches, no atomics, the same bits in every run.
 
-    P = exp(S - lse)    dV = P^T dO    dS = P * (dO V^T - delta)    dQ = scale dS K    dK = scale dS^T Q
+    P = exp2(S log2(e) - lse)    dV = P^T dO    dS = P * (dO V^T - delta)    dQ = scale dS K    dK = scale dS^T Q
 
 The scores are computed again from q, k and the saved log-sum-exp. The first launch owns query tiles: it writes dQ and
 delta, the row sums of dO * O; the second owns key tiles and walks over the queries that see them. Places, limits
-and letters are those of ``shared_attention.py``; the head's width is padded to one power of two here.
+and letters are those of ``shared_attention.py``. The scores are summed and scaled as they were there: a query that
+sees one key has a weight of exactly 1 again.
 """
 
 from __future__ import annotations
@@ -18,17 +19,21 @@ from beit3_fast.kernels.shared_attention import (
     _SEQ2SEQ,
     Segments,
     Tile,
+    _add_weighted,
     _limits,
-    _load_rows,
+    _load_heads,
     _row_of,
+    _scaled,
+    _scores,
     _segment,
+    _store_heads,
+    _zero_heads,
+    split_width,
 )
 from torch import Tensor
 
 from beit3_fast.kernels import _tiles
 from beit3_fast.kernels import shared_attention as forward
-
-_PER_LN = tl.constexpr(_LOG2_E)
 
 
 @triton.jit
@@ -78,9 +83,11 @@ def query_gradient_kernel(
     num_heads,
     tiles,  # query tiles of the longest sample
     scale,
+    scale_log2e,
     MASK: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
+    REST: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -101,29 +108,27 @@ def query_gradient_kernel(
     )  # fmt: skip
 
     offset = head * D
-    column = tl.arange(0, WIDTH)
-    q = _load_rows(q_ptr + offset, row, q_stride, column, D)
-    grad = _load_rows(grad_ptr + offset, row, grad_stride, column, D)
-    o = _load_rows(o_ptr + offset, row, num_heads * D, column, D)
-    delta = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
+    q = _load_heads(q_ptr + offset, row, q_stride, D, WIDTH, REST)
+    grad = _load_heads(grad_ptr + offset, row, grad_stride, D, WIDTH, REST)
+    o = _load_heads(o_ptr + offset, row, num_heads * D, D, WIDTH, REST)
+    delta = tl.sum(grad[0].to(tl.float32) * o[0].to(tl.float32), 1)
+    if REST > 0:
+        delta += tl.sum(grad[1].to(tl.float32) * o[1].to(tl.float32), 1)
     tl.store(delta_ptr + row * num_heads + head, delta, mask=real)
-    lse = tl.load(lse_ptr + row * num_heads + head) * _PER_LN
+    lse = tl.load(lse_ptr + row * num_heads + head)
 
-    dq = tl.zeros((BLOCK_Q, WIDTH), dtype=tl.float32)
+    dq = _zero_heads(BLOCK_Q, WIDTH, REST)
     for begin in range(0, tl.max(limit, 0), BLOCK_K):
         place = begin + tl.arange(0, BLOCK_K)
         key_row = _row_of(tl.minimum(place, num_keys - 1), vision, num_vision, text)
-        k = _load_rows(k_ptr + offset, key_row, k_stride, column, D)
-        v = _load_rows(v_ptr + offset, key_row, v_stride, column, D)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _PER_LN)
-        weights = tl.exp2(scores - lse[:, None])
+        k = _load_heads(k_ptr + offset, key_row, k_stride, D, WIDTH, REST)
+        v = _load_heads(v_ptr + offset, key_row, v_stride, D, WIDTH, REST)
+        weights = tl.exp2(_scores(q, k, REST) * scale_log2e - lse[:, None])
         weights = tl.where(place[None, :] < limit[:, None], weights, 0.0)
-        dweights = tl.dot(grad, tl.trans(v), input_precision="ieee")
-        dscores = weights * (dweights - delta[:, None])
-        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
-    at = dq_ptr + row[:, None] * (num_heads * D) + offset + column[None, :]
-    dq = (dq * scale).to(dq_ptr.dtype.element_ty)
-    tl.store(at, dq, mask=real[:, None] & (column < D)[None, :])
+        dscores = weights * (_scores(grad, v, REST) - delta[:, None])
+        dq = _add_weighted(dq, dscores.to(k_ptr.dtype.element_ty), k, REST)
+    dq = _scaled(dq, scale, REST)
+    _store_heads(dq_ptr + offset, row, num_heads * D, real, dq, D, WIDTH, REST)
 
 
 @triton.jit
@@ -149,9 +154,11 @@ def key_gradient_kernel(
     num_heads,
     tiles,  # key tiles of the longest sample
     scale,
+    scale_log2e,
     MASK: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
+    REST: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -171,11 +178,10 @@ def key_gradient_kernel(
     key_row = _row_of(tl.minimum(place, num_keys - 1), vision, num_vision, text)
 
     offset = head * D
-    column = tl.arange(0, WIDTH)
-    k = _load_rows(k_ptr + offset, key_row, k_stride, column, D)
-    v = _load_rows(v_ptr + offset, key_row, v_stride, column, D)
-    dk = tl.zeros((BLOCK_K, WIDTH), dtype=tl.float32)
-    dv = tl.zeros((BLOCK_K, WIDTH), dtype=tl.float32)
+    k = _load_heads(k_ptr + offset, key_row, k_stride, D, WIDTH, REST)
+    v = _load_heads(v_ptr + offset, key_row, v_stride, D, WIDTH, REST)
+    dk = _zero_heads(BLOCK_K, WIDTH, REST)
+    dv = _zero_heads(BLOCK_K, WIDTH, REST)
     start = 0
     if positions_ptr is None:
         # Earlier queries see none of these keys.
@@ -188,21 +194,18 @@ def key_gradient_kernel(
             first, positions_ptr, vision_q, num_vision_q, text_q, num_queries, num_vision, num_keys,
             MASK, BLOCK_Q,
         )  # fmt: skip
-        q = _load_rows(q_ptr + offset, row, q_stride, column, D)
-        grad = _load_rows(grad_ptr + offset, row, grad_stride, column, D)
-        lse = tl.load(lse_ptr + row * num_heads + head) * _PER_LN
+        q = _load_heads(q_ptr + offset, row, q_stride, D, WIDTH, REST)
+        grad = _load_heads(grad_ptr + offset, row, grad_stride, D, WIDTH, REST)
+        lse = tl.load(lse_ptr + row * num_heads + head)
         delta = tl.load(delta_ptr + row * num_heads + head)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * _PER_LN)
-        weights = tl.exp2(scores - lse[None, :])
+        weights = tl.exp2(_scores(k, q, REST) * scale_log2e - lse[None, :])
         weights = tl.where(place[:, None] < limit[None, :], weights, 0.0)
-        dv = tl.dot(weights.to(q.dtype), grad, dv, input_precision="ieee")
-        dweights = tl.dot(v, tl.trans(grad), input_precision="ieee")
-        dscores = weights * (dweights - delta[None, :])
-        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
-    at = key_row[:, None] * (num_heads * D) + offset + column[None, :]
-    real = real_key[:, None] & (column < D)[None, :]
-    tl.store(dk_ptr + at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=real)
-    tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=real)
+        dv = _add_weighted(dv, weights.to(q_ptr.dtype.element_ty), grad, REST)
+        dscores = weights * (_scores(v, grad, REST) - delta[None, :])
+        dk = _add_weighted(dk, dscores.to(q_ptr.dtype.element_ty), q, REST)
+    dk = _scaled(dk, scale, REST)
+    _store_heads(dk_ptr + offset, key_row, num_heads * D, real_key, dk, D, WIDTH, REST)
+    _store_heads(dv_ptr + offset, key_row, num_heads * D, real_key, dv, D, WIDTH, REST)
 
 
 def shared_attention_backward(
@@ -231,10 +234,13 @@ def shared_attention_backward(
     batch = keys.cu_vision.shape[0] - 1
     inputs = (grad, grad.stride(0), q, q.stride(0), k, k.stride(0), v, v.stride(0))
     rows = (keys.cu_vision, keys.cu_text, queries.cu_vision, queries.cu_text, queries.positions)
+    width, rest = split_width(head_dim)
+    scales = (scale, scale * _LOG2_E)
     options = {
         "MASK": mask,
         "D": head_dim,
-        "WIDTH": max(16, triton.next_power_of_2(head_dim)),
+        "WIDTH": width,
+        "REST": rest,
         "BLOCK_Q": tile.block_q,
         "BLOCK_K": tile.block_k,
         "num_warps": tile.num_warps,
@@ -243,11 +249,11 @@ def shared_attention_backward(
     tiles = triton.cdiv(queries.longest, tile.block_q)
     if tiles:
         query_gradient_kernel[(tiles * num_heads * batch,)](
-            *inputs, o, lse, delta, dq, *rows, batch, num_heads, tiles, scale, **options
+            *inputs, o, lse, delta, dq, *rows, batch, num_heads, tiles, *scales, **options
         )
     tiles = triton.cdiv(keys.longest, tile.block_k)
     if tiles:
         key_gradient_kernel[(tiles * num_heads * batch,)](
-            *inputs, lse, delta, dk, dv, *rows, batch, num_heads, tiles, scale, **options
+            *inputs, lse, delta, dk, dv, *rows, batch, num_heads, tiles, *scales, **options
         )
     return dq, dk, dv

@@ -19,14 +19,13 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from beit3_fast.kernels.expert_linear import RowStatistics
+from beit3_fast.kernels._row_statistics import RowStatistics
 from torch import Tensor
 
 from beit3_fast.kernels import _tiles
 
 MASKS = ("bidirectional", "seq2seq", "causal")
 _LOG2_E = 1.4426950408889634
-_LN_2 = tl.constexpr(0.6931471805599453)
 _CAUSAL = tl.constexpr("causal")
 _SEQ2SEQ = tl.constexpr("seq2seq")
 
@@ -85,10 +84,70 @@ def _load_rows(ptr, row, stride, column, D: tl.constexpr):
 
 
 @triton.jit
+def _load_heads(ptr, row, stride, D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr):
+    """One head of some rows, as columns [rows, WIDTH] and the rest [rows, REST] (or anything, for REST = 0)."""
+    part = _load_rows(ptr, row, stride, tl.arange(0, WIDTH), D)
+    rest = part
+    if REST > 0:
+        rest = _load_rows(ptr, row, stride, WIDTH + tl.arange(0, REST), D)
+    return part, rest
+
+
+@triton.jit
+def _store_heads(
+    ptr, row, stride, real, heads, D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr
+):
+    column = tl.arange(0, WIDTH)
+    at = ptr + row[:, None] * stride
+    part = heads[0].to(ptr.dtype.element_ty)
+    tl.store(at + column[None, :], part, mask=real[:, None] & (column < D)[None, :])
+    if REST > 0:
+        beyond = WIDTH + tl.arange(0, REST)
+        rest = heads[1].to(ptr.dtype.element_ty)
+        tl.store(at + beyond[None, :], rest, mask=real[:, None] & (beyond < D)[None, :])
+
+
+@triton.jit
+def _zero_heads(ROWS: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr):
+    part = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
+    rest = part
+    if REST > 0:
+        rest = tl.zeros((ROWS, REST), dtype=tl.float32)
+    return part, rest
+
+
+@triton.jit
+def _scores(a, b, REST: tl.constexpr):
+    """a b^T over the head's width, fp32."""
+    scores = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    if REST > 0:
+        scores = tl.dot(a[1], tl.trans(b[1]), scores, input_precision="ieee")
+    return scores
+
+
+@triton.jit
+def _add_weighted(acc, weights, b, REST: tl.constexpr):
+    """acc + weights b."""
+    part = tl.dot(weights, b[0], acc[0], input_precision="ieee")
+    rest = acc[1]
+    if REST > 0:
+        rest = tl.dot(weights, b[1], acc[1], input_precision="ieee")
+    return part, rest
+
+
+@triton.jit
+def _scaled(heads, factor, REST: tl.constexpr):
+    part = heads[0] * factor
+    rest = heads[1]
+    if REST > 0:
+        rest = heads[1] * factor
+    return part, rest
+
+
+@triton.jit
 def _attend(
     carry,
     q,
-    q_rest,
     begin,
     end,
     limit,
@@ -108,18 +167,12 @@ def _attend(
     BLOCK_K: tl.constexpr,
 ):
     """The online softmax over the keys [begin, end); ``scale`` holds log2(e), ``carry`` what was met so far."""
-    top, total, acc, acc_rest = carry
+    top, total, acc = carry
     for first in range(begin, end, BLOCK_K):
         place = first + tl.arange(0, BLOCK_K)
         row = _row_of(tl.minimum(place, num_keys - 1), vision, num_vision, text)
-        column = tl.arange(0, WIDTH)
-        k = _load_rows(k_ptr, row, k_stride, column, D)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if REST > 0:
-            beyond = WIDTH + tl.arange(0, REST)
-            k_rest = _load_rows(k_ptr, row, k_stride, beyond, D)
-            scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision="ieee")
-        scores *= scale
+        k = _load_heads(k_ptr, row, k_stride, D, WIDTH, REST)
+        scores = _scores(q, k, REST) * scale
         if MASKED:
             scores = tl.where(place[None, :] < limit[:, None], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -129,13 +182,10 @@ def _attend(
         decay = tl.exp2(top - pivot)
         total = total * decay + tl.sum(weights, 1)
         top = new_top
-        weights = weights.to(v_ptr.dtype.element_ty)
-        v = _load_rows(v_ptr, row, v_stride, column, D)
-        acc = tl.dot(weights, v, acc * decay[:, None], input_precision="ieee")
-        if REST > 0:
-            v_rest = _load_rows(v_ptr, row, v_stride, beyond, D)
-            acc_rest = tl.dot(weights, v_rest, acc_rest * decay[:, None], input_precision="ieee")
-    return top, total, acc, acc_rest
+        v = _load_heads(v_ptr, row, v_stride, D, WIDTH, REST)
+        acc = _scaled(acc, decay[:, None], REST)
+        acc = _add_weighted(acc, weights.to(v_ptr.dtype.element_ty), v, REST)
+    return top, total, acc
 
 
 @triton.jit
@@ -147,7 +197,7 @@ def shared_attention_kernel(
     v_ptr,  # [R, H * D]
     v_stride,
     o_ptr,  # [Rq, H * D], contiguous
-    lse_ptr,  # fp32 [Rq, H] or None: log of the sum of exp(scores)
+    lse_ptr,  # fp32 [Rq, H] or None: log2 of the sum of exp(scores)
     parts_ptr,  # fp32 [Rq, H, 2] or None: RowStatistics of o
     cu_vision_ptr,  # int32 [B + 1]
     cu_text_ptr,
@@ -189,52 +239,41 @@ def shared_attention_kernel(
     limit = _limits(place, num_vision, num_keys, MASK)
 
     offset = head * D
-    column = tl.arange(0, WIDTH)
-    beyond = WIDTH + tl.arange(0, max(REST, 16))
-    q = _load_rows(q_ptr + offset, row, q_stride, column, D)
-    q_rest = q
-    acc_rest = tl.zeros((BLOCK_Q, max(REST, 16)), dtype=tl.float32)
-    if REST > 0:
-        q_rest = _load_rows(q_ptr + offset, row, q_stride, beyond, D)
+    q = _load_heads(q_ptr + offset, row, q_stride, D, WIDTH, REST)
     carry = (
         tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32),
         tl.zeros((BLOCK_Q,), dtype=tl.float32),
-        tl.zeros((BLOCK_Q, WIDTH), dtype=tl.float32),
-        acc_rest,
+        _zero_heads(BLOCK_Q, WIDTH, REST),
     )
     seen_by_all = tl.min(limit, 0) // BLOCK_K * BLOCK_K
     seen = tl.max(limit, 0)
     carry = _attend(
-        carry, q, q_rest, 0, seen_by_all, limit, k_ptr + offset, k_stride, v_ptr + offset, v_stride,
+        carry, q, 0, seen_by_all, limit, k_ptr + offset, k_stride, v_ptr + offset, v_stride,
         vision, num_vision, text, num_keys, scale, False, D, WIDTH, REST, BLOCK_K,
     )  # fmt: skip
     carry = _attend(
-        carry, q, q_rest, seen_by_all, seen, limit, k_ptr + offset, k_stride, v_ptr + offset, v_stride,
+        carry, q, seen_by_all, seen, limit, k_ptr + offset, k_stride, v_ptr + offset, v_stride,
         vision, num_vision, text, num_keys, scale, True, D, WIDTH, REST, BLOCK_K,
     )  # fmt: skip
-    top, total, acc, acc_rest = carry
+    top, total, acc = carry
 
     # A query that sees no key gives zeros. A NaN stays one.
-    share = 1.0 / tl.where(total == 0.0, 1.0, total)
-    o = (acc * share[:, None]).to(o_ptr.dtype.element_ty)
-    at = o_ptr + row[:, None] * (num_heads * D) + offset
-    tl.store(at + column[None, :], o, mask=real[:, None] & (column < D)[None, :])
-    o_rest = (acc_rest * share[:, None]).to(o_ptr.dtype.element_ty)
-    if REST > 0:
-        tl.store(at + beyond[None, :], o_rest, mask=real[:, None] & (beyond < D)[None, :])
+    acc = _scaled(acc, (1.0 / tl.where(total == 0.0, 1.0, total))[:, None], REST)
+    _store_heads(o_ptr + offset, row, num_heads * D, real, acc, D, WIDTH, REST)
     if lse_ptr is not None:
-        lse = (top + tl.log2(total)) * _LN_2
-        tl.store(lse_ptr + row * num_heads + head, lse, mask=real)
+        tl.store(lse_ptr + row * num_heads + head, top + tl.log2(total), mask=real)
     if parts_ptr is not None:
-        # Columns past D are zero: they add nothing to the mean, and are left out of the deviations.
-        o, o_rest = o.to(tl.float32), o_rest.to(tl.float32)
+        # Of what was stored. Columns past D are zero: they add nothing to the mean, and are left out of the squares.
+        o = acc[0].to(o_ptr.dtype.element_ty).to(tl.float32)
         mean = tl.sum(o, 1) / D
         if REST > 0:
-            mean += tl.sum(o_rest, 1) / D
-        shift = tl.where((column < D)[None, :], o - mean[:, None], 0.0)
+            rest = acc[1].to(o_ptr.dtype.element_ty).to(tl.float32)
+            mean += tl.sum(rest, 1) / D
+        shift = tl.where((tl.arange(0, WIDTH) < D)[None, :], o - mean[:, None], 0.0)
         squares = tl.sum(shift * shift, 1)
         if REST > 0:
-            shift = tl.where((beyond < D)[None, :], o_rest - mean[:, None], 0.0)
+            real_rest = WIDTH + tl.arange(0, REST) < D
+            shift = tl.where(real_rest[None, :], rest - mean[:, None], 0.0)
             squares += tl.sum(shift * shift, 1)
         at = parts_ptr + (row * num_heads + head) * 2
         tl.store(at, mean, mask=real)
@@ -245,7 +284,9 @@ class Attention(NamedTuple):
     """What the kernel leaves behind."""
 
     o: Tensor  # [Rq, H * D]
-    lse: Tensor | None  # fp32 [Rq, H]
+    lse: (
+        Tensor | None
+    )  # fp32 [Rq, H]: the log-sum-exp of the scores to the base 2, as the backward pass reads it
     statistics: RowStatistics | None
 
 

@@ -154,16 +154,10 @@ def _triton(
     residual = None if residual is None else dispatch.rows_in_memory(residual)
     stacked_biases = [_stack(bias) for bias in biases or ()]
     vectors = (stacked_biases, list(norm_weights), list(norm_biases))
-    op = _triton_op()
     x = dispatch.rows_in_memory(x)
-    return op(x, stacked, parts, *vectors, residual, rows, list(bounds), *rest)
-
-
-@cache
-def _triton_op() -> Any:
-    op = triton_kernels.expert_linear
-    op.register_autograd(_backward, setup_context=_setup_context)
-    return op
+    return triton_kernels.expert_linear(
+        x, stacked, parts, *vectors, residual, rows, list(bounds), *rest
+    )
 
 
 # Columns of a panel of packed weights (csrc/cpu/kernels.h): equal parts of whole panels can lie apart.
@@ -246,6 +240,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dweights, dbiases, dgammas, dbetas = lists
     packed = [None] * ctx.num_packed
     return dx, dweights, packed, dbiases, dgammas, dbetas, dresidual, None, None, None, None
+
+
+triton_kernels.expert_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _check(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from beit3_fast.derived import derived
+from beit3_fast.errors import KernelUnavailable
 
 _CAPABILITY = (8, 0)
 
@@ -35,7 +36,7 @@ def why_unavailable(device: str) -> str | None:
         return f"needs a GPU of compute capability {wanted} or newer, this one has {found}"
     try:
         for op in ("expert_linear", "shared_attention"):
-            _kernels(op)
+            _import(op)
     except Exception as error:
         return f"needs triton 3.6 or newer, whose import failed: {type(error).__name__}: {error}"
     return None
@@ -45,7 +46,8 @@ def obstacle(device: str, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot take such a call, or None."""
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"takes float32, float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
-    reason = why_unavailable(device)
+    # Not to be traced; a compiled call that cannot run says so when it runs.
+    reason = None if torch.compiler.is_compiling() else why_unavailable(device)
     if reason is None and device == "cpu" and dtype is torch.bfloat16:
         return (
             "takes float32 and float16 on a CPU: Triton's interpreter multiplies bfloat16 wrongly"
@@ -69,7 +71,7 @@ def expert_linear(
 ) -> Tensor:
     """As ``beit3_fast.reference.expert_linear``; where there are ``parts``, equally many for each weight and stacked
     along O, the weights give only their shape."""
-    kernels = _kernels("expert_linear")
+    kernels = _kernels("expert_linear", x.device.type)
     sources = [*(parts or weights), *biases, *norm_weights, *norm_biases]
     each = len(parts) // len(weights)
 
@@ -108,7 +110,7 @@ def shared_attention(
     mask: str,
 ) -> tuple[Tensor, Tensor]:
     """o [Rq, C] and log-sum-exp fp32 [Rq, H]; ``longest``: most keys and most queries of a sample."""
-    kernels = _kernels("shared_attention")
+    kernels = _kernels("shared_attention", q.device.type)
     keys, queries = _segments(
         cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q, longest, longest_q
     )
@@ -141,7 +143,7 @@ def _shared_attention_backward(
     scale: float,
     mask: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = _kernels("_shared_attention_backward")
+    kernels = _kernels("_shared_attention_backward", q.device.type)
     keys, queries = _segments(
         cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q, longest, longest_q
     )
@@ -178,14 +180,22 @@ def _segments(
     longest: int,
     longest_q: int,
 ) -> tuple[Any, Any]:
-    make = _kernels("shared_attention").Segments
+    make = _import("shared_attention").Segments
     keys = make(cu_vision, cu_text, longest)
     if positions_q is None:
         return keys, keys
     return keys, make(cu_vision_q, cu_text_q, longest_q, positions_q)
 
 
-def _kernels(op: str) -> Any:
+def _kernels(op: str, device: str) -> Any:
+    """The module in ``kernels/``. Raises KernelUnavailable where it cannot run on this device type."""
+    reason = why_unavailable(device)
+    if reason is not None:
+        raise KernelUnavailable(f"{op}: impl='triton' was asked for, but it {reason}.")
+    return _import(op)
+
+
+def _import(op: str) -> Any:
     return import_module(f"beit3_fast.kernels.{op}")
 
 

@@ -53,7 +53,7 @@ def findings(architecture: str, kernels: str, timeout: float) -> list[dict[str, 
 @pytest.mark.parametrize(
     ("architecture", "kernels"),
     [
-        ("sm_90", "expert_linear, many rows"),
+        ("sm_90", "expert_linear, many rows, gathered"),
         ("sm_80", "shared_attention, short, 64 wide, seq2seq"),
     ],
 )

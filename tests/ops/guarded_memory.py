@@ -8,6 +8,7 @@ runs the Triton kernel of an op in the interpreter over odd sizes, every operand
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 import mmap
 import os
@@ -50,9 +51,17 @@ def guarded_results(side: str) -> Iterator[None]:
     def patch(owner: Any, name: str) -> None:
         make = getattr(owner, name)
         patched.append((owner, name, make))
-        setattr(owner, name, lambda *args, **named: guarded(make(*args, **named), side))
 
-    for owner, names in ((torch, ("empty", "zeros")), (Tensor, ("new_empty", "new_zeros"))):
+        def poisoned(*args: Any, **named: Any) -> Tensor:
+            made = guarded(make(*args, **named), side)
+            return made if "zeros" in name else made.fill_(float("nan"))
+
+        setattr(owner, name, poisoned)
+
+    for owner, names in (
+        (torch, ("empty", "empty_like", "zeros")),
+        (Tensor, ("new_empty", "new_zeros")),
+    ):
         for name in names:
             patch(owner, name)
     try:
@@ -98,6 +107,7 @@ def check_expert_linear(kernels: Any, side: str) -> None:
 def check_shared_attention(kernels: Any, side: str) -> None:
     from beit3_fast.layout import TokenLayout
 
+    backward = importlib.import_module("beit3_fast.kernels._shared_attention_backward")
     layouts = (((1,), (0,)), ((0, 5, 17), (3, 7, 0)), ((16, 1), (1, 32)))
     heads_met, selected_met = cycle(((1, 1), (3, 7), (2, 88), (1, 16))), cycle((False, True))
     for lengths, mask in product(layouts, kernels.MASKS):
@@ -124,6 +134,12 @@ def check_shared_attention(kernels: Any, side: str) -> None:
                 q, k, v, *segments, heads, 0.5, mask, with_lse=True, with_statistics=True, tile=tile
             )
         assert bool(done.o.isfinite().all())
+        grad, o, lse = (guarded(t, side) for t in (torch.ones_like(q), done.o, done.lse))
+        with guarded_results(side):
+            found = backward.shared_attention_backward(
+                grad, q, k, v, o, lse, *segments, heads, 0.5, mask, tile=tile
+            )
+        assert all(bool(t.isfinite().all()) for t in found)
 
 
 def main(op: str, path: str) -> None:

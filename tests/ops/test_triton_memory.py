@@ -30,7 +30,11 @@ PLANTED = [
     ("shared_attention", "tl.minimum(place, num_keys - 1)", "place"),
     ("shared_attention", "own = tl.minimum(own, num_queries - 1)", "own = own"),
     ("shared_attention", "mask=(column < D)[None, :], other=0.0", "mask=column[None, :] >= 0"),
-    ("shared_attention", "mask=real[:, None] & (column < D)[None, :]", "mask=real[:, None]"),
+    (
+        "shared_attention",
+        "part, mask=real[:, None] & (column < D)[None, :]",
+        "part, mask=real[:, None]",
+    ),
     ("shared_attention", "text + tl.load(cu_vision_ptr + batch)", "text + 4096"),
 ]
 IN_THE_GATE = {0, 7}

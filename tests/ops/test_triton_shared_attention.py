@@ -73,10 +73,12 @@ def test_forward_long(case: AttentionCase) -> None:
 
 
 GRADIENT_INPUTS = ("normal", "peaked")
-GRADIENT_CASES = structured(attention_cases(1, TARGETS, inputs=GRADIENT_INPUTS))
-LONG_GRADIENT_CASES = structured(
-    attention_cases(5, TARGETS, inputs=GRADIENT_INPUTS)[len(GRADIENT_CASES) :]
-)
+ALL_GRADIENT_CASES = structured(attention_cases(5, TARGETS, inputs=GRADIENT_INPUTS))
+QUICK = ("an empty sample", "pairs", "mixed", "one of each", "no samples")
+GRADIENT_CASES = [
+    case for case in ALL_GRADIENT_CASES[: len(LAYOUTS) * len(TARGETS)] if case.tokens in QUICK
+]
+LONG_GRADIENT_CASES = [case for case in ALL_GRADIENT_CASES if case not in GRADIENT_CASES]
 
 
 def gradients(operands: AttentionOperands, dtype: str, call: Any) -> list[Tensor]:
@@ -151,7 +153,8 @@ def test_every_mask_and_selection_with_lse_and_statistics(mask: str, selection: 
         done.statistics.parts.double(), moments(done.o, heads[1]), rtol=1e-4, atol=1e-6
     )
     expected = scores_lse(operands, heads, mask)
-    torch.testing.assert_close(done.lse.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    natural = done.lse.cpu().double() * math.log(2)
+    torch.testing.assert_close(natural, expected, rtol=1e-5, atol=1e-5)
 
 
 def scores_lse(operands: AttentionOperands, heads: tuple[int, int], mask: str) -> Tensor:
@@ -180,7 +183,7 @@ def draw(rows: int, width: int, dtype: str = "fp32") -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPE_NAMES)
 def test_a_sample_that_is_not_finite_stays_alone(dtype: str) -> None:
-    layout = TokenLayout.from_lengths((5, 9, 0, 5), (4, 3, 6, 0), DEVICE)
+    layout = TokenLayout.from_lengths((5, 9, 0), (4, 3, 6), DEVICE)
     q, k, v = (draw(layout.num_rows, 32, dtype) for _ in range(3))
     own = [i for part in layout.segments(1) for i in range(part.start, part.stop)]
     others = [i for i in range(layout.num_rows) if i not in own]
