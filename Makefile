@@ -12,6 +12,7 @@ JOBS       ?= 2
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
 BUGS_ARGS   ?=
+GPU_ARGS    ?=
 
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -38,18 +39,19 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test test-full planted-bugs bench bench-baselines lint format build clean distclean
+.PHONY: help test test-full planted-bugs bench bench-baselines gpu lint format build clean distclean
 
 help:
 	@echo "make test        environment, then style, types and tests (a first run: a few minutes to install; then at most 10 minutes)"
 	@echo "make bench       environment, then bench/run.py; BENCH_ARGS='--quick' for the short one, '--help' for the options"
 	@echo "make bench-baselines  installs OpenVINO, NNCF and ONNX Runtime; then BENCH_ARGS='--runtimes ...' or '--full' compares with them"
+	@echo "make gpu         on a machine with a GPU: parity, races, sanitizer, benchmark, one folder of results; GPU_ARGS='--device cpu --dry-run' without one"
 	@echo "make test-full   the tests with the long matrices"
 	@echo "make planted-bugs  bugs planted in a copy, one at a time: does the gate catch them? (half an hour; BUGS_ARGS='--list')"
 	@echo "make build       environment and compiled ops only"
 	@echo "make lint        ruff and mypy;  make format  rewrites the files"
 	@echo "make clean       removes what was built;  make distclean  removes .venv too"
-	@echo "variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  JOBS=$(JOBS)  BENCH_ARGS  PYTEST_ARGS  BUGS_ARGS"
+	@echo "variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  JOBS=$(JOBS)  BENCH_ARGS  PYTEST_ARGS  BUGS_ARGS  GPU_ARGS"
 
 test: lint
 	@echo "== tests: pytest on $(JOBS) processes"
@@ -70,6 +72,10 @@ bench: build
 # Some 300 MB that only a comparison with all runtimes needs.
 bench-baselines: build .venv/.stamp-bench-full
 	@echo "== ready: make bench BENCH_ARGS=--full, or BENCH_ARGS='--runtimes beit3_fast torchscale openvino', and so on"
+
+gpu: build
+	@echo "== on a GPU: bench/gpu.py $(GPU_ARGS)"
+	@$(BIN)/python -m bench.gpu $(GPU_ARGS)
 
 lint: build
 	@echo "== style: ruff"
