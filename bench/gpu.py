@@ -27,11 +27,13 @@ LIMIT_S = 530
 LOG_BYTES = 2_000_000
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "--tb=short")
 KERNEL_TESTS = ("expert_linear", "shared_attention", "registration", "model", "tiles", "dispatch")
-WORKLOADS = (
-    ("image", ("image/base/224", "image/large/224")),
-    ("vqa", ("vqa/base/480",)),
-    ("retrieval", ("retrieval-text/base/384",)),
-)
+WORKLOADS = {
+    "image/base/224": "256",
+    "image/large/224": "256",
+    "vqa/base/480": "64",
+    "retrieval-text/base/384": "256",
+}
+RUNTIMES = ("beit3_fast", "beit3_fast-triton", "torchscale", "torchscale-compiled", "timm")
 # One small case for each kernel; the sanitizer is some 20 times slower.
 SANITIZED = "(one and row) or (mixed and 2x88) or descriptors"
 
@@ -68,11 +70,11 @@ def steps(device: str, dry_run: bool, out: Path) -> list[Step]:
         runtimes = ("--runtimes", "beit3_fast", "torchscale")
         plan.append(Step("bench", (*bench, *small, *runtimes, "--out", str(out / "bench")), True))
     else:
-        for name, workloads in WORKLOADS:
-            for impl in ("auto", "triton"):
-                folder = str(out / f"bench-{name}-{impl}")
-                command = (*bench, "--workloads", *workloads, "--out", folder)
-                plan.append(Step(f"bench-{name}-{impl}", command, True, {"BEIT3_FAST_IMPL": impl}))
+        for workload, batch in WORKLOADS.items():
+            name = "bench-" + workload.replace("/", "-")
+            what = ("--workloads", workload, "--batch", batch, "1", "--dtypes", "bf16")
+            runtimes = ("--runtimes", *RUNTIMES, "--out", str(out / name))
+            plan.append(Step(name, (*bench, *what, *runtimes), True))
     return plan
 
 
