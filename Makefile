@@ -125,7 +125,7 @@ $(TORCH_STAMP): .venv/.stamp-venv
 $(BASELINES_STAMP): .venv/.stamp-package
 	@echo "== 6/6 $(BASELINES) $(TRITON), without their dependencies"
 	@$(PIP) install --no-deps $(BASELINES) $(QUIET)
-	@$(BIN)/python -c 'import torch; assert torch.version.cuda; import triton' 2>/dev/null || $(PIP) install --no-deps $(or $(TRITON),pip) $(QUIET)
+	@$(if $(TRITON),$(BIN)/python -c 'import torch; assert torch.version.cuda; import triton' 2>/dev/null || $(PIP) install --no-deps $(TRITON) $(QUIET),true)
 	@rm -f .venv/.stamp-baselines-*
 	@touch $@
 

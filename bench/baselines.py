@@ -117,7 +117,7 @@ RUNTIMES: dict[str, Runtime] = {
     f"{OURS}-cpu": Runtime(
         "this package, impl=cpu", _build_ours("cpu"), _impl_of_ours, default=False
     ),
-    "beit3_fast-triton": Runtime(
+    f"{OURS}-triton": Runtime(
         "this package, impl=triton", _build_ours("triton"), _impl_of_ours, default=False
     ),
     f"{OURS}-reference": Runtime(

@@ -73,8 +73,8 @@ def steps(device: str, dry_run: bool, out: Path) -> list[Step]:
         for workload, batch in WORKLOADS.items():
             name = "bench-" + workload.replace("/", "-")
             what = ("--workloads", workload, "--batch", batch, "1", "--dtypes", "bf16")
-            runtimes = ("--runtimes", *RUNTIMES, "--out", str(out / name))
-            plan.append(Step(name, (*bench, *what, *runtimes), True))
+            peers = ("--runtimes", *RUNTIMES, "--out", str(out / name))
+            plan.append(Step(name, (*bench, *what, *peers), True))
     return plan
 
 
