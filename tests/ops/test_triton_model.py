@@ -19,16 +19,14 @@ def run(impl: str, mask: str) -> dict[str, Tensor]:
         for parameter in model.parameters():
             if parameter.dim() < 2:
                 parameter.add_(0.3 * torch.randn(parameter.shape).to(DEVICE))
-    images = [torch.randn(3, 32, 32, device=DEVICE), None, torch.randn(3, 32, 32, device=DEVICE)]
-    text = [torch.arange(5, device=DEVICE) + 7, torch.arange(3, device=DEVICE) + 2, None]
+    images = [torch.randn(3, 32, 32, device=DEVICE), None]
+    text = [torch.arange(5, device=DEVICE) + 7, torch.arange(3, device=DEVICE) + 2]
     encoded = model.forward_packed(images, text, mask=mask)
     y: Tensor = encoded.rows
     weight = model.encoder.layers[0].self_attn.q_proj.A.weight
     norm = model.encoder.layers[1].ffn.A.ffn_layernorm.weight
     gradients = torch.autograd.grad(y.square().sum(), [weight, norm])
-    with torch.no_grad():
-        again = model.forward_packed(images, text, mask=mask).rows
-    return {"rows": y, "inference": again, "q": gradients[0], "norm": gradients[1]}
+    return {"rows": y, "q": gradients[0], "norm": gradients[1]}
 
 
 @pytest.mark.parametrize("mask", ["seq2seq", pytest.param("bidirectional", marks=pytest.mark.full)])

@@ -19,8 +19,7 @@ def draw(*shape: int, grad: bool = False) -> Tensor:
     return torch.randn(*shape, device=DEVICE).requires_grad_(grad)
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize(("grad", "rows"), [(False, True), (True, False)])
 def test_opcheck_expert_linear(grad: bool, rows: bool) -> None:
     index = torch.tensor([4, 0, 2, 5], device=DEVICE) if rows else None
     count, total = (4, 7) if rows else (6, 6)
@@ -40,8 +39,7 @@ def test_opcheck_expert_linear(grad: bool, rows: bool) -> None:
     torch.library.opcheck(OPS.triton_expert_linear.default, arguments)
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("selected", [False, True])
+@pytest.mark.parametrize(("grad", "selected"), [(False, False), (True, True)])
 def test_opcheck_shared_attention(grad: bool, selected: bool) -> None:
     layout = TokenLayout.from_lengths((5, 0), (2, 3), DEVICE)
     q, k, v = (draw(layout.num_rows, 16, grad=grad) for _ in range(3))
