@@ -138,8 +138,9 @@ def _finish(
         y_mean = tl.sum(y, 1) / tl.minimum(N - first, width)
         shift = tl.where(real_column[None, :], y - y_mean[:, None], 0.0)
         at = y_parts_ptr + (row * tl.cdiv(N, width) + first // width) * 2
-        tl.store(at, y_mean, mask=real_row & (first < N))
-        tl.store(at + 1, tl.sum(shift * shift, 1), mask=real_row & (first < N))
+        real_part = tl.where(real_row, first, N) < N
+        tl.store(at, y_mean, mask=real_part)
+        tl.store(at + 1, tl.sum(shift * shift, 1), mask=real_part)
 
 
 @triton.jit(do_not_specialize=["start", "end0", "end1", "end2", "eps"])
