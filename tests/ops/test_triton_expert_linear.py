@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from beit3_fast.kernels._row_statistics import RowStatistics
 from op_cases import (
     DTYPES,
     SHAPES,
@@ -140,7 +139,7 @@ def test_statistics_of_the_op_before_give_the_same_rows(
     x = draw(19, 70, dtype=dtype) + shift
     weights, bias = [draw(24, 70, dtype=dtype)], [draw(24, dtype=dtype)]
     gamma, beta = [draw(70, dtype=dtype)], [draw(70, dtype=dtype)]
-    given = RowStatistics(moments(x, width).float(), width)
+    given = kernels.RowStatistics(moments(x, width).float(), width)
     folded = kernels.fold(weights, bias, gamma, beta)
     arguments = (None, None, (0, 19), 1e-5, "none")
     ours, _ = kernels.expert_linear(x, folded, *arguments, statistics=given)
