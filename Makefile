@@ -6,10 +6,13 @@ PYTHON     ?= python3
 TORCH      ?= torch==2.13.0
 # Must belong to that torch; only the baselines of the benchmark import it.
 TORCHVISION ?= torchvision==0.28.0
+# For the tests of the Triton kernels, which need no GPU; TRITON= does without. A torch built for CUDA brings its own.
+TRITON     ?= $(if $(filter Linux,$(shell uname -s)),triton==3.6.0)
 JOBS       ?= 2
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
 BUGS_ARGS   ?=
+GPU_ARGS    ?=
 
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -22,7 +25,7 @@ NATIVE_SOURCES := $(shell find csrc) CMakeLists.txt setup.py
 # Named after what was asked for, so that another TORCH=... is another step to do.
 sum = $(shell printf '%s' "$(1)" | cksum | cut -d' ' -f1)
 TORCH_STAMP := .venv/.stamp-torch-$(call sum,$(TORCH))
-BASELINES_STAMP := .venv/.stamp-baselines-$(call sum,$(BASELINES))
+BASELINES_STAMP := .venv/.stamp-baselines-$(call sum,$(BASELINES) $(TRITON))
 
 # With a compiler, sources that do not compile are an error; without one the package does without them.
 export BEIT3_FAST_BUILD ?= $(if $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++),1,auto)
@@ -36,18 +39,19 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test test-full planted-bugs bench bench-baselines lint format build clean distclean
+.PHONY: help test test-full planted-bugs bench bench-baselines gpu lint format build clean distclean
 
 help:
 	@echo "make test        environment, then style, types and tests (a first run: a few minutes to install; then at most 10 minutes)"
 	@echo "make bench       environment, then bench/run.py; BENCH_ARGS='--quick' for the short one, '--help' for the options"
 	@echo "make bench-baselines  installs OpenVINO, NNCF and ONNX Runtime; then BENCH_ARGS='--runtimes ...' or '--full' compares with them"
+	@echo "make gpu         on a machine with a GPU: parity, races, sanitizer, benchmark, one folder of results; GPU_ARGS='--device cpu --dry-run' without one"
 	@echo "make test-full   the tests with the long matrices"
 	@echo "make planted-bugs  bugs planted in a copy, one at a time: does the gate catch them? (half an hour; BUGS_ARGS='--list')"
 	@echo "make build       environment and compiled ops only"
 	@echo "make lint        ruff and mypy;  make format  rewrites the files"
 	@echo "make clean       removes what was built;  make distclean  removes .venv too"
-	@echo "variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  JOBS=$(JOBS)  BENCH_ARGS  PYTEST_ARGS  BUGS_ARGS"
+	@echo "variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  JOBS=$(JOBS)  BENCH_ARGS  PYTEST_ARGS  BUGS_ARGS  GPU_ARGS"
 
 test: lint
 	@echo "== tests: pytest on $(JOBS) processes"
@@ -68,6 +72,10 @@ bench: build
 # Some 300 MB that only a comparison with all runtimes needs.
 bench-baselines: build .venv/.stamp-bench-full
 	@echo "== ready: make bench BENCH_ARGS=--full, or BENCH_ARGS='--runtimes beit3_fast torchscale openvino', and so on"
+
+gpu: build
+	@echo "== on a GPU: bench/gpu.py $(GPU_ARGS)"
+	@$(BIN)/python -m bench.gpu $(GPU_ARGS)
 
 lint: build
 	@echo "== style: ruff"
@@ -115,8 +123,9 @@ $(TORCH_STAMP): .venv/.stamp-venv
 
 # Last, because pip complains about their pins whenever it installs something that they depend on.
 $(BASELINES_STAMP): .venv/.stamp-package
-	@echo "== 6/6 $(BASELINES), without their dependencies"
+	@echo "== 6/6 $(BASELINES) $(TRITON), without their dependencies"
 	@$(PIP) install --no-deps $(BASELINES) $(QUIET)
+	@$(if $(TRITON),$(BIN)/python -c 'import torch; assert torch.version.cuda; import triton' 2>/dev/null || $(PIP) install --no-deps $(TRITON) $(QUIET),true)
 	@rm -f .venv/.stamp-baselines-*
 	@touch $@
 

@@ -303,7 +303,10 @@ class BuildPython(build_py):
             self.run_command("build_ext")
         super().run()
         if not self.editable_mode:
-            write_record(Path(self.build_lib, "beit3_fast"))
+            package = Path(self.build_lib, "beit3_fast")
+            write_record(package)
+            data = ROOT / "kernels" / "tiles"
+            shutil.copytree(data, package / "kernels" / "tiles", dirs_exist_ok=True)
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         modules = list(super().find_package_modules(package, package_dir))

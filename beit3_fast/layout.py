@@ -117,6 +117,12 @@ class TokenLayout:
         return self.num_vision_rows + self.num_text_rows
 
     @cached_property
+    def longest(self) -> int:
+        """Most rows that a sample has: the largest N."""
+        lengths = zip(self.vision_lengths, self.text_lengths, strict=True)
+        return max(map(sum, lengths), default=0)
+
+    @cached_property
     def vision_starts(self) -> tuple[int, ...]:
         """First vision row of each packed sample, and Rv at the end: B + 1 numbers."""
         return tuple(accumulate(self.vision_lengths, initial=0))

@@ -138,6 +138,9 @@ RUNTIMES: dict[str, Runtime] = {
         default=False,
         judge=int8_parity,
     ),
+    f"{OURS}-triton": Runtime(
+        "this package, impl=triton", _build_ours("triton"), _impl_of_ours, default=False
+    ),
     f"{OURS}-reference": Runtime(
         "this package, impl=reference", _build_ours("reference"), _impl_of_ours, default=False
     ),

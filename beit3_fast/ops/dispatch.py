@@ -19,7 +19,7 @@ from torch import Tensor
 
 from beit3_fast.derived import needs_grad
 from beit3_fast.errors import ConfigError, KernelUnavailable
-from beit3_fast.ops import library
+from beit3_fast.ops import library, triton_kernels
 
 logger = logging.getLogger("beit3_fast")
 
@@ -27,8 +27,10 @@ IMPLEMENTATIONS = ("reference", "composite", "cpu", "triton", "cuda", "flash_att
 OPS = ("expert_linear", "shared_attention")
 _AUTO_ORDER = ("cpu", "composite")
 _NOT_BUILT = (
-    "is not part of this version of beit3_fast; use 'auto', 'cpu', 'composite' or 'reference'"
+    "is not part of this version of beit3_fast; use 'auto', 'cpu', 'triton', 'composite' or "
+    "'reference'"
 )
+_UNSEEN = "runs where it is asked for by name; 'auto' waits until it was seen right on this device"
 
 
 class Situation(NamedTuple):
@@ -113,9 +115,20 @@ def _cpu_slower(at: Situation) -> str | None:
     return None
 
 
+def _triton_obstacle(at: Situation) -> str | None:
+    """Why the Triton kernels cannot take this call, or None."""
+    if at.autocast:
+        return "reads operands in their own dtype, and autocast is on"
+    if at.mask_tensor:
+        return "takes mask structures, not a mask tensor"
+    return triton_kernels.obstacle(at.device, at.dtype)
+
+
 def _obstacle(impl: str, at: Situation) -> str | None:
     if impl == "cpu":
         return _cpu_obstacle(at)
+    if impl == "triton":
+        return _triton_obstacle(at)
     return None if impl in ("reference", "composite") else _NOT_BUILT
 
 
@@ -147,7 +160,7 @@ def _choose(at: Situation, requested: str) -> Choice:
     slower = _AUTO_ORDER[_AUTO_ORDER.index(impl) + 1 :]
     rejected += [(name, f"is expected to be slower than {impl} here") for name in slower]
     others = [name for name in IMPLEMENTATIONS if name not in (*_AUTO_ORDER, "reference")]
-    rejected += [(name, _NOT_BUILT) for name in others]
+    rejected += [(name, _obstacle(name, at) or _UNSEEN) for name in others]
     rejected.append(("reference", "is the readable formula, kept for checking"))
     logger.info("%s: %s; not cpu: %s", at.op, impl, dict(rejected).get("cpu", "-"))
     return Choice(impl, tuple(rejected))

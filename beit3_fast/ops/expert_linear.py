@@ -20,7 +20,7 @@ from beit3_fast.composite.expert_linear import expert_linear as composite_impl
 from beit3_fast.composite.expert_linear import expert_linear_backward
 from beit3_fast.derived import derived, needs_grad
 from beit3_fast.errors import ShapeError
-from beit3_fast.ops import dispatch, library
+from beit3_fast.ops import dispatch, library, triton_kernels
 from beit3_fast.ops.packed_weight import PackedWeight
 from beit3_fast.reference.expert_linear import expert_linear as reference_impl
 
@@ -76,6 +76,8 @@ def expert_linear(
     tail = (residual, rows, tuple(bounds), eps, activation or "none")
     if choice.impl == "cpu":
         return _cpu(x, weights, biases, norm_weights, norm_biases, tail, at.needs_grad)
+    if choice.impl == "triton":
+        return _triton(x, weights, biases, norm_weights, norm_biases, tail, at.needs_grad)
     run = reference_impl if choice.impl == "reference" else composite_impl
     stacked = [_stack(weight) for weight in weights]
     stacked_biases = [_stack(bias) for bias in biases or ()]
@@ -132,6 +134,31 @@ def _cpu(
     residual, rows, *rest = tail
     residual, rows = (None if t is None else ordered(t) for t in (residual, rows))
     return op(ordered(x), stacked, packed, *vectors, residual, rows, *rest)
+
+
+def _triton(
+    x: Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[Weight] | None,
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    tail: tuple[Any, ...],
+    with_grad: bool,
+) -> Tensor:
+    groups = [weight if isinstance(weight, tuple) else (weight,) for weight in weights]
+    apart = not with_grad and len({len(parts) for parts in groups}) == 1
+    if apart:
+        stacked, parts = [_stand_in(own) for own in groups], _flat(groups)
+    else:
+        stacked, parts = [_stack(weight) for weight in weights], []
+    residual, rows, bounds, *rest = tail
+    residual = None if residual is None else dispatch.rows_in_memory(residual)
+    stacked_biases = [_stack(bias) for bias in biases or ()]
+    vectors = (stacked_biases, list(norm_weights), list(norm_biases))
+    x = dispatch.rows_in_memory(x)
+    return triton_kernels.expert_linear(
+        x, stacked, parts, *vectors, residual, rows, list(bounds), *rest
+    )
 
 
 # Columns of a panel of packed weights (csrc/cpu/kernels.h): equal parts of whole panels can lie apart.
@@ -229,6 +256,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dweights, dbiases, dgammas, dbetas = lists
     packed = [None] * ctx.num_packed
     return dx, dweights, packed, dbiases, dgammas, dbetas, dresidual, None, None, None, None
+
+
+triton_kernels.expert_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _check(

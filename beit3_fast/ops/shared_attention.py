@@ -27,7 +27,7 @@ from beit3_fast.composite.shared_attention import shared_attention as composite_
 from beit3_fast.composite.shared_attention import shared_attention_backward
 from beit3_fast.errors import ShapeError
 from beit3_fast.layout import TokenLayout
-from beit3_fast.ops import dispatch, library
+from beit3_fast.ops import dispatch, library, triton_kernels
 from beit3_fast.reference.shared_attention import cached_attention as reference_cached
 from beit3_fast.reference.shared_attention import shared_attention as reference_impl
 
@@ -76,6 +76,22 @@ def shared_attention(
             scale,
             mask,
         )
+    if choice.impl == "triton":
+        selected = queries is not layout
+        o, _ = triton_kernels.shared_attention(
+            *(dispatch.rows_in_memory(t) for t in (q, k, v)),
+            layout.cu_vision,
+            layout.cu_text,
+            queries.cu_vision if selected else None,
+            queries.cu_text if selected else None,
+            queries.positions if selected else None,
+            layout.longest,
+            queries.longest,
+            num_heads,
+            scale,
+            mask,
+        )
+        return o
     run = reference_impl if choice.impl == "reference" else composite_impl
     return run(q, k, v, layout, queries, num_heads, scale, mask)
 

@@ -120,6 +120,9 @@ def test_a_machine_without_compiler_makes_a_wheel_of_python_alone(tmp_path: Path
 
     # kernels/ is there under our name, and under no other.
     assert "beit3_fast/kernels/planted.py" in names
+    tiles = {path.name for path in (ROOT / "kernels" / "tiles").glob("*.json")}
+    assert tiles
+    assert {f"beit3_fast/kernels/tiles/{name}" for name in tiles} <= names
     archive.extractall(tmp_path / "installed")
     code = (
         "import beit3_fast.kernels.planted as p; print(p.VALUE, p.__name__, p.__file__)\n"

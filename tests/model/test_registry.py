@@ -300,7 +300,7 @@ def test_bad_requests_say_what_is_possible(
         create_model(name, **options)
 
 
-@pytest.mark.parametrize("impl", ["triton", "cuda", "flash_attn", "xformers"])
+@pytest.mark.parametrize("impl", ["cuda", "flash_attn", "xformers"])
 def test_an_implementation_that_is_not_there_says_so_when_used(impl: str) -> None:
     model = create_model(TINY, impl=impl)
     with pytest.raises(KernelUnavailable, match=f"impl='{impl}'.*impl='auto'"):

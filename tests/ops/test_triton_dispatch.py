@@ -1,0 +1,110 @@
+"""When the Triton kernels are taken, and what is said where they are not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from beit3_fast.errors import KernelUnavailable
+from beit3_fast.ops import dispatch, expert_linear, triton_kernels
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    triton_kernels.reset()
+    dispatch.reset()
+    yield
+    triton_kernels.reset()
+    dispatch.reset()
+
+
+def at(op: str = "expert_linear", **changes: object) -> dispatch.Situation:
+    plain = dispatch.Situation(op, "cpu", torch.float32, False, False, False, False)
+    return plain._replace(**changes)
+
+
+def reason(**changes: object) -> str:
+    with pytest.raises(KernelUnavailable) as caught:
+        dispatch.choose(at(**changes), "triton")
+    return str(caught.value)
+
+
+def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "TRITON_INTERPRET=1" in reason()
+    with pytest.raises(KernelUnavailable, match="CUDA tensors"):
+        expert_linear(torch.randn(2, 4), [torch.randn(3, 4)], bounds=(0, 2), impl="triton")
+
+
+def test_a_triton_that_does_not_import_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise RuntimeError(f"planted: {name}")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton_kernels, "import_module", broken)
+    said = reason()
+    assert "needs triton" in said
+    assert "planted" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dtype": torch.float64}, "float64"),
+        ({"mask_tensor": True, "op": "shared_attention"}, "mask tensor"),
+        ({"autocast": True}, "autocast"),
+        ({"device": "meta"}, "meta"),
+    ],
+)
+def test_what_the_kernels_cannot_take(
+    changes: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert words in reason(**changes)
+
+
+def test_bf16_is_refused_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "bfloat16" in reason(dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_auto_does_not_take_what_was_not_seen_right(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    choice = dispatch.choose(at(op))
+    assert choice.impl != "triton"
+    assert dict(choice.rejected)["triton"]
+    monkeypatch.setattr(triton_kernels, "why_unavailable", lambda device: None)
+    on_a_gpu = dispatch.choose(at(op, device="cuda", dtype=torch.bfloat16))
+    assert on_a_gpu.impl == "composite"
+    assert "seen right" in dict(on_a_gpu.rejected)["triton"]
+
+
+def test_no_call_of_another_implementation_imports_triton() -> None:
+    code = (
+        "import sys, torch; before = 'triton' in sys.modules\n"
+        "from beit3_fast.ops import expert_linear\n"
+        "expert_linear(torch.randn(2, 4), [torch.randn(3, 4)], bounds=(0, 2))\n"
+        "assert before or 'triton' not in sys.modules"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,271 @@
+"""expert_linear in Triton: against the formula in fp64, and what the launch leaves behind for the next op."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from op_cases import (
+    DTYPES,
+    SHAPES,
+    LinearCase,
+    LinearOperands,
+    assert_near,
+    linear_cases,
+    linear_operands,
+    plain_linear,
+    stacks,
+)
+from torch import Tensor
+from triton_cases import DEVICE, TARGETS, linear_on_device, moments
+
+from beit3_fast.kernels import expert_linear as kernels
+from beit3_fast.ops import Norm, expert_linear
+from beit3_fast.parity import op_parity
+from beit3_fast.reference.expert_linear import expert_linear as formula
+
+CASES = linear_cases(1, TARGETS)
+LONG_CASES = linear_cases(6, TARGETS)[len(CASES) :]
+DTYPE_NAMES = [dtype for _, dtype in TARGETS]
+EDGES = kernels.Tile(16, 32, 16, 2, 4, 2, slices=2)
+
+
+def run(operands: LinearOperands, case: LinearCase, impl: str) -> Tensor:
+    x, weights, biases, norm, residual, rows, bounds = operands
+    return expert_linear(
+        x,
+        stacks(weights, case.stacked),
+        None if biases is None else stacks(biases, case.stacked),
+        bounds=bounds,
+        norm=norm,
+        activation="gelu" if case.gelu else None,
+        residual=residual,
+        rows=rows,
+        impl=impl,
+    )
+
+
+@torch.no_grad()
+def check_forward(case: LinearCase) -> None:
+    operands = linear_operands(case)
+    truth = run(operands.map(Tensor.double), case, "reference")
+    plain = plain_linear(operands, case.gelu)
+    ours = run(linear_on_device(operands), case, "triton").cpu()
+    assert_near(op_parity(ours, plain, truth), case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_forward(case: LinearCase) -> None:
+    check_forward(case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", LONG_CASES, ids=lambda case: case.name)
+def test_forward_long(case: LinearCase) -> None:
+    check_forward(case)
+
+
+GRADIENT_CASES = [
+    case for case in linear_cases(1, TARGETS[:1]) if SHAPES[case.shape][0][-1] and case.grad_mode
+]
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=lambda case: case.name)
+def test_gradients_are_those_of_the_formula(case: LinearCase) -> None:
+    operands = linear_on_device(linear_operands(case))
+    seed = draw(operands.x.shape[0], SHAPES[case.shape][2], dtype=case.dtype)
+
+    def gradients(change: Any, call: Any) -> dict[str, Tensor | None]:
+        own = operands.map(lambda t: change(t).detach().requires_grad_())
+        y = call(own)
+        y.backward(seed.to(y.dtype))
+        return {name: leaf.grad for name, leaf in own.leaves().items()}
+
+    ours = gradients(lambda t: t, lambda own: run(own, case, "triton"))
+    plain = gradients(lambda t: t, lambda own: run(own, case, "composite"))
+    truth = gradients(Tensor.double, lambda own: run(own, case, "reference"))
+    for name, expected in truth.items():
+        if expected is None:
+            assert ours[name] is None, name
+            continue
+        mine, theirs = (own[name] for own in (ours, plain))
+        assert mine is not None, name
+        assert theirs is not None, name
+        parity = op_parity(mine.cpu(), theirs.cpu(), expected.cpu(), gradient=True)
+        assert_near(parity, f"gradient of {name}")
+
+
+def draw(*shape: int, dtype: str = "fp32") -> Tensor:
+    return torch.randn(*shape).to(DTYPES[dtype]).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+@pytest.mark.parametrize("shape", ["odd", "middle expert empty", "one feature"])
+@pytest.mark.parametrize("with_rows", [False, True])
+def test_statistics_are_those_of_the_stored_rows(dtype: str, shape: str, with_rows: bool) -> None:
+    bounds, inner, out = SHAPES[shape]
+    experts, count = len(bounds) - 1, bounds[-1]
+    rows = torch.randperm(count + 2, device=DEVICE)[:count] if with_rows else None
+    x = draw(count + 2 * with_rows, inner, dtype=dtype)
+    weights = [draw(out, inner, dtype=dtype) for _ in range(experts)]
+    y, statistics = kernels.expert_linear(
+        x,
+        kernels.fold(weights, [draw(out, dtype=dtype) + 3] * experts, (), ()),
+        None,
+        rows,
+        bounds,
+        0.0,
+        "gelu",
+        with_statistics=True,
+        tile=EDGES,
+    )
+    assert statistics is not None
+    named = slice(None) if rows is None else rows
+    expected = moments(y, EDGES.block_n // EDGES.slices)[named]
+    torch.testing.assert_close(
+        statistics.parts[named].double(), expected, rtol=1e-5, atol=1e-6, msg=shape
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+@pytest.mark.parametrize("width", [7, 32, 100])
+@pytest.mark.parametrize("shift", [0.0, 50.0])
+def test_statistics_of_the_op_before_give_the_same_rows(
+    dtype: str, width: int, shift: float
+) -> None:
+    """LayerNorm from moments of parts, whatever the parts: with a mean 50 deviations away, too."""
+    x = draw(19, 70, dtype=dtype) + shift
+    weights, bias = [draw(24, 70, dtype=dtype)], [draw(24, dtype=dtype)]
+    gamma, beta = [draw(70, dtype=dtype)], [draw(70, dtype=dtype)]
+    given = kernels.RowStatistics(moments(x, width).float(), width)
+    folded = kernels.fold(weights, bias, gamma, beta)
+    arguments = (None, None, (0, 19), 1e-5, "none")
+    ours, _ = kernels.expert_linear(x, folded, *arguments, statistics=given)
+    group = (weights, bias, gamma, beta)
+    truth = formula(x.double(), *([t.double() for t in own] for own in group), *arguments)
+    norm = Norm(gamma, beta)
+    plain = plain_linear(LinearOperands(x, weights, bias, norm, None, None, (0, 19)), False)
+    assert_near(op_parity(ours.cpu(), plain.cpu(), truth.cpu()), "from given statistics")
+
+
+def test_sums_of_unrounded_weights_would_be_seen() -> None:
+    """The planted bug that the file's docstring warns of breaks the rule by far."""
+    x, weights = draw(19, 256, dtype="fp16") + 50, [draw(24, 256, dtype="fp16") / 16]
+    gamma, beta = [draw(256, dtype="fp16")], [draw(256, dtype="fp16")]
+    folded = kernels.fold(weights, (), gamma, beta)
+    wrong = folded._replace(sums=(weights[0].float() * gamma[0].float()).sum(1)[None])
+    arguments = (None, None, (0, 19), 1e-5, "none")
+    doubles = [[t.double() for t in own] for own in (weights, [], gamma, beta)]
+    truth = formula(x.double(), *doubles, *arguments).cpu()
+    operands = LinearOperands(x, weights, None, Norm(gamma, beta), None, None, (0, 19))
+    plain = plain_linear(operands, False).cpu()
+    right, _ = kernels.expert_linear(x, folded, *arguments)
+    assert_near(op_parity(right.cpu(), plain, truth), "sums of rounded weights")
+    spoiled, _ = kernels.expert_linear(x, wrong, *arguments)
+    assert not op_parity(spoiled.cpu(), plain, truth).passed
+
+
+@pytest.mark.parametrize("shape", ["tile edges", "middle expert empty"])
+def test_descriptors_load_what_pointers_load(shape: str) -> None:
+    bounds, _, out = SHAPES[shape]
+    x, residual = draw(bounds[-1], 72, dtype="fp16"), draw(bounds[-1], out, dtype="fp16")
+    experts = range(len(bounds) - 1)
+    weights = [draw(out, 72, dtype="fp16") for _ in experts]
+    vectors = [[draw(size, dtype="fp16") for _ in experts] for size in (out, 72, 72)]
+    folded = kernels.fold(weights, *vectors)
+    ours, expected = (
+        kernels.expert_linear(
+            x, folded, residual, None, bounds, 1e-5, "gelu", tile=EDGES._replace(tma=tma)
+        )[0]
+        for tma in (True, False)
+    )
+    assert torch.equal(ours, expected)
+
+
+def test_more_experts_than_one_launch_takes() -> None:
+    bounds = (0, 3, 3, 8, 9, 20)
+    x, weights = draw(20, 24), [draw(40, 24) for _ in range(5)]
+    y = expert_linear(x, weights, bounds=bounds, impl="triton")
+    expected = expert_linear(x, weights, bounds=bounds, impl="reference")
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_same_parts_as_one_expert_or_two_are_not_confused() -> None:
+    x, first, second = draw(6, 8), draw(5, 8), draw(5, 8)
+    for weights in ([(first, second)], [first, second], [(first, second)]):
+        bounds = (0, 6) if len(weights) == 1 else (0, 2, 6)
+        y = expert_linear(x, weights, bounds=bounds, impl="triton")
+        expected = expert_linear(x, weights, bounds=bounds, impl="reference")
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_changed_weight_is_folded_again() -> None:
+    x, weight, norm = draw(6, 8), draw(5, 8), Norm([draw(8)], [draw(8)])
+    for _ in range(2):
+        y = expert_linear(x, [weight], bounds=(0, 6), norm=norm, impl="triton")
+        expected = expert_linear(x, [weight], bounds=(0, 6), norm=norm, impl="reference")
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        norm.weights[0].mul_(2)
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+def test_rows_that_are_not_named_are_zero(dtype: str) -> None:
+    x, weight = draw(6, 8, dtype=dtype), draw(5, 8, dtype=dtype)
+    rows, residual = torch.tensor([4, 1], device=DEVICE), torch.full_like(draw(6, 5), 7.0)
+    residual = residual.to(x.dtype)
+    y = expert_linear(x, [weight], bounds=(0, 2), residual=residual, rows=rows, impl="triton")
+    assert y[[0, 2, 3, 5]].abs().max() == 0
+    torch.testing.assert_close(y[rows], x[rows] @ weight.T + 7.0, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("operand", ["weight", "residual", "x", "bias", "norm"])
+def test_operands_in_any_memory_order(operand: str) -> None:
+    parts = {
+        "x": draw(9, 16),
+        "weight": draw(24, 16),
+        "bias": draw(24),
+        "norm": draw(16),
+        "residual": draw(9, 24),
+    }
+
+    def call() -> Tensor:
+        norm = Norm([parts["norm"]], [parts["norm"]])
+        return expert_linear(
+            parts["x"],
+            [parts["weight"]],
+            [parts["bias"]],
+            bounds=(0, 9),
+            norm=norm,
+            residual=parts["residual"],
+            impl="triton",
+        )
+
+    expected = call()
+    whole = parts[operand]
+    parts[operand] = torch.stack([whole] * 2, dim=-1)[..., 0]
+    assert torch.equal(call(), expected)
+    if whole.dim() == 2:
+        parts[operand] = whole.T.contiguous().T
+        assert torch.equal(call(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+def test_a_row_that_is_not_finite_stays_alone(dtype: str) -> None:
+    x = draw(40, 48, dtype=dtype)
+    weights = [draw(24, 48, dtype=dtype) for _ in range(2)]
+    norm = Norm([torch.ones_like(x[0])] * 2, [torch.zeros_like(x[0])] * 2)
+
+    def call(x: Tensor) -> Tensor:
+        bounds = (0, 17, 40)
+        return expert_linear(x, weights, bounds=bounds, norm=norm, activation="gelu", impl="triton")
+
+    clean = call(x)
+    for poison in (math.nan, math.inf):
+        spoiled = x.clone()
+        spoiled[20, 3] = poison
+        y = call(spoiled)
+        others = torch.arange(40, device=DEVICE) != 20
+        assert torch.equal(y[others], clean[others])
+        assert bool(y[20].isnan().all())

@@ -1,0 +1,75 @@
+"""The Triton kernels touch their operands' memory and nothing else: forbidden pages around every tensor."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+if torch.cuda.is_available() or not sys.platform.startswith("linux"):
+    pytest.skip("needs the interpreter, and mprotect", allow_module_level=True)
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+
+# Missing masks and limits, one at a time: (op, what is there, what is planted).
+PLANTED = [
+    ("expert_linear", "mask=depth[None, :] < K - k", "mask=depth[None, :] >= 0"),
+    ("expert_linear", "mask=depth[:, None] < K - k", "mask=depth[:, None] >= 0"),
+    ("expert_linear", "row = tl.minimum(place, end - 1).to(tl.int64)", "row = place.to(tl.int64)"),
+    ("expert_linear", "* N + tl.minimum(column, N - 1)", "* N + column"),
+    ("expert_linear", "residual_at, mask=real, other=0.0", "residual_at"),
+    ("expert_linear", "+ column[None, :], y, mask=real)", "+ column[None, :], y)"),
+    ("expert_linear", "tl.load(bias_ptr + vector)", "tl.load(bias_ptr + vector + N)"),
+    ("shared_attention", "tl.minimum(place, num_keys - 1)", "place"),
+    ("shared_attention", "own = tl.minimum(own, num_queries - 1)", "own = own"),
+    ("shared_attention", "mask=(column < D)[None, :], other=0.0", "mask=column[None, :] >= 0"),
+    (
+        "shared_attention",
+        "part, mask=real[:, None] & (column < D)[None, :]",
+        "part, mask=real[:, None]",
+    ),
+    ("shared_attention", "text + tl.load(cu_vision_ptr + batch)", "text + 4096"),
+]
+IN_THE_GATE = {0, 7}
+
+
+def run(op: str, path: Path) -> subprocess.CompletedProcess[str]:
+    environment = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    return subprocess.run(
+        [sys.executable, str(HERE / "guarded_memory.py"), op, str(path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=110,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("op", ["expert_linear", "shared_attention"])
+def test_nothing_strange_is_touched(op: str) -> None:
+    done = run(op, ROOT / "kernels" / f"{op}.py")
+    assert done.returncode == 0, done.stderr
+    assert "nothing strange" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(n, marks=() if n in IN_THE_GATE else pytest.mark.full)
+        for n in range(len(PLANTED))
+    ],
+)
+def test_a_planted_stray_access_kills_the_process(number: int, tmp_path: Path) -> None:
+    op, right, wrong = PLANTED[number]
+    text = (ROOT / "kernels" / f"{op}.py").read_text()
+    assert text.count(right) == 1
+    spoiled = tmp_path / f"{op}.py"
+    spoiled.write_text(text.replace(right, wrong))
+    assert run(op, spoiled).returncode == -signal.SIGSEGV

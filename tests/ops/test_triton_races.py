@@ -1,0 +1,40 @@
+"""Two runs give the same bits: 250 repeats over many samples on a GPU, two over few in the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_cases import DTYPES, MASKS
+from torch import Tensor
+from triton_cases import DEVICE, TARGETS
+
+from beit3_fast.layout import TokenLayout
+from beit3_fast.ops import Norm, expert_linear, shared_attention
+
+REPEATS, BATCH, TOKENS = (250, 60, 197) if DEVICE == "cuda" else (2, 2, 19)
+DTYPE = DTYPES[TARGETS[-1][1]]
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_same_bits_every_time(mask: str) -> None:
+    layout = TokenLayout.from_lengths([TOKENS] * BATCH, [b % 13 for b in range(BATCH)], DEVICE)
+    bounds = layout.expert_bounds("AB")
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=DEVICE).to(DTYPE).requires_grad_()
+
+    x, width = draw(layout.num_rows, 128), 3 * 128
+    weights = [(torch.randn(width, 128, device=DEVICE) / 11).to(DTYPE) for _ in range(2)]
+    norm = Norm([draw(128).detach()] * 2, [draw(128).detach()] * 2)
+
+    def run() -> list[Tensor]:
+        qkv = expert_linear(x, weights, bounds=bounds, norm=norm, impl="triton")
+        q, k, v = (t.detach().requires_grad_() for t in qkv.chunk(3, dim=1))
+        o = shared_attention(q, k, v, layout, num_heads=2, mask=mask, impl="triton")
+        return [qkv, o, *torch.autograd.grad(o.float().square().sum(), [q, k, v])]
+
+    first = run()
+    for _ in range(REPEATS - 1):
+        for mine, expected in zip(run(), first, strict=True):
+            assert torch.equal(mine, expected)

@@ -1,0 +1,244 @@
+"""shared_attention in Triton: against the formula in fp64, and what the launch leaves behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from op_cases import (
+    DTYPES,
+    LAYOUTS,
+    MASKS,
+    SELECTIONS,
+    AttentionCase,
+    AttentionOperands,
+    assert_near,
+    attention_cases,
+    attention_operands,
+    plain_attention,
+    rows_and_names,
+    visible_keys,
+)
+from torch import Tensor
+from triton_cases import DEVICE, TARGETS, attention_on_device, moments
+
+from beit3_fast.errors import KernelUnavailable
+from beit3_fast.kernels import shared_attention as kernels
+from beit3_fast.layout import TokenLayout
+from beit3_fast.ops import shared_attention
+from beit3_fast.parity import op_parity
+
+
+def structured(cases: Sequence[AttentionCase]) -> list[AttentionCase]:
+    """The kernels take no mask tensor: those cases get a structure instead."""
+    return [
+        case if case.mask in MASKS else case._replace(mask=MASKS[place % 3])
+        for place, case in enumerate(cases)
+    ]
+
+
+CASES = structured(attention_cases(1, TARGETS))
+LONG_CASES = structured(attention_cases(6, TARGETS)[len(CASES) :])
+DTYPE_NAMES = [dtype for _, dtype in TARGETS]
+
+
+def run(operands: AttentionOperands, case: AttentionCase, impl: str) -> Tensor:
+    q, k, v, layout, queries, mask = operands
+    heads = case.heads[0]
+    return shared_attention(q, k, v, layout, num_heads=heads, mask=mask, queries=queries, impl=impl)
+
+
+@torch.no_grad()
+def check_forward(case: AttentionCase) -> None:
+    operands = attention_operands(case)
+    q, k, v = (t.double() for t in operands[:3])
+    truth = run(operands._replace(q=q, k=k, v=v), case, "reference")
+    plain = plain_attention(operands, case.heads[0], truth)
+    ours = run(attention_on_device(operands), case, "triton").cpu()
+    assert_near(op_parity(ours, plain, truth), case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_forward(case: AttentionCase) -> None:
+    check_forward(case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", LONG_CASES, ids=lambda case: case.name)
+def test_forward_long(case: AttentionCase) -> None:
+    check_forward(case)
+
+
+GRADIENT_INPUTS = ("normal", "peaked")
+ALL_GRADIENT_CASES = structured(attention_cases(5, TARGETS, inputs=GRADIENT_INPUTS))
+QUICK = ("an empty sample", "pairs", "mixed", "one of each", "no samples")
+GRADIENT_CASES = [
+    case for case in ALL_GRADIENT_CASES[: len(LAYOUTS) * len(TARGETS)] if case.tokens in QUICK
+]
+LONG_GRADIENT_CASES = [case for case in ALL_GRADIENT_CASES if case not in GRADIENT_CASES]
+
+
+def gradients(operands: AttentionOperands, dtype: str, call: Any) -> list[Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in operands[:3]]
+    y = call(operands._replace(q=leaves[0], k=leaves[1], v=leaves[2]))
+    seed = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype])
+    y.backward(seed.to(y))
+    return [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
+
+
+def check_gradients(case: AttentionCase) -> None:
+    operands = attention_operands(case)
+    on_device = attention_on_device(operands)
+    ours = gradients(on_device, case.dtype, lambda own: run(own, case, "triton"))
+    if operands.q.shape[0] == 0:
+        assert not any(bool(t.any()) for t in ours)
+        return
+    plain = gradients(operands, case.dtype, lambda own: plain_attention(own, case.heads[0]))
+    wide = operands._replace(q=operands.q.double(), k=operands.k.double(), v=operands.v.double())
+    truth = gradients(wide, case.dtype, lambda own: run(own, case, "reference"))
+    for name, mine, theirs, expected in zip("qkv", ours, plain, truth, strict=True):
+        if not bool(expected.any()):
+            # One visible key each: q and k have no effect, and what is left is rounding.
+            assert mine.abs().max() <= 100 * torch.finfo(mine.dtype).eps
+            continue
+        assert_near(op_parity(mine.cpu(), theirs, expected, gradient=True), f"gradient of {name}")
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=lambda case: case.name)
+def test_gradients(case: AttentionCase) -> None:
+    check_gradients(case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", LONG_GRADIENT_CASES, ids=lambda case: case.name)
+def test_gradients_long(case: AttentionCase) -> None:
+    check_gradients(case)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_every_mask_and_selection_with_lse_and_statistics(mask: str, selection: str) -> None:
+    place = MASKS.index(mask) + SELECTIONS.index(selection)
+    dtype, heads = DTYPE_NAMES[place % len(DTYPE_NAMES)], ((2, 64), (1, 88))[place // 2 % 2]
+    case = AttentionCase("triton", dtype, "mixed", heads, mask, selection, "normal", "fused", False)
+    operands = attention_operands(case)
+    q, k, v, layout, queries, _ = attention_on_device(operands)
+    own = layout if queries is None else queries
+    segments = [
+        kernels.Segments(t.cu_vision, t.cu_text, t.longest, t.positions) for t in (layout, own)
+    ]
+    done = kernels.shared_attention(
+        q,
+        k,
+        v,
+        *segments,
+        heads[0],
+        heads[1] ** -0.5,
+        mask,
+        with_lse=True,
+        with_statistics=True,
+        tile=kernels.Tile(16, 16, 4, 1),
+    )
+    q, k, v = (t.double() for t in operands[:3])
+    truth = run(operands._replace(q=q, k=k, v=v), case, "reference")
+    plain = plain_attention(operands, heads[0], truth)
+    assert_near(op_parity(done.o.cpu(), plain, truth), case)
+    assert done.lse is not None
+    assert done.statistics is not None
+    assert done.statistics.width == heads[1]
+    torch.testing.assert_close(
+        done.statistics.parts.double(), moments(done.o, heads[1]), rtol=1e-4, atol=1e-6
+    )
+    expected = scores_lse(operands, heads, mask)
+    natural = done.lse.cpu().double() * math.log(2)
+    torch.testing.assert_close(natural, expected, rtol=1e-5, atol=1e-5)
+
+
+def scores_lse(operands: AttentionOperands, heads: tuple[int, int], mask: str) -> Tensor:
+    """fp64 [Rq, H]: log-sum-exp of every query's visible scores, by the tests' own walk of the layout."""
+    q, k, _, layout, queries, _ = operands
+    own = layout if queries is None else queries
+    lse = torch.full((q.shape[0], heads[0]), math.nan, dtype=torch.float64)
+    for sample in range(layout.batch_size):
+        key_rows, key_names = rows_and_names(layout, sample)
+        query_rows, names = rows_and_names(own, sample)
+        if own.positions is not None:
+            pairs = zip(query_rows, names, strict=True)
+            names = [(kind, int(own.positions[row])) for row, (kind, _) in pairs]
+        visible = visible_keys(mask, sample, names, key_names, max(layout.vision_lengths))
+        own_q, own_k = (
+            t[rows].double().unflatten(1, heads) for t, rows in ((q, query_rows), (k, key_rows))
+        )
+        scores = torch.einsum("qhd,khd->qhk", own_q, own_k) * heads[1] ** -0.5
+        lse[query_rows] = scores.masked_fill(~visible[:, None], -math.inf).logsumexp(-1)
+    return lse
+
+
+def draw(rows: int, width: int, dtype: str = "fp32") -> Tensor:
+    return torch.randn(rows, width).to(DTYPES[dtype]).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES[-1:])
+def test_a_sample_that_is_not_finite_stays_alone(dtype: str) -> None:
+    layout = TokenLayout.from_lengths((5, 9, 0), (4, 3, 6), DEVICE)
+    q, k, v = (draw(layout.num_rows, 32, dtype) for _ in range(3))
+    own = [i for part in layout.segments(1) for i in range(part.start, part.stop)]
+    others = [i for i in range(layout.num_rows) if i not in own]
+    for mask in MASKS:
+        clean = shared_attention(q, k, v, layout, num_heads=2, mask=mask, impl="triton")
+        for place, poison in enumerate((math.nan, math.inf, -math.inf)):
+            operands = [q.clone(), k.clone(), v.clone()]
+            operands[(place + MASKS.index(mask)) % 3][own[0]] = poison
+            y = shared_attention(*operands, layout, num_heads=2, mask=mask, impl="triton")
+            assert torch.equal(y[others], clean[others])
+            assert not bool(y[own].isfinite().all())
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_tile_changes_rounding_only(mask: str) -> None:
+    """Blocks that end before, at and behind the limits of a mask and the end of a sample."""
+    layout = TokenLayout.from_lengths((16, 15, 33), (1, 1, 0), DEVICE)
+    q, k, v = (draw(layout.num_rows, 26) for _ in range(3))
+    own = kernels.Segments(layout.cu_vision, layout.cu_text, layout.longest)
+    expected = shared_attention(q, k, v, layout, num_heads=2, mask=mask, impl="reference")
+    for tile in (
+        kernels.Tile(16, 32, 4, 2),
+        kernels.Tile(32, 16, 4, 1),
+    ):
+        o = kernels.shared_attention(q, k, v, own, own, 2, 13**-0.5, mask, tile=tile).o
+        torch.testing.assert_close(o, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_scale() -> None:
+    layout = TokenLayout.from_lengths((4,), (3,), DEVICE)
+    q, k, v = (draw(7, 8) for _ in range(3))
+    flat = shared_attention(q, k, v, layout, num_heads=2, scale=0.0, impl="triton")
+    torch.testing.assert_close(flat, v.mean(0).expand(7, 8))
+    doubled = shared_attention(q, k, v, layout, num_heads=2, scale=1.0, impl="triton")
+    torch.testing.assert_close(
+        doubled, shared_attention(2 * q, k, v, layout, num_heads=2, impl="triton")
+    )
+
+
+@pytest.mark.parametrize("width", [*range(1, 130), 255])
+def test_a_head_is_split_where_that_pads_less(width: int) -> None:
+    whole, rest = kernels.split_width(width)
+    assert whole + rest >= width
+    assert whole & (whole - 1) == 0
+    assert rest & (rest - 1) == 0
+    assert whole >= 16
+    assert rest == 0 or rest >= 16
+    assert whole + rest <= max(16, 2 ** math.ceil(math.log2(width)))
+    if width == 88:
+        assert (whole, rest) == (64, 32)
+
+
+def test_a_mask_tensor_is_refused() -> None:
+    layout = TokenLayout.from_lengths((2,), (2,), DEVICE)
+    q, k, v = (draw(4, 8) for _ in range(3))
+    mask = torch.ones(4, 4, dtype=torch.bool, device=DEVICE).tril()
+    with pytest.raises(KernelUnavailable, match="mask"):
+        shared_attention(q, k, v, layout, num_heads=2, mask=mask, impl="triton")

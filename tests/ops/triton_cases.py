@@ -1,0 +1,74 @@
+"""What every test of the Triton kernels needs: the interpreter on a CPU, the device itself on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from op_cases import AttentionOperands, LinearOperands
+from torch import Tensor
+
+from beit3_fast.layout import TokenLayout
+from beit3_fast.ops import triton_kernels
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TARGETS = [("triton", "fp32"), ("triton", "fp16")]
+if DEVICE == "cuda":
+    TARGETS.append(("triton", "bf16"))  # the interpreter multiplies bf16 wrongly
+
+
+def _numbers_of_one_element() -> None:
+    """Triton 3.6 turns arrays of one element into loop bounds by int(), which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if DEVICE == "cpu":
+    _numbers_of_one_element()
+    triton_kernels.reset()
+_reason = triton_kernels.why_unavailable(DEVICE)
+if _reason is not None:
+    pytest.skip(f"triton: it {_reason}", allow_module_level=True)
+
+
+def linear_on_device(operands: LinearOperands) -> LinearOperands:
+    """The same call on the device under test."""
+    rows = None if operands.rows is None else operands.rows.to(DEVICE)
+    return operands.map(lambda t: t.to(DEVICE))._replace(rows=rows)
+
+
+def attention_on_device(operands: AttentionOperands) -> AttentionOperands:
+    """The same call on the device under test."""
+
+    def moved(layout: TokenLayout) -> TokenLayout:
+        places = None if layout.positions is None else layout.positions.to(DEVICE)
+        return replace(layout, device=torch.device(DEVICE), positions=places)
+
+    q, k, v, layout, queries, mask = operands
+    return AttentionOperands(
+        q.to(DEVICE),
+        k.to(DEVICE),
+        v.to(DEVICE),
+        moved(layout),
+        None if queries is None else moved(queries),
+        mask,
+    )
+
+
+def moments(x: Tensor, width: int) -> Tensor:
+    """fp64 [M, T, 2]: mean and sum of squared deviations of the parts of every row."""
+    parts = [part.double() for part in x.split(width, dim=1)]
+    means = [part.mean(1, keepdim=True) for part in parts]
+    squares = [(p - m).square().sum(1) for p, m in zip(parts, means, strict=True)]
+    return torch.stack([torch.cat(means, 1), torch.stack(squares, 1)], dim=2)
