@@ -110,6 +110,8 @@ Tensor quantize_weight(Tensor weight) {
   const int64_t rows = weight.size(0), columns = weight.size(1);
   require(rows > 0 && columns > 0, "quantize_weight: weight must not be empty, got shape ",
           shape_of(weight));
+  require(columns <= 1 << 17, "quantize_weight: int32 holds sums of at most ", 1 << 17,
+          " products, got ", columns, " in-features");
   const int64_t shape[] = {beit3_fast::cpu::packed_bytes(DType::kInt8, rows, columns)};
   Tensor packed = torch::stable::new_empty(weight, {shape, 1}, ScalarType::Char);
   beit3_fast::cpu::quantize_weight(torch_pool(), dtype, weight.const_data_ptr(), weight.stride(0),

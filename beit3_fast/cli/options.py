@@ -42,8 +42,8 @@ def add_model(parser: argparse.ArgumentParser, example: str, *, tokenizer: bool)
             "--tokenizer", required=True, metavar="FILE", help="the official beit3.spm"
         )
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
-    group.add_argument("--dtype", default="float32", help="or bfloat16, float16")
-    group.add_argument("--impl", default="auto", help="or composite, cpu, reference")
+    group.add_argument("--dtype", default="float32", help="or bfloat16, float16, int8 (CPU)")
+    group.add_argument("--impl", default="auto", help="or composite, cpu, triton, reference")
     group.add_argument(
         "--batch-size",
         type=positive,

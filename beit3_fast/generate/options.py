@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +51,10 @@ class Options:
         for name in ("sample", "compat"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.temperature <= 0:
+        if not 1e-4 <= self.temperature <= 1e4:
             raise ConfigError(
-                f"temperature must be positive, got {self.temperature!r}; leave sample=True out for the likeliest words"
+                f"temperature must be from 0.0001 to 10000, got {self.temperature!r}; leave sample=True out for the "
+                "likeliest words"
             )
         if self.top_k is not None:
             _integer("top_k", self.top_k, 1)
@@ -124,5 +124,5 @@ def _integer(name: str, value: Any, least: int) -> None:
 
 
 def _number(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e300:
         raise ConfigError(f"{name} must be a finite number, got {value!r}")

@@ -16,7 +16,7 @@ from beit3_fast.model.batch import branch
 def listed(images: Any) -> list[Any]:
     """One image or many as a list; a tensor or array of four dimensions is a batch."""
     if getattr(images, "ndim", 0) == 4:
-        return list(images)
+        images = list(images)
     items = list(images) if isinstance(images, (list, tuple)) else [images]
     if not items:
         raise InputError("expected at least one image, got none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -97,7 +98,8 @@ def create_model(
     ...). ``inference_only`` gives parameters without gradients, and where the compiled CPU kernels run keeps
     the weights of the layers in their layout only: half the memory, no packing at the first call; state dict,
     saving and loading are the same. ``dtype="int8"`` is for inference on a CPU: the weights of the layers are
-    rounded to int8 by output channel and the rows that meet them by row, all else is bfloat16 (README: accuracy).
+    rounded to int8 by output channel and the rows that meet them by row, all else is bfloat16 (README: accuracy);
+    its state dict holds the rounded weights in float32.
     The model's ``name`` and ``preset`` (image preprocessing, the file's where it states one) are set. Raises
     ConfigError for an unknown name, field, dtype or impl, KernelUnavailable for int8 without the compiled library, and CheckpointError for a file that does
     not fit.
@@ -123,7 +125,7 @@ def create_model(
             raise ConfigError(f"num_classes must be a positive integer, got {num_classes!r}")
         options["num_classes"] = num_classes
     place, preset = _device(device), None
-    int8 = isinstance(dtype, str) and dtype == INT8
+    int8 = dtype in (INT8, torch.int8)
     if int8:
         _check_int8(place, impl)
     wanted = torch.float32 if int8 else _dtype(dtype)
@@ -179,8 +181,9 @@ def _layer_products(model: Any) -> list[nn.Linear]:
 def _check_int8(device: torch.device, impl: str) -> None:
     if device.type != "cpu":
         raise ConfigError(f"dtype='int8' runs on a CPU, got device {str(device)!r}; use 'bfloat16'")
-    if impl not in ("auto", "cpu"):
-        raise ConfigError(f"dtype='int8' needs impl='auto' or 'cpu', got {impl!r}")
+    asked = (os.environ.get("BEIT3_FAST_IMPL") or impl) if impl == "auto" else impl
+    if asked not in ("auto", "cpu"):
+        raise ConfigError(f"dtype='int8' needs impl='auto' or 'cpu', got {asked!r}")
     if not library.available():
         raise KernelUnavailable(
             f"dtype='int8' needs the compiled library, which {library.why_unavailable()}; use 'float32'"

@@ -162,7 +162,8 @@ def _choose(at: Situation, requested: str) -> Choice:
     others = [name for name in IMPLEMENTATIONS if name not in (*_AUTO_ORDER, "reference")]
     rejected += [(name, _obstacle(name, at) or _UNSEEN) for name in others]
     rejected.append(("reference", "is the readable formula, kept for checking"))
-    logger.info("%s: %s; not cpu: %s", at.op, impl, dict(rejected).get("cpu", "-"))
+    if not at.compiling:  # torch.compile breaks its graph at a line of a log
+        logger.info("%s: %s; not cpu: %s", at.op, impl, dict(rejected).get("cpu", "-"))
     return Choice(impl, tuple(rejected))
 
 

@@ -9,6 +9,8 @@ experts, Magneto (arXiv 2210.06423) for the LayerNorm in front of every product.
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -24,7 +26,10 @@ from beit3_fast.ops import dispatch, library, triton_kernels
 from beit3_fast.ops.packed_weight import PackedWeight
 from beit3_fast.reference.expert_linear import expert_linear as reference_impl
 
+logger = logging.getLogger("beit3_fast")
+
 Weight = Tensor | tuple[Tensor, ...]
+_lock = threading.Lock()
 
 
 class Norm(NamedTuple):
@@ -73,6 +78,8 @@ def expert_linear(
     int8 = any(isinstance(part, PackedWeight) and part.is_int8 for part in _flat(weights))
     at = dispatch.situation("expert_linear", tensors, int8=int8)
     choice = dispatch.choose(at, impl)
+    if int8 and (choice.impl != "cpu" or at.needs_grad):
+        _warn_of_int8(dict(choice.rejected).get("cpu", "has no gradients of int8 products"))
     tail = (residual, rows, tuple(bounds), eps, activation or "none")
     if choice.impl == "cpu":
         return _cpu(x, weights, biases, norm_weights, norm_biases, tail, at.needs_grad)
@@ -82,6 +89,13 @@ def expert_linear(
     stacked = [_stack(weight) for weight in weights]
     stacked_biases = [_stack(bias) for bias in biases or ()]
     return run(x, stacked, stacked_biases, norm_weights, norm_biases, *tail)
+
+
+@cache
+def _warn_of_int8(reason: str) -> None:
+    logger.warning(
+        "weights rounded to int8 are unpacked for a call, which is slow: the kernel %s", reason
+    )
 
 
 def _flat(weights: Sequence[Weight]) -> list[Tensor]:
@@ -201,8 +215,13 @@ def _stand_in(parts: tuple[Tensor, ...]) -> Tensor:
     return torch.empty((), dtype=first.dtype, device=first.device).expand(rows, first.shape[1])
 
 
-@cache
 def _op() -> Any:
+    with _lock:
+        return _registered_op()
+
+
+@cache
+def _registered_op() -> Any:
     """The compiled op, with its shape function and gradient registered once."""
     library.load()
 
@@ -289,6 +308,9 @@ def _check(
                     f"weights, biases and residual must have x's dtype and device ({x.dtype}, {x.device}), "
                     f"got {tensor.dtype}, {tensor.device}; convert them or run under torch.autocast"
                 )
+    rounded = {isinstance(part, PackedWeight) and part.is_int8 for part in _flat(weights)}
+    if len(rounded) > 1:
+        raise ShapeError("weights must be rounded to int8 all together or not at all")
     features = x.shape[1]
     out, inner = (*_shape(weights[0]), 0)[:2]
     for expert, weight in enumerate(weights):

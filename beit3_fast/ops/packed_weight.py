@@ -1,9 +1,9 @@
 """A weight kept only in the layout that the CPU kernels read: one copy of it, for inference.
 
 ``PackedWeight`` is a tensor [O, I] whose memory is the packed form, exact or rounded to int8. ``expert_linear``
-reads that form; to everything else it behaves as the plain weight, which is unpacked for the call. It has no
-gradient and cannot be changed in place, except as a whole by ``copy_`` (which ``load_state_dict`` uses); moved to
-another dtype or device, it becomes a plain parameter.
+reads that form; to everything else it behaves as the plain weight, which is unpacked for the call, so that a view
+of it is a copy. It has no gradient and cannot be changed in place, except as a whole by ``copy_`` (which
+``load_state_dict`` uses); moved to another dtype or device, it becomes a plain parameter.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from beit3_fast.errors import ConfigError
 from beit3_fast.ops import library
 from beit3_fast.ops.dispatch import rows_in_memory
+
+_PACKED = "it is packed for inference; create the model without inference_only=True or dtype='int8'"
 
 
 class PackedWeight(Tensor):
@@ -65,13 +67,24 @@ class PackedWeight(Tensor):
         else:
             torch.utils.swap_tensors(self, nn.Parameter(value.detach(), requires_grad=False))
 
+    @property
+    def requires_grad(self) -> bool:
+        """False; setting True raises ConfigError."""
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
     def requires_grad_(self, requires_grad: bool = True) -> PackedWeight:
         """Raises ConfigError for True."""
         if requires_grad:
-            raise ConfigError(
-                "this weight is packed for inference and has no gradient; create the model without "
-                "inference_only=True to train it"
-            )
+            raise ConfigError(f"this weight has no gradient: {_PACKED}, to train it")
+        return self
+
+    def share_memory_(self) -> PackedWeight:
+        """Moves the packed form to memory that processes share."""
+        self.packed.share_memory_()
         return self
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -93,7 +106,8 @@ class PackedWeight(Tensor):
     ) -> Any:
         first = args[0]
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return PackedWeight(first.packed, tuple(first.shape), first.dtype)
+            with torch.inference_mode(False):  # a parameter made there would have no version
+                return PackedWeight(first.packed, tuple(first.shape), first.dtype)
         if func is torch.ops.aten.copy_.default and isinstance(first, PackedWeight):
             source = args[1]
             if isinstance(source, PackedWeight):
@@ -101,16 +115,24 @@ class PackedWeight(Tensor):
             first.packed.copy_(first._packed_like(source.expand(first.shape)))
             increment_version(first.packed)  # PyTorch does not count changes made within a dispatch
             return first
-        if func._schema.is_mutable and isinstance(first, PackedWeight):
-            raise ConfigError(
-                f"{func._schema.name.removeprefix('aten::')} cannot change a weight that is packed for "
-                "inference; create the model without inference_only=True"
-            )
+        if func._schema.is_mutable:
+            _check_written(func._schema, args, kwargs or {})
 
         def plainly(value: Any) -> Any:
             return value.unpack() if isinstance(value, PackedWeight) else value
 
         return func(*tree_map(plainly, args), **tree_map(plainly, kwargs or {}))
+
+
+def _check_written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises ConfigError where an op would write to the copy that a packed weight is unpacked to."""
+    given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+    for argument in schema.arguments:
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        if any(isinstance(t, PackedWeight) for t in tree_leaves(given.get(argument.name))):
+            name = schema.name.removeprefix("aten::")
+            raise ConfigError(f"{name} cannot change this weight: {_PACKED}")
 
 
 def pack(weight: Tensor) -> Any:
@@ -145,4 +167,5 @@ def keep_packed(linear: nn.Linear, weight: Any) -> None:
 def _unpack_entry(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     weight = state.get(f"{prefix}weight")
     if isinstance(weight, PackedWeight):
-        state[f"{prefix}weight"] = weight.unpack()
+        # In fp32 an int8 weight comes back as the same whole numbers when it is rounded again.
+        state[f"{prefix}weight"] = weight.unpack(torch.float32 if weight.is_int8 else None)

@@ -264,7 +264,8 @@ inline void pack_int8_tile(const Row& row, int64_t rows, int64_t depth, const fl
     }
     const float largest = v_top(top);
     scales[r] = largest / 127.0f + v_sum(poison);
-    const Vec inverse = v_set(largest > 0.0f ? 127.0f / largest : 0.0f);
+    // Rows of zeros, and numbers so small that the quotient overflows, become zeros.
+    const Vec inverse = v_set(largest > 1e-36f ? 127.0f / largest : 0.0f);
     uint32_t* to = a + r * Arch::kRowWords;
     for (int64_t i = 0; i < vectors; i += 4, to += chunk_words) {
       Vec part[4];

@@ -131,7 +131,7 @@ def test_training_and_changes_in_place_are_refused() -> None:
     assert not any(p.requires_grad for p in packed.parameters())
     with pytest.raises(ConfigError, match="without inference_only=True"):
         packed.requires_grad_(True)
-    with pytest.raises(ConfigError, match="mul_ cannot change a weight"):
+    with pytest.raises(ConfigError, match="mul_ cannot change this weight"):
         fc1(packed).mul_(2)
 
 
@@ -183,3 +183,41 @@ def test_the_op_refuses_parts_that_are_no_whole_panels() -> None:
         )
     with pytest.raises(RuntimeError, match=r"not a weight of shape \[40, 17\]"):
         ops.unpack_weight(packed[0], 40, 17)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_memory_that_processes_share(dtype: str) -> None:
+    model = beit3_fast.create_model(NAME, dtype=dtype, impl="cpu", inference_only=True)
+    before = scores(model)
+    model.share_memory()
+    assert all(p.packed.is_shared() for p in model.parameters() if isinstance(p, PackedWeight))
+    assert torch.equal(scores(model), before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_states_within_inference_mode(dtype: str, tmp_path: Path) -> None:
+    model = beit3_fast.create_model(NAME, dtype=dtype, impl="cpu", inference_only=True)
+    other = beit3_fast.create_model(NAME, dtype=dtype, impl="cpu", inference_only=True)
+    with torch.inference_mode():
+        other.load_state_dict(model.state_dict())
+        beit3_fast.save_checkpoint(model, tmp_path / "x.safetensors")
+        beit3_fast.load_checkpoint(other, tmp_path / "x.safetensors")
+    assert torch.equal(scores(other), scores(model))
+
+
+@torch.no_grad()
+def test_no_write_is_lost_on_a_copy() -> None:
+    weight, other = pack(torch.ones(4, 8)), torch.ones(4, 8)
+    for write in (
+        lambda: torch._foreach_mul_([other, weight], 3),
+        lambda: torch.add(other, other, out=weight),
+        lambda: weight.mul_(2),
+        lambda: torch._foreach_lerp_([weight], [other], 0.5),
+    ):
+        with pytest.raises(ConfigError, match="cannot change this weight: it is packed"):
+            write()
+    with pytest.raises(ConfigError, match="to train it"):
+        weight.requires_grad = True
+    assert torch.equal(weight.unpack(), torch.ones(4, 8))
+    other.add_(weight)  # read, not written
+    assert torch.equal(other, torch.full((4, 8), 2.0))

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import beit3_fast
-from beit3_fast.errors import ConfigError, KernelUnavailable
+from beit3_fast.errors import ConfigError, KernelUnavailable, ShapeError
 from beit3_fast.model.registry import to_int8
 from beit3_fast.ops import expert_linear, library
+from beit3_fast.ops.expert_linear import _warn_of_int8
 from beit3_fast.ops.packed_weight import PackedWeight, quantize
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the compiled library")
@@ -101,10 +102,18 @@ def test_the_state_dict_holds_what_is_multiplied(tmp_path: Path) -> None:
     plain, rounded = models()
     state = rounded.state_dict()
     assert list(state) == list(plain.state_dict())
-    assert {(type(t), t.dtype) for t in state.values()} == {(Tensor, torch.bfloat16)}
-    beit3_fast.save_checkpoint(rounded, tmp_path / "x.safetensors")
-    again = beit3_fast.create_model(NAME, tmp_path / "x.safetensors", dtype="bfloat16")
+    assert {(type(t), t.dtype) for t in state.values()} == {
+        (Tensor, torch.bfloat16),
+        (Tensor, torch.float32),
+    }
     expected = outputs(rounded)
+    again = beit3_fast.create_model(NAME, dtype="int8")
+    again.load_state_dict(state)
+    assert torch.equal(outputs(again), expected)
+    beit3_fast.save_checkpoint(rounded, tmp_path / "x.safetensors")
+    again = beit3_fast.create_model(NAME, tmp_path / "x.safetensors", dtype="int8")
+    assert torch.equal(outputs(again), expected)
+    again = beit3_fast.create_model(NAME, tmp_path / "x.safetensors", dtype="bfloat16")
     assert (outputs(again) - expected).norm() / expected.norm() < 0.03
 
 
@@ -143,6 +152,23 @@ def test_gradients_of_inputs_see_the_rounded_weights() -> None:
     assert (grads[1] - grads[0]).norm() / grads[0].norm() < 0.1
 
 
+def test_a_call_that_unpacks_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    _, rounded = models()
+    _warn_of_int8.cache_clear()
+    outputs(rounded)
+    assert not caplog.records
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs(rounded)
+    assert [r.message for r in caplog.records if "unpacked for a call" in r.message]
+
+
+def test_some_parts_in_int8_are_refused() -> None:
+    whole, other = torch.randn(64, 32), quantize(torch.randn(64, 32), torch.float32)
+    for parts in ((whole, other), (other, whole)):
+        with pytest.raises(ShapeError, match="all together or not at all"):
+            expert_linear(torch.randn(4, 32), [parts], bounds=(0, 4))
+
+
 def test_explain_names_the_cpu_kernels() -> None:
     _, rounded = models()
     chosen = {e.op: e.impl for e in beit3_fast.explain(rounded, quiet=True)}
@@ -156,6 +182,10 @@ def test_what_int8_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
         beit3_fast.create_model(NAME, impl="composite", dtype="int8")
     with pytest.raises(ConfigError, match="'int8'], got 'int4'"):
         beit3_fast.create_model(NAME, dtype="int4")
+    with monkeypatch.context() as patch:
+        patch.setenv("BEIT3_FAST_IMPL", "composite")
+        with pytest.raises(ConfigError, match="impl='auto' or 'cpu', got 'composite'"):
+            beit3_fast.create_model(NAME, dtype=torch.int8)
     monkeypatch.setattr(library, "available", lambda: False)
     monkeypatch.setattr(library, "why_unavailable", lambda: "is not built")
     with pytest.raises(KernelUnavailable, match="needs the compiled library, which is not built"):

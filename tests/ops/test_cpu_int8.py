@@ -95,8 +95,8 @@ def test_layer_norm_in_front(values: str, dtype: str) -> None:
 
 
 def test_long_rows_stay_exact() -> None:
-    """Sums of 16,000 products of the largest numbers, all of one sign, over several blocks of depth."""
-    x, weight = torch.full((33, 16_000), 3.0), torch.full((35, 16_000), -2.0)
+    """As many products as there may be of the largest numbers, all of one sign, over many blocks of depth."""
+    x, weight = torch.full((33, 131_072), 3.0), torch.full((35, 131_072), -2.0)
     weight[1::2] *= -1
     packed = OPS.quantize_weight(weight)
     found = OPS.expert_linear(x, [weight], [packed], [], [], [], None, None, [0, 33], EPS, "none")
@@ -131,8 +131,9 @@ def test_numbers_that_are_not_finite_are_not_hidden(bad: float) -> None:
 
 
 def test_zero_rows_and_channels() -> None:
+    """And a row of numbers so small that 127 divided by them overflows."""
     x, weight = torch.zeros(5, 70), torch.zeros(33, 70)
-    x[1], weight[2] = 1.0, 0.5
+    x[1], weight[2], x[4] = 1.0, 0.5, 1e-38
     packed = OPS.quantize_weight(weight)
     found = OPS.expert_linear(x, [weight], [packed], [], [], [], None, None, [0, 5], EPS, "none")
     assert torch.equal(found.nonzero(), torch.tensor([[1, 2]]))
@@ -161,6 +162,8 @@ def test_bad_operands_are_refused() -> None:
         OPS.quantize_weight(weight.double())
     with pytest.raises(RuntimeError, match="must not be empty"):
         OPS.quantize_weight(weight[:0])
+    with pytest.raises(RuntimeError, match="sums of at most 131072 products, got 131073"):
+        OPS.quantize_weight(torch.zeros(1, 131_073))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for pages without access")
