@@ -1,0 +1,194 @@
+"""A job that was stopped at any moment ends with the same files as one that was not."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Data
+
+import beit3_fast
+from beit3_fast.embed.progress import Progress
+from beit3_fast.errors import CheckpointError, ConfigError
+
+# Dies by SIGKILL, without a chance to tidy, at the given step of writing the third shard.
+VICTIM = """
+import os, signal, sys
+import torch
+import beit3_fast
+from beit3_fast.checkpoint import atomic
+from beit3_fast.embed import job, manifest
+
+moment, checkpoint, out, workers, *sources = sys.argv[1:]
+written = 0
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if moment == "embedding":
+    encode = job._encode
+    def count(*arguments):
+        global written
+        written += 1
+        if written == 7:
+            die()
+        return encode(*arguments)
+    job._encode = count
+elif moment == "half a shard":
+    replace = os.replace
+    def stop(partial, target):
+        if target.name == "000002.safetensors":
+            os.truncate(partial, 100)
+            die()
+        replace(partial, target)
+    os.replace = stop
+else:
+    add = manifest.Manifest.add
+    def stop(self, number, shard):
+        if number == 2:
+            die()
+        add(self, number, shard)
+    manifest.Manifest.add = stop
+model = beit3_fast.create_model("beit3_tiny_patch16_32_retrieval", checkpoint)
+beit3_fast.embed_dataset(
+    model, sources, out, processor=beit3_fast.Processor.for_model(model),
+    batch_size=2, shard_size=3, workers=int(workers),
+)
+"""
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(beit3_fast.save_checkpoint(model, tmp_path_factory.mktemp("c") / "m.safetensors"))
+
+
+def run(checkpoint: str, out: Path, data: Data, **options: Any) -> Any:
+    model = beit3_fast.create_model("beit3_tiny_patch16_32_retrieval", checkpoint)
+    settings: dict[str, Any] = {"batch_size": 2, "shard_size": 3, "workers": 0} | options
+    processor = beit3_fast.Processor.for_model(model)
+    return beit3_fast.embed_dataset(
+        model, [data.folder, data.tar], out, processor=processor, **settings
+    )
+
+
+@pytest.mark.parametrize(
+    ("moment", "workers"), [("embedding", 1), ("half a shard", 0), ("before the manifest", 0)]
+)
+def test_killed_and_resumed(
+    moment: str, workers: int, checkpoint: str, data: Data, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    sources = (str(data.folder), str(data.tar))
+    done = subprocess.run(
+        [sys.executable, "-c", VICTIM, moment, checkpoint, str(out), str(workers), *sources],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert set(json.loads((out / "manifest.json").read_text())["shards"]) == {"0", "1"}
+    begun = {name: os.stat(out / name).st_mtime_ns for name in ("000000.safetensors",)}
+    # at once: workers that outlive their parent must not keep the folder
+    report = run(checkpoint, out, data)
+    assert (report.embedded, report.skipped, report.resumed) == (12, 2, 6)
+    assert all(os.stat(out / name).st_mtime_ns == when for name, when in begun.items())
+    whole = tmp_path / "whole"
+    run(checkpoint, whole, data)
+    assert files(out) == files(whole)
+    assert run(checkpoint, out, data).resumed == 14
+    assert files(out) == files(whole)
+
+
+def test_a_shard_that_is_gone_or_cut_is_made_again(
+    checkpoint: str, data: Data, tmp_path: Path
+) -> None:
+    run(checkpoint, tmp_path, data)
+    before = files(tmp_path)
+    (tmp_path / "000001.safetensors").unlink()
+    (tmp_path / "000003.safetensors").write_bytes(b"cut")
+    assert run(checkpoint, tmp_path, data).resumed == 14 - 6
+    assert files(tmp_path) == before
+
+
+def test_another_job_is_refused(
+    model: Any, processor: Any, checkpoint: str, data: Data, tmp_path: Path
+) -> None:
+    run(checkpoint, tmp_path, data)
+    before = files(tmp_path)
+    with pytest.raises(ConfigError, match="holds another job, of another shard_size; give another"):
+        run(checkpoint, tmp_path, data, shard_size=4)
+    with pytest.raises(ConfigError, match="another output"):
+        run(checkpoint, tmp_path, data, output="cls")
+    options: dict[str, Any] = {"processor": processor, "shard_size": 3, "workers": 0}
+    with pytest.raises(ConfigError, match="another sources, items"):
+        beit3_fast.embed_dataset(model, data.folder, tmp_path, **options)
+    other = beit3_fast.create_model("beit3_tiny_patch16_32_retrieval")
+    with pytest.raises(ConfigError, match="begun with other weights"):
+        beit3_fast.embed_dataset(other, [data.folder, data.tar], tmp_path, **options)
+    assert files(tmp_path) == before
+    for damage in ("{", "[]", '{"format": "x"}', '{"format": "beit3_fast embeddings 1"}'):
+        (tmp_path / "manifest.json").write_text(damage)
+        with pytest.raises(CheckpointError, match=r"manifest.json cannot be continued"):
+            run(checkpoint, tmp_path, data)
+
+
+def test_two_processes_do_not_meet(checkpoint: str, data: Data, tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys\nfrom beit3_fast.embed.manifest import held\n"
+        "with held(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError, match="another process writes to"):
+            run(checkpoint, tmp_path, data)
+    finally:
+        other.communicate("", timeout=60)
+    assert run(checkpoint, tmp_path, data).embedded == 12
+
+
+def test_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    now = [0.0]
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    bar = Progress(total=1000, done=200, shown=True)
+    now[0] = 10.0
+    bar.add(50)
+    assert "] 250/1000, 5.0/s, 2:30 left" in terminal.getvalue()
+    now[0] = 20.0
+    bar.add(550, skipped=3)
+    assert "] 800/1000, 30.0/s, 0:07 left, 3 skipped" in terminal.getvalue()
+    assert bar.line(3600.0).endswith("0.2/s, 0:20:00 left, 3 skipped") is False
+    bar.close()
+    assert terminal.getvalue().endswith("\n")
+    silent = Terminal()
+    monkeypatch.setattr(sys, "stderr", silent)
+    quiet = Progress(10, 0, shown=False)
+    now[0] = 99.0
+    quiet.add(5)
+    quiet.close()
+    assert silent.getvalue() == ""
