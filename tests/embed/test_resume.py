@@ -19,7 +19,7 @@ from beit3_fast.embed.progress import Progress
 from beit3_fast.errors import CheckpointError, ConfigError
 
 # For each moment a process that dies by SIGKILL, without a chance to tidy, over the third shard. Forked from one that
-# has imported everything and computed nothing.
+# has imported everything and computed no embedding.
 VICTIMS = """
 import os, signal, sys
 import beit3_fast
@@ -56,11 +56,11 @@ def plant(moment):
             add(self, number, shard)
         manifest.Manifest.add = before
 
+model = beit3_fast.create_model("beit3_tiny_patch16_32_retrieval", checkpoint)
 for moment in ("embedding", "half a shard", "before the manifest"):
     child = os.fork()
     if not child:
         plant(moment)
-        model = beit3_fast.create_model("beit3_tiny_patch16_32_retrieval", checkpoint)
         beit3_fast.embed_dataset(
             model, sources, out + moment, processor=beit3_fast.Processor.for_model(model),
             batch_size=2, shard_size=3, workers=1 if moment == "embedding" else 0,
