@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -102,15 +103,17 @@ def embed_dataset(
         bar = Progress(len(items), len(items) - waiting, progress)
         chunks = Chunks([ranges[n] for n in todo], _TEXTS_AT_ONCE if kind == "text" else batch_size)
         decoded = _decoded(items, model, processor, chunks, workers)
-        for number in todo:
-            own = itertools.islice(decoded, chunks.count(ranges[number]))
-            rows, places, skipped = _rows(
-                model, kind, output, own, batch_size, items, probe.numel(), bar
-            )
-            names = [items[place].name for place in places]
-            reasons = [{"name": items[place].name, "reason": reason} for place, reason in skipped]
-            manifest.add(number, _write_shard(target, number, rows, names, reasons))
-        bar.close()
+        with contextlib.closing(bar):
+            for number in todo:
+                own = itertools.islice(decoded, chunks.count(ranges[number]))
+                rows, places, skipped = _rows(
+                    model, kind, output, own, batch_size, items, probe.numel(), bar
+                )
+                names = [items[place].name for place in places]
+                reasons = [
+                    {"name": items[place].name, "reason": reason} for place, reason in skipped
+                ]
+                manifest.add(number, _write_shard(target, number, rows, names, reasons))
     shards = [manifest.shards[number] for number in range(len(ranges))]
     report = EmbedReport(
         tuple(target / shard["file"] for shard in shards),
@@ -196,7 +199,7 @@ def _decoded(
     try:
         yield from loader
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):
             raise
         raise InputError(
             f"a decoding worker died ({str(error).splitlines()[0]}); the same call again goes on from the last shard, with "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,8 +16,9 @@ import pytest
 from conftest import Data
 
 import beit3_fast
+from beit3_fast.embed.decode import Chunk, Decoder
 from beit3_fast.embed.progress import Progress
-from beit3_fast.errors import CheckpointError, ConfigError
+from beit3_fast.errors import CheckpointError, ConfigError, InputError
 
 # For each moment a process that dies by SIGKILL, without a chance to tidy, over the third shard. Forked from one that
 # has imported everything and computed no embedding.
@@ -141,6 +143,26 @@ def test_another_job_is_refused(
         (tmp_path / "manifest.json").write_text(damage)
         with pytest.raises(CheckpointError, match=r"manifest.json cannot be continued"):
             run(checkpoint, tmp_path, data)
+
+
+def test_a_worker_that_is_killed(
+    checkpoint: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = Decoder.__getitems__
+
+    def killed(self: Decoder, places: list[int]) -> Chunk:
+        if places[0] >= 6:
+            time.sleep(0.5)  # until the first shards are taken
+            os.kill(os.getpid(), signal.SIGKILL)
+        return fetch(self, places)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "__getitems__", killed)
+        with pytest.raises(InputError, match=r"a decoding worker died .* the same call again"):
+            run(checkpoint, tmp_path, data, workers=1)
+    report = run(checkpoint, tmp_path, data)
+    assert (report.embedded, report.skipped) == (12, 2)
+    assert report.resumed <= 6
 
 
 def test_two_processes_do_not_meet(checkpoint: str, data: Data, tmp_path: Path) -> None:
