@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Data
+from embed_cases import Data
 
 import beit3_fast
 from beit3_fast.errors import CheckpointError, ConfigError, InputError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CAPTIONS, Data
+from embed_cases import CAPTIONS, Data
 from torch import Tensor
 
 import beit3_fast

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Data
+from embed_cases import Data
 
 import beit3_fast
 from beit3_fast.embed.decode import Chunk, Decoder
