@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from beit3_fast.config import BEiT3Config
     from beit3_fast.data import Processor, Tokenizer
     from beit3_fast.derived import forget as refresh
+    from beit3_fast.embed import embed_dataset
     from beit3_fast.explanation import explain
     from beit3_fast.integrations.torchscale import accelerate, restore
     from beit3_fast.layout import TokenLayout
@@ -27,6 +28,7 @@ _HOMES = {
     "Tokenizer": ("beit3_fast.data", "Tokenizer"),
     "accelerate": ("beit3_fast.integrations.torchscale", "accelerate"),
     "create_model": ("beit3_fast.model", "create_model"),
+    "embed_dataset": ("beit3_fast.embed", "embed_dataset"),
     "evaluate_retrieval": ("beit3_fast.retrieval", "evaluate_retrieval"),
     "explain": ("beit3_fast.explanation", "explain"),
     "list_models": ("beit3_fast.model", "list_models"),
@@ -45,6 +47,7 @@ __all__ = [
     "Tokenizer",
     "accelerate",
     "create_model",
+    "embed_dataset",
     "evaluate_retrieval",
     "explain",
     "list_models",

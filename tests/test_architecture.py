@@ -22,6 +22,7 @@ FLOORS = (
     ("ops", "checkpoint", "data", "generate"),
     ("model",),
     ("train", "integrations", "explanation", "retrieval"),
+    ("embed",),
     ("cli", "__init__"),
     ("__main__",),
 )

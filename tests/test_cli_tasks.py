@@ -132,6 +132,16 @@ def test_search(shop: Shop, run: Any, tmp_path: Path) -> None:
     assert len(lines) == 4
 
 
+def test_embed(shop: Shop, run: Any, tmp_path: Path) -> None:
+    out, model = str(tmp_path / "out"), shop.model("retrieval", tokenizer=False)
+    call = ("embed", *shop.photos, "--out", out, "--shard-size", "2", "--workers", "0", *model)
+    assert run(*call) == f"{out}: 3 embeddings in 2 shards, 0 items skipped\n"
+    (report,) = run(*call, "--json")
+    assert report == {"folder": out, "shards": 2, "embedded": 3, "skipped": 0, "resumed": 3}
+    hits = run("search", f"{out}/000000.safetensors", "--image", shop.photos[1], *model, "--json")
+    assert hits[0]["hits"][0]["name"] == shop.photos[1]
+
+
 def test_what_is_refused(shop: Shop, refuse: Any, tmp_path: Path) -> None:
     photo = shop.photos[0]
     captioning, retrieval = shop.model("captioning"), shop.model("retrieval")
@@ -172,6 +182,9 @@ def test_what_is_refused(shop: Shop, refuse: Any, tmp_path: Path) -> None:
         (("search", index, "a cat", *retrieval), "make an index with beit3-fast search --build"),
         (("search", index, "a cat", *retrieval[:4]), "texts need --tokenizer"),
         (("search", index, "--build", "missing.jpg", *retrieval), "missing.jpg"),
+        (("embed", "missing.tar", "--out", index, *retrieval), "no file or folder 'missing.tar'"),
+        (("embed", photo, "--out", index, "--kind", "x", *retrieval), "image, text, pair, got 'x'"),
+        (("embed", photo, "--out", index, "--workers", "-1", *retrieval), "workers must be"),
     ):
         assert message in refuse(*arguments)
     assert not Path(index).exists()
@@ -188,6 +201,7 @@ def test_what_is_refused(shop: Shop, refuse: Any, tmp_path: Path) -> None:
         ("reason", "a.jpg", "b.jpg"),
         ("classify",),
         ("search",),
+        ("embed", "photos"),
         ("search", "x", "--top-k", "-1"),
     ],
 )

@@ -31,6 +31,7 @@ def arguments(shop: Shop) -> dict[str, list[str]]:
         "classify": [*start["imageclassification"], cat, coffee],
         "zero_shot": [*search, coffee, "cat", "red cup"],
         "search": [*search, str(shop.folder / "photos.index"), "a red cup", cat, coffee, china],
+        "embed_dataset": [*search[:2], str(shop.folder / "embeddings"), cat, coffee, china],
         "embed": [*search, coffee, "a red cup of coffee"],
     }
 
@@ -42,6 +43,7 @@ EXPECTED = {
     "classify": ["chelsea.png | class ", "coffee.png | class "],
     "zero_shot": ["  cat", "  red cup"],
     "search": ["chelsea.png", "china.jpg", "text found: {1: ", "image found: {1: "],
+    "embed_dataset": ["3 embeddings, 0 skipped", "chelsea.png is most like "],
     "embed": ["cosine: ", "class token: [1, 64]", "rows of the pair: ["],
 }
 

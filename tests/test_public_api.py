@@ -20,6 +20,7 @@ NAMES = {
     "Tokenizer",
     "accelerate",
     "create_model",
+    "embed_dataset",
     "evaluate_retrieval",
     "explain",
     "list_models",

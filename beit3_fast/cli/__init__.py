@@ -14,6 +14,7 @@ from beit3_fast.cli.caption import CAPTION
 from beit3_fast.cli.classify import CLASSIFY
 from beit3_fast.cli.command import Command, version_of
 from beit3_fast.cli.convert import CONVERT
+from beit3_fast.cli.embed import EMBED
 from beit3_fast.cli.info import INFO, environment
 from beit3_fast.cli.search import SEARCH
 from beit3_fast.errors import Beit3FastError
@@ -28,6 +29,7 @@ COMMANDS = {
     "reason": REASON,
     "classify": CLASSIFY,
     "search": SEARCH,
+    "embed": EMBED,
 }
 
 
@@ -60,7 +62,7 @@ def _one_line(message: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="beit3-fast",
-        description="BEiT-3, fast: captions, answers, classes and search; checkpoint files; what this machine can do.",
+        description="BEiT-3, fast: captions, answers, classes, search and embeddings; checkpoint files; what this machine can do.",
         epilog="beit3-fast COMMAND --help shows the options of a command and an example.",
     )
     parser.add_argument(

@@ -11,21 +11,6 @@ from typing import Any
 
 from beit3_fast.errors import ConfigError, InputError
 
-# What is taken from a folder; a file that is named is tried whatever it is called.
-IMAGE_SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".avif",
-    ".jp2",
-)
-
 
 def add_model(parser: argparse.ArgumentParser, example: str, *, tokenizer: bool) -> None:
     """--model, --checkpoint, --tokenizer, --device, --dtype, --impl, --batch-size, --json."""
@@ -99,6 +84,8 @@ def check_model_name(name: str) -> None:
 
 def image_paths(arguments: Sequence[str]) -> list[str]:
     """The files that are named, and the image files of folders, sorted. Raises InputError for an empty folder."""
+    from beit3_fast.data.images import IMAGE_SUFFIXES
+
     paths: list[str] = []
     for argument in arguments:
         if not Path(argument).is_dir():

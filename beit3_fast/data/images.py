@@ -31,7 +31,14 @@ from beit3_fast.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["MAX_PIXELS", "PRESETS", "ImagePreset", "load_image", "preprocess_image"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
+    "PRESETS",
+    "ImagePreset",
+    "load_image",
+    "preprocess_image",
+]
 
 # Where Pillow itself begins to warn: a quarter of a GiB as RGB.
 MAX_PIXELS = 89_478_485
@@ -39,6 +46,21 @@ MAX_PIXELS = 89_478_485
 # EPS would start Ghostscript, ICO hides an image of another size in the one that it declares, and what Pillow
 # decodes in Python may take minutes.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "MPO")
+
+# What is taken from a folder; a file that is named is tried whatever it is called.
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".avif",
+    ".jp2",
+)
 
 # A thin image grows beyond all bounds when its short side is fitted; past this many times the crop, only what
 # the crop keeps is resampled.

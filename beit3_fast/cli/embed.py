@@ -1,0 +1,87 @@
+"""``beit3-fast embed``: a dataset to files of embeddings."""
+
+from __future__ import annotations
+
+import argparse
+
+from beit3_fast.cli.command import Command
+from beit3_fast.cli.options import add_model, check_model_name, positive, show
+from beit3_fast.errors import ConfigError
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="folders, files, .tar shards in webdataset's layout, .jsonl indices in the official form",
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the shards go")
+    parser.add_argument(
+        "--kind", default="image", help="image, text or pair (default: %(default)s)"
+    )
+    parser.add_argument("--output", default="pooled", help="pooled or cls (default: %(default)s)")
+    parser.add_argument(
+        "--shard-size",
+        type=positive,
+        default=2048,
+        metavar="N",
+        help="items of a file, which is what a stop can cost (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="decoding processes; default: up to 4"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--tokenizer", metavar="FILE", help="the official beit3.spm, for texts")
+    add_model(parser, "beit3_base_patch16_384_retrieval", tokenizer=False)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from beit3_fast.data import Processor
+    from beit3_fast.embed import KINDS, embed_dataset
+    from beit3_fast.model import create_model
+
+    check_model_name(arguments.model)
+    # before the checkpoint is read, which takes longest
+    if arguments.kind not in KINDS:
+        raise ConfigError(f"--kind must be one of {', '.join(KINDS)}, got {arguments.kind!r}")
+    model = create_model(
+        arguments.model,
+        arguments.checkpoint,
+        arguments.device,
+        arguments.dtype,
+        arguments.impl,
+        inference_only=True,
+    )
+    done = embed_dataset(
+        model,
+        arguments.sources,
+        arguments.out,
+        arguments.kind,
+        arguments.output,
+        processor=Processor.for_model(model, arguments.tokenizer),
+        batch_size=arguments.batch_size,
+        shard_size=arguments.shard_size,
+        workers=arguments.workers,
+        progress=not arguments.quiet,
+    )
+    report = {
+        "folder": arguments.out,
+        "shards": len(done.shards),
+        "embedded": done.embedded,
+        "skipped": done.skipped,
+        "resumed": done.resumed,
+    }
+    line = f"{arguments.out}: {done.embedded} embeddings in {len(done.shards)} shards, {done.skipped} items skipped"
+    if done.resumed:
+        line += f", {done.resumed} done before"
+    return show(arguments, [report], [line])
+
+
+EMBED = Command(
+    summary="Embed folders, tar shards and index files of images, texts or pairs; goes on where it stopped.",
+    example="beit3-fast embed photos/ --out embeddings/ --model beit3_base_patch16_384_retrieval "
+    "--checkpoint beit3_base_patch16_384_coco_retrieval.pth",
+    arguments=_arguments,
+    run=_run,
+)

@@ -1,0 +1,120 @@
+"""What a worker process does: items of a list to model input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from beit3_fast.data import Processor, segments
+from beit3_fast.embed.sources import Blob, Item
+from beit3_fast.errors import InputError
+
+_MAX_TEXT_BYTES = 1 << 20
+
+
+class Chunk(NamedTuple):
+    """Decoded items by their places in the list: images float32 [n, 3, H, W], token ids with bos and eos."""
+
+    places: list[int]
+    images: Tensor | None
+    texts: list[list[int]]
+    skipped: list[tuple[int, str]]
+
+
+class Decoder(Dataset[Chunk]):
+    """Items, to be decoded by the chunk; one that cannot be used is in ``skipped`` with the reason."""
+
+    def __init__(self, items: Sequence[Item], processor: Processor, vocab_size: int) -> None:
+        self.items = items
+        self.processor = processor
+        self.vocab_size = vocab_size
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitems__(self, places: list[int]) -> Chunk:
+        """The items at ``places``; the name is DataLoader's for fetching many at once."""
+        done: list[int] = []
+        images: list[Tensor] = []
+        texts: list[list[int]] = []
+        skipped: list[tuple[int, str]] = []
+        for place in places:
+            item = self.items[place]
+            try:
+                if item.problem is not None:
+                    raise InputError(item.problem)
+                text = None if item.text is None else self._text(item.text)
+                image = None if item.image is None else self._image(item.image)
+            # OSError: a disk that fails on one file does not end the job
+            except (InputError, OSError) as error:
+                skipped.append((place, str(error)))
+                continue
+            done.append(place)
+            if text is not None:
+                texts.append(text)
+            if image is not None:
+                images.append(image)
+        return Chunk(done, torch.stack(images) if images else None, texts, skipped)
+
+    def _image(self, blob: Blob) -> Tensor:
+        image: Tensor = self.processor(images=blob.path if blob.offset is None else _read(blob))[
+            "image"
+        ][0]
+        return image
+
+    def _text(self, text: Blob | str | tuple[int, ...]) -> list[int]:
+        length = self.processor.max_length
+        if isinstance(text, Blob):
+            if text.size > _MAX_TEXT_BYTES:
+                raise InputError(
+                    f"a text has at most {_MAX_TEXT_BYTES} bytes, this one has {text.size}"
+                )
+            try:
+                text = _read(text).decode("utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise InputError(f"the text is not UTF-8 ({error})") from error
+        if isinstance(text, str):
+            assert self.processor.tokenizer is not None
+            batch = self.processor.tokenizer(text, length, padding=False)
+        else:
+            strange = [token for token in text if not 0 <= token < self.vocab_size]
+            if strange:
+                raise InputError(f"token ids must be below {self.vocab_size}, got {strange[0]}")
+            batch = segments([text], length, padding=False)
+        ids: list[int] = batch["text_tokens"][0].tolist()
+        return ids
+
+
+class Chunks:
+    """The order in which a DataLoader asks for places: ranges of items, each cut into chunks of ``size``."""
+
+    def __init__(self, ranges: Sequence[range], size: int) -> None:
+        self.ranges = ranges
+        self.size = size
+
+    def __len__(self) -> int:
+        return sum(self.count(own) for own in self.ranges)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for own in self.ranges:
+            for start in range(own.start, own.stop, self.size):
+                yield list(range(start, min(start + self.size, own.stop)))
+
+    def count(self, own: range) -> int:
+        """The number of chunks of one range."""
+        return -(-len(own) // self.size)
+
+
+def _read(blob: Blob) -> bytes:
+    with open(blob.path, "rb") as file:
+        if blob.offset is None:
+            return file.read(_MAX_TEXT_BYTES)
+        file.seek(blob.offset)
+        data = file.read(blob.size)
+    if len(data) != blob.size:
+        raise InputError(f"{blob.path!r} ends too early; it is damaged or was changed")
+    return data

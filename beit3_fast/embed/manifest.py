@@ -1,0 +1,114 @@
+"""manifest.json: what a folder of embeddings is made of, and how much of it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from beit3_fast.checkpoint.atomic import replacing
+from beit3_fast.errors import CheckpointError, ConfigError
+
+NAME = "manifest.json"
+_LOCK = ".lock"
+_FORMAT = "beit3_fast embeddings 1"
+# Another machine or number of threads moves the last bits of an embedding, another checkpoint all of it.
+_SAME_MODEL = 0.05
+
+
+class Manifest:
+    """The job that a folder belongs to and its finished shards, by number; on disk after every ``add``.
+
+    Raises ConfigError where the folder holds a job that is not this one, CheckpointError for a damaged manifest.
+    """
+
+    def __init__(self, folder: Path, job: dict[str, Any], probe: list[float]) -> None:
+        self.path = folder / NAME
+        self.job = job
+        self.probe = probe
+        self.shards: dict[int, dict[str, Any]] = {}
+        if self.path.exists():
+            self._continue()
+
+    def is_done(self, number: int) -> bool:
+        """Whether the shard was finished and is still there."""
+        shard = self.shards.get(number)
+        if shard is None:
+            return False
+        path = self.path.parent / shard["file"]
+        return path.is_file() and path.stat().st_size == shard["bytes"]
+
+    def add(self, number: int, shard: dict[str, Any]) -> None:
+        """Record a shard whose files are on the disk."""
+        self.shards[number] = shard
+        content = {
+            "format": _FORMAT,
+            "job": self.job,
+            "probe": self.probe,
+            "shards": {str(key): self.shards[key] for key in sorted(self.shards)},
+        }
+        write(self.path, json.dumps(content, indent=1, ensure_ascii=True) + "\n")
+
+    def _continue(self) -> None:
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            if content["format"] != _FORMAT:
+                raise ValueError(f"its format is {content['format']!r}, not {_FORMAT!r}")
+            job, probe = content["job"], [float(value) for value in content["probe"]]
+            shards = {int(number): dict(shard) for number, shard in content["shards"].items()}
+            if not all(
+                isinstance(shard["file"], str)
+                and "/" not in shard["file"]
+                and all(type(shard[key]) is int for key in ("bytes", "rows", "skipped"))
+                for shard in shards.values()
+            ):
+                raise ValueError("its shards are not described as expected")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{self.path} cannot be continued ({error}); give another folder"
+            ) from error
+        other = [key for key in self.job if job.get(key) != self.job[key]]
+        if other:
+            raise ConfigError(
+                f"{self.path.parent} holds another job, of another {', '.join(other)}; give another folder, or the same "
+                "arguments to go on with that one"
+            )
+        size = max(map(abs, probe), default=0.0)
+        if len(probe) != len(self.probe) or any(
+            abs(a - b) > _SAME_MODEL * size for a, b in zip(probe, self.probe, strict=True)
+        ):
+            raise ConfigError(
+                f"{self.path.parent} was begun with other weights; give another folder, or that checkpoint"
+            )
+        self.probe, self.shards = probe, shards
+
+
+def write(path: Path, text: str) -> None:
+    """A text file, whole or not at all. Raises CheckpointError."""
+    try:
+        with replacing(path) as file:
+            file.write(text.encode("utf-8", "surrogatepass"))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make the folder and keep other processes out of it. Raises CheckpointError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK).open("a")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the folder {str(folder)!r} cannot be made ({error})") from error
+    with file:
+        try:
+            # not flock: decoding workers would inherit that, and hold it a while after their parent was killed
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(
+                f"another process writes to {str(folder)!r} ({error}); wait for it or give another folder"
+            ) from error
+        yield

@@ -1,0 +1,164 @@
+"""embed_dataset: the rows of encode_*, whatever holds the data; what is bad is left out, named and counted."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from embed_cases import CAPTIONS, Data
+from torch import Tensor
+
+import beit3_fast
+from beit3_fast.data import segments
+from beit3_fast.embed import EmbedReport
+from beit3_fast.retrieval import EmbeddingIndex
+
+
+@pytest.fixture
+def embed(model: Any, processor: Any, tmp_path: Path) -> Any:
+    def call(sources: Any, *arguments: Any, **options: Any) -> EmbedReport:
+        options = {"processor": processor, "workers": 0, "batch_size": 2, "shard_size": 4} | options
+        return beit3_fast.embed_dataset(model, sources, tmp_path / "out", *arguments, **options)
+
+    return call
+
+
+def contents(report: EmbedReport) -> tuple[Tensor, list[str]]:
+    shards = [EmbeddingIndex.load(path, "torch") for path in report.shards]
+    assert report.embedded == sum(map(len, shards))
+    return torch.cat([shard.embeddings for shard in shards]), [
+        name for shard in shards for name in shard.names
+    ]
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def photos(data: Data) -> list[str]:
+    return [str(data.folder / f"{number}.png") for number in range(len(CAPTIONS))]
+
+
+@pytest.mark.parametrize("form", ["folder", "tar", "index", "files"])
+def test_images(form: str, embed: Any, model: Any, processor: Any, data: Data) -> None:
+    source = photos(data) if form == "files" else getattr(data, form)
+    report = embed(source)
+    rows, names = contents(report)
+    # an index names an image once for each caption; it is embedded once
+    assert [Path(name).name for name in names] == [f"{n}.png" for n in range(len(CAPTIONS))]
+    assert (report.embedded, report.resumed) == (6, 0)
+    assert report.skipped == (form in ("folder", "tar"))
+    close(rows, model.encode_image(photos(data), processor=processor))
+
+
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_texts_and_pairs(form: str, embed: Any, model: Any, processor: Any, data: Data) -> None:
+    rows, names = contents(embed(getattr(data, form), "text"))
+    assert [Path(name).name for name in names][-1] == "bad.txt"
+    close(rows, model.encode_text([*CAPTIONS, "a bad one"], processor=processor))
+
+
+@pytest.mark.parametrize("form", ["folder", "tar"])
+@pytest.mark.parametrize("output", ["pooled", "cls"])
+def test_pairs(form: str, output: str, embed: Any, model: Any, processor: Any, data: Data) -> None:
+    report = embed(getattr(data, form), "pair", output)
+    assert report.skipped == 1
+    expected = model.encode_pair(photos(data), CAPTIONS, output, processor=processor)
+    close(contents(report)[0], expected)
+
+
+def test_the_texts_of_an_index_are_token_ids(
+    embed: Any, model: Any, processor: Any, data: Data
+) -> None:
+    rows, names = contents(embed(data.index, "text"))
+    assert names == [f"{data.index}#{line}" for line in range(1, 13)]
+    ids = [json.loads(line)["text_segment"] for line in data.index.read_text().splitlines()]
+    close(rows, model.encode_text(segments(ids, padding=False)["text_tokens"]))
+
+
+def test_what_is_bad_is_named(
+    embed: Any, data: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = tmp_path / "bad.jsonl"
+    photo = str(data.folder / "0.png")
+    lines = [
+        json.dumps({"image_path": photo, "text_segment": [5]}),
+        "not json",
+        json.dumps({"image_path": photo}),
+        json.dumps({"image_path": photo, "text_segment": [100]}),
+        json.dumps({"image_path": "missing.jpg", "text_segment": [5]}),
+        json.dumps({"image_path": 3, "text_segment": [5]}),
+        json.dumps({"image_path": photo, "image2_path": photo, "text_segment": [5]}),
+        json.dumps([photo]),
+        json.dumps({"image_path": photo, "text_segment": "a cat"}),
+    ]
+    index.write_text("\n".join(lines) + "\n")
+    with caplog.at_level(logging.WARNING, "beit3_fast"):
+        report = embed(index, "pair", shard_size=100)
+    assert contents(report)[1] == [f"{index}#1", f"{index}#9"]
+    assert (report.embedded, report.skipped) == (2, 7)
+    listed = (tmp_path / "out" / "000000.skipped.jsonl").read_text().splitlines()
+    reasons = [json.loads(line) for line in listed]
+    assert [entry["name"] for entry in reasons] == [f"{index}#{n}" for n in range(2, 9)]
+    for entry, words in zip(
+        reasons,
+        (
+            "line cannot be used",
+            "text_segment",
+            "below",
+            "missing.jpg",
+            "image_path",
+            "two",
+            "object",
+        ),
+        strict=True,
+    ):
+        assert words in entry["reason"]
+        assert f"skipped {entry['name']}: {entry['reason']}" in caplog.text
+
+
+@pytest.mark.parametrize("cut", ["truncated", "header"])
+def test_a_damaged_tar_gives_what_it_has(cut: str, embed: Any, data: Data, tmp_path: Path) -> None:
+    import tarfile
+
+    with tarfile.open(data.tar) as tar:
+        third = [member for member in tar if member.name.endswith(".png")][2]
+    damaged = bytearray(data.tar.read_bytes())
+    if cut == "truncated":
+        del damaged[third.offset_data + third.size // 2 :]
+    else:
+        damaged[third.offset : third.offset + 512] = b"x" * 512
+    path = tmp_path / "damaged.tar"
+    path.write_bytes(damaged)
+    report = embed(path, shard_size=100)
+    assert [Path(name).name for name in contents(report)[1]] == ["0.png", "1.png"]
+    text = (tmp_path / "out" / "000000.skipped.jsonl").read_text()
+    assert "damaged" in text
+    assert report.skipped == (2 if cut == "truncated" else 1)
+
+
+def test_workers_change_nothing(embed: Any, data: Data, tmp_path: Path) -> None:
+    alone, _ = contents(embed([data.folder, data.tar]))
+    (tmp_path / "out").rename(tmp_path / "alone")
+    report = embed([data.folder, data.tar], workers=2)
+    assert torch.equal(contents(report)[0], alone)
+    assert report.embedded == 12
+
+
+def test_embeddings_that_are_not_finite_are_left_out(
+    embed: Any, data: Data, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = type(model).encode_image
+
+    def broken(self: Any, images: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        rows: Tensor = encode(self, images, *arguments, **options)
+        return rows.index_fill(0, torch.tensor([1]), float("nan")) if len(rows) == 2 else rows
+
+    monkeypatch.setattr(type(model), "encode_image", broken)
+    report = embed(photos(data))
+    assert (report.embedded, report.skipped) == (3, 3)
+    assert [Path(name).stem for name in contents(report)[1]] == ["0", "2", "4"]

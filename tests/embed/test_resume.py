@@ -1,0 +1,214 @@
+"""A job that was stopped at any moment ends with the same files as one that was not."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from embed_cases import Data
+
+import beit3_fast
+from beit3_fast.embed.decode import Chunk, Decoder
+from beit3_fast.embed.progress import Progress
+from beit3_fast.errors import CheckpointError, ConfigError, InputError
+
+# For each moment a process that dies by SIGKILL, without a chance to tidy, over the third shard. Forked from one that
+# has imported everything and computed no embedding.
+VICTIMS = """
+import os, signal, sys
+import beit3_fast
+from beit3_fast.checkpoint import atomic
+from beit3_fast.embed import job, manifest
+
+checkpoint, out, *sources = sys.argv[1:]
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def plant(moment):
+    if moment == "embedding":
+        encode, calls = job._encode, []
+        def seventh(*arguments):
+            calls.append(1)
+            if len(calls) == 7:
+                die()
+            return encode(*arguments)
+        job._encode = seventh
+    elif moment == "half a shard":
+        replace = os.replace
+        def half(partial, target):
+            if target.name == "000002.safetensors":
+                os.truncate(partial, 100)
+                die()
+            replace(partial, target)
+        os.replace = half
+    else:
+        add = manifest.Manifest.add
+        def before(self, number, shard):
+            if number == 2:
+                die()
+            add(self, number, shard)
+        manifest.Manifest.add = before
+
+model = beit3_fast.create_model("beit3_tiny_patch16_32_retrieval", checkpoint)
+for moment in ("embedding", "half a shard", "before the manifest"):
+    child = os.fork()
+    if not child:
+        plant(moment)
+        beit3_fast.embed_dataset(
+            model, sources, out + moment, processor=beit3_fast.Processor.for_model(model),
+            batch_size=2, shard_size=3, workers=1 if moment == "embedding" else 0,
+        )
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+"""
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(beit3_fast.save_checkpoint(model, tmp_path_factory.mktemp("c") / "m.safetensors"))
+
+
+def run(checkpoint: str, out: Path, data: Data, **options: Any) -> Any:
+    model = beit3_fast.create_model("beit3_tiny_patch16_32_retrieval", checkpoint)
+    settings: dict[str, Any] = {"batch_size": 2, "shard_size": 3, "workers": 0} | options
+    processor = beit3_fast.Processor.for_model(model)
+    return beit3_fast.embed_dataset(
+        model, [data.folder, data.tar], out, processor=processor, **settings
+    )
+
+
+def test_killed_and_resumed(checkpoint: str, data: Data, tmp_path: Path) -> None:
+    call = [sys.executable, "-c", VICTIMS, checkpoint, f"{tmp_path}/", str(data.folder)]
+    # a file, since a pipe would be waited for until the worker of the dead has noticed
+    said = tmp_path / "stderr"
+    with said.open("w") as file:
+        done = subprocess.run([*call, str(data.tar)], stderr=file, check=False, timeout=100)
+    assert done.returncode == 0, said.read_text()
+    run(checkpoint, tmp_path / "whole", data)
+    whole = files(tmp_path / "whole")
+    for moment in ("embedding", "half a shard", "before the manifest"):
+        out = tmp_path / moment
+        assert set(json.loads((out / "manifest.json").read_text())["shards"]) == {"0", "1"}
+        begun = os.stat(out / "000000.safetensors").st_mtime_ns
+        # at once: a worker that outlives its parent must not keep the folder
+        report = run(checkpoint, out, data)
+        assert (report.embedded, report.skipped, report.resumed) == (12, 2, 6)
+        assert os.stat(out / "000000.safetensors").st_mtime_ns == begun
+        assert files(out) == whole, moment
+        assert run(checkpoint, out, data).resumed == 14
+        assert files(out) == whole
+
+
+def test_a_shard_that_is_gone_or_cut_is_made_again(
+    checkpoint: str, data: Data, tmp_path: Path
+) -> None:
+    run(checkpoint, tmp_path, data)
+    before = files(tmp_path)
+    (tmp_path / "000001.safetensors").unlink()
+    (tmp_path / "000003.safetensors").write_bytes(b"cut")
+    assert run(checkpoint, tmp_path, data).resumed == 14 - 6
+    assert files(tmp_path) == before
+
+
+def test_another_job_is_refused(
+    model: Any, processor: Any, checkpoint: str, data: Data, tmp_path: Path
+) -> None:
+    run(checkpoint, tmp_path, data)
+    before = files(tmp_path)
+    with pytest.raises(ConfigError, match="holds another job, of another shard_size; give another"):
+        run(checkpoint, tmp_path, data, shard_size=4)
+    with pytest.raises(ConfigError, match="another output"):
+        run(checkpoint, tmp_path, data, output="cls")
+    options: dict[str, Any] = {"processor": processor, "shard_size": 3, "workers": 0}
+    with pytest.raises(ConfigError, match="another sources, items"):
+        beit3_fast.embed_dataset(model, data.folder, tmp_path, **options)
+    other = beit3_fast.create_model("beit3_tiny_patch16_32_retrieval")
+    with pytest.raises(ConfigError, match="begun with other weights"):
+        beit3_fast.embed_dataset(other, [data.folder, data.tar], tmp_path, **options)
+    assert files(tmp_path) == before
+    for damage in ("{", "[]", '{"format": "x"}', '{"format": "beit3_fast embeddings 1"}'):
+        (tmp_path / "manifest.json").write_text(damage)
+        with pytest.raises(CheckpointError, match=r"manifest.json cannot be continued"):
+            run(checkpoint, tmp_path, data)
+
+
+def test_a_worker_that_is_killed(
+    checkpoint: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = Decoder.__getitems__
+
+    def killed(self: Decoder, places: list[int]) -> Chunk:
+        if places[0] >= 6:
+            time.sleep(0.5)  # until the first shards are taken
+            os.kill(os.getpid(), signal.SIGKILL)
+        return fetch(self, places)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "__getitems__", killed)
+        with pytest.raises(InputError, match=r"a decoding worker died .* the same call again"):
+            run(checkpoint, tmp_path, data, workers=1)
+    report = run(checkpoint, tmp_path, data)
+    assert (report.embedded, report.skipped) == (12, 2)
+    assert report.resumed <= 6
+
+
+def test_two_processes_do_not_meet(checkpoint: str, data: Data, tmp_path: Path) -> None:
+    code = (
+        "import fcntl, sys\nfile = open(sys.argv[1], 'a')\nfcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\nsys.stdin.read()\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError, match="another process writes to"):
+            run(checkpoint, tmp_path, data)
+    finally:
+        other.communicate("", timeout=60)
+    assert run(checkpoint, tmp_path, data).embedded == 12
+
+
+def test_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    now = [0.0]
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    bar = Progress(total=1000, done=200, shown=True)
+    now[0] = 10.0
+    bar.add(50)
+    assert "] 250/1000, 5.0/s, 2:30 left" in terminal.getvalue()
+    now[0] = 20.0
+    bar.add(550, skipped=3)
+    assert "] 800/1000, 30.0/s, 0:07 left, 3 skipped" in terminal.getvalue()
+    assert bar.line(6e5).endswith("0.0/s, 55:33:20 left, 3 skipped")
+    bar.close()
+    assert terminal.getvalue().endswith("\n")
+    silent = Terminal()
+    monkeypatch.setattr(sys, "stderr", silent)
+    quiet = Progress(10, 0, shown=False)
+    now[0] = 99.0
+    quiet.add(5)
+    quiet.close()
+    assert silent.getvalue() == ""
