@@ -16,6 +16,7 @@ from beit3_fast.cli.command import Command, version_of
 from beit3_fast.cli.convert import CONVERT
 from beit3_fast.cli.info import INFO, environment
 from beit3_fast.cli.search import SEARCH
+from beit3_fast.cli.verify import VERIFY
 from beit3_fast.errors import Beit3FastError
 
 __all__ = ["COMMANDS", "Command", "environment", "main"]
@@ -28,6 +29,7 @@ COMMANDS = {
     "reason": REASON,
     "classify": CLASSIFY,
     "search": SEARCH,
+    "verify": VERIFY,
 }
 
 
