@@ -44,8 +44,8 @@ class Outcome(NamedTuple):
 
 
 _lock = threading.RLock()
-# Why not, or None, for each kernel and dtype; of this process.
-_doubts: dict[str, str | None] = {}
+# Why not, or None, for each device, kernel and dtype; of this process.
+_doubts: dict[tuple[int, str], str | None] = {}
 
 
 @torch.compiler.assume_constant_result  # the check is not to be traced
@@ -55,15 +55,15 @@ def doubt(op: str, dtype: torch.dtype, needs_grad: bool) -> str | None:
     The first call for a kernel and a dtype looks into the cache folder, and runs the check where that knows nothing.
     """
     kernel = _kernel_of(op, needs_grad)
-    name = _name(kernel, dtype)
-    if name in _doubts:
-        return _doubts[name]
+    key = (_device(), _name(kernel, dtype))
+    if key in _doubts:
+        return _doubts[key]
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return _CAPTURING
     with _lock:
-        if name not in _doubts:
-            _doubts[name] = _first_doubt(kernel, dtype)
-    return _doubts[name]
+        if key not in _doubts:
+            _doubts[key] = _first_doubt(kernel, dtype)
+    return _doubts[key]
 
 
 def verify(device: str = "cuda") -> list[Outcome]:
@@ -77,7 +77,8 @@ def verify(device: str = "cuda") -> list[Outcome]:
     if device == "cuda":
         found = {_name(own.kernel, own.dtype): _broken(own) for own in outcomes if own.settled}
         with _lock:
-            _doubts.update({name: reason and _sentence(reason) for name, reason in found.items()})
+            for name, reason in found.items():
+                _doubts[_device(), name] = reason and _sentence(reason)
             _keep(found)
     return outcomes
 
@@ -113,9 +114,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beit3_fast"
 
 
-@cache
 def identity() -> dict[str, str]:
-    """All that could change what a kernel computes here."""
+    """All that could change what a kernel computes on the current device."""
+    return _identity(_device())
+
+
+@cache
+def _identity(_: int) -> dict[str, str]:
     triton = import_module("triton")
     named = {"package": _package_version(), "torch": torch.__version__}
     named |= {"triton": triton.__version__, "sources": _sources()}
@@ -136,7 +141,7 @@ def reset() -> None:
     """Forget what this process knows, not what is kept in files."""
     with _lock:
         _doubts.clear()
-        identity.cache_clear()
+        _identity.cache_clear()
 
 
 def _first_doubt(kernel: str, dtype: torch.dtype) -> str | None:
@@ -163,6 +168,11 @@ def _first_doubt(kernel: str, dtype: torch.dtype) -> str | None:
     return sentence
 
 
+def _device() -> int:
+    """Cheap, for every call asks it; -1 where this process has no CUDA device."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else -1
+
+
 def _kept() -> dict[str, str | None]:
     """Outcomes in the cache folder; a file that is damaged or another machine's counts as none."""
     try:
@@ -171,7 +181,7 @@ def _kept() -> dict[str, str | None]:
         sound = content["schema"] == _SCHEMA and content["machine"] == identity()
         if sound and all(own is None or isinstance(own, str) for own in kept.values()):
             return dict(kept)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         logger.debug("no outcomes of kernel checks are kept: %s", error)
     return {}
 
@@ -190,7 +200,7 @@ def _keep(found: dict[str, str | None]) -> None:
         except BaseException:
             os.unlink(partial)
             raise
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         logger.info("outcomes of kernel checks cannot be kept: %s", error)
 
 
