@@ -48,7 +48,6 @@ _lock = threading.RLock()
 _doubts: dict[tuple[int, str], str | None] = {}
 
 
-@torch.compiler.assume_constant_result  # the check is not to be traced
 def doubt(op: str, dtype: torch.dtype, needs_grad: bool) -> str | None:
     """Why "auto" leaves the kernel of an op out on the current CUDA device, or None where it was seen right.
 
@@ -64,6 +63,10 @@ def doubt(op: str, dtype: torch.dtype, needs_grad: bool) -> str | None:
         if key not in _doubts:
             _doubts[key] = _first_doubt(kernel, dtype)
     return _doubts[key]
+
+
+# The check is not to be traced. torch.compiler.assume_constant_result says the same, and imports triton to say it.
+doubt._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def verify(device: str = "cuda") -> list[Outcome]:

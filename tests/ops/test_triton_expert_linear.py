@@ -19,15 +19,16 @@ from op_cases import (
     stacks,
 )
 from torch import Tensor
-from triton_cases import DEVICE, TARGETS, linear_on_device, moments
+from triton_cases import DEVICE, TARGETS, linear_on_device, moments, one_target_each
 
 from beit3_fast.kernels import expert_linear as kernels
 from beit3_fast.ops import Norm, expert_linear
 from beit3_fast.parity import op_parity
 from beit3_fast.reference.expert_linear import expert_linear as formula
 
-CASES = linear_cases(1, TARGETS)
-LONG_CASES = linear_cases(6, TARGETS)[len(CASES) :]
+ALL_CASES = linear_cases(6, TARGETS)
+CASES = one_target_each(ALL_CASES[: len(SHAPES) * len(TARGETS)])
+LONG_CASES = [case for case in ALL_CASES if case not in CASES]
 DTYPE_NAMES = [dtype for _, dtype in TARGETS]
 EDGES = kernels.Tile(16, 32, 16, 2, 4, 2, slices=2)
 
