@@ -24,7 +24,7 @@ _LINEAR = (
     ((0, 5, 5, 21), 72, 40, True, False),
     ((0, 7, 19), 35, 33, False, True),
 )
-_MANY_ROWS = ((0, 197, 300), 128, 320, True, False)
+_MANY_ROWS = ((0, 197, 300), 128, 192, True, False)
 # Vision and text rows of the samples, heads, head width (both of the models), mask.
 _ATTENTION = (
     ((5, 0, 17), (3, 4, 0), 2, 64, "bidirectional"),

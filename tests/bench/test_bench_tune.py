@@ -42,17 +42,17 @@ def test_a_faster_tile_is_written_and_a_slower_one_is_not(
     median = 1.5 if faster else 1.01
     monkeypatch.setattr(tune, "speed_ups", lambda *_: tune_quantiles(median))
     shipped = json.loads((_tiles.FOLDER / "interpreter.json").read_text())["tiles"]
-    dry = ["--device", "cpu", "--dry-run", "--classes", "few rows", "backward"]
+    dry = ["--device", "cpu", "--dry-run", "--classes", "few rows", "fp32 backward"]
     assert tune.main([*dry, *files]) == 0
     content = read(tmp_path / "tiles.json", monkeypatch)
-    for op, name in (("expert_linear", "few rows"), ("shared_attention", "backward")):
+    for op, name in (("expert_linear", "few rows"), ("shared_attention", "fp32 backward")):
         assert (content[op][name] != shipped[op][name]) is faster
         shipped[op][name] = content[op][name]
     assert content == shipped, "other classes changed"
     tried = json.loads((tmp_path / "tried.json").read_text())
-    assert set(tried) == {"expert_linear, few rows", "shared_attention, backward"}
+    assert set(tried) == {"expert_linear, few rows", "shared_attention, fp32 backward"}
     for trials in tried.values():
-        assert len(trials) >= 2
+        assert trials
         assert all(trial["speed_up"] == pytest.approx(median) for trial in trials)
 
 

@@ -11,7 +11,7 @@ from triton_cases import DEVICE, TARGETS
 from beit3_fast.layout import TokenLayout
 from beit3_fast.ops import Norm, expert_linear, shared_attention
 
-REPEATS, BATCH, TOKENS = (250, 60, 197) if DEVICE == "cuda" else (2, 2, 17)
+REPEATS, BATCH, TOKENS = (250, 60, 197) if DEVICE == "cuda" else (2, 2, 13)
 DTYPE = DTYPES[TARGETS[-1][1]]
 
 

@@ -80,7 +80,7 @@ FIRST = ALL_GRADIENT_CASES[: len(LAYOUTS) * len(TARGETS)]
 GRADIENT_CASES = [
     case
     for case in FIRST
-    if case.tokens == "mixed" or (case.tokens in QUICK and case in one_target_each(FIRST))
+    if case.tokens in QUICK and (case in one_target_each(FIRST)) is not (case.tokens == "mixed")
 ]
 LONG_GRADIENT_CASES = [case for case in ALL_GRADIENT_CASES if case not in GRADIENT_CASES]
 
