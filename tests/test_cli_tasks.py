@@ -141,7 +141,7 @@ def test_what_is_refused(shop: Shop, refuse: Any, tmp_path: Path) -> None:
     for arguments, message in (
         (("caption", "missing.jpg", *captioning), "missing.jpg"),
         (("caption", photo, *captioning[:5], "none.spm"), "none.spm"),
-        (("caption", photo, *captioning, "--dtype", "int8"), "dtype must be one of"),
+        (("caption", photo, *captioning, "--dtype", "int4"), "dtype must be one of"),
         (("caption", photo, *captioning, "--device", "cuda:99"), "device 'cuda:99' is not there"),
         (("caption", photo, *captioning, "--impl", "x"), "impl must be 'auto' or one of"),
         (("caption", photo, *retrieval), "needs a model whose name ends in _captioning"),

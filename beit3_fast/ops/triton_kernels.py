@@ -27,6 +27,8 @@ def why_unavailable(device: str) -> str | None:
             )
     elif device != "cuda":
         return f"takes CUDA tensors, these are on {device}"
+    elif not torch.cuda.is_available():
+        return "takes CUDA tensors, and this torch sees no GPU"
     elif torch.version.hip is not None:
         return "takes NVIDIA GPUs, this torch was built for AMD's"
     elif torch.cuda.get_device_capability() < _CAPABILITY:

@@ -274,7 +274,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("beit3_base", {}, "unknown model 'beit3_base'.*beit3_base_patch16_224"),
     ("", {}, "unknown model ''"),
     ("BEIT3_TINY_PATCH16_32", {}, "unknown model"),
-    (TINY, {"dtype": "int8"}, "dtype must be one of.*'int8'"),
+    (TINY, {"dtype": "int4"}, "dtype must be one of.*'int8'.*got 'int4'"),
     (TINY, {"dtype": torch.int64}, "dtype must be one of.*int64"),
     (TINY, {"dtype": None}, "dtype must be one of.*None"),
     (TINY, {"impl": "fastest"}, "impl must be 'auto' or one of.*'fastest'"),
