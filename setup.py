@@ -305,8 +305,9 @@ class BuildPython(build_py):
         if not self.editable_mode:
             package = Path(self.build_lib, "beit3_fast")
             write_record(package)
-            data = ROOT / "kernels" / "tiles"
-            shutil.copytree(data, package / "kernels" / "tiles", dirs_exist_ok=True)
+            data, target = ROOT / "kernels", package / "kernels"
+            shutil.copytree(data / "tiles", target / "tiles", dirs_exist_ok=True)
+            shutil.copy(data / "verified.json", target)
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         modules = list(super().find_package_modules(package, package_dir))

@@ -56,8 +56,12 @@ def steps(device: str, dry_run: bool, out: Path) -> list[Step]:
         for name in KERNEL_TESTS
         if not dry_run or name in KERNEL_TESTS[:2]
     ]
+    if device == "cuda":
+        verify = (sys.executable, "-m", "beit3_fast", "verify", "--kernels", "--json")
+        plan.append(Step("verify", verify))
     races = (*PYTEST, "tests/ops/test_triton_races.py")
-    plan.append(Step("races", (*races, "-k", "causal") if dry_run else races))
+    every = ("-m", "full or not full")
+    plan.append(Step("races", (*races, *(("-k", "causal") if dry_run else every))))
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         if device == "cuda":
             files = [f"tests/ops/test_triton_{name}.py" for name in KERNEL_TESTS[:2]]

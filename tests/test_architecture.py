@@ -27,7 +27,15 @@ FLOORS = (
     ("__main__",),
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
-OPS_HELPERS = {"__init__", "dispatch", "library", "packed_weight", "triton_kernels"}
+OPS_HELPERS = {
+    "__init__",
+    "dispatch",
+    "kernel_cases",
+    "kernel_check",
+    "library",
+    "packed_weight",
+    "triton_kernels",
+}
 
 
 def imported_modules(tree: ast.AST, package: str) -> list[tuple[int, str]]:

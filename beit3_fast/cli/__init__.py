@@ -17,6 +17,7 @@ from beit3_fast.cli.convert import CONVERT
 from beit3_fast.cli.embed import EMBED
 from beit3_fast.cli.info import INFO, environment
 from beit3_fast.cli.search import SEARCH
+from beit3_fast.cli.verify import VERIFY
 from beit3_fast.errors import Beit3FastError
 
 __all__ = ["COMMANDS", "Command", "environment", "main"]
@@ -30,6 +31,7 @@ COMMANDS = {
     "classify": CLASSIFY,
     "search": SEARCH,
     "embed": EMBED,
+    "verify": VERIFY,
 }
 
 

@@ -19,18 +19,18 @@ from torch import Tensor
 
 from beit3_fast.derived import needs_grad
 from beit3_fast.errors import ConfigError, KernelUnavailable
-from beit3_fast.ops import library, triton_kernels
+from beit3_fast.ops import kernel_check, library, triton_kernels
 
 logger = logging.getLogger("beit3_fast")
 
 IMPLEMENTATIONS = ("reference", "composite", "cpu", "triton", "cuda", "flash_attn", "xformers")
 OPS = ("expert_linear", "shared_attention")
-_AUTO_ORDER = ("cpu", "composite")
+_AUTO_ORDER = ("cpu", "triton", "composite")
 _NOT_BUILT = (
     "is not part of this version of beit3_fast; use 'auto', 'cpu', 'triton', 'composite' or "
     "'reference'"
 )
-_UNSEEN = "runs where it is asked for by name; 'auto' waits until it was seen right on this device"
+_INTERPRETED = "runs in an interpreter on CPU tensors: where it is asked for by name, not in 'auto'"
 
 
 class Situation(NamedTuple):
@@ -133,7 +133,7 @@ def _obstacle(impl: str, at: Situation) -> str | None:
 
 
 @lru_cache(maxsize=1024)
-def _choose(at: Situation, requested: str) -> Choice:
+def _choose(at: Situation, requested: str, doubt: str | None) -> Choice:
     if requested not in ("auto", *IMPLEMENTATIONS):
         raise ConfigError(
             f"impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {requested!r}"
@@ -151,19 +151,23 @@ def _choose(at: Situation, requested: str) -> Choice:
             if name != requested
         )
         return Choice(requested, passed_over)
-    rejected: list[tuple[str, str]] = []
-    for impl in _AUTO_ORDER:
-        reason = _obstacle(impl, at) or (_cpu_slower(at) if impl == "cpu" else None)
-        if reason is None:
-            break
-        rejected.append((impl, reason))
-    slower = _AUTO_ORDER[_AUTO_ORDER.index(impl) + 1 :]
-    rejected += [(name, f"is expected to be slower than {impl} here") for name in slower]
+    against = {
+        "cpu": _cpu_obstacle(at) or _cpu_slower(at),
+        "triton": _triton_obstacle(at) or (doubt if at.device == "cuda" else _INTERPRETED),
+        "composite": None,
+    }
+    impl = next(name for name in _AUTO_ORDER if against[name] is None)
+    rejected = [
+        (name, against[name] or f"is expected to be slower than {impl} here")
+        for name in _AUTO_ORDER
+        if name != impl
+    ]
     others = [name for name in IMPLEMENTATIONS if name not in (*_AUTO_ORDER, "reference")]
-    rejected += [(name, _obstacle(name, at) or _UNSEEN) for name in others]
+    rejected += [(name, _obstacle(name, at) or _NOT_BUILT) for name in others]
     rejected.append(("reference", "is the readable formula, kept for checking"))
     if not at.compiling:  # torch.compile breaks its graph at a line of a log
-        logger.info("%s: %s; not cpu: %s", at.op, impl, dict(rejected).get("cpu", "-"))
+        first = "triton" if at.device == "cuda" else "cpu"
+        logger.info("%s: %s; not %s: %s", at.op, impl, first, dict(rejected).get(first, "-"))
     return Choice(impl, tuple(rejected))
 
 
@@ -174,7 +178,10 @@ def choose(at: Situation, requested: str = "auto") -> Choice:
     """
     if requested == "auto":
         requested = os.environ.get("BEIT3_FAST_IMPL") or "auto"
-    return _choose(at, requested)
+    doubt = None
+    if requested == "auto" and at.device == "cuda" and _triton_obstacle(at) is None:
+        doubt = kernel_check.doubt(at.op, at.dtype, at.needs_grad)
+    return _choose(at, requested, doubt)
 
 
 def rows_in_memory(tensor: Tensor) -> Tensor:

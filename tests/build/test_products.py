@@ -123,6 +123,7 @@ def test_a_machine_without_compiler_makes_a_wheel_of_python_alone(tmp_path: Path
     tiles = {path.name for path in (ROOT / "kernels" / "tiles").glob("*.json")}
     assert tiles
     assert {f"beit3_fast/kernels/tiles/{name}" for name in tiles} <= names
+    assert "beit3_fast/kernels/verified.json" in names
     archive.extractall(tmp_path / "installed")
     code = (
         "import beit3_fast.kernels.planted as p; print(p.VALUE, p.__name__, p.__file__)\n"

@@ -1,8 +1,9 @@
 """Tensors with a page behind (or before) them that kills the process which touches it. A program, too:
 
-    python guarded_memory.py OP [KERNEL_FILE]
+    python guarded_memory.py SIDE,... KERNEL_FILE...
 
-runs the Triton kernel of an op in the interpreter over odd sizes, every operand and result in guarded memory.
+runs the Triton kernels of ops (the names of the files) in the interpreter over odd sizes, every operand and result
+in guarded memory, whose forbidden page lies on each SIDE in turn: behind, before.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,16 +146,23 @@ def check_shared_attention(kernels: Any, side: str) -> None:
         assert all(bool(t.isfinite().all()) for t in found)
 
 
-def main(op: str, path: str) -> None:
+def check(side: str, path: Path) -> None:
+    op = path.stem
     spec = importlib.util.spec_from_file_location(f"guarded_{op}", path)
     if spec is None or spec.loader is None:
         raise ImportError(path)
     kernels = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = kernels
     spec.loader.exec_module(kernels)
-    check = {"expert_linear": check_expert_linear, "shared_attention": check_shared_attention}[op]
-    for side in ("behind", "before"):
-        check(kernels, side)
+    {"expert_linear": check_expert_linear, "shared_attention": check_shared_attention}[op](
+        kernels, side
+    )
+
+
+def main(sides: str, *paths: str) -> None:
+    for side in sides.split(","):
+        for path in paths:
+            check(side, Path(path))
     print("nothing strange was touched")
 
 

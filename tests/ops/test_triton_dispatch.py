@@ -77,20 +77,6 @@ def test_bf16_is_refused_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> 
     assert "bfloat16" in reason(dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("op", dispatch.OPS)
-def test_auto_does_not_take_what_was_not_seen_right(
-    op: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    choice = dispatch.choose(at(op))
-    assert choice.impl != "triton"
-    assert dict(choice.rejected)["triton"]
-    monkeypatch.setattr(triton_kernels, "why_unavailable", lambda device: None)
-    on_a_gpu = dispatch.choose(at(op, device="cuda", dtype=torch.bfloat16))
-    assert on_a_gpu.impl == "composite"
-    assert "seen right" in dict(on_a_gpu.rejected)["triton"]
-
-
 def test_no_call_of_another_implementation_imports_triton() -> None:
     code = (
         "import sys, torch; before = 'triton' in sys.modules\n"

@@ -19,15 +19,16 @@ from op_cases import (
     stacks,
 )
 from torch import Tensor
-from triton_cases import DEVICE, TARGETS, linear_on_device, moments
+from triton_cases import DEVICE, TARGETS, linear_on_device, moments, one_target_each
 
 from beit3_fast.kernels import expert_linear as kernels
 from beit3_fast.ops import Norm, expert_linear
 from beit3_fast.parity import op_parity
 from beit3_fast.reference.expert_linear import expert_linear as formula
 
-CASES = linear_cases(1, TARGETS)
-LONG_CASES = linear_cases(6, TARGETS)[len(CASES) :]
+ALL_CASES = linear_cases(6, TARGETS)
+CASES = one_target_each(ALL_CASES[: len(SHAPES) * len(TARGETS)])
+LONG_CASES = [case for case in ALL_CASES if case not in CASES]
 DTYPE_NAMES = [dtype for _, dtype in TARGETS]
 EDGES = kernels.Tile(16, 32, 16, 2, 4, 2, slices=2)
 
@@ -72,7 +73,13 @@ GRADIENT_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", GRADIENT_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.full if place % 2 else (), id=case.name)
+        for place, case in enumerate(GRADIENT_CASES)
+    ],
+)
 def test_gradients_are_those_of_the_formula(case: LinearCase) -> None:
     operands = linear_on_device(linear_operands(case))
     seed = draw(operands.x.shape[0], SHAPES[case.shape][2], dtype=case.dtype)
@@ -102,8 +109,18 @@ def draw(*shape: int, dtype: str = "fp32") -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPE_NAMES)
-@pytest.mark.parametrize("shape", ["odd", "middle expert empty", "one feature"])
-@pytest.mark.parametrize("with_rows", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "with_rows"),
+    [
+        pytest.param(shape, with_rows, marks=() if with_rows is in_gate else pytest.mark.full)
+        for shape, in_gate in (
+            ("odd", False),
+            ("middle expert empty", True),
+            ("one feature", False),
+        )
+        for with_rows in (False, True)
+    ],
+)
 def test_statistics_are_those_of_the_stored_rows(dtype: str, shape: str, with_rows: bool) -> None:
     bounds, inner, out = SHAPES[shape]
     experts, count = len(bounds) - 1, bounds[-1]
@@ -167,7 +184,9 @@ def test_sums_of_unrounded_weights_would_be_seen() -> None:
     assert not op_parity(spoiled.cpu(), plain, truth).passed
 
 
-@pytest.mark.parametrize("shape", ["tile edges", "middle expert empty"])
+@pytest.mark.parametrize(
+    "shape", [pytest.param("tile edges", marks=pytest.mark.full), "middle expert empty"]
+)
 def test_descriptors_load_what_pointers_load(shape: str) -> None:
     bounds, _, out = SHAPES[shape]
     x, residual = draw(bounds[-1], 72, dtype="fp16"), draw(bounds[-1], out, dtype="fp16")

@@ -11,12 +11,14 @@ from triton_cases import DEVICE, TARGETS
 from beit3_fast.layout import TokenLayout
 from beit3_fast.ops import Norm, expert_linear, shared_attention
 
-REPEATS, BATCH, TOKENS = (250, 60, 197) if DEVICE == "cuda" else (2, 2, 19)
+REPEATS, BATCH, TOKENS = (250, 60, 197) if DEVICE == "cuda" else (2, 2, 13)
 DTYPE = DTYPES[TARGETS[-1][1]]
 
 
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    "mask", [m if m == "causal" else pytest.param(m, marks=pytest.mark.full) for m in MASKS]
+)
 def test_the_same_bits_every_time(mask: str) -> None:
     layout = TokenLayout.from_lengths([TOKENS] * BATCH, [b % 13 for b in range(BATCH)], DEVICE)
     bounds = layout.expert_bounds("AB")

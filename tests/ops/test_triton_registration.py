@@ -19,7 +19,9 @@ def draw(*shape: int, grad: bool = False) -> Tensor:
     return torch.randn(*shape, device=DEVICE).requires_grad_(grad)
 
 
-@pytest.mark.parametrize(("grad", "rows"), [(False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("grad", "rows"), [(True, False), pytest.param(False, True, marks=pytest.mark.full)]
+)
 def test_opcheck_expert_linear(grad: bool, rows: bool) -> None:
     index = torch.tensor([4, 0, 2, 5], device=DEVICE) if rows else None
     count, total = (4, 7) if rows else (6, 6)
@@ -39,7 +41,9 @@ def test_opcheck_expert_linear(grad: bool, rows: bool) -> None:
     torch.library.opcheck(OPS.triton_expert_linear.default, arguments)
 
 
-@pytest.mark.parametrize(("grad", "selected"), [(False, False), (True, True)])
+@pytest.mark.parametrize(
+    ("grad", "selected"), [pytest.param(False, False, marks=pytest.mark.full), (True, True)]
+)
 def test_opcheck_shared_attention(grad: bool, selected: bool) -> None:
     layout = TokenLayout.from_lengths((5, 0), (2, 3), DEVICE)
     q, k, v = (draw(layout.num_rows, 16, grad=grad) for _ in range(3))

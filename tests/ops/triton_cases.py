@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from beit3_fast.ops import triton_kernels
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+T = TypeVar("T")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TARGETS = [("triton", "fp32"), ("triton", "fp16")]
 if DEVICE == "cuda":
@@ -64,6 +66,12 @@ def attention_on_device(operands: AttentionOperands) -> AttentionOperands:
         None if queries is None else moved(queries),
         mask,
     )
+
+
+def one_target_each(cases: Sequence[T]) -> list[T]:
+    """Of cases that name each shape for every target in turn, one for each shape: the targets alternate."""
+    width = len(TARGETS)
+    return [case for place, case in enumerate(cases) if place // width % width == place % width]
 
 
 def moments(x: Tensor, width: int) -> Tensor:

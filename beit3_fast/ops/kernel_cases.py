@@ -1,0 +1,175 @@
+"""The small calls on which a Triton kernel is checked on a user's machine: every class of tiles, every mask.
+
+Each compares the kernel with the formula in fp64, by the rule that the tests use (``beit3_fast.parity``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from beit3_fast.composite import expert_linear as composite_linear
+from beit3_fast.composite import shared_attention as composite_attention
+from beit3_fast.layout import TokenLayout
+from beit3_fast.ops import triton_kernels
+from beit3_fast.parity import Parity, op_parity
+from beit3_fast.reference import expert_linear as linear_formula
+from beit3_fast.reference import shared_attention as attention_formula
+
+# Row ranges of the experts, features in and out, LayerNorm, gathered rows.
+_LINEAR = (
+    ((0, 5, 5, 21), 72, 40, True, False),
+    ((0, 7, 19), 35, 33, False, True),
+)
+_MANY_ROWS = ((0, 197, 300), 128, 192, True, False)
+# Vision and text rows of the samples, heads, head width (both of the models), mask.
+_ATTENTION = (
+    ((5, 0, 17), (3, 4, 0), 2, 64, "bidirectional"),
+    ((33, 9), (13, 2), 1, 88, "seq2seq"),
+    ((17,), (6,), 1, 64, "causal"),
+)
+_LONG = ((270,), (10,), 1, 64, "causal")
+
+
+def expert_linear(dtype: torch.dtype, device: str) -> dict[str, Parity]:
+    """The product with LayerNorm, bias, GELU and residual."""
+    generator, parities = torch.Generator().manual_seed(0), {}
+    draw = _Draw(generator, dtype)
+    # fp32 has one class of tiles, 16 bits have another one for many rows.
+    more = () if dtype == torch.float32 else (_MANY_ROWS,)
+    for bounds, inner, out, with_norm, with_rows in (*_LINEAR, *more):
+        experts, count = len(bounds) - 1, bounds[-1]
+        here = _Product(
+            draw(count + 2 * with_rows, inner, shift=3.0),
+            [draw(out, inner, scale=inner**-0.5) for _ in range(experts)],
+            [draw(out) for _ in range(experts)],
+            [draw(inner, scale=0.5, shift=1.0) for _ in range(experts * with_norm)],
+            [draw(inner) for _ in range(experts * with_norm)],
+            draw(count + 2 * with_rows, out),
+        )
+        rows = torch.randperm(count + 2, generator=generator)[:count] if with_rows else None
+        rest = (list(bounds), 1e-5, "gelu")
+        truth = linear_formula.expert_linear(*here.map(Tensor.double), rows, *rest)
+        plain = composite_linear.expert_linear(*here, rows, *rest)
+        x, weights, *others = here.map(lambda t: t.to(device))
+        moved = None if rows is None else rows.to(device)
+        ours = triton_kernels.expert_linear(x, weights, [], *others, moved, *rest)
+        parities[f"{count} rows"] = op_parity(ours.cpu(), plain, truth)
+    return parities
+
+
+def shared_attention(dtype: torch.dtype, device: str) -> dict[str, Parity]:
+    """The forward pass."""
+    parities = {}
+    for lengths, mask, ours, plain, truth in _attention(dtype, device, with_grad=False):
+        parities[f"{mask}, {lengths}"] = op_parity(ours[0], plain[0], truth[0])
+    return parities
+
+
+def shared_attention_backward(dtype: torch.dtype, device: str) -> dict[str, Parity]:
+    """The forward pass again, and the gradients of query, key and value."""
+    parities = {}
+    for lengths, mask, *results in _attention(dtype, device, with_grad=True):
+        for place, name in enumerate(("o", "dq", "dk", "dv")):
+            own = (result[place] for result in results)
+            parities[f"{name}, {mask}, {lengths}"] = op_parity(*own, gradient=place > 0)
+    return parities
+
+
+CASES: dict[str, Callable[[torch.dtype, str], dict[str, Parity]]] = {
+    "expert_linear": expert_linear,
+    "shared_attention": shared_attention,
+    "shared_attention_backward": shared_attention_backward,
+}
+
+
+class _Draw:
+    """Random numbers, rounded to a dtype."""
+
+    def __init__(self, generator: torch.Generator, dtype: torch.dtype) -> None:
+        self.generator, self.dtype = generator, dtype
+
+    def __call__(self, *shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        return (torch.randn(*shape, generator=self.generator) * scale + shift).to(self.dtype)
+
+
+class _Product(NamedTuple):
+    """Operands of a product, in the order in which every implementation takes them."""
+
+    x: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor]
+    norm_weights: list[Tensor]
+    norm_biases: list[Tensor]
+    residual: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> _Product:
+        """The same product with every tensor changed."""
+        weights, biases, norm_weights, norm_biases = (
+            [change(t) for t in group] for group in self[1:5]
+        )
+        own = (weights, biases, norm_weights, norm_biases)
+        return _Product(change(self.x), *own, change(self.residual))
+
+
+class _Call(NamedTuple):
+    """A call of an attention: its layout is on the operands' device."""
+
+    layout: TokenLayout
+    heads: int
+    scale: float
+    mask: str
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
+    own, *rest = call
+    longest = own.longest
+    where = (own.cu_vision, own.cu_text, None, None, None, longest, longest)
+    o: Tensor = triton_kernels.shared_attention(q, k, v, *where, *rest)[0]
+    return o
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
+    return composite_attention.shared_attention(q, k, v, call.layout, *call)
+
+
+def _formula(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
+    return attention_formula.shared_attention(q, k, v, call.layout, *call)
+
+
+def _attention(dtype: torch.dtype, device: str, *, with_grad: bool) -> list[Any]:
+    """Lengths, mask, and for kernel, plain PyTorch and formula: o, and with gradients dq, dk, dv."""
+    draw, results = _Draw(torch.Generator().manual_seed(0), dtype), []
+    # As above; the backward pass has one class for all lengths.
+    more = () if with_grad or dtype == torch.float32 else (_LONG,)
+    for vision, text, heads, width, mask in (*_ATTENTION, *more):
+        layout = TokenLayout.from_lengths(vision, text)
+        here = _Call(layout, heads, width**-0.5, mask)
+        there = here._replace(layout=TokenLayout.from_lengths(vision, text, device))
+        q, k, v, seed = (draw(layout.num_rows, heads * width) for _ in range(4))
+        operands = [2 * q, k, v + 1]  # peaked, as trained attention is
+        wide = [t.double() for t in operands]
+        moved = [t.to(device) for t in operands]
+        found = [
+            _with_gradients(_kernel, moved, there, seed.to(device), with_grad),
+            _with_gradients(_plain, operands, here, seed, with_grad),
+            _with_gradients(_formula, wide, here, seed.double(), with_grad),
+        ]
+        results.append(((vision, text), mask, *found))
+    return results
+
+
+def _with_gradients(
+    attention: Callable[[Tensor, Tensor, Tensor, _Call], Tensor],
+    operands: list[Tensor],
+    call: _Call,
+    seed: Tensor,
+    with_grad: bool,
+) -> list[Tensor]:
+    q, k, v = (t.detach().requires_grad_(with_grad) for t in operands)
+    o = attention(q, k, v, call)
+    gradients = torch.autograd.grad(o, (q, k, v), seed) if with_grad else ()
+    return [t.detach().cpu() for t in (o, *gradients)]
