@@ -5,6 +5,9 @@ Released position tables keep two unused rows in front (a fairseq habit): token 
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +20,8 @@ from beit3_fast.ops import expert_linear
 from beit3_fast.ops.dispatch import autocast_enabled
 
 POSITION_OFFSET = 2
+MOST_GRIDS = 16  # whose interpolated positions a model keeps
+_positions_lock = threading.Lock()
 
 
 class VisionEmbedding(nn.Module):
@@ -99,15 +104,19 @@ def vision_positions(table: Tensor, trained_grid: tuple[int, int], grid: tuple[i
     """Position rows [Nv, C] of a grid, in the table's dtype; bicubic in fp32 where it is not the trained one."""
     if grid == trained_grid:
         return table[POSITION_OFFSET:]
-    if needs_grad(table):
+    if needs_grad(table) or torch.compiler.is_compiling():
         resized = interpolate_positions(table, trained_grid, grid)
         return resized[POSITION_OFFSET:].to(table.dtype)
-    resized = derived(
-        f"positions {trained_grid} to {grid}",
-        (table,),
-        lambda: interpolate_positions(table, trained_grid, grid).to(table.dtype),
-    )
-    return resized[POSITION_OFFSET:]
+    tables: dict[Any, Tensor] = derived("positions", (table,), dict)
+    kept = tables.get((trained_grid, grid))
+    if kept is None:
+        with torch.inference_mode(False), torch.no_grad():
+            kept = interpolate_positions(table, trained_grid, grid).to(table.dtype)
+        with _positions_lock:
+            if len(tables) >= MOST_GRIDS:
+                tables.pop(next(iter(tables)))
+            tables[trained_grid, grid] = kept
+    return kept[POSITION_OFFSET:]
 
 
 def text_rows(

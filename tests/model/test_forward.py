@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from model_cases import FORMS, TINY, backbone, images, need, padding, task_model
 
 import beit3_fast.model.encoder as encoder_module
 from beit3_fast.errors import ConfigError, KernelUnavailable, ShapeError
-from beit3_fast.model.embedding import vision_positions
+from beit3_fast.model.embedding import MOST_GRIDS, vision_positions
 from beit3_fast.ops import dispatch
 
 Nv = TINY.num_vision_tokens
@@ -213,6 +214,13 @@ def test_positions_of_the_trained_grid_are_a_view() -> None:
         assert vision_positions(table, (2, 2), (3, 5)).data_ptr() == first.data_ptr()
         table[0, 0] += 1.0
         assert vision_positions(table, (2, 2), (3, 5)).data_ptr() != first.data_ptr()
+
+
+@torch.no_grad()
+def test_a_server_of_any_size_keeps_the_positions_of_a_few() -> None:
+    table = torch.randn(2 + 1 + 4, 8)
+    kept = [weakref.ref(vision_positions(table, (2, 2), (3, n))._base) for n in range(4, 44)]
+    assert [ref() is not None for ref in kept] == [False] * (40 - MOST_GRIDS) + [True] * MOST_GRIDS
 
 
 BATCHES: list[dict[str, Any]] = [
