@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,3 +64,14 @@ class Shop:
         """The options of a command."""
         options = ["--model", self.name(task), "--checkpoint", self.checkpoint(task)]
         return [*options, "--tokenizer", self.tokenizer] if tokenizer else options
+
+
+def retrieval_model() -> Any:
+    """A tiny retrieval model whose images and texts differ from each other."""
+    model = beit3_fast.create_model("beit3_tiny_patch16_32_retrieval")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model

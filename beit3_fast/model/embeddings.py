@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -109,13 +109,14 @@ class Embeddings:
     def _encoded(
         self, kind: str, output: str, images: list[Tensor] | None, texts: list[Tensor] | None
     ) -> Any:
-        first = output == "cls" or (output == "pooled" and self._pools_first(kind))
+        head = self._pooling_head(kind) if output == "pooled" else None
+        first = output == "cls" or head is not None
         vision: Pick = "none" if images is None else "first" if first else "all"
         text: Pick = "none" if texts is None or (images and first) else "first" if first else "all"
         encoded = self.backbone.forward_packed(images, texts, read_vision=vision, read_text=text)
         if first:
             rows = encoded.text() if images is None else encoded.vision()
-            return self._pooled(kind, rows) if output == "pooled" else rows
+            return rows if head is None else head(rows)
         samples = [
             torch.cat([encoded.rows[own] for own in encoded.layout.segments(sample)])
             for sample in range(encoded.layout.batch_size)
@@ -124,12 +125,9 @@ class Embeddings:
             return samples
         return torch.stack([rows.mean(0) for rows in samples])
 
-    def _pools_first(self, kind: str) -> bool:
-        """Whether a head reads the first row of this kind of input; ``_pooled`` then applies it."""
-        return False
-
-    def _pooled(self, kind: str, rows: Tensor) -> Tensor:
-        raise NotImplementedError
+    def _pooling_head(self, kind: str) -> Callable[[Tensor], Tensor] | None:
+        """What makes the pooled embedding of this kind of input from its first rows; None: the mean of all rows."""
+        return None
 
     def _device(self) -> torch.device:
         return next(self.backbone.parameters()).device

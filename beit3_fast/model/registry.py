@@ -160,13 +160,9 @@ def for_inference(model: Any) -> Any:
 def to_int8(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     """What ``dtype="int8"`` makes of a model on the CPU, in place; ``dtype`` is that of all but its products."""
     model.eval().requires_grad_(False)
-    rounded = [(linear, quantize(linear.weight, dtype)) for linear in _layer_products(model)]
-    for linear, _ in rounded:  # spares their conversion
-        linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
-    model.to(dtype)
-    for linear, weight in rounded:
-        keep_packed(linear, weight)
-    return model
+    for linear in _layer_products(model):
+        keep_packed(linear, quantize(linear.weight, dtype))
+    return model.to(dtype)
 
 
 def _backbone(model: Any) -> BEiT3:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,12 +42,12 @@ class BEiT3ForRetrieval(BEiT3Task):
         vision = language = None
         if image is not None:
             encoded = self.beit3.encode(image=image, read_vision="first")
-            vision = self._pooled("image", encoded.vision())
+            vision = self._unit("image", encoded.vision())
         if text_description is not None:
             encoded = self.beit3.encode(
                 text=text_description, text_padding=padding_mask, read_text="first"
             )
-            language = self._pooled("text", text_of_all(encoded))
+            language = self._unit("text", text_of_all(encoded))
         if only_infer:
             return vision, language
         if vision is None or language is None:
@@ -54,10 +56,10 @@ class BEiT3ForRetrieval(BEiT3Task):
             )
         return contrastive_loss(vision, language, self.logit_scale.exp()), vision, language
 
-    def _pools_first(self, kind: str) -> bool:
-        return kind != "pair"
+    def _pooling_head(self, kind: str) -> Callable[[Tensor], Tensor] | None:
+        return None if kind == "pair" else partial(self._unit, kind)
 
-    def _pooled(self, kind: str, rows: Tensor) -> Tensor:
+    def _unit(self, kind: str, rows: Tensor) -> Tensor:
         head = self.vision_head if kind == "image" else self.language_head
         return F.normalize(head(rows), dim=-1)
 

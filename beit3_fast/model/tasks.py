@@ -5,7 +5,7 @@ Each computes in the last layer only the rows that its head reads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
 
@@ -223,11 +223,8 @@ class BEiT3ForVisualQuestionAnswering(BEiT3Task):
             out += best(logits.float().sigmoid(), top_k, names)
         return out
 
-    def _pools_first(self, kind: str) -> bool:
-        return kind == "pair"
-
-    def _pooled(self, kind: str, rows: Tensor) -> Tensor:
-        return self.pooler(rows)
+    def _pooling_head(self, kind: str) -> Callable[[Tensor], Tensor] | None:
+        return self.pooler if kind == "pair" else None
 
 
 class _Images:

@@ -10,7 +10,6 @@ experts, Magneto (arXiv 2210.06423) for the LayerNorm in front of every product.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -29,7 +28,6 @@ from beit3_fast.reference.expert_linear import expert_linear as reference_impl
 logger = logging.getLogger("beit3_fast")
 
 Weight = Tensor | tuple[Tensor, ...]
-_lock = threading.Lock()
 
 
 class Norm(NamedTuple):
@@ -215,13 +213,8 @@ def _stand_in(parts: tuple[Tensor, ...]) -> Tensor:
     return torch.empty((), dtype=first.dtype, device=first.device).expand(rows, first.shape[1])
 
 
+@library.once
 def _op() -> Any:
-    with _lock:
-        return _registered_op()
-
-
-@cache
-def _registered_op() -> Any:
     """The compiled op, with its shape function and gradient registered once."""
     library.load()
 

@@ -15,14 +15,15 @@ import platform
 import re
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache, wraps
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 logger = logging.getLogger("beit3_fast")
+T = TypeVar("T")
 
 FILE_NAME = "libbeit3_fast_ops.so"
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -70,6 +71,18 @@ class _Unusable(Exception):
 
 _lock = threading.Lock()
 _status: LibraryStatus | None = None
+
+
+def once(make: Callable[[], T]) -> Callable[[], T]:
+    """``make`` as a function that runs it in one thread, once, and returns what it returned."""
+    lock, kept = threading.Lock(), cache(make)
+
+    @wraps(make)
+    def get() -> T:
+        with lock:
+            return kept()
+
+    return get
 
 
 def load() -> LibraryStatus:

@@ -15,9 +15,7 @@ A bool tensor is accepted as well and takes PyTorch's own attention, one sample 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -32,7 +30,6 @@ from beit3_fast.ops import dispatch, library, triton_kernels
 from beit3_fast.reference.shared_attention import cached_attention as reference_cached
 from beit3_fast.reference.shared_attention import shared_attention as reference_impl
 
-_lock = threading.Lock()
 MASKS = ("bidirectional", "seq2seq", "causal")
 
 
@@ -127,13 +124,8 @@ def cached_attention(
     return run(q, k, v, seen, own, num_heads, scale)
 
 
+@library.once
 def _op() -> Any:
-    with _lock:
-        return _registered_op()
-
-
-@cache
-def _registered_op() -> Any:
     """The compiled op, with its shape function and gradient registered once."""
     library.load()
 

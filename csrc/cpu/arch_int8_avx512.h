@@ -16,16 +16,11 @@ inline __m512i v_int8(const Vec* part) {
 // Dot has kUnsigned, kParts (words of A a unit takes), put(a, bytes), and add(sum, part, left,
 // right).
 template <class Element, class Dot>
-struct Int8 : OfTiles<Int8<Element, Dot>> {
-  using T = Element;
-  static constexpr bool kInt8 = true;
+struct Int8 : OfInt8<Element, OfTiles<Int8<Element, Dot>>> {
   static constexpr bool kUnsigned = Dot::kUnsigned;
-  static constexpr int kPerUnit = 4;
   static constexpr int kRowWords = 16 * Dot::kParts;
-  static constexpr int kTileRows = 12;
   static constexpr int64_t kDepthUnits = 768;
 
-  static bool moments(const T*, int64_t, float*, float*) { return false; }
   static void put_int8(uint32_t* a, const Vec* part) { Dot::put(a, v_int8(part)); }
 
   template <int M, int V>

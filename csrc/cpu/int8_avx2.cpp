@@ -3,25 +3,17 @@
 
 #if defined(__AVX2__) && defined(__FMA__)
 
-#include "vec_avx2.h"
-//
-#include "block_loops.h"
+#include "arch_avx2.h"
 
 namespace {
 
 // A holds int16: of each chunk the even numbers of all units, a pair in a word, then the odd ones.
 // B is split in the same way as it is loaded.
 template <class Element>
-struct Int8 : OfTiles<Int8<Element>> {
-  using T = Element;
-  static constexpr bool kInt8 = true;
-  static constexpr bool kUnsigned = false;
-  static constexpr int kPerUnit = 4;
+struct Int8 : OfInt8<Element, OfParts<Int8<Element>>> {
   static constexpr int kRowWords = 32;
-  static constexpr int kTileRows = 12;
   static constexpr int64_t kDepthUnits = 256;
 
-  static bool moments(const T*, int64_t, float*, float*) { return false; }
   static __m256i evens(__m256i bytes) { return odds(_mm256_slli_epi16(bytes, 8)); }
   static __m256i odds(__m256i bytes) { return _mm256_srai_epi16(bytes, 8); }
 
@@ -38,24 +30,6 @@ struct Int8 : OfTiles<Int8<Element>> {
                                       _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
       v_store_words(a + 8 * half, evens(bytes));
       v_store_words(a + 16 + 8 * half, odds(bytes));
-    }
-  }
-
-  // As in kernels_avx2.cpp.
-  template <int M, int V>
-  static void tile(const uint32_t* a, const uint32_t* b, int64_t panel_words, int64_t units,
-                   float* c, int64_t c_stride, bool more) {
-    constexpr int kWide = M == 1 ? 4 : M <= 3 ? 2 : 1;
-    constexpr int kVectors = V < kWide ? V : kWide;
-    constexpr int kRows = M > 6 ? (M + 1) / 2 : M;
-    for (int j = 0; j < V; j += kVectors) {
-      const uint32_t* const right = b + (j / 2) * panel_words + (j % 2) * 16;
-      float* const to = c + 16 * j;
-      part<kRows, kVectors>(a, M * kRowWords, right, panel_words, units, to, c_stride, more);
-      if constexpr (M > kRows) {
-        part<M - kRows, kVectors>(a + kRows * kRowWords, M * kRowWords, right, panel_words, units,
-                                  to + kRows * c_stride, c_stride, more);
-      }
     }
   }
 

@@ -7,16 +7,10 @@
 namespace {
 
 template <class Element>
-struct Int8 : OfTiles<Int8<Element>> {
-  using T = Element;
-  static constexpr bool kInt8 = true;
-  static constexpr bool kUnsigned = false;
-  static constexpr int kPerUnit = 4;
+struct Int8 : OfInt8<Element, OfTiles<Int8<Element>>> {
   static constexpr int kRowWords = 16;
-  static constexpr int kTileRows = 12;
   static constexpr int64_t kDepthUnits = 256;
 
-  static bool moments(const T*, int64_t, float*, float*) { return false; }
   static void put_int8(uint32_t* a, const Vec* part) {
     int8_t bytes[64];
     for (int i = 0; i < 64; ++i) {

@@ -168,6 +168,13 @@ Isa choose() {
   throw std::runtime_error("BEIT3_FAST_CPU_ISA must be one of " + names + ", got '" + wish + "'");
 }
 
+// Those of the current level, or of the nearest below that has them.
+const Kernels& nearest(const Kernels* (*Level::*of)(DType), DType dtype) {
+  int at = static_cast<int>(isa());
+  while ((kLevels[at].*of)(dtype) == nullptr) --at;
+  return *(kLevels[at].*of)(dtype);
+}
+
 }  // namespace
 
 const char* isa_name(Isa isa) { return kLevels[static_cast<int>(isa)].name; }
@@ -177,18 +184,7 @@ Isa isa() {
   return level;
 }
 
-const Kernels& kernels(DType dtype) {
-  const Kernels* found = nullptr;
-  for (int at = static_cast<int>(isa()); found == nullptr; --at) found = kLevels[at].kernels(dtype);
-  return *found;
-}
-
-const Kernels& int8_kernels(DType rows) {
-  const Kernels* found = nullptr;
-  for (int at = static_cast<int>(isa()); found == nullptr; --at) {
-    found = kLevels[at].int8_kernels(rows);
-  }
-  return *found;
-}
+const Kernels& kernels(DType dtype) { return nearest(&Level::kernels, dtype); }
+const Kernels& int8_kernels(DType rows) { return nearest(&Level::int8_kernels, rows); }
 
 }  // namespace beit3_fast::cpu

@@ -3,15 +3,13 @@
 
 #if defined(__AVX2__) && defined(__FMA__)
 
-#include "vec_avx2.h"
-//
-#include "block_loops.h"
+#include "arch_avx2.h"
 
 namespace {
 
 // A holds fp32; B holds fp32, or pairs of bf16 that are split as they are loaded.
 template <class Element>
-struct Avx2 : OfTiles<Avx2<Element>> {
+struct Avx2 : OfParts<Avx2<Element>> {
   using T = Element;
   static constexpr int kPerUnit = 4 / static_cast<int>(sizeof(Element));
   static constexpr int kRowWords = 16 * kPerUnit;
@@ -36,25 +34,6 @@ struct Avx2 : OfTiles<Avx2<Element>> {
       sum = v_add(sum, rounded);
     }
     return sum;
-  }
-
-  // Sixteen registers hold the sums of six rows and sixteen columns, or of fewer rows and more
-  // columns.
-  template <int M, int V>
-  static void tile(const uint32_t* a, const uint32_t* b, int64_t panel_words, int64_t units,
-                   float* c, int64_t c_stride, bool more) {
-    constexpr int kWide = M == 1 ? 4 : M <= 3 ? 2 : 1;
-    constexpr int kVectors = V < kWide ? V : kWide;
-    constexpr int kRows = M > 6 ? (M + 1) / 2 : M;
-    for (int j = 0; j < V; j += kVectors) {
-      const uint32_t* const right = b + (j / 2) * panel_words + (j % 2) * 16;
-      float* const to = c + 16 * j;
-      part<kRows, kVectors>(a, M * kRowWords, right, panel_words, units, to, c_stride, more);
-      if constexpr (M > kRows) {
-        part<M - kRows, kVectors>(a + kRows * kRowWords, M * kRowWords, right, panel_words, units,
-                                  to + kRows * c_stride, c_stride, more);
-      }
-    }
   }
 
   template <int M, int V>

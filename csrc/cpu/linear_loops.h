@@ -27,6 +27,18 @@ int64_t linear_scratch(const LinearBlock& block) {
   return carver.used();
 }
 
+// Rows of a tile of A, and their scales where they are rounded to int8.
+template <class Arch, class Row>
+inline void pack_rows(const Row& row, int64_t rows, const LinearBlock& block, uint32_t* a,
+                      float* scales) {
+  if constexpr (Arch::kInt8) {
+    pack_int8_tile<Arch>(row, rows, block.in_features, block.norm_weight, block.norm_bias,
+                         block.eps, a, scales);
+  } else {
+    pack_tile<Arch>(row, rows, block.in_features, block.norm_weight, block.norm_bias, block.eps, a);
+  }
+}
+
 // What turns int32 sums into numbers: scales of the rows of a tile and of the columns from its
 // first, and what an unsigned A adds to the sums of these columns.
 struct Scales {
@@ -107,13 +119,7 @@ void linear_block(const LinearBlock& block, void* scratch) {
       return static_cast<const T*>(block.x) +
              row_of(block, block.first + begin + r) * block.x_stride;
     };
-    if constexpr (Arch::kInt8) {
-      pack_int8_tile<Arch>(row, end - begin, block.in_features, block.norm_weight, block.norm_bias,
-                           block.eps, own.a + begin * row_words, own.row_scales + begin);
-    } else {
-      pack_tile<Arch>(row, end - begin, block.in_features, block.norm_weight, block.norm_bias,
-                      block.eps, own.a + begin * row_words);
-    }
+    pack_rows<Arch>(row, end - begin, block, own.a + begin * row_words, own.row_scales + begin);
   }
 
   const bool gelu = block.activation == Activation::kGelu;
@@ -167,12 +173,7 @@ int64_t product_loop(const LinearBlock& block, int64_t repeats, void* scratch) {
   const LinearScratch own = carve_linear<Arch>(block, carver);
   const int64_t rows = min_of(block.count, Arch::kTileRows);
   const auto row = [&](int64_t r) { return static_cast<const T*>(block.x) + r * block.x_stride; };
-  if constexpr (Arch::kInt8) {
-    pack_int8_tile<Arch>(row, rows, block.in_features, nullptr, nullptr, 0.0f, own.a,
-                         own.row_scales);
-  } else {
-    pack_tile<Arch>(row, rows, block.in_features, nullptr, nullptr, 0.0f, own.a);
-  }
+  pack_rows<Arch>(row, rows, block, own.a, own.row_scales);
   const int64_t units = ceil_div(block.in_features, Arch::kPerUnit);
   typename Arch::State state;
   for (int64_t i = 0; i < repeats; ++i) {

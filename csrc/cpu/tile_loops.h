@@ -168,6 +168,17 @@ struct OfTiles {
   }
 };
 
+// What Archs with int8 weights have in common, whatever their rows.
+template <class Element, class Base>
+struct OfInt8 : Base {
+  using T = Element;
+  static constexpr bool kInt8 = true;
+  static constexpr bool kUnsigned = false;
+  static constexpr int kPerUnit = 4;
+  static constexpr int kTileRows = 12;
+  static bool moments(const T*, int64_t, float*, float*) { return false; }
+};
+
 // First row of tile t of the `tiles` tiles of `count` rows.
 template <class Arch>
 inline int64_t tile_begin(int64_t count, int64_t tiles, int64_t t) {
@@ -291,20 +302,16 @@ inline void pack_tile(const Row& row, int64_t rows, int64_t depth, const float* 
   for (int64_t r = 0; r < rows; ++r) {
     const typename Arch::T* const x = row(r);
     uint32_t* to = a + r * Arch::kRowWords;
-    if (norm_weight == nullptr) {
+    if (norm_weight == nullptr) {  // numbers that need not pass through fp32
       for (int64_t from = 0; from < depth; from += step, to += chunk_words) {
         Arch::copy(to, x + from, depth - from);
       }
       continue;
     }
-    const Vec pivot = v_set(norms[r].pivot), shift = v_set(norms[r].shift);
-    const Vec scale = v_set(norms[r].scale);
     for (int64_t from = 0; from < depth; from += step, to += chunk_words) {
       Vec part[Arch::kPerUnit];
       for (int j = 0; j < Arch::kPerUnit; ++j) {
-        const int64_t at = from + 16 * j;
-        const Vec y = v_fma(v_sub(load_some(x + at, depth - at), pivot), scale, shift);
-        part[j] = v_fma(y, v_load(norm_weight + at), v_load(norm_bias + at));
+        part[j] = normal_values(x, from + 16 * j, depth, norms[r], norm_weight, norm_bias);
       }
       Arch::put(to, part);
     }
