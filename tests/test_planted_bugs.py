@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from planted_bugs import BUGS, ROOT, Bug, main, table_faults, union
+from bugs import BUGS, Bug
+from planted_bugs import ROOT, main, table_faults, union
 
 
 def test_there_are_enough_of_them() -> None:
