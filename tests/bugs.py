@@ -670,10 +670,10 @@ BUGS = (
         (f"{PROCESSES}::test_memory_does_not_grow",),
     ),
     Bug(
-        "ops-cpp-threads-of-its-own",
+        "ops-cpp-all-work-on-one-thread",
         "csrc/ops.cpp",
-        "              for (int64_t i = begin; i < end; ++i) body(i, context);\n",
-        "              for (int64_t i = begin; i < end; ++i) std::thread(body, i, context).join();\n",
+        "torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {",
+        "[&](auto all) { all(int64_t{0}, count); }([&](int64_t begin, int64_t end) {",
         (f"{PROCESSES}::test_the_threads_are_those_of_torch",),
     ),
     Bug(
