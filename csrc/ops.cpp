@@ -18,6 +18,7 @@
 #include "cpu/expert_linear.h"
 #include "cpu/isa.h"
 #include "cpu/packed_weight.h"
+#include "cpu/patch_embedding.h"
 #include "cpu/shared_attention.h"
 
 namespace {
@@ -28,6 +29,7 @@ using beit3_fast::cpu::Expert;
 using beit3_fast::cpu::ExpertLinear;
 using beit3_fast::cpu::Mask;
 using beit3_fast::cpu::Parameter;
+using beit3_fast::cpu::PatchEmbedding;
 using beit3_fast::cpu::Pool;
 using beit3_fast::cpu::SharedAttention;
 using torch::headeronly::ScalarType;
@@ -142,17 +144,20 @@ Tensor unpack_weight(Tensor packed, int64_t rows, int64_t columns) {
   return weight;
 }
 
+Parameter parameter_of(const Tensor& t, int64_t size, const char* op, const std::string& name) {
+  require(t.is_cpu() && is_float_type(t), op, ": ", name,
+          " must be a CPU tensor of float32 or bfloat16");
+  require(t.dim() == 1 && t.size(0) == size && (size <= 1 || t.stride(0) == 1), op, ": ", name,
+          " must be contiguous with shape [", size, "], got ", shape_of(t));
+  return {t.const_data_ptr(),
+          t.scalar_type() == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16};
+}
+
 Parameter parameter_of(const std::vector<Tensor>& list, std::size_t expert, int64_t size,
                        const char* name) {
   if (list.empty()) return {};
-  const Tensor& t = list[expert];
-  require(t.is_cpu() && is_float_type(t), "expert_linear: ", name, '[', expert,
-          "] must be a CPU tensor of float32 or bfloat16");
-  require(t.dim() == 1 && t.size(0) == size && (size <= 1 || t.stride(0) == 1),
-          "expert_linear: ", name, '[', expert, "] must be contiguous with shape [", size,
-          "], got ", shape_of(t));
-  return {t.const_data_ptr(),
-          t.scalar_type() == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16};
+  return parameter_of(list[expert], size, "expert_linear",
+                      std::string(name) + '[' + std::to_string(expert) + ']');
 }
 
 void require_list(const std::vector<Tensor>& list, std::size_t experts, const char* name) {
@@ -325,6 +330,66 @@ int64_t product_loop(Tensor x, Tensor packed, int64_t repeats) {
   return beit3_fast::cpu::product_loop(torch_pool(), call, repeats);
 }
 
+Tensor patch_embedding(Tensor images, Tensor packed, std::optional<Tensor> bias, Tensor cls_token,
+                       Tensor mask_token, std::optional<Tensor> positions,
+                       std::optional<Tensor> masked, int64_t patch) {
+  constexpr const char* op = "patch_embedding";
+  PatchEmbedding call;
+  call.dtype = dtype_of(images, op, "images");
+  require(images.dim() == 4 && images.is_contiguous(), op,
+          ": images must be contiguous [B, K, H, W], got shape ", shape_of(images));
+  call.batch = images.size(0);
+  call.channels = images.size(1);
+  call.height = images.size(2);
+  call.width = images.size(3);
+  require(patch > 0 && call.channels > 0 && call.height > 0 && call.width > 0 &&
+              call.height % patch == 0 && call.width % patch == 0,
+          op, ": images must be positive multiples of the patch ", patch, ", got shape ",
+          shape_of(images));
+  call.patch = patch;
+  const int64_t patches = call.height / patch * (call.width / patch);
+  require(cls_token.dim() == 1 && cls_token.size(0) > 0, op, ": cls_token must be [C], got shape ",
+          shape_of(cls_token));
+  const int64_t out_features = cls_token.size(0);
+  const int64_t in_features = call.channels * patch * patch;
+  require(
+      dtype_of(packed, op, "packed") == call.dtype && packed.dim() == 1 && packed.is_contiguous() &&
+          beit3_fast::cpu::is_packed(packed.const_data_ptr(),
+                                     packed.numel() * static_cast<int64_t>(packed.element_size()),
+                                     call.dtype, out_features, in_features),
+      op, ": packed is not a weight of shape [", out_features, ", ", in_features,
+      "] and this dtype packed by pack_weight of this build");
+  call.packed = packed.const_data_ptr();
+  call.out_features = out_features;
+  call.cls_token = parameter_of(cls_token, out_features, op, "cls_token");
+  call.mask_token = parameter_of(mask_token, out_features, op, "mask_token");
+  if (bias.has_value()) call.bias = parameter_of(*bias, out_features, op, "bias");
+  if (positions.has_value()) {
+    require_same_type(*positions, images, op, "positions");
+    require(positions->dim() == 2 && positions->is_contiguous() &&
+                positions->size(0) == patches + 1 && positions->size(1) == out_features,
+            op, ": positions must be contiguous [", patches + 1, ", ", out_features,
+            "], got shape ", shape_of(*positions));
+    call.positions = positions->const_data_ptr();
+  }
+  if (masked.has_value()) {
+    require(masked->is_cpu() && masked->scalar_type() == ScalarType::Bool && masked->dim() == 2 &&
+                masked->is_contiguous() && masked->size(0) == call.batch &&
+                masked->size(1) == patches,
+            op, ": masked must be a contiguous bool CPU tensor [", call.batch, ", ", patches,
+            "], got shape ", shape_of(*masked));
+    call.masked = static_cast<const unsigned char*>(masked->const_data_ptr());
+  }
+
+  const int64_t shape[] = {call.batch, patches + 1, out_features};
+  Tensor out = torch::stable::new_empty(images, {shape, 3});
+  if (call.batch == 0) return out;
+  call.images = images.const_data_ptr();
+  call.out = out.mutable_data_ptr();
+  beit3_fast::cpu::patch_embedding(torch_pool(), call);
+  return out;
+}
+
 // [B + 1] offsets that start at 0 and never decrease.
 const int32_t* take_offsets(const Tensor& t, int64_t batch, const char* name) {
   constexpr const char* op = "shared_attention";
@@ -452,6 +517,9 @@ STABLE_TORCH_LIBRARY(beit3_fast, m) {
       "Tensor[] norm_weights, Tensor[] norm_biases, Tensor? residual, Tensor? rows, int[] bounds, "
       "float eps, str activation) -> Tensor");
   m.def(
+      "patch_embedding(Tensor images, Tensor packed, Tensor? bias, Tensor cls_token, "
+      "Tensor mask_token, Tensor? positions, Tensor? masked, int patch) -> Tensor");
+  m.def(
       "shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_text, "
       "Tensor? cu_vision_q, Tensor? cu_text_q, Tensor? positions_q, int num_heads, float scale, "
       "str mask) -> Tensor");
@@ -463,6 +531,7 @@ STABLE_TORCH_LIBRARY_IMPL(beit3_fast, CPU, m) {
   m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
   m.impl("product_loop", TORCH_BOX(&product_loop));
   m.impl("expert_linear", TORCH_BOX(&expert_linear));
+  m.impl("patch_embedding", TORCH_BOX(&patch_embedding));
   m.impl("shared_attention", TORCH_BOX(&shared_attention));
 }
 

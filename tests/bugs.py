@@ -741,6 +741,27 @@ BUGS = (
         (f"{LINEAR}::test_gathered_rows_give_the_packed_result",),
     ),
     Bug(
+        "patches-a-row-of-the-image-late",
+        "csrc/cpu/patch_embedding.cpp",
+        "patch % columns * op.patch;",
+        "patch % columns * op.patch + op.width;",
+        ("tests/ops/test_patch_embedding.py",),
+    ),
+    Bug(
+        "patches-positions-from-the-class-token-on",
+        "csrc/cpu/patch_embedding.cpp",
+        "block.residual = at(op.positions, (1 + first) * op.out_features, bytes);",
+        "block.residual = at(op.positions, first * op.out_features, bytes);",
+        ("tests/ops/test_patch_embedding.py",),
+    ),
+    Bug(
+        "patches-masked-by-the-first-image",
+        "csrc/cpu/patch_embedding.cpp",
+        "op.masked[sample * patches + first + i]",
+        "op.masked[first + i]",
+        ("tests/ops/test_patch_embedding.py",),
+    ),
+    Bug(
         "tiles-eps-outside-the-root",
         "csrc/cpu/tile_loops.h",
         "__builtin_sqrtf((variance > 0.0f ? variance : variance * 0.0f) + eps)",

@@ -171,7 +171,7 @@ def test_names_of_ops_are_guessable() -> None:
         )
         if not (ROOT / path).is_file()
     ]
-    assert op_names() == {"expert_linear", "shared_attention"}
+    assert op_names() == {"expert_linear", "patch_embedding", "shared_attention"}
     assert not missing, missing
 
 

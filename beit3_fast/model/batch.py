@@ -78,11 +78,10 @@ def embed_padded(
     kept = sorted_samples(kept)
     parts, words = [], []
     if image is not None:
-        plain, placed = _vision_rows(model, sorted_samples(image), sorted_samples(masked_position))
-        parts.append(placed)
+        own = sorted_samples(image), sorted_samples(masked_position)
         if keep_words:
-            words.append(plain)
-        del plain
+            words.append(branch(model, "vision_embed")(*own, model.impl).flatten(0, 1))
+        parts.append(_vision_rows(model, *own))
     if text is not None:
         places = torch.arange(num_text, device=device)[None]
         if positions is not None:
@@ -143,7 +142,7 @@ def embed_samples(
     for place in (*layout.order, None):
         image = None if place is None else images[place]
         if same_size and (image is None or image.shape != same_size[0].shape):
-            parts.append(_vision_rows(model, torch.stack(same_size), None)[1])
+            parts.append(_vision_rows(model, torch.stack(same_size), None))
             same_size = []
         if image is not None:
             same_size.append(image)
@@ -192,14 +191,12 @@ def branch(model: nn.Module, name: str) -> Any:
     return module
 
 
-def _vision_rows(
-    model: Any, images: Tensor, masked_position: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _vision_rows(model: Any, images: Tensor, masked_position: Tensor | None) -> Tensor:
     embed = branch(model, "vision_embed")
-    x = embed(images, masked_position, model.impl)
     table = model.encoder.embed_positions.A.weight
     positions = vision_positions(table, model.config.grid_size, embed.grid_size(images))
-    return x.flatten(0, 1), (x + positions).flatten(0, 1)
+    rows: Tensor = embed(images, masked_position, model.impl, positions)
+    return rows.flatten(0, 1)
 
 
 def _text_rows(model: Any, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:

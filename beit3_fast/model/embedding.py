@@ -16,8 +16,7 @@ from beit3_fast.checkpoint.positions import interpolate_positions
 from beit3_fast.config import BEiT3Config
 from beit3_fast.derived import derived, needs_grad
 from beit3_fast.errors import ShapeError
-from beit3_fast.ops import expert_linear
-from beit3_fast.ops.dispatch import autocast_enabled
+from beit3_fast.ops.patch_embedding import grid_of, patch_embedding
 
 POSITION_OFFSET = 2
 MOST_GRIDS = 16  # whose interpolated positions a model keeps
@@ -38,66 +37,25 @@ class VisionEmbedding(nn.Module):
 
     def grid_size(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches. Raises ShapeError unless images is [B, 3, H, W] in whole patches."""
-        patch = self.patch_size
-        if (
-            images.dim() != 4
-            or images.shape[1] != self.proj.in_channels
-            or images.shape[2] % patch
-            or images.shape[3] % patch
-            or not images.shape[2:].numel()
-        ):
-            raise ShapeError(
-                f"images must be [B, {self.proj.in_channels}, H, W] with H and W positive multiples of "
-                f"{patch}, got {list(images.shape)}; resize them (see beit3_fast.Processor)"
-            )
-        if not images.is_floating_point():
-            raise ShapeError(
-                f"images must be floating point and normalised, got {images.dtype}; "
-                "use beit3_fast.Processor"
-            )
-        return images.shape[2] // patch, images.shape[3] // patch
+        return grid_of(images, self.proj.weight)
 
     def forward(
-        self, images: Tensor, masked_position: Tensor | None = None, impl: str = "auto"
+        self,
+        images: Tensor,
+        masked_position: Tensor | None = None,
+        impl: str = "auto",
+        positions: Tensor | None = None,
     ) -> Tensor:
-        """images [B, 3, H, W] -> [B, Nv, C], class token first, no positions yet.
+        """images [B, 3, H, W] -> [B, Nv, C], class token first.
 
-        ``masked_position`` [B, Nv - 1], bool or 0/1: patches that the mask token replaces.
+        ``masked_position`` [B, Nv - 1], bool or 0/1: patches that the mask token replaces. ``positions`` [Nv, C]
+        are added where they are given.
         """
-        rows, columns = self.grid_size(images)
-        batch, channels = images.shape[:2]
-        patch = self.patch_size
-        patches = images.reshape(batch, channels, rows, patch, columns, patch)
-        patches = patches.permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(batch * rows * columns, channels * patch * patch)
-        weight = self.proj.weight
-        if images.dtype != weight.dtype and not autocast_enabled(images.device.type):
-            raise ShapeError(
-                f"images must have the model's dtype, {weight.dtype}, got {images.dtype}; convert them or run "
-                "under torch.autocast"
-            )
-        if needs_grad(weight):
-            matrix = weight.flatten(1)
-        else:
-            matrix = derived("matrix", (weight,), lambda: weight.detach().flatten(1))
-        bias = self.proj.bias
-        x = expert_linear(
-            patches,
-            [matrix],
-            None if bias is None else [bias],
-            bounds=(0, patches.shape[0]),
-            impl=impl,
-        ).unflatten(0, (batch, rows * columns))
-        if masked_position is not None:
-            if tuple(masked_position.shape) != (batch, rows * columns):
-                raise ShapeError(
-                    f"vision_masked_position must be [B, patches] = [{batch}, {rows * columns}], "
-                    f"got {list(masked_position.shape)}"
-                )
-            mask = masked_position.unsqueeze(-1).to(self.mask_token.dtype)
-            x = x * (1 - mask) + self.mask_token * mask
-        # Under autocast x is of lower precision: the sum of all layers starts in the parameters' dtype.
-        return torch.cat([self.cls_token.expand(batch, -1, -1), x], dim=1)
+        proj = self.proj
+        tokens = self.cls_token[0, 0], self.mask_token[0, 0]
+        return patch_embedding(
+            images, proj.weight, proj.bias, *tokens, positions, masked_position, impl=impl
+        )
 
 
 def vision_positions(table: Tensor, trained_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:

@@ -138,7 +138,7 @@ def _cpu(
         apart = len(heights) == 1 and heights.pop() % _PANEL == 0
         for parts in groups:
             stacked.append(_stand_in(parts))
-            packed += map(_packed, parts) if apart else [_packed_whole(parts)]
+            packed += map(packed_form, parts) if apart else [_packed_whole(parts)]
     vectors = [
         [ordered(t) for t in group]
         for group in ([_stack(bias) for bias in biases or ()], norm_weights, norm_biases)
@@ -177,7 +177,8 @@ def _triton(
 _PANEL = 32
 
 
-def _packed(weight: Tensor) -> Tensor:
+def packed_form(weight: Tensor) -> Tensor:
+    """A weight [O, I] in the layout that the CPU kernels read, packed on its first use."""
     if isinstance(weight, PackedWeight):
         return weight.packed
     return derived(
@@ -189,7 +190,7 @@ def _packed(weight: Tensor) -> Tensor:
 
 def _packed_whole(parts: tuple[Tensor, ...]) -> Tensor:
     if len(parts) == 1:
-        return _packed(parts[0])
+        return packed_form(parts[0])
     sources = [part.packed if isinstance(part, PackedWeight) else part for part in parts]
     if sources[0].dtype is torch.int8:
         return derived("packed whole", sources, lambda: _join_int8(parts))

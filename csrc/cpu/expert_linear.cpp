@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 
 #include "isa.h"
 #include "packed_weight.h"
@@ -10,25 +9,7 @@
 namespace beit3_fast::cpu {
 namespace {
 
-// Rows that share a block of B while it is near. The slice of them that meets it fits the L2 cache.
-constexpr int64_t kBlockRows = 192;
-// A block that reuses each panel for fewer rows than this reads more of B than it multiplies.
-constexpr int64_t kFewRows = 24;
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-void to_float(const Parameter& from, int64_t count, int64_t padded, float* to) {
-  if (from.dtype == DType::kFloat32) {
-    std::memcpy(to, from.data, static_cast<std::size_t>(count) * sizeof(float));
-  } else {
-    const auto* bits = static_cast<const uint16_t*>(from.data);
-    for (int64_t i = 0; i < count; ++i) {
-      const uint32_t wide = static_cast<uint32_t>(bits[i]) << 16;
-      std::memcpy(to + i, &wide, sizeof(wide));
-    }
-  }
-  std::fill(to + count, to + padded, 0.0f);
-}
 
 // Row blocks, and where they are too few for the threads, ranges of panels.
 void plan(const Pool& pool, const ExpertLinear& op, const std::vector<LinearBlock>& experts,

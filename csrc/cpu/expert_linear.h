@@ -3,16 +3,16 @@
 
 #include <vector>
 
+#include "elements.h"
 #include "kernels.h"
 #include "parallel.h"
 
 namespace beit3_fast::cpu {
 
-// A vector of fp32 or bf16 parameters; null data: absent.
-struct Parameter {
-  const void* data = nullptr;
-  DType dtype = DType::kFloat32;
-};
+// Rows that share a block of B while it is near. The slice of them that meets it fits the L2 cache.
+constexpr int64_t kBlockRows = 192;
+// A block that reuses each panel for fewer rows than this reads more of B than it multiplies.
+constexpr int64_t kFewRows = 24;
 
 struct Expert {
   const void* weight = nullptr;  // [O, I] of the op's dtype; read only where nothing is packed

@@ -14,7 +14,7 @@ struct Avx2 : OfParts<Avx2<Element>> {
   static constexpr int kPerUnit = 4 / static_cast<int>(sizeof(Element));
   static constexpr int kRowWords = 16 * kPerUnit;
   static constexpr int kTileRows = 12;
-  static constexpr int64_t kDepthUnits = 256 / kPerUnit;
+  static constexpr int64_t kDepthUnits = 768 / kPerUnit;
   static constexpr int kExpDegree = kPerUnit == 1 ? 6 : 5;
   // Units of depth in one chain of additions, for the reason given at the fp32 tile of
   // kernels_avx512.cpp.

@@ -102,6 +102,14 @@ inline void finish(const LinearBlock& block, int64_t first, int64_t rows, int64_
   }
 }
 
+// Asks for a share of the block of B that comes next, one of as many as there are tiles: it lies
+// behind the present one, and the first tile would wait for each line of it.
+inline void foresee_weights(const uint32_t* b, int64_t words, int64_t tile, int64_t tiles) {
+  constexpr int64_t line = kCacheLine / static_cast<int64_t>(sizeof(uint32_t));
+  const uint32_t* const end = b + words * (tile + 1) / tiles;
+  for (b += words * tile / tiles; b < end; b += line) __builtin_prefetch(b, 0, 2);
+}
+
 template <class Arch>
 void linear_block(const LinearBlock& block, void* scratch) {
   using T = typename Arch::T;
@@ -152,6 +160,7 @@ void linear_block(const LinearBlock& block, void* scratch) {
         const int64_t begin = tile_begin<Arch>(block.count, tiles, t);
         const int64_t rows = tile_begin<Arch>(block.count, tiles, t + 1) - begin;
         float* const c = own.c + begin * c_stride;
+        if (tiles >= 4) foresee_weights(b + depth * kPanel, depth * kPanel, t, tiles);
         if (d + 1 == depths) foresee<Arch>(block, block.first + begin, rows, column, columns);
         Arch::product(state, rows, vectors,
                       own.a + begin * row_words + from * rows * Arch::kRowWords, b, panel_words,

@@ -3,7 +3,11 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
+#include "elements.h"
 #include "isa.h"
 
 namespace beit3_fast::cpu {
@@ -28,7 +32,23 @@ int64_t bytes_of(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : dtype == DType::kBFloat16 ? 2 : 1;
 }
 
+// Asks for huge pages: the panels of a model outgrow what the processor knows of small ones, and
+// every product walks through all of them. Memory is not touched; a refusal costs speed only.
+void ask_for_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t{2} << 20;
+  const auto begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const auto end =
+      (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
 char* put_header(DType dtype, int64_t out_features, int64_t in_features, void* packed) {
+  ask_for_huge_pages(packed, packed_bytes(dtype, out_features, in_features));
   Header header{};
   header.magic = kMagic;
   header.layout = kLayout;
@@ -37,14 +57,6 @@ char* put_header(DType dtype, int64_t out_features, int64_t in_features, void* p
   header.in_features = in_features;
   std::memcpy(packed, &header, sizeof(header));
   return static_cast<char*>(packed) + kHeaderBytes;
-}
-
-float element(DType dtype, const void* row, int64_t i) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(row)[i];
-  const uint32_t wide = static_cast<uint32_t>(static_cast<const uint16_t*>(row)[i]) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof(value));
-  return value;
 }
 
 void pack(const Kernels& level, const Pool& pool, DType dtype, const void* weight, int64_t stride,
@@ -105,7 +117,7 @@ void quantize_weight(const Pool& pool, DType dtype, const void* weight, int64_t 
       float largest = 0.0f;
       bool finite = true;
       for (int64_t i = 0; i < in_features; ++i) {
-        const float w = element(dtype, row, i);
+        const float w = load_element(dtype, row, i);
         finite = finite && std::isfinite(w);
         largest = std::fmax(largest, std::fabs(w));
       }
@@ -114,7 +126,7 @@ void quantize_weight(const Pool& pool, DType dtype, const void* weight, int64_t 
       if (!finite || !std::isfinite(inverse)) continue;
       int32_t sum = 0;
       for (int64_t i = 0; i < in_features; ++i) {
-        const auto q = static_cast<int8_t>(std::lrint(element(dtype, row, i) * inverse));
+        const auto q = static_cast<int8_t>(std::lrint(load_element(dtype, row, i) * inverse));
         bytes[(i / 4 * kPanel + j) * 4 + i % 4] = q;
         sum += q;
       }

@@ -103,6 +103,40 @@ def test_shared_attention_rejects(name: str) -> None:
         OPS.shared_attention(**{**arguments, **changes})
 
 
+BAD_PATCHES: dict[str, tuple[dict[str, Any], str]] = {
+    "dtype": ({"images": torch.randn(2, 3, 8, 12).half()}, "float32 or bfloat16"),
+    "no batch": ({"images": torch.randn(3, 8, 12)}, r"\[B, K, H, W\]"),
+    "strides": ({"images": torch.randn(2, 8, 12, 3).permute(0, 3, 1, 2)}, "contiguous"),
+    "size": ({"images": torch.randn(2, 3, 8, 13)}, "multiples of the patch 4"),
+    "patch": ({"patch": 0}, "multiples of the patch 0"),
+    "weight": ({"packed": OPS.pack_weight(torch.randn(24, 47))}, r"shape \[24, 48\]"),
+    "other dtype": ({"packed": OPS.pack_weight(torch.randn(24, 48).bfloat16())}, "this dtype"),
+    "bias": ({"bias": torch.randn(23)}, r"bias must be contiguous with shape \[24\]"),
+    "cls": ({"cls_token": torch.randn(1, 1, 24)}, r"cls_token must be \[C\]"),
+    "mask token": ({"mask_token": torch.randn(25)}, "mask_token"),
+    "positions": ({"positions": torch.randn(6, 24)}, r"\[7, 24\]"),
+    "positions type": ({"positions": torch.randn(7, 24).bfloat16()}, "same dtype"),
+    "masked": ({"masked": torch.zeros(2, 7, dtype=torch.bool)}, r"\[2, 6\]"),
+    "masked type": ({"masked": torch.zeros(2, 6)}, "bool"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PATCHES)
+def test_patch_embedding_rejects(name: str) -> None:
+    changes, message = BAD_PATCHES[name]
+    arguments: dict[str, Any] = {
+        "images": torch.randn(2, 3, 8, 12),
+        "packed": OPS.pack_weight(torch.randn(24, 48)),
+        **dict.fromkeys(("bias", "cls_token", "mask_token"), torch.randn(24)),
+        "positions": torch.randn(7, 24),
+        "masked": torch.zeros(2, 6, dtype=torch.bool),
+        "patch": 4,
+    }
+    OPS.patch_embedding(**arguments)
+    with pytest.raises(RuntimeError, match=message):
+        OPS.patch_embedding(**{**arguments, **changes})
+
+
 def test_some_queries_need_positions_under_a_mask() -> None:
     q, kv = torch.randn(1, 4), torch.randn(3, 4)
     offsets = (cumulative([2]), cumulative([1]), cumulative([1]), cumulative([0]))

@@ -19,6 +19,7 @@ OPS = torch.ops.beit3_fast
 REGISTERED = {
     "expert_linear",
     "pack_weight",
+    "patch_embedding",
     "quantize_weight",
     "shared_attention",
     "shared_attention_backward",
@@ -28,7 +29,7 @@ REGISTERED = {
 
 @pytest.fixture(autouse=True)
 def _registered() -> None:
-    for op in ("expert_linear", "shared_attention"):
+    for op in ("expert_linear", "patch_embedding", "shared_attention"):
         import_module(f"beit3_fast.ops.{op}")._op()
 
 
@@ -106,6 +107,19 @@ def test_pack_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert torch.equal(OPS.unpack_weight(packed, *shape), weight)
     torch.library.opcheck(OPS.quantize_weight.default, (weight,))
     torch.library.opcheck(OPS.unpack_weight.default, (OPS.quantize_weight(weight), *shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("least", [False, True])
+def test_patch_embedding(least: bool, dtype: torch.dtype) -> None:
+    packed = OPS.pack_weight(draw(24, 3 * 4 * 4, dtype=dtype))
+    tokens = [draw(24, dtype=dtype) for _ in range(3)]
+    optional = [None, None] if least else [draw(7, 24, dtype=dtype), torch.rand(2, 6) < 0.5]
+    tokens[0] = None if least else tokens[0]
+    torch.library.opcheck(
+        OPS.patch_embedding.default,
+        (draw(2, 3, 8, 12, dtype=dtype), packed, *tokens, *optional, 4),
+    )
 
 
 def attention_arguments(
