@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LINEAR = "tests/ops/test_expert_linear.py"
+TRITON_GRADIENTS = "tests/ops/test_triton_linear_gradients.py"
+TRITON_CROSS_ENTROPY = "tests/ops/test_triton_cross_entropy.py"
+TRITON_ATTENTION = "tests/ops/test_triton_shared_attention.py"
 CROSS_ENTROPY = "tests/ops/test_masked_linear_cross_entropy.py"
 ATTENTION = "tests/ops/test_shared_attention.py"
 PADDED = "tests/ops/test_padded_attention.py"
@@ -581,6 +584,42 @@ BUGS = (
         "found = baseline if name == REFERENCE else outputs(name, case.dtype)",
         "found = baseline",
         (f"{BENCH_RUN}::test_a_wrong_runtime_is_found_and_nothing_is_timed",),
+    ),
+    # kernels
+    Bug(
+        "triton-last-step-of-a-part-takes-rows-of-the-next-expert",
+        "kernels/_weight_gradient.py",
+        "        real = real & (row < end)[:, None]\n",
+        "        real = real\n",
+        (f"{TRITON_GRADIENTS}::test_gradients",),
+    ),
+    Bug(
+        "triton-gelu-derivative-without-its-slope",
+        "kernels/_expert_linear_backward.py",
+        "dz *= 0.5 * (1.0 + tl.erf(z * _SQRT_HALF)) + z * bell",
+        "dz *= 0.5 * (1.0 + tl.erf(z * _SQRT_HALF))",
+        (f"{TRITON_GRADIENTS}::test_gradients",),
+    ),
+    Bug(
+        "triton-norm-backward-keeps-the-mean",
+        "kernels/_expert_linear_backward.py",
+        "(g - (tl.sum(g, 1) / K)[:, None] - normed",
+        "(g - normed",
+        (f"{TRITON_GRADIENTS}::test_gradients",),
+    ),
+    Bug(
+        "triton-padding-of-the-vocabulary-counts",
+        "kernels/masked_linear_cross_entropy.py",
+        '        z = tl.where((column < V)[None, :], z, float("-inf"))\n',
+        "",
+        (f"{TRITON_CROSS_ENTROPY}::test_losses_and_gradients",),
+    ),
+    Bug(
+        "triton-whole-rows-without-the-mask",
+        "kernels/shared_attention.py",
+        'pieces += (tl.where(place[None, :] < limit[:, None], scores, float("-inf")),)',
+        "pieces += (scores,)",
+        (f"{TRITON_ATTENTION}::test_whole_rows_of_scores",),
     ),
     # csrc: single levels; those that this processor lacks run emulated
     Bug(

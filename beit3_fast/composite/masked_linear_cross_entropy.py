@@ -13,7 +13,8 @@ nobody may ask for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,8 @@ def masked_linear_cross_entropy(
     compute = torch.promote_types(x.dtype, torch.float32)
     top = torch.full(rows.shape, torch.finfo(compute).min, dtype=compute, device=x.device)
     total, hit, mean = (torch.zeros_like(top) for _ in range(3))
-    for own, logits in _slices(named, weight, bias):
+    for own in _slices(len(named), len(weight)):
+        logits = _logits(named, weight, bias, own)
         inside, column = _targets_in(own, targets)
         hit += logits.gather(1, column[:, None])[:, 0].where(inside, 0.0)
         if label_smoothing:
@@ -55,6 +57,9 @@ def masked_linear_cross_entropy(
     return losses, torch.stack([top, total], dim=1)
 
 
+Slopes = Callable[[slice], tuple[Tensor, Tensor | None]]
+
+
 def masked_linear_cross_entropy_backward(
     grad: Tensor,
     x: Tensor,
@@ -64,38 +69,61 @@ def masked_linear_cross_entropy_backward(
     targets: Tensor,
     peaks: Tensor,
     label_smoothing: float,
+    slopes: Slopes | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, given that of the losses [M] and what the forward pass kept, ``peaks`` [M, 2].
 
-    Rows that ``rows`` does not name have a gradient of zero; without a bias its gradient has no elements.
+    Rows that ``rows`` does not name have a gradient of zero; without a bias its gradient has no elements. ``slopes``
+    may stand for this file's own way to the gradient of a slice of the logits: [M, v] in x's dtype, and with a bias
+    its column sums.
     """
     named = x[rows]
+    if slopes is None:
+        slopes = partial(_slopes, grad, named, weight, bias, targets, peaks, label_smoothing)
     dnamed = torch.zeros(named.shape, dtype=peaks.dtype, device=x.device)
     dweight = weight.new_empty(weight.shape)
     dbias = weight.new_empty(0 if bias is None else len(weight))
-    top, total = peaks.split(1, dim=1)
-    place = torch.arange(len(rows), device=x.device)
-    for own, logits in _slices(named, weight, bias):
-        slope = logits.sub_(top).exp_().div_(total).sub_(label_smoothing / len(weight))
-        inside, column = _targets_in(own, targets)
-        slope[place, column] -= (1.0 - label_smoothing) * inside
-        slope *= grad[:, None]
-        if bias is not None:
-            dbias[own] = slope.sum(0)
-        slope = slope.to(x.dtype)
+    for own in _slices(len(named), len(weight)):
+        slope, sums = slopes(own)
+        if sums is not None:
+            dbias[own] = sums
         dweight[own] = slope.T @ named
         dnamed += slope @ weight[own]
     dx = x.new_zeros(x.shape).index_add_(0, rows, dnamed.to(x.dtype))
     return dx, dweight, dbias
 
 
-def _slices(named: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the vocabulary and the logits [M, v] of each, in fp32 or fp64."""
-    step = max(_THINNEST, _LOGITS // max(1, len(named)))
-    compute = torch.promote_types(named.dtype, torch.float32)
-    for first in range(0, len(weight), step):
-        own = slice(first, min(first + step, len(weight)))
-        yield own, F.linear(named, weight[own], None if bias is None else bias[own]).to(compute)
+def _slopes(
+    grad: Tensor,
+    named: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    peaks: Tensor,
+    label_smoothing: float,
+    own: slice,
+) -> tuple[Tensor, Tensor | None]:
+    top, total = peaks.split(1, dim=1)
+    slope = _logits(named, weight, bias, own).sub_(top).exp_().div_(total)
+    slope -= label_smoothing / len(weight)
+    inside, column = _targets_in(own, targets)
+    place = torch.arange(len(named), device=named.device)
+    slope[place, column] -= (1.0 - label_smoothing) * inside
+    slope *= grad[:, None]
+    return slope.to(named.dtype), None if bias is None else slope.sum(0)
+
+
+def _slices(count: int, vocabulary: int) -> Iterator[slice]:
+    """Slices of the vocabulary, the same in both passes."""
+    step = max(_THINNEST, _LOGITS // max(1, count))
+    for first in range(0, vocabulary, step):
+        yield slice(first, min(first + step, vocabulary))
+
+
+def _logits(named: Tensor, weight: Tensor, bias: Tensor | None, own: slice) -> Tensor:
+    """[M, v] of a slice, in fp32 or fp64."""
+    logits = F.linear(named, weight[own], None if bias is None else bias[own])
+    return logits.to(torch.promote_types(named.dtype, torch.float32))
 
 
 def _targets_in(own: slice, targets: Tensor) -> tuple[Tensor, Tensor]:

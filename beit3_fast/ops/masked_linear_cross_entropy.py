@@ -20,7 +20,7 @@ from beit3_fast.composite.masked_linear_cross_entropy import (
 )
 from beit3_fast.composite.masked_linear_cross_entropy import masked_linear_cross_entropy_backward
 from beit3_fast.errors import ShapeError
-from beit3_fast.ops import dispatch
+from beit3_fast.ops import dispatch, triton_kernels
 from beit3_fast.reference.masked_linear_cross_entropy import (
     masked_linear_cross_entropy as reference_impl,
 )
@@ -58,10 +58,16 @@ def masked_linear_cross_entropy(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    rest = (rows, targets, float(label_smoothing))
     if choice.impl == "reference":
-        losses = reference_impl(x, weight, bias, rows, targets, label_smoothing)
+        losses = reference_impl(x, weight, bias, *rest)
+    elif choice.impl == "triton":
+        x, weight = dispatch.rows_in_memory(x), dispatch.rows_in_memory(weight)
+        bias = None if bias is None else bias.contiguous()
+        rest = (rows.contiguous(), targets.contiguous(), float(label_smoothing))
+        losses, _ = triton_kernels.masked_linear_cross_entropy(x, weight, bias, *rest)
     else:
-        losses, _ = _composite(x, weight, bias, rows, targets, float(label_smoothing))
+        losses, _ = _composite(x, weight, bias, *rest)
     if reduction == "none":
         return losses
     total = losses.sum()
