@@ -26,7 +26,16 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 530
 LOG_BYTES = 2_000_000
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "--tb=short")
-KERNEL_TESTS = ("expert_linear", "shared_attention", "registration", "model", "tiles", "dispatch")
+KERNEL_TESTS = (
+    "expert_linear",
+    "shared_attention",
+    "linear_gradients",
+    "cross_entropy",
+    "registration",
+    "model",
+    "tiles",
+    "dispatch",
+)
 WORKLOADS = {
     "image/base/224": "256",
     "image/large/224": "256",
@@ -64,7 +73,7 @@ def steps(device: str, dry_run: bool, out: Path) -> list[Step]:
     plan.append(Step("races", (*races, *(("-k", "causal") if dry_run else every))))
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         if device == "cuda":
-            files = [f"tests/ops/test_triton_{name}.py" for name in KERNEL_TESTS[:2]]
+            files = [f"tests/ops/test_triton_{name}.py" for name in KERNEL_TESTS[:4]]
             command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *PYTEST)
             uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             plan.append(Step(tool, (*command, *files, "-k", SANITIZED), False, uncached))

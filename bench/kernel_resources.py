@@ -16,15 +16,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from bench.kernel_specimens import Launch, specimens
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "triton-kernels.md"
@@ -42,16 +42,6 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch of a kernel: its arguments by name, with compile-time constants and options apart."""
-
-    kernel: Any
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-    options: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -86,36 +76,6 @@ class Resources:
             f"{self.tma_loads} TMA loads": (self.tma_loads > 0) is wants_tma,
         }
         return [figure for figure, holds in rules.items() if not holds]
-
-
-@contextmanager
-def recorded(*kernels: Any) -> Iterator[list[Launch]]:
-    """Within it, launches of these kernels are noted down instead of run."""
-    launches: list[Launch] = []
-
-    def note(kernel: Any) -> Callable[..., None]:
-        def run(*args: Any, grid: Any, warmup: bool, **named: Any) -> None:
-            parameters = {p.name: p for p in kernel.params}
-            options = {key: named.pop(key) for key in [*named] if key not in parameters}
-            given = dict(zip(parameters, args, strict=False)) | named
-            constants = {
-                name: value
-                for name, value in given.items()
-                if parameters[name].is_constexpr or value is None
-            }
-            arguments = {name: value for name, value in given.items() if name not in constants}
-            launches.append(Launch(kernel, arguments, constants, options))
-
-        return run
-
-    before = [kernel.run for kernel in kernels]
-    for kernel in kernels:
-        kernel.run = note(kernel)
-    try:
-        yield launches
-    finally:
-        for kernel, run in zip(kernels, before, strict=True):
-            kernel.run = run
 
 
 def compile_for(launch: Launch, architecture: int) -> Any:
@@ -195,90 +155,6 @@ def _cuobjdump(option: str, cubin: Path) -> str:
         [str(program), option, str(cubin)], capture_output=True, text=True, check=True
     )
     return done.stdout
-
-
-@dataclass(frozen=True)
-class Specimen:
-    """One kernel as it ships: its launch, and what its code must hold."""
-
-    name: str
-    shape_class: str
-    launch: Launch
-    wants_mma: bool
-    wants_tma: bool
-    per_sm: int
-
-
-def specimens(name: str) -> Iterator[Specimen]:
-    """Every kernel with every shipped tile of an architecture, in bf16 (class "fp32" in fp32), all options on."""
-    names = (
-        "_tiles",
-        "_row_statistics",
-        "expert_linear",
-        "shared_attention",
-        "_shared_attention_backward",
-    )
-    _tiles, moments, linear, attention, backward = map(
-        import_module, [f"beit3_fast.kernels.{n}" for n in names]
-    )
-    rows, ends = 1024, torch.empty(9, dtype=torch.int32)
-    for shape_class in _tiles.CLASSES["expert_linear"]:
-        tile = _tiles.choose(linear.Tile, "expert_linear", shape_class, name)
-        dtype = torch.float32 if shape_class == "fp32" else torch.bfloat16
-        x, residual = torch.empty(rows, 768, dtype=dtype), torch.empty(rows, 3072, dtype=dtype)
-        vectors = torch.empty(2, 3072)
-        folded = linear.FoldedWeights(torch.empty(2, 3072, 768, dtype=dtype), vectors, vectors)
-        statistics = moments.RowStatistics(torch.empty(rows, 6, 2), 128)
-        for gathered in (None, torch.empty(rows, dtype=torch.int64)):
-            with recorded(linear.expert_linear_kernel) as launches:
-                linear.expert_linear(
-                    x,
-                    folded,
-                    residual,
-                    gathered,
-                    (0, 900, rows),
-                    1e-5,
-                    "gelu",
-                    statistics=statistics,
-                    with_statistics=True,
-                    tile=tile,
-                )
-            yield Specimen(
-                "expert_linear",
-                shape_class + (", gathered" if gathered is not None else ""),
-                launches[0],
-                wants_mma=shape_class != "fp32",
-                wants_tma=tile.tma and gathered is None,
-                per_sm=tile.per_sm,
-            )
-    with recorded(moments.row_statistics_kernel) as launches:
-        moments.row_statistics(torch.empty(rows, 3072, dtype=torch.bfloat16))
-    yield Specimen("row_statistics", "3072 features", launches[0], False, False, 1)
-
-    segments = attention.Segments(ends, ends, 197)
-    for shape_class in _tiles.CLASSES["shared_attention"]:
-        tile = _tiles.choose(attention.Tile, "shared_attention", shape_class, name)
-        dtype = torch.float32 if "fp32" in shape_class else torch.bfloat16
-        for head_dim, mask in ((64, "bidirectional"), (64, "seq2seq"), (88, "causal")):
-            q, k, v = torch.empty(rows, 3 * 16 * head_dim, dtype=dtype).chunk(3, dim=1)
-            call = (segments, segments, 16, 0.125, mask)
-            kernels = (backward.query_gradient_kernel, backward.key_gradient_kernel)
-            with recorded(attention.shared_attention_kernel, *kernels) as launches:
-                if "backward" in shape_class:
-                    o, lse = torch.empty(q.shape, dtype=dtype), torch.empty(rows, 16)
-                    backward.shared_attention_backward(o, q, k, v, o, lse, *call, tile=tile)
-                else:
-                    options = {"with_lse": True, "with_statistics": True, "tile": tile}
-                    attention.shared_attention(q, k, v, *call, **options)
-            for launch in launches:
-                yield Specimen(
-                    launch.kernel.__name__.removesuffix("_kernel"),
-                    f"{shape_class}, {head_dim} wide, {mask}",
-                    launch,
-                    wants_mma=dtype != torch.float32,
-                    wants_tma=False,
-                    per_sm=1,
-                )
 
 
 def examine(names: list[str], wanted: str) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ GAIN = 1.02
 # Relative rms between the results of two tiles that compute the same.
 SAME = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 EFFORT, DRY_EFFORT = Effort(2, 20, 0.2, 200), Effort(0, 1, 0.0, 1)
-# Values that are tried for the fields of a tile; the others stay as they are shipped.
+# Values that are tried (for the ops of a layer; a head is small beside them) for the fields of a tile; the others stay as they are shipped.
 SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
     "expert_linear": {
         "block_m": (64, 128),
@@ -50,6 +50,7 @@ SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
         "block_k": (16, 32, 64, 128),
         "num_warps": (4, 8),
         "num_stages": (1, 2, 3),
+        "whole": (0, 224),
     },
 }
 DRY_SPACE = {"expert_linear": {"block_k": (16, 32)}, "shared_attention": {"block_k": (16, 32)}}
@@ -58,6 +59,8 @@ LINEAR = {
     "many rows": ((50_432, 0, 768, 3072), (50_432, 512, 3072, 768), (25_216, 512, 1024, 3072)),
     "few rows": ((197, 0, 768, 2304), (197, 16, 3072, 768), (0, 128, 1024, 4096)),
     "fp32": ((1_576, 0, 768, 3072), (1_576, 128, 3072, 768)),
+    "weights": ((50_432, 0, 768, 3072), (50_432, 512, 3072, 768), (25_216, 512, 1024, 3072)),
+    "fp32 weights": ((1_576, 0, 768, 3072), (1_576, 128, 3072, 768)),
 }
 # Vision and text tokens of each of so many samples, heads, head width.
 ATTENTION = {
@@ -92,14 +95,18 @@ def candidates(op: str, shipped: Any, dry_run: bool, architecture: str) -> Itera
                 continue
             if tile.per_sm > 1 and per_thread > 64:
                 continue
+        elif tile.whole and not shipped.whole:
+            continue  # for short samples only
         if tile != shipped:
             yield tile
 
 
 def linear_calls(shape_class: str, device: str, dry_run: bool) -> list[Call]:
-    """expert_linear with LayerNorm, bias, GELU and residual, at each shape of a class."""
-    kernels = import_module("beit3_fast.kernels.expert_linear")
+    """expert_linear with LayerNorm, bias, GELU and residual, or its weights' gradients, at each shape of a class."""
     shapes = ((19, 4, 40, 24),) if dry_run else LINEAR[shape_class]
+    if "weights" in shape_class:
+        return [_weights_call(_draw(shape_class, device), *shape) for shape in shapes]
+    kernels = import_module("beit3_fast.kernels.expert_linear")
     return [_linear_call(kernels, _draw(shape_class, device), *shape) for shape in shapes]
 
 
@@ -111,6 +118,19 @@ def _linear_call(kernels: Any, draw: Callable[..., Tensor], *shape: int) -> Call
     folded = kernels.fold(weights, *vectors)
     arguments = (x, folded, residual, None, (0, first, first + second), 1e-5, "gelu")
     return lambda tile: [kernels.expert_linear(*arguments, tile=tile)[0]]
+
+
+def _weights_call(draw: Callable[..., Tensor], *shape: int) -> Call:
+    kernels = import_module("beit3_fast.kernels._weight_gradient")
+    first, second, inner, out = shape
+    dz, operand, weight = draw(first + second, out), draw(first + second, inner), draw(out, inner)
+    bounds = sorted({0, first, first + second})
+
+    def call(tile: Any) -> list[Tensor]:
+        parts, places = kernels.weight_gradient(dz, operand, bounds, tile)
+        return [kernels.finish(parts, *own, weight, None)[0] for own in pairwise(places)]
+
+    return call
 
 
 def attention_calls(shape_class: str, device: str, dry_run: bool) -> list[Call]:
@@ -179,6 +199,8 @@ def tune(classes: list[str], device: str, dry_run: bool, out: Path, record: Path
     content = json.loads((tiles.FOLDER / f"{architecture}.json").read_text(encoding="utf-8"))
     tried: dict[str, list[dict[str, Any]]] = {}
     for op, names in tiles.CLASSES.items():
+        if op not in SPACE:
+            continue
         tile_type = import_module(f"beit3_fast.kernels.{op}").Tile
         make = linear_calls if op == "expert_linear" else attention_calls
         for name in names:
@@ -208,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     tiles = import_module("beit3_fast.kernels._tiles")
     parser = argparse.ArgumentParser(description="Searches tiles of the Triton kernels on a GPU.")
-    known = sorted({name for names in tiles.CLASSES.values() for name in names})
+    known = sorted({name for op in SPACE for name in tiles.CLASSES[op]})
     parser.add_argument("--classes", nargs="+", default=[], choices=known, metavar="CLASS")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes and few tiles")

@@ -13,23 +13,20 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from beit3_fast.kernels.shared_attention import (
-    _CAUSAL,
-    _LOG2_E,
-    _SEQ2SEQ,
-    Segments,
-    Tile,
-    _add_weighted,
-    _limits,
-    _load_heads,
-    _row_of,
-    _scaled,
-    _scores,
-    _segment,
-    _store_heads,
-    _zero_heads,
-    split_width,
+from beit3_fast.kernels._attention_rows import (
+    CAUSAL,
+    SEQ2SEQ,
+    add_weighted,
+    limits,
+    load_heads,
+    row_of,
+    scaled,
+    scores_of,
+    segment,
+    store_heads,
+    zero_heads,
 )
+from beit3_fast.kernels.shared_attention import _LOG2_E, Segments, Tile, split_width
 from torch import Tensor
 
 from beit3_fast.kernels import _tiles
@@ -53,11 +50,11 @@ def _query_tile(
     own = first + tl.arange(0, BLOCK_Q)
     real = own < num_queries
     own = tl.minimum(own, num_queries - 1)
-    row = _row_of(own, vision_q, num_vision_q, text_q)
+    row = row_of(own, vision_q, num_vision_q, text_q)
     place = own
     if positions_ptr is not None:
         place = tl.load(positions_ptr + row) + tl.where(own < num_vision_q, 0, num_vision)
-    return row, real, tl.where(real, _limits(place, num_vision, num_keys, MASK), 0)
+    return row, real, tl.where(real, limits(place, num_vision, num_keys, MASK), 0)
 
 
 @triton.jit
@@ -95,8 +92,8 @@ def query_gradient_kernel(
     first = program % tiles * BLOCK_Q
     head = program // tiles % num_heads
     sample = program // tiles // num_heads
-    vision, num_vision, text, num_text = _segment(cu_vision_ptr, cu_text_ptr, sample, batch)
-    vision_q, num_vision_q, text_q, num_text_q = _segment(
+    vision, num_vision, text, num_text = segment(cu_vision_ptr, cu_text_ptr, sample, batch)
+    vision_q, num_vision_q, text_q, num_text_q = segment(
         cu_vision_q_ptr, cu_text_q_ptr, sample, batch
     )
     num_keys, num_queries = num_vision + num_text, num_vision_q + num_text_q
@@ -108,27 +105,27 @@ def query_gradient_kernel(
     )  # fmt: skip
 
     offset = head * D
-    q = _load_heads(q_ptr + offset, row, q_stride, D, WIDTH, REST)
-    grad = _load_heads(grad_ptr + offset, row, grad_stride, D, WIDTH, REST)
-    o = _load_heads(o_ptr + offset, row, num_heads * D, D, WIDTH, REST)
+    q = load_heads(q_ptr + offset, row, q_stride, D, WIDTH, REST)
+    grad = load_heads(grad_ptr + offset, row, grad_stride, D, WIDTH, REST)
+    o = load_heads(o_ptr + offset, row, num_heads * D, D, WIDTH, REST)
     delta = tl.sum(grad[0].to(tl.float32) * o[0].to(tl.float32), 1)
     if REST > 0:
         delta += tl.sum(grad[1].to(tl.float32) * o[1].to(tl.float32), 1)
     tl.store(delta_ptr + row * num_heads + head, delta, mask=real)
     lse = tl.load(lse_ptr + row * num_heads + head)
 
-    dq = _zero_heads(BLOCK_Q, WIDTH, REST)
+    dq = zero_heads(BLOCK_Q, WIDTH, REST)
     for begin in range(0, tl.max(limit, 0), BLOCK_K):
         place = begin + tl.arange(0, BLOCK_K)
-        key_row = _row_of(tl.minimum(place, num_keys - 1), vision, num_vision, text)
-        k = _load_heads(k_ptr + offset, key_row, k_stride, D, WIDTH, REST)
-        v = _load_heads(v_ptr + offset, key_row, v_stride, D, WIDTH, REST)
-        weights = tl.exp2(_scores(q, k, REST) * scale_log2e - lse[:, None])
+        key_row = row_of(tl.minimum(place, num_keys - 1), vision, num_vision, text)
+        k = load_heads(k_ptr + offset, key_row, k_stride, D, WIDTH, REST)
+        v = load_heads(v_ptr + offset, key_row, v_stride, D, WIDTH, REST)
+        weights = tl.exp2(scores_of(q, k, REST) * scale_log2e - lse[:, None])
         weights = tl.where(place[None, :] < limit[:, None], weights, 0.0)
-        dscores = weights * (_scores(grad, v, REST) - delta[:, None])
-        dq = _add_weighted(dq, dscores.to(k_ptr.dtype.element_ty), k, REST)
-    dq = _scaled(dq, scale, REST)
-    _store_heads(dq_ptr + offset, row, num_heads * D, real, dq, D, WIDTH, REST)
+        dscores = weights * (scores_of(grad, v, REST) - delta[:, None])
+        dq = add_weighted(dq, dscores.to(k_ptr.dtype.element_ty), k, REST)
+    dq = scaled(dq, scale, REST)
+    store_heads(dq_ptr + offset, row, num_heads * D, real, dq, D, WIDTH, REST)
 
 
 @triton.jit
@@ -166,8 +163,8 @@ def key_gradient_kernel(
     first_key = program % tiles * BLOCK_K
     head = program // tiles % num_heads
     sample = program // tiles // num_heads
-    vision, num_vision, text, num_text = _segment(cu_vision_ptr, cu_text_ptr, sample, batch)
-    vision_q, num_vision_q, text_q, num_text_q = _segment(
+    vision, num_vision, text, num_text = segment(cu_vision_ptr, cu_text_ptr, sample, batch)
+    vision_q, num_vision_q, text_q, num_text_q = segment(
         cu_vision_q_ptr, cu_text_q_ptr, sample, batch
     )
     num_keys, num_queries = num_vision + num_text, num_vision_q + num_text_q
@@ -175,37 +172,37 @@ def key_gradient_kernel(
         return
     place = first_key + tl.arange(0, BLOCK_K)
     real_key = place < num_keys
-    key_row = _row_of(tl.minimum(place, num_keys - 1), vision, num_vision, text)
+    key_row = row_of(tl.minimum(place, num_keys - 1), vision, num_vision, text)
 
     offset = head * D
-    k = _load_heads(k_ptr + offset, key_row, k_stride, D, WIDTH, REST)
-    v = _load_heads(v_ptr + offset, key_row, v_stride, D, WIDTH, REST)
-    dk = _zero_heads(BLOCK_K, WIDTH, REST)
-    dv = _zero_heads(BLOCK_K, WIDTH, REST)
+    k = load_heads(k_ptr + offset, key_row, k_stride, D, WIDTH, REST)
+    v = load_heads(v_ptr + offset, key_row, v_stride, D, WIDTH, REST)
+    dk = zero_heads(BLOCK_K, WIDTH, REST)
+    dv = zero_heads(BLOCK_K, WIDTH, REST)
     start = 0
     if positions_ptr is None:
         # Earlier queries see none of these keys.
-        if MASK == _CAUSAL:
+        if MASK == CAUSAL:
             start = first_key // BLOCK_Q * BLOCK_Q
-        elif MASK == _SEQ2SEQ:
+        elif MASK == SEQ2SEQ:
             start = tl.where(first_key >= num_vision, first_key // BLOCK_Q * BLOCK_Q, 0)
     for first in range(start, num_queries, BLOCK_Q):
         row, _, limit = _query_tile(
             first, positions_ptr, vision_q, num_vision_q, text_q, num_queries, num_vision, num_keys,
             MASK, BLOCK_Q,
         )  # fmt: skip
-        q = _load_heads(q_ptr + offset, row, q_stride, D, WIDTH, REST)
-        grad = _load_heads(grad_ptr + offset, row, grad_stride, D, WIDTH, REST)
+        q = load_heads(q_ptr + offset, row, q_stride, D, WIDTH, REST)
+        grad = load_heads(grad_ptr + offset, row, grad_stride, D, WIDTH, REST)
         lse = tl.load(lse_ptr + row * num_heads + head)
         delta = tl.load(delta_ptr + row * num_heads + head)
-        weights = tl.exp2(_scores(k, q, REST) * scale_log2e - lse[None, :])
+        weights = tl.exp2(scores_of(k, q, REST) * scale_log2e - lse[None, :])
         weights = tl.where(place[:, None] < limit[None, :], weights, 0.0)
-        dv = _add_weighted(dv, weights.to(q_ptr.dtype.element_ty), grad, REST)
-        dscores = weights * (_scores(v, grad, REST) - delta[None, :])
-        dk = _add_weighted(dk, dscores.to(q_ptr.dtype.element_ty), q, REST)
-    dk = _scaled(dk, scale, REST)
-    _store_heads(dk_ptr + offset, key_row, num_heads * D, real_key, dk, D, WIDTH, REST)
-    _store_heads(dv_ptr + offset, key_row, num_heads * D, real_key, dv, D, WIDTH, REST)
+        dv = add_weighted(dv, weights.to(q_ptr.dtype.element_ty), grad, REST)
+        dscores = weights * (scores_of(v, grad, REST) - delta[None, :])
+        dk = add_weighted(dk, dscores.to(q_ptr.dtype.element_ty), q, REST)
+    dk = scaled(dk, scale, REST)
+    store_heads(dk_ptr + offset, key_row, num_heads * D, real_key, dk, D, WIDTH, REST)
+    store_heads(dv_ptr + offset, key_row, num_heads * D, real_key, dv, D, WIDTH, REST)
 
 
 def shared_attention_backward(

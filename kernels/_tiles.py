@@ -16,8 +16,9 @@ import torch
 FOLDER = Path(__file__).with_name("tiles")
 ARCHITECTURES = ("interpreter", "sm_80", "sm_90", "sm_100")
 CLASSES = {
-    "expert_linear": ("fp32", "few rows", "many rows"),
+    "expert_linear": ("fp32", "few rows", "many rows", "fp32 weights", "weights"),
     "shared_attention": ("fp32", "short", "long", "fp32 backward", "backward"),
+    "masked_linear_cross_entropy": ("fp32", "16 bits"),
 }
 T = TypeVar("T", bound=NamedTuple)
 
@@ -47,7 +48,7 @@ def read(name: str) -> dict[str, dict[str, dict[str, int]]]:
             )
         for shape_class, tile in tiles[op].items():
             for key, value in tile.items():
-                counts = key in ("group_m", "num_stages", "per_sm")
+                counts = key in ("group_m", "num_stages", "per_sm", "whole")
                 sound = isinstance(value, int) and (counts or value & (value - 1) == 0)
                 if not sound or value < 0:
                     raise ValueError(

@@ -15,7 +15,7 @@ Letters: M rows of the tensors, R rows of the experts, K input features, N outpu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -61,7 +61,7 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _locate(tile, tiles_n, start, end0, end1, end2, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
+def _locate(tile, tiles_n, start, end0, end1, end2, BLOCK_M, GROUP_M: tl.constexpr):
     """Expert of a tile, its first row, the end of the expert's rows, and its first column tile.
 
     Tiles count through the experts one after the other, so all columns of a few row tiles are met while their rows
@@ -105,6 +105,7 @@ def _finish(
     bias_ptr,
     residual_ptr,
     residual_stride,
+    z_ptr,
     y_ptr,
     y_stride,
     y_parts_ptr,
@@ -125,6 +126,9 @@ def _finish(
         acc *= rstd[:, None]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + vector)[None, :]
+    if z_ptr is not None:
+        z = acc.to(z_ptr.dtype.element_ty)
+        tl.store(z_ptr + row[:, None] * y_stride + column[None, :], z, mask=real)
     if GELU:
         acc = 0.5 * acc * (1.0 + tl.erf(acc * _SQRT_HALF))
     if residual_ptr is not None:
@@ -157,8 +161,9 @@ def expert_linear_kernel(
     residual_ptr,  # [M, N] or None
     residual_stride,
     rows_ptr,  # int64 [R] or None: row r is row rows[r] of x, residual and y
+    z_ptr,  # [M, N] or None: what GELU is taken of
     y_ptr,  # [M, N]
-    y_stride,
+    y_stride,  # of z, too
     y_parts_ptr,  # fp32 [M, cdiv(N, BLOCK_N / SLICES), 2] or None
     start,  # rows of the experts: [start, end0), [end0, end1), [end1, end2)
     end0,
@@ -228,6 +233,7 @@ def expert_linear_kernel(
                 bias_ptr,
                 residual_ptr,
                 residual_stride,
+                z_ptr,
                 y_ptr,
                 y_stride,
                 y_parts_ptr,
@@ -267,12 +273,14 @@ def expert_linear(
     *,
     statistics: RowStatistics | None = None,
     with_statistics: bool = False,
+    z: Tensor | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, RowStatistics | None]:
     """Rows x [M, K] (fp32, fp16, bf16; elements of a row side by side) by experts; y [M, N] and its statistics.
 
     ``bounds``, ``rows``, ``residual``, ``activation``: as in ``beit3_fast.ops.expert_linear``. ``statistics`` of x
-    are computed where LayerNorm needs them and they are not given. Arguments are trusted.
+    are computed where LayerNorm needs them and they are not given. ``z`` [M, N], contiguous, takes what GELU is taken
+    of, at the rows of the experts. Arguments are trusted.
     """
     features, out = x.shape[1], folded.weights.shape[1]
     if tile is None:
@@ -292,9 +300,7 @@ def expert_linear(
     parts, part_width = statistics if folded.sums is not None and statistics else (None, 0)
     num_parts = 0 if parts is None else parts.shape[1]
     tma = tile.tma and rows is None and all(map(_fits_tma, (x, folded.weights)))
-    for e in range(0, len(bounds) - 1, MAX_EXPERTS):
-        own = [*bounds[e : e + MAX_EXPERTS + 1]]
-        own += own[-1:] * (MAX_EXPERTS + 1 - len(own))
+    for e, own in expert_groups(bounds):
         tiles = tiles_n * sum(triton.cdiv(b - a, tile.block_m) for a, b in pairwise(own))
         if not tiles:
             continue
@@ -317,6 +323,7 @@ def expert_linear(
             residual,
             0 if residual is None else residual.stride(0),
             rows,
+            z,
             y,
             y.stride(0),
             y_parts,
@@ -335,6 +342,13 @@ def expert_linear(
             num_stages=tile.num_stages,
         )
     return y, None if y_parts is None else RowStatistics(y_parts, width)
+
+
+def expert_groups(bounds: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """The experts of each launch: the first of them, and MAX_EXPERTS + 1 row numbers, the last one repeated."""
+    for e in range(0, len(bounds) - 1, MAX_EXPERTS):
+        own = [*bounds[e : e + MAX_EXPERTS + 1]]
+        yield e, own + own[-1:] * (MAX_EXPERTS + 1 - len(own))
 
 
 def shape_class(dtype: torch.dtype, rows: int) -> str:

@@ -7,7 +7,9 @@ every mask structure is one number for each query, its limit: it sees the places
 
     bidirectional: N      causal: p + 1      seq2seq: max(p + 1, Nv)      p: the query's own place
 
-Key blocks below the limits of all queries of a tile need no mask; those beyond all limits are not read.
+Key blocks below the limits of all queries of a tile need no mask; those beyond all limits are not read. Where the
+samples are short, such as the 197 tokens of an image, a tile holds whole rows of scores instead: one pass, the maximum
+known before the first exponential, nothing rescaled.
 
 Letters: B samples, H heads, D head width, N places of a sample (Nv vision), Rq and R rows of queries and keys.
 """
@@ -19,6 +21,17 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from beit3_fast.kernels._attention_rows import (
+    add_weighted,
+    limits,
+    load_heads,
+    row_of,
+    scaled,
+    scores_of,
+    segment,
+    store_heads,
+    zero_heads,
+)
 from beit3_fast.kernels._row_statistics import RowStatistics
 from torch import Tensor
 
@@ -26,8 +39,6 @@ from beit3_fast.kernels import _tiles
 
 MASKS = ("bidirectional", "seq2seq", "causal")
 _LOG2_E = 1.4426950408889634
-_CAUSAL = tl.constexpr("causal")
-_SEQ2SEQ = tl.constexpr("seq2seq")
 
 
 class Segments(NamedTuple):
@@ -40,108 +51,16 @@ class Segments(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """How a launch is cut: queries of a tile, keys of a step."""
+    """How a launch is cut: queries of a tile, keys of a step.
+
+    ``whole``: samples of up to so many keys (256 at most; 0: none) take the form that holds whole rows of scores.
+    """
 
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int
-
-
-@triton.jit
-def _segment(cu_vision_ptr, cu_text_ptr, sample, batch):
-    """First vision row, vision rows, first text row, text rows of a sample."""
-    vision = tl.load(cu_vision_ptr + sample)
-    num_vision = tl.load(cu_vision_ptr + sample + 1) - vision
-    text = tl.load(cu_text_ptr + sample)
-    num_text = tl.load(cu_text_ptr + sample + 1) - text
-    return vision, num_vision, text + tl.load(cu_vision_ptr + batch), num_text
-
-
-@triton.jit
-def _row_of(place, vision, num_vision, text):
-    row = tl.where(place < num_vision, vision + place, text + place - num_vision)
-    return row.to(tl.int64)
-
-
-@triton.jit
-def _limits(place, num_vision, num_keys, MASK: tl.constexpr):
-    """How many keys, in the order vision, text, the queries at these places see."""
-    if MASK == _CAUSAL:
-        limit = place + 1
-    elif MASK == _SEQ2SEQ:
-        limit = tl.maximum(place + 1, num_vision)
-    else:
-        limit = tl.zeros_like(place) + num_keys
-    return limit
-
-
-@triton.jit
-def _load_rows(ptr, row, stride, column, D: tl.constexpr):
-    """[rows, columns], zero past the head's width D."""
-    at = ptr + row[:, None] * stride + column[None, :]
-    return tl.load(at, mask=(column < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _load_heads(ptr, row, stride, D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr):
-    """One head of some rows, as columns [rows, WIDTH] and the rest [rows, REST] (or anything, for REST = 0)."""
-    part = _load_rows(ptr, row, stride, tl.arange(0, WIDTH), D)
-    rest = part
-    if REST > 0:
-        rest = _load_rows(ptr, row, stride, WIDTH + tl.arange(0, REST), D)
-    return part, rest
-
-
-@triton.jit
-def _store_heads(
-    ptr, row, stride, real, heads, D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr
-):
-    column = tl.arange(0, WIDTH)
-    at = ptr + row[:, None] * stride
-    part = heads[0].to(ptr.dtype.element_ty)
-    tl.store(at + column[None, :], part, mask=real[:, None] & (column < D)[None, :])
-    if REST > 0:
-        beyond = WIDTH + tl.arange(0, REST)
-        rest = heads[1].to(ptr.dtype.element_ty)
-        tl.store(at + beyond[None, :], rest, mask=real[:, None] & (beyond < D)[None, :])
-
-
-@triton.jit
-def _zero_heads(ROWS: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr):
-    part = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
-    rest = part
-    if REST > 0:
-        rest = tl.zeros((ROWS, REST), dtype=tl.float32)
-    return part, rest
-
-
-@triton.jit
-def _scores(a, b, REST: tl.constexpr):
-    """a b^T over the head's width, fp32."""
-    scores = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
-    if REST > 0:
-        scores = tl.dot(a[1], tl.trans(b[1]), scores, input_precision="ieee")
-    return scores
-
-
-@triton.jit
-def _add_weighted(acc, weights, b, REST: tl.constexpr):
-    """acc + weights b."""
-    part = tl.dot(weights, b[0], acc[0], input_precision="ieee")
-    rest = acc[1]
-    if REST > 0:
-        rest = tl.dot(weights, b[1], acc[1], input_precision="ieee")
-    return part, rest
-
-
-@triton.jit
-def _scaled(heads, factor, REST: tl.constexpr):
-    part = heads[0] * factor
-    rest = heads[1]
-    if REST > 0:
-        rest = heads[1] * factor
-    return part, rest
+    whole: int = 0
 
 
 @triton.jit
@@ -170,9 +89,9 @@ def _attend(
     top, total, acc = carry
     for first in range(begin, end, BLOCK_K):
         place = first + tl.arange(0, BLOCK_K)
-        row = _row_of(tl.minimum(place, num_keys - 1), vision, num_vision, text)
-        k = _load_heads(k_ptr, row, k_stride, D, WIDTH, REST)
-        scores = _scores(q, k, REST) * scale
+        row = row_of(tl.minimum(place, num_keys - 1), vision, num_vision, text)
+        k = load_heads(k_ptr, row, k_stride, D, WIDTH, REST)
+        scores = scores_of(q, k, REST) * scale
         if MASKED:
             scores = tl.where(place[None, :] < limit[:, None], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -182,9 +101,80 @@ def _attend(
         decay = tl.exp2(top - pivot)
         total = total * decay + tl.sum(weights, 1)
         top = new_top
-        v = _load_heads(v_ptr, row, v_stride, D, WIDTH, REST)
-        acc = _scaled(acc, decay[:, None], REST)
-        acc = _add_weighted(acc, weights.to(v_ptr.dtype.element_ty), v, REST)
+        v = load_heads(v_ptr, row, v_stride, D, WIDTH, REST)
+        acc = scaled(acc, decay[:, None], REST)
+        acc = add_weighted(acc, weights.to(v_ptr.dtype.element_ty), v, REST)
+    return top, total, acc
+
+
+@triton.jit
+def _score_pieces(
+    pieces,
+    rows,
+    q,
+    limit,
+    k_ptr,
+    k_stride,
+    vision,
+    num_vision,
+    text,
+    num_keys,
+    scale,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REST: tl.constexpr,
+    KEYS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Adds the masked scores of SIZE keys, and their rows, if KEYS has this power of two in its sum."""
+    if KEYS & SIZE:
+        place = KEYS // (2 * SIZE) * (2 * SIZE) + tl.arange(0, SIZE)
+        row = row_of(tl.minimum(place, num_keys - 1), vision, num_vision, text)
+        k = load_heads(k_ptr, row, k_stride, D, WIDTH, REST)
+        scores = scores_of(q, k, REST) * scale
+        pieces += (tl.where(place[None, :] < limit[:, None], scores, float("-inf")),)
+        rows += (row,)
+    return pieces, rows
+
+
+@triton.jit
+def _attend_whole(
+    q,
+    limit,
+    k_ptr,
+    k_stride,
+    v_ptr,
+    v_stride,
+    vision,
+    num_vision,
+    text,
+    num_keys,
+    scale,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    KEYS: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """The softmax over up to KEYS keys at once, their scores in pieces: 224 = 128 + 64 + 32."""
+    pieces, rows = (), ()
+    for i in tl.static_range(4):
+        pieces, rows = _score_pieces(
+            pieces, rows, q, limit, k_ptr, k_stride, vision, num_vision, text, num_keys, scale,
+            D, WIDTH, REST, KEYS, 256 >> i,
+        )  # fmt: skip
+    top = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
+    for i in tl.static_range(PIECES):
+        top = tl.maximum(top, tl.max(pieces[i], 1))
+    pivot = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    acc = zero_heads(BLOCK_Q, WIDTH, REST)
+    for i in tl.static_range(PIECES):
+        weights = tl.exp2(pieces[i] - pivot[:, None])
+        total += tl.sum(weights, 1)
+        v = load_heads(v_ptr, rows[i], v_stride, D, WIDTH, REST)
+        acc = add_weighted(acc, weights.to(v_ptr.dtype.element_ty), v, REST)
     return top, total, acc
 
 
@@ -214,14 +204,16 @@ def shared_attention_kernel(
     REST: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    KEYS: tl.constexpr,  # whole rows of scores: at least the keys of every sample; 0: steps of BLOCK_K
+    PIECES: tl.constexpr,  # powers of two whose sum KEYS is
 ):
     # Tiles of one head of one sample run side by side, so that its keys stay in the L2 cache.
     program = tl.program_id(0)
     tile = program % tiles
     head = program // tiles % num_heads
     sample = program // tiles // num_heads
-    vision, num_vision, text, num_text = _segment(cu_vision_ptr, cu_text_ptr, sample, batch)
-    vision_q, num_vision_q, text_q, num_text_q = _segment(
+    vision, num_vision, text, num_text = segment(cu_vision_ptr, cu_text_ptr, sample, batch)
+    vision_q, num_vision_q, text_q, num_text_q = segment(
         cu_vision_q_ptr, cu_text_q_ptr, sample, batch
     )
     num_keys, num_queries = num_vision + num_text, num_vision_q + num_text_q
@@ -232,34 +224,40 @@ def shared_attention_kernel(
     own = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     real = own < num_queries
     own = tl.minimum(own, num_queries - 1)
-    row = _row_of(own, vision_q, num_vision_q, text_q)
+    row = row_of(own, vision_q, num_vision_q, text_q)
     place = own
     if positions_ptr is not None:
         place = tl.load(positions_ptr + row) + tl.where(own < num_vision_q, 0, num_vision)
-    limit = _limits(place, num_vision, num_keys, MASK)
+    limit = limits(place, num_vision, num_keys, MASK)
 
     offset = head * D
-    q = _load_heads(q_ptr + offset, row, q_stride, D, WIDTH, REST)
-    carry = (
-        tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32),
-        tl.zeros((BLOCK_Q,), dtype=tl.float32),
-        _zero_heads(BLOCK_Q, WIDTH, REST),
-    )
-    seen_by_all = tl.min(limit, 0) // BLOCK_K * BLOCK_K
-    seen = tl.max(limit, 0)
-    carry = _attend(
-        carry, q, 0, seen_by_all, limit, k_ptr + offset, k_stride, v_ptr + offset, v_stride,
-        vision, num_vision, text, num_keys, scale, False, D, WIDTH, REST, BLOCK_K,
-    )  # fmt: skip
-    carry = _attend(
-        carry, q, seen_by_all, seen, limit, k_ptr + offset, k_stride, v_ptr + offset, v_stride,
-        vision, num_vision, text, num_keys, scale, True, D, WIDTH, REST, BLOCK_K,
-    )  # fmt: skip
-    top, total, acc = carry
+    q = load_heads(q_ptr + offset, row, q_stride, D, WIDTH, REST)
+    if KEYS > 0:
+        top, total, acc = _attend_whole(
+            q, limit, k_ptr + offset, k_stride, v_ptr + offset, v_stride, vision, num_vision, text,
+            num_keys, scale, D, WIDTH, REST, BLOCK_Q, KEYS, PIECES,
+        )  # fmt: skip
+    else:
+        carry = (
+            tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32),
+            tl.zeros((BLOCK_Q,), dtype=tl.float32),
+            zero_heads(BLOCK_Q, WIDTH, REST),
+        )
+        seen_by_all = tl.min(limit, 0) // BLOCK_K * BLOCK_K
+        seen = tl.max(limit, 0)
+        carry = _attend(
+            carry, q, 0, seen_by_all, limit, k_ptr + offset, k_stride, v_ptr + offset, v_stride,
+            vision, num_vision, text, num_keys, scale, False, D, WIDTH, REST, BLOCK_K,
+        )  # fmt: skip
+        carry = _attend(
+            carry, q, seen_by_all, seen, limit, k_ptr + offset, k_stride, v_ptr + offset, v_stride,
+            vision, num_vision, text, num_keys, scale, True, D, WIDTH, REST, BLOCK_K,
+        )  # fmt: skip
+        top, total, acc = carry
 
     # A query that sees no key gives zeros. A NaN stays one.
-    acc = _scaled(acc, (1.0 / tl.where(total == 0.0, 1.0, total))[:, None], REST)
-    _store_heads(o_ptr + offset, row, num_heads * D, real, acc, D, WIDTH, REST)
+    acc = scaled(acc, (1.0 / tl.where(total == 0.0, 1.0, total))[:, None], REST)
+    store_heads(o_ptr + offset, row, num_heads * D, real, acc, D, WIDTH, REST)
     if lse_ptr is not None:
         tl.store(lse_ptr + row * num_heads + head, top + tl.log2(total), mask=real)
     if parts_ptr is not None:
@@ -322,6 +320,7 @@ def shared_attention(
     batch = keys.cu_vision.shape[0] - 1
     tiles = triton.cdiv(queries.longest, tile.block_q)
     width, rest = split_width(head_dim)
+    whole = triton.cdiv(keys.longest, 32) * 32 if keys.longest <= tile.whole else 0
     if batch and tiles:
         shared_attention_kernel[(tiles * num_heads * batch,)](
             q,
@@ -348,6 +347,8 @@ def shared_attention(
             REST=rest,
             BLOCK_Q=tile.block_q,
             BLOCK_K=tile.block_k,
+            KEYS=whole,
+            PIECES=whole.bit_count(),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )

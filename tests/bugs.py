@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LINEAR = "tests/ops/test_expert_linear.py"
+TRITON_GRADIENTS = "tests/ops/test_triton_linear_gradients.py"
+TRITON_CROSS_ENTROPY = "tests/ops/test_triton_cross_entropy.py"
+TRITON_ATTENTION = "tests/ops/test_triton_shared_attention.py"
+CROSS_ENTROPY = "tests/ops/test_masked_linear_cross_entropy.py"
 ATTENTION = "tests/ops/test_shared_attention.py"
 PADDED = "tests/ops/test_padded_attention.py"
 KERNELS = "tests/ops/test_cpu_kernels.py"
@@ -103,7 +107,28 @@ BUGS = (
         "mask[sample]",
         (f"{ATTENTION}::test_the_formula_itself", f"{ATTENTION}::test_forward"),
     ),
+    Bug(
+        "reference-smoothing-takes-nothing-from-the-target",
+        "beit3_fast/reference/masked_linear_cross_entropy.py",
+        "(1.0 - label_smoothing) * losses",
+        "losses",
+        (f"{CROSS_ENTROPY}::test_the_formula_itself",),
+    ),
     # composite
+    Bug(
+        "composite-exponentials-of-earlier-slices-keep-their-top",
+        "beit3_fast/composite/masked_linear_cross_entropy.py",
+        "        total *= (top - new_top).exp_()\n",
+        "",
+        (f"{CROSS_ENTROPY}::test_losses_and_gradients",),
+    ),
+    Bug(
+        "composite-all-logits-at-once",
+        "beit3_fast/composite/masked_linear_cross_entropy.py",
+        "max(_THINNEST, _LOGITS // max(1, len(named)))",
+        "len(weight)",
+        (f"{CROSS_ENTROPY}::test_the_logits_are_never_whole",),
+    ),
     Bug(
         "composite-tanh-gelu",
         "beit3_fast/composite/expert_linear.py",
@@ -559,6 +584,42 @@ BUGS = (
         "found = baseline if name == REFERENCE else outputs(name, case.dtype)",
         "found = baseline",
         (f"{BENCH_RUN}::test_a_wrong_runtime_is_found_and_nothing_is_timed",),
+    ),
+    # kernels
+    Bug(
+        "triton-last-step-of-a-part-takes-rows-of-the-next-expert",
+        "kernels/_weight_gradient.py",
+        "        real = real & (row < end)[:, None]\n",
+        "        real = real\n",
+        (f"{TRITON_GRADIENTS}::test_gradients",),
+    ),
+    Bug(
+        "triton-gelu-derivative-without-its-slope",
+        "kernels/_expert_linear_backward.py",
+        "dz *= 0.5 * (1.0 + tl.erf(z * _SQRT_HALF)) + z * bell",
+        "dz *= 0.5 * (1.0 + tl.erf(z * _SQRT_HALF))",
+        (f"{TRITON_GRADIENTS}::test_gradients",),
+    ),
+    Bug(
+        "triton-norm-backward-keeps-the-mean",
+        "kernels/_expert_linear_backward.py",
+        "(g - (tl.sum(g, 1) / K)[:, None] - normed",
+        "(g - normed",
+        (f"{TRITON_GRADIENTS}::test_gradients",),
+    ),
+    Bug(
+        "triton-padding-of-the-vocabulary-counts",
+        "kernels/masked_linear_cross_entropy.py",
+        '        z = tl.where((column < V)[None, :], z, float("-inf"))\n',
+        "",
+        (f"{TRITON_CROSS_ENTROPY}::test_losses_and_gradients",),
+    ),
+    Bug(
+        "triton-whole-rows-without-the-mask",
+        "kernels/shared_attention.py",
+        'pieces += (tl.where(place[None, :] < limit[:, None], scores, float("-inf")),)',
+        "pieces += (scores,)",
+        (f"{TRITON_ATTENTION}::test_whole_rows_of_scores",),
     ),
     # csrc: single levels; those that this processor lacks run emulated
     Bug(

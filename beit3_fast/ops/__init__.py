@@ -1,9 +1,10 @@
-"""The two ops that a BEiT-3 layer is made of, and the embedding of images in front of them.
+"""The ops that a BEiT-3 is made of, with one signature for every implementation.
 
-Each has one signature for every implementation.
+Two of a layer, one in front of the layers (images become rows), one behind them (the loss of a head).
 """
 
 from beit3_fast.ops.expert_linear import Norm, expert_linear
+from beit3_fast.ops.masked_linear_cross_entropy import masked_linear_cross_entropy
 from beit3_fast.ops.patch_embedding import patch_embedding
 from beit3_fast.ops.shared_attention import MASKS, cached_attention, shared_attention
 
@@ -12,6 +13,7 @@ __all__ = [
     "Norm",
     "cached_attention",
     "expert_linear",
+    "masked_linear_cross_entropy",
     "patch_embedding",
     "shared_attention",
 ]

@@ -24,6 +24,7 @@ from beit3_fast.ops import kernel_check, library, triton_kernels
 logger = logging.getLogger("beit3_fast")
 
 IMPLEMENTATIONS = ("reference", "composite", "cpu", "triton", "cuda", "flash_attn", "xformers")
+# The ops of a layer, which `explain` tells of.
 OPS = ("expert_linear", "shared_attention")
 _AUTO_ORDER = ("cpu", "triton", "composite")
 _NOT_BUILT = (
@@ -81,6 +82,8 @@ def situation(
 
 def _cpu_obstacle(at: Situation) -> str | None:
     """Why the compiled CPU kernels cannot take this call, or None."""
+    if at.op not in OPS:
+        return "has no kernel for this op"
     if at.device != "cpu":
         return f"takes CPU tensors, these are on {at.device}"
     if at.dtype not in (torch.float32, torch.bfloat16):

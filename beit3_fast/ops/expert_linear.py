@@ -168,9 +168,10 @@ def _triton(
     stacked_biases = [_stack(bias) for bias in biases or ()]
     vectors = (stacked_biases, list(norm_weights), list(norm_biases))
     x = dispatch.rows_in_memory(x)
-    return triton_kernels.expert_linear(
-        x, stacked, parts, *vectors, residual, rows, list(bounds), *rest
+    y, _ = triton_kernels.expert_linear(
+        x, stacked, parts, *vectors, residual, rows, list(bounds), *rest, with_grad
     )
+    return y
 
 
 # Columns of a panel of packed weights (csrc/cpu/kernels.h): equal parts of whole panels can lie apart.
@@ -269,9 +270,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dweights, dbiases, dgammas, dbetas = lists
     packed = [None] * ctx.num_packed
     return dx, dweights, packed, dbiases, dgammas, dbetas, dresidual, None, None, None, None
-
-
-triton_kernels.expert_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _check(

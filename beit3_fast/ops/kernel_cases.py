@@ -6,9 +6,10 @@ Each compares the kernel with the formula in fp64, by the rule that the tests us
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from beit3_fast.composite import expert_linear as composite_linear
@@ -17,6 +18,7 @@ from beit3_fast.layout import TokenLayout
 from beit3_fast.ops import triton_kernels
 from beit3_fast.parity import Parity, op_parity
 from beit3_fast.reference import expert_linear as linear_formula
+from beit3_fast.reference import masked_linear_cross_entropy as head_formula
 from beit3_fast.reference import shared_attention as attention_formula
 
 # Row ranges of the experts, features in and out, LayerNorm, gathered rows.
@@ -36,28 +38,19 @@ _LONG = ((270,), (10,), 1, 64, "causal")
 
 def expert_linear(dtype: torch.dtype, device: str) -> dict[str, Parity]:
     """The product with LayerNorm, bias, GELU and residual."""
-    generator, parities = torch.Generator().manual_seed(0), {}
-    draw = _Draw(generator, dtype)
-    # fp32 has one class of tiles, 16 bits have another one for many rows.
-    more = () if dtype == torch.float32 else (_MANY_ROWS,)
-    for bounds, inner, out, with_norm, with_rows in (*_LINEAR, *more):
-        experts, count = len(bounds) - 1, bounds[-1]
-        here = _Product(
-            draw(count + 2 * with_rows, inner, shift=3.0),
-            [draw(out, inner, scale=inner**-0.5) for _ in range(experts)],
-            [draw(out) for _ in range(experts)],
-            [draw(inner, scale=0.5, shift=1.0) for _ in range(experts * with_norm)],
-            [draw(inner) for _ in range(experts * with_norm)],
-            draw(count + 2 * with_rows, out),
-        )
-        rows = torch.randperm(count + 2, generator=generator)[:count] if with_rows else None
-        rest = (list(bounds), 1e-5, "gelu")
-        truth = linear_formula.expert_linear(*here.map(Tensor.double), rows, *rest)
-        plain = composite_linear.expert_linear(*here, rows, *rest)
-        x, weights, *others = here.map(lambda t: t.to(device))
-        moved = None if rows is None else rows.to(device)
-        ours = triton_kernels.expert_linear(x, weights, [], *others, moved, *rest)
-        parities[f"{count} rows"] = op_parity(ours.cpu(), plain, truth)
+    parities = {}
+    for name, *results in _linear(dtype, device, with_grad=False):
+        parities[name] = op_parity(*(own["y"] for own in results))
+    return parities
+
+
+def expert_linear_backward(dtype: torch.dtype, device: str) -> dict[str, Parity]:
+    """The forward pass again, as it keeps what the backward pass reads, and the gradients of every operand."""
+    parities = {}
+    for name, *results in _linear(dtype, device, with_grad=True):
+        for operand in results[0]:
+            own = (result[operand] for result in results)
+            parities[f"{operand}, {name}"] = op_parity(*own, gradient=operand != "y")
     return parities
 
 
@@ -79,10 +72,27 @@ def shared_attention_backward(dtype: torch.dtype, device: str) -> dict[str, Pari
     return parities
 
 
+def masked_linear_cross_entropy(dtype: torch.dtype, device: str) -> dict[str, Parity]:
+    """The losses."""
+    return {"losses": op_parity(*(own["losses"] for own in _head(dtype, device, with_grad=False)))}
+
+
+def masked_linear_cross_entropy_backward(dtype: torch.dtype, device: str) -> dict[str, Parity]:
+    """The losses again, and the gradients of rows, weight and bias."""
+    results = _head(dtype, device, with_grad=True)
+    return {
+        name: op_parity(*(own[name] for own in results), gradient=name != "losses")
+        for name in results[0]
+    }
+
+
 CASES: dict[str, Callable[[torch.dtype, str], dict[str, Parity]]] = {
     "expert_linear": expert_linear,
+    "expert_linear_backward": expert_linear_backward,
     "shared_attention": shared_attention,
     "shared_attention_backward": shared_attention_backward,
+    "masked_linear_cross_entropy": masked_linear_cross_entropy,
+    "masked_linear_cross_entropy_backward": masked_linear_cross_entropy_backward,
 }
 
 
@@ -113,6 +123,65 @@ class _Product(NamedTuple):
         )
         own = (weights, biases, norm_weights, norm_biases)
         return _Product(change(self.x), *own, change(self.residual))
+
+
+def _linear(dtype: torch.dtype, device: str, *, with_grad: bool) -> list[Any]:
+    """Name, and for kernel, plain PyTorch and formula: y, and with gradients those of all operands."""
+    generator, results = torch.Generator().manual_seed(0), []
+    draw = _Draw(generator, dtype)
+    # fp32 has one class of tiles, 16 bits have another one for many rows.
+    more = () if dtype == torch.float32 else (_MANY_ROWS,)
+    for bounds, inner, out, with_norm, with_rows in (*_LINEAR, *more):
+        experts, count = len(bounds) - 1, bounds[-1]
+        here = _Product(
+            draw(count + 2 * with_rows, inner, shift=3.0),
+            [draw(out, inner, scale=inner**-0.5) for _ in range(experts)],
+            [draw(out) for _ in range(experts)],
+            [draw(inner, scale=0.5, shift=1.0) for _ in range(experts * with_norm)],
+            [draw(inner) for _ in range(experts * with_norm)],
+            draw(count + 2 * with_rows, out),
+        )
+        seed = draw(count + 2 * with_rows, out)
+        rows = torch.randperm(count + 2, generator=generator)[:count] if with_rows else None
+        rest = (list(bounds), 1e-5, "gelu")
+
+        def kernel(own: _Product, rows: Any = rows, rest: Any = rest) -> Tensor:
+            x, weights, *others = own
+            moved = None if rows is None else rows.to(device)
+            y, _ = triton_kernels.expert_linear(x, weights, [], *others, moved, *rest, with_grad)
+            return cast(Tensor, y)
+
+        def plain(own: _Product, rows: Any = rows, rest: Any = rest) -> Tensor:
+            return composite_linear.expert_linear(*own, rows, *rest)
+
+        def formula(own: _Product, rows: Any = rows, rest: Any = rest) -> Tensor:
+            return linear_formula.expert_linear(*own, rows, *rest)
+
+        moved = here.map(lambda t: t.to(device))
+        found = [
+            _product_gradients(kernel, moved, seed.to(device), with_grad),
+            _product_gradients(plain, here, seed, with_grad),
+            _product_gradients(formula, here.map(Tensor.double), seed.double(), with_grad),
+        ]
+        results.append((f"{count} rows", *found))
+    return results
+
+
+def _product_gradients(
+    product: Callable[[_Product], Tensor], operands: _Product, seed: Tensor, with_grad: bool
+) -> dict[str, Tensor]:
+    own = operands.map(lambda t: t.detach().requires_grad_(with_grad))
+    found = {"y": product(own)}
+    if with_grad:
+        names = [
+            f"{field}[{place}]"
+            for field, group in own._asdict().items()
+            for place in range(len(group) if isinstance(group, list) else 1)
+        ]
+        leaves = [t for group in own for t in (group if isinstance(group, list) else [group])]
+        gradients = torch.autograd.grad(found["y"], leaves, seed)
+        found |= dict(zip(names, gradients, strict=True))
+    return {name: t.detach().cpu() for name, t in found.items()}
 
 
 class _Call(NamedTuple):
@@ -173,3 +242,40 @@ def _with_gradients(
     o = attention(q, k, v, call)
     gradients = torch.autograd.grad(o, (q, k, v), seed) if with_grad else ()
     return [t.detach().cpu() for t in (o, *gradients)]
+
+
+def _head(dtype: torch.dtype, device: str, *, with_grad: bool) -> list[dict[str, Tensor]]:
+    """For kernel, plain PyTorch and formula: losses, and with gradients those of x, weight and bias."""
+    generator = torch.Generator().manual_seed(0)
+    draw, smoothing = _Draw(generator, dtype), 0.1
+    operands = [draw(40, 72, scale=2.0), draw(531, 72), draw(531)]
+    rows = torch.randperm(40, generator=generator)[:19]
+    targets = torch.randint(531, (19,), generator=generator)
+    seed = torch.randn(19, generator=generator)
+
+    def kernel(*own: Tensor) -> Tensor:
+        index = (rows.to(device), targets.to(device))
+        losses, _ = triton_kernels.masked_linear_cross_entropy(*own, *index, smoothing)
+        return cast(Tensor, losses)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        logits = F.linear(x[rows], weight, bias).float()
+        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+
+    def formula(*own: Tensor) -> Tensor:
+        return head_formula.masked_linear_cross_entropy(*own, rows, targets, smoothing)
+
+    results = []
+    for call, moved in (
+        (kernel, [t.to(device) for t in operands]),
+        (plain, operands),
+        (formula, [t.double() for t in operands]),
+    ):
+        leaves = [t.detach().requires_grad_(with_grad) for t in moved]
+        losses = call(*leaves)
+        found = {"losses": losses}
+        if with_grad:
+            gradients = torch.autograd.grad(losses, leaves, seed.to(losses))
+            found |= dict(zip(("x", "weight", "bias"), gradients, strict=True))
+        results.append({name: t.detach().cpu() for name, t in found.items()})
+    return results

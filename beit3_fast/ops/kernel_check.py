@@ -248,8 +248,7 @@ def _package_version() -> str:
 
 
 def _kernel_of(op: str, needs_grad: bool) -> str:
-    # The gradients of expert_linear are PyTorch's own products.
-    return "shared_attention_backward" if needs_grad and op == "shared_attention" else op
+    return f"{op}_backward" if needs_grad else op
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
+from itertools import islice
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from beit3_fast.composite.masked_linear_cross_entropy import masked_linear_cross_entropy_backward
 from beit3_fast.derived import derived
 from beit3_fast.errors import KernelUnavailable
 
@@ -37,7 +39,7 @@ def why_unavailable(device: str) -> str | None:
         )
         return f"needs a GPU of compute capability {wanted} or newer, this one has {found}"
     try:
-        for op in ("expert_linear", "shared_attention"):
+        for op in ("expert_linear", "shared_attention", "masked_linear_cross_entropy"):
             _import(op)
     except Exception as error:
         return f"needs triton 3.6 or newer, whose import failed: {type(error).__name__}: {error}"
@@ -70,29 +72,126 @@ def expert_linear(
     bounds: list[int],
     eps: float,
     activation: str,
-) -> Tensor:
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     """As ``beit3_fast.reference.expert_linear``; where there are ``parts``, equally many for each weight and stacked
-    along O, the weights give only their shape."""
+    along O, the weights give only their shape. With ``keep`` and GELU the second result is what GELU was taken of,
+    [M, O], for the backward pass; else it is empty."""
     kernels = _kernels("expert_linear", x.device.type)
-    sources = [*(parts or weights), *biases, *norm_weights, *norm_biases]
+    folded = _folded(weights, parts, biases, norm_weights, norm_biases)
+    # Rows that ``rows`` does not name are zero.
+    allocate = x.new_empty if rows is None else x.new_zeros
+    z = allocate(_kept_shape(x, weights, activation, keep))
+    done = kernels.expert_linear(
+        x, folded, residual, rows, bounds, eps, activation, z=z if z.numel() else None
+    )
+    return done[0], z
+
+
+@expert_linear.register_fake
+def _(x: Tensor, weights: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+    activation, keep = rest[-2:]
+    shape = _kept_shape(x, weights, activation, keep)
+    return x.new_empty(x.shape[0], weights[0].shape[0]), x.new_empty(shape)
+
+
+def _kept_shape(x: Tensor, weights: list[Tensor], activation: str, keep: bool) -> tuple[int, int]:
+    out = weights[0].shape[0]
+    return (x.shape[0], out) if keep and activation == "gelu" else (0, out)
+
+
+def _folded(
+    weights: list[Tensor],
+    parts: list[Tensor],
+    biases: list[Tensor],
+    norm_weights: list[Tensor],
+    norm_biases: list[Tensor],
+) -> Any:
+    """The weights with their LayerNorm inside, once for every state of their sources."""
     each = len(parts) // len(weights)
 
     def fold() -> Any:
         whole = weights
         if parts:
             whole = [torch.cat(parts[i : i + each]) for i in range(0, len(parts), each)]
-        return kernels.fold(whole, biases, norm_weights, norm_biases)
+        return _import("expert_linear").fold(whole, biases, norm_weights, norm_biases)
 
     # The same sources may be one expert's or several experts'.
     shape = (each, len(weights), len(biases), len(norm_weights))
-    folded = derived(f"folded {shape}", sources, fold)
-    y, _ = kernels.expert_linear(x, folded, residual, rows, bounds, eps, activation)
-    return cast(Tensor, y)
+    sources = [*(parts or weights), *biases, *norm_weights, *norm_biases]
+    return derived(f"folded {shape}", sources, fold)
 
 
-@expert_linear.register_fake
-def _(x: Tensor, weights: list[Tensor], *_: Any) -> Tensor:
-    return x.new_empty(x.shape[0], weights[0].shape[0])
+@torch.library.custom_op("beit3_fast::triton_expert_linear_backward", mutates_args=())
+def _expert_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    norm_weights: list[Tensor],
+    norm_biases: list[Tensor],
+    z: Tensor,
+    rows: Tensor | None,
+    bounds: list[int],
+    eps: float,
+) -> list[Tensor]:
+    """Gradients of x, then of the weights, biases, norm weights and norm biases of every expert."""
+    kernels = _kernels("_expert_linear_backward", x.device.type)
+    vectors = (biases, norm_weights, norm_biases)
+    gradients = kernels.expert_linear_backward(
+        grad if grad.stride(-1) == 1 else grad.contiguous(),
+        x,
+        _folded(weights, [], *vectors),
+        weights,
+        *vectors,
+        z if z.numel() else None,
+        rows,
+        bounds,
+        eps,
+    )
+    return [gradients[0], *(own for group in gradients[1:] for own in group)]
+
+
+@_expert_linear_backward.register_fake
+def _(grad: Tensor, x: Tensor, *groups: Any) -> list[Tensor]:
+    operands = [x, *(own for group in groups[:4] for own in group)]
+    return [own.new_empty(own.shape) for own in operands]
+
+
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weights, parts, biases, norm_weights, norm_biases, residual, rows, *rest = inputs
+    ctx.sizes = [len(group) for group in (weights, biases, norm_weights, norm_biases)]
+    ctx.num_parts, ctx.has_residual = len(parts), residual is not None
+    ctx.bounds, ctx.eps, activation, keep = rest
+    ctx.kept = keep or activation != "gelu"
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, rows, output[1], *weights, *biases, *norm_weights, *norm_biases)
+
+
+def _linear_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    if not ctx.kept:
+        raise RuntimeError(
+            "triton_expert_linear: a gradient needs what keep=True keeps; beit3_fast.ops asks for it"
+        )
+    x, rows, z, *flat = ctx.saved_tensors
+    groups = _regrouped(flat, ctx.sizes)
+    dx, *gradients = _expert_linear_backward(grad, x, *groups, z, rows, ctx.bounds, ctx.eps)
+    dweights, dbiases, dgammas, dbetas = _regrouped(gradients, ctx.sizes)
+    dresidual = None
+    if ctx.has_residual:
+        dresidual = grad
+        if rows is not None:
+            dresidual = torch.zeros_like(grad).index_copy(0, rows, grad[rows])
+    parts = [None] * ctx.num_parts
+    return dx, dweights, parts, dbiases, dgammas, dbetas, dresidual, *[None] * 5
+
+
+def _regrouped(flat: list[Tensor], sizes: list[int]) -> list[list[Tensor]]:
+    feed = iter(flat)
+    return [list(islice(feed, size)) for size in sizes]
+
+
+expert_linear.register_autograd(_linear_backward, setup_context=_setup_linear)
 
 
 @torch.library.custom_op("beit3_fast::triton_shared_attention", mutates_args=())
@@ -171,6 +270,67 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
 
 
 shared_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("beit3_fast::triton_masked_linear_cross_entropy", mutates_args=())
+def masked_linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    targets: Tensor,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """Losses [M] and peaks [M, 2], as ``beit3_fast.composite.masked_linear_cross_entropy`` gives them."""
+    kernels = _kernels("masked_linear_cross_entropy", x.device.type)
+    done = kernels.losses(x, weight, bias, rows, targets, label_smoothing)
+    return cast(tuple[Tensor, Tensor], done)
+
+
+@masked_linear_cross_entropy.register_fake
+def _(x: Tensor, weight: Tensor, bias: Any, rows: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    shape = rows.shape
+    return x.new_empty(shape, dtype=torch.float32), x.new_empty((*shape, 2), dtype=torch.float32)
+
+
+@torch.library.custom_op("beit3_fast::triton_masked_linear_cross_entropy_backward", mutates_args=())
+def _cross_entropy_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    targets: Tensor,
+    peaks: Tensor,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = _kernels("masked_linear_cross_entropy", x.device.type)
+    operands = (grad.contiguous(), x, weight, bias, rows, targets, peaks, label_smoothing)
+    slopes = partial(kernels.slopes, *operands)
+    return masked_linear_cross_entropy_backward(*operands, slopes)
+
+
+@_cross_entropy_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dbias = weight.new_empty(0 if bias is None else weight.shape[0])
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
+
+
+def _setup_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *operands, ctx.label_smoothing = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*operands, output[1])
+
+
+def _differentiated(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    gradients = _cross_entropy_backward(grad, *ctx.saved_tensors, ctx.label_smoothing)
+    dx, dweight, dbias = gradients
+    return dx, dweight, dbias if dbias.numel() else None, None, None, None
+
+
+masked_linear_cross_entropy.register_autograd(_differentiated, setup_context=_setup_cross_entropy)
 
 
 def _segments(

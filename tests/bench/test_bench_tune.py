@@ -82,7 +82,7 @@ def test_a_tile_that_is_wrong_or_does_not_run_is_not_timed() -> None:
 
 
 @pytest.mark.parametrize("name", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("op", _tiles.CLASSES)
+@pytest.mark.parametrize("op", tune.SPACE)
 def test_the_space_holds_tiles_that_an_architecture_can_run(op: str, name: str) -> None:
     from beit3_fast.kernels import shared_attention
 

@@ -107,6 +107,57 @@ def check_expert_linear(kernels: Any, side: str) -> None:
         assert bool(y.isfinite().all())
 
 
+def check_expert_linear_backward(kernels: Any, side: str) -> None:
+    linear = importlib.import_module("beit3_fast.kernels.expert_linear")
+    shapes = (((0, 1), 1, 1), ((0, 5, 12), 35, 33), ((0, 0, 17, 18), 16, 31), ((0, 3, 3), 70, 64))
+    rows_met, norm_met = cycle((side == "before", side == "behind")), cycle((True, True, False))
+    for bounds, features, out in shapes:
+        rows, norm = next(rows_met), next(norm_met)
+        experts, count = len(bounds) - 1, bounds[-1]
+        total = count + 2 * rows
+        sizes = {"weights": (out, features), "biases": (out,), "gammas": (features,)}
+        own = {
+            name: [guarded(torch.randn(size).half(), side) for _ in range(experts)]
+            for name, size in sizes.items()
+        }
+        x, grad, z = (
+            guarded(torch.randn(total, width).half(), side) for width in (features, out, out)
+        )
+        index = guarded(torch.randperm(total)[:count], side) if rows else None
+        vectors = (own["biases"], *[own["gammas"] if norm else []] * 2)
+        folded = linear.fold(own["weights"], *vectors)
+        tile = linear.Tile(16, 16, 16, 2, 4, 1)
+        call = (grad, x, folded, own["weights"], *vectors, z, index, bounds, 1e-5)
+        with guarded_results(side):
+            found = kernels.expert_linear_backward(*call, tile=tile)
+        assert all(bool(t.isfinite().all()) for t in (found[0], *found[1], *found[2], *found[3]))
+
+
+def check_weight_gradient(kernels: Any, side: str) -> None:
+    """The file's own functions in the place of those that the backward pass has imported."""
+    backward = importlib.import_module("beit3_fast.kernels._expert_linear_backward")
+    for name in ("weight_gradient", "finish"):
+        setattr(backward, name, getattr(kernels, name))
+    check_expert_linear_backward(backward, side)
+
+
+def check_masked_linear_cross_entropy(kernels: Any, side: str) -> None:
+    for total, count, features, vocabulary in ((1, 1, 1, 1), (9, 5, 35, 33), (40, 17, 16, 31)):
+        x, weight, bias, grad = (
+            guarded(torch.randn(shape), side)
+            for shape in ((total, features), (vocabulary, features), (vocabulary,), (count,))
+        )
+        rows = guarded(torch.randperm(total)[:count], side)
+        targets = guarded(torch.randint(vocabulary, (count,)), side)
+        own, tile = (x, weight, bias, rows, targets), kernels.Tile(16, 16, 16, 4, 1)
+        with guarded_results(side):
+            losses, peaks = kernels.losses(*own, 0.1, tile=tile)
+            part = slice(vocabulary // 2, vocabulary)
+            saved = guarded(peaks, side)
+            slope, sums = kernels.slopes(grad, *own, saved, 0.1, part, tile=tile)
+        assert all(bool(t.isfinite().all()) for t in (losses, slope, sums))
+
+
 def check_shared_attention(kernels: Any, side: str) -> None:
     from beit3_fast.layout import TokenLayout
 
@@ -132,18 +183,38 @@ def check_shared_attention(kernels: Any, side: str) -> None:
             )
             for own in (layout, queries)
         ]
-        tile = kernels.Tile(16, 16, 4, 1)
-        with guarded_results(side):
-            done = kernels.shared_attention(
-                q, k, v, *segments, heads, 0.5, mask, with_lse=True, with_statistics=True, tile=tile
-            )
-        assert bool(done.o.isfinite().all())
+        call = (q, k, v, *segments, heads, 0.5, mask)
+        for whole in (64, 0):
+            tile = kernels.Tile(16, 16, 4, 1, whole)
+            with guarded_results(side):
+                done = kernels.shared_attention(
+                    *call, with_lse=True, with_statistics=True, tile=tile
+                )
+            assert bool(done.o.isfinite().all())
         grad, o, lse = (guarded(t, side) for t in (torch.ones_like(q), done.o, done.lse))
         with guarded_results(side):
             found = backward.shared_attention_backward(
                 grad, q, k, v, o, lse, *segments, heads, 0.5, mask, tile=tile
             )
         assert all(bool(t.isfinite().all()) for t in found)
+
+
+def check_attention_rows(rows: Any, side: str) -> None:
+    """The file in the place of the one that the attention kernels have imported."""
+    sys.modules["beit3_fast.kernels._attention_rows"] = rows
+    for name in ("shared_attention", "_shared_attention_backward"):
+        importlib.reload(importlib.import_module(f"beit3_fast.kernels.{name}"))
+    check_shared_attention(sys.modules["beit3_fast.kernels.shared_attention"], side)
+
+
+CHECKS = {
+    "_attention_rows": check_attention_rows,
+    "expert_linear": check_expert_linear,
+    "_expert_linear_backward": check_expert_linear_backward,
+    "_weight_gradient": check_weight_gradient,
+    "masked_linear_cross_entropy": check_masked_linear_cross_entropy,
+    "shared_attention": check_shared_attention,
+}
 
 
 def check(side: str, path: Path) -> None:
@@ -154,9 +225,7 @@ def check(side: str, path: Path) -> None:
     kernels = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = kernels
     spec.loader.exec_module(kernels)
-    {"expert_linear": check_expert_linear, "shared_attention": check_shared_attention}[op](
-        kernels, side
-    )
+    CHECKS[op](kernels, side)
 
 
 def main(sides: str, *paths: str) -> None:

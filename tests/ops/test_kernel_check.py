@@ -14,6 +14,7 @@ from triton_cases import DEVICE
 
 import beit3_fast
 from beit3_fast import cli
+from beit3_fast.kernels import _expert_linear_backward as gradient_kernels
 from beit3_fast.kernels import _shared_attention_backward as backward_kernels
 from beit3_fast.kernels import expert_linear as linear_kernels
 from beit3_fast.kernels import shared_attention as attention_kernels
@@ -88,7 +89,7 @@ def without_residual(real: Any) -> Any:
 def with_a_wrong_row(real: Any) -> Any:
     def planted(*arguments: Any, **options: Any) -> Any:
         gradients = real(*arguments, **options)
-        gradients[1][-1] *= 1.05
+        gradients[1][-1].mul_(1.05)
         return gradients
 
     return planted
@@ -99,6 +100,7 @@ def with_a_wrong_row(real: Any) -> Any:
     [
         ("expert_linear", False, linear_kernels, "expert_linear", without_residual),
         ("shared_attention", False, attention_kernels, "shared_attention", without_mask),
+        ("expert_linear", True, gradient_kernels, "expert_linear_backward", with_a_wrong_row),
         (
             "shared_attention",
             True,
@@ -168,15 +170,17 @@ def test_only_what_is_used_is_checked_and_only_once(on_a_gpu: Ran, quick: None) 
     for _ in range(2):
         assert dispatch.choose(at("expert_linear")).impl == "triton"
         assert dispatch.choose(at("expert_linear", needs_grad=True)).impl == "triton"
-    assert on_a_gpu == [("expert_linear", torch.float32)]
+    kernels = ["expert_linear", "expert_linear_backward"]
+    assert on_a_gpu == [(kernel, torch.float32) for kernel in kernels]
     dispatch.choose(at("shared_attention", torch.bfloat16, needs_grad=True))
-    assert on_a_gpu[1:] == [("shared_attention_backward", torch.bfloat16)]
+    assert on_a_gpu[2:] == [("shared_attention_backward", torch.bfloat16)]
     kernel_check.reset()
     assert dispatch.choose(at("expert_linear")).impl == "triton"
-    assert len(on_a_gpu) == 2
+    assert len(on_a_gpu) == 3
     content = json.loads(kernel_check.cache_file().read_text())
     assert content["checks"] == {
         "expert_linear in float32": None,
+        "expert_linear_backward in float32": None,
         "shared_attention_backward in bfloat16": None,
     }
     for key in ("torch", "triton", "package", "sources"):

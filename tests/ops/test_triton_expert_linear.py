@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -66,42 +65,6 @@ def test_forward(case: LinearCase) -> None:
 @pytest.mark.parametrize("case", LONG_CASES, ids=lambda case: case.name)
 def test_forward_long(case: LinearCase) -> None:
     check_forward(case)
-
-
-GRADIENT_CASES = [
-    case for case in linear_cases(1, TARGETS[:1]) if SHAPES[case.shape][0][-1] and case.grad_mode
-]
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=pytest.mark.full if place % 2 else (), id=case.name)
-        for place, case in enumerate(GRADIENT_CASES)
-    ],
-)
-def test_gradients_are_those_of_the_formula(case: LinearCase) -> None:
-    operands = linear_on_device(linear_operands(case))
-    seed = draw(operands.x.shape[0], SHAPES[case.shape][2], dtype=case.dtype)
-
-    def gradients(change: Any, call: Any) -> dict[str, Tensor | None]:
-        own = operands.map(lambda t: change(t).detach().requires_grad_())
-        y = call(own)
-        y.backward(seed.to(y.dtype))
-        return {name: leaf.grad for name, leaf in own.leaves().items()}
-
-    ours = gradients(lambda t: t, lambda own: run(own, case, "triton"))
-    plain = gradients(lambda t: t, lambda own: run(own, case, "composite"))
-    truth = gradients(Tensor.double, lambda own: run(own, case, "reference"))
-    for name, expected in truth.items():
-        if expected is None:
-            assert ours[name] is None, name
-            continue
-        mine, theirs = (own[name] for own in (ours, plain))
-        assert mine is not None, name
-        assert theirs is not None, name
-        parity = op_parity(mine.cpu(), theirs.cpu(), expected.cpu(), gradient=True)
-        assert_near(parity, f"gradient of {name}")
 
 
 def draw(*shape: int, dtype: str = "fp32") -> Tensor:

@@ -27,15 +27,37 @@ PLANTED = [
     ("expert_linear", "residual_at, mask=real, other=0.0", "residual_at"),
     ("expert_linear", "+ column[None, :], y, mask=real)", "+ column[None, :], y)"),
     ("expert_linear", "tl.load(bias_ptr + vector)", "tl.load(bias_ptr + vector + N)"),
-    ("shared_attention", "tl.minimum(place, num_keys - 1)", "place"),
-    ("shared_attention", "own = tl.minimum(own, num_queries - 1)", "own = own"),
-    ("shared_attention", "mask=(column < D)[None, :], other=0.0", "mask=column[None, :] >= 0"),
+    ("_expert_linear_backward", "grad_at, mask=real, other=0.0", "grad_at"),
+    ("_expert_linear_backward", "g_ptr + at, mask=real, other=0.0", "g_ptr + at"),
+    (
+        "_expert_linear_backward",
+        "normed_ptr.dtype.element_ty), mask=real",
+        "normed_ptr.dtype.element_ty)",
+    ),
+    ("_weight_gradient", "real = real & (row < end)[:, None]", "real = real"),
+    ("_weight_gradient", "tl.load(own + at, mask=real, other=0.0)", "tl.load(own + at)"),
+    ("_weight_gradient", "slices[i], mask=real", "slices[i]"),
+    ("masked_linear_cross_entropy", "place = tl.minimum(place, M - 1)", "place = place"),
+    ("masked_linear_cross_entropy", "tl.minimum(column, V - 1)", "column"),
+    ("masked_linear_cross_entropy", "element_ty), mask=inside", "element_ty)"),
     (
         "shared_attention",
+        "tl.arange(0, BLOCK_K)\n        row = row_of(tl.minimum(place, num_keys - 1)",
+        "tl.arange(0, BLOCK_K)\n        row = row_of(place",
+    ),
+    (
+        "shared_attention",
+        "tl.arange(0, SIZE)\n        row = row_of(tl.minimum(place, num_keys - 1)",
+        "tl.arange(0, SIZE)\n        row = row_of(place",
+    ),
+    ("shared_attention", "own = tl.minimum(own, num_queries - 1)", "own = own"),
+    ("_attention_rows", "mask=(column < D)[None, :], other=0.0", "mask=column[None, :] >= 0"),
+    (
+        "_attention_rows",
         "part, mask=real[:, None] & (column < D)[None, :]",
         "part, mask=real[:, None]",
     ),
-    ("shared_attention", "text + tl.load(cu_vision_ptr + batch)", "text + 4096"),
+    ("_attention_rows", "text + tl.load(cu_vision_ptr + batch)", "text + 4096"),
 ]
 IN_THE_GATE = {0}
 
@@ -54,7 +76,7 @@ def run(sides: str, *paths: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("side", ["behind", pytest.param("before", marks=pytest.mark.full)])
 def test_nothing_strange_is_touched(side: str) -> None:
-    files = [ROOT / "kernels" / f"{op}.py" for op in ("expert_linear", "shared_attention")]
+    files = [ROOT / "kernels" / f"{name}.py" for name in dict.fromkeys(op for op, _, _ in PLANTED)]
     done = run(side, *files)
     assert done.returncode == 0, done.stderr
     assert "nothing strange" in done.stdout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from op_cases import DTYPES, MASKS
@@ -9,7 +11,7 @@ from torch import Tensor
 from triton_cases import DEVICE, TARGETS
 
 from beit3_fast.layout import TokenLayout
-from beit3_fast.ops import Norm, expert_linear, shared_attention
+from beit3_fast.ops import Norm, expert_linear, masked_linear_cross_entropy, shared_attention
 
 REPEATS, BATCH, TOKENS = (250, 60, 197) if DEVICE == "cuda" else (2, 2, 13)
 DTYPE = DTYPES[TARGETS[-1][1]]
@@ -28,13 +30,35 @@ def test_the_same_bits_every_time(mask: str) -> None:
 
     x, width = draw(layout.num_rows, 128), 3 * 128
     weights = [(torch.randn(width, 128, device=DEVICE) / 11).to(DTYPE) for _ in range(2)]
-    norm = Norm([draw(128).detach()] * 2, [draw(128).detach()] * 2)
+    weights = [weight.requires_grad_() for weight in weights]
+    norm = Norm([draw(128), draw(128)], [draw(128), draw(128)])
+    leaves = [x, *weights, *norm.weights, *norm.biases]
 
     def run() -> list[Tensor]:
-        qkv = expert_linear(x, weights, bounds=bounds, norm=norm, impl="triton")
-        q, k, v = (t.detach().requires_grad_() for t in qkv.chunk(3, dim=1))
+        options: dict[str, Any] = {"norm": norm, "activation": "gelu", "impl": "triton"}
+        qkv = expert_linear(x, weights, bounds=bounds, **options)
+        q, k, v = qkv.chunk(3, dim=1)
         o = shared_attention(q, k, v, layout, num_heads=2, mask=mask, impl="triton")
-        return [qkv, o, *torch.autograd.grad(o.float().square().sum(), [q, k, v])]
+        own = torch.autograd.grad(o.float().square().sum(), [q, k, v], retain_graph=True)
+        return [qkv, o, *own, *torch.autograd.grad(o.float().square().sum(), leaves)]
+
+    first = run()
+    for _ in range(REPEATS - 1):
+        for mine, expected in zip(run(), first, strict=True):
+            assert torch.equal(mine, expected)
+
+
+@pytest.mark.timeout(500)
+def test_the_same_bits_of_a_head_every_time() -> None:
+    count = 40 * BATCH
+    x, weight = (torch.randn(n, 128, device=DEVICE).to(DTYPE) for n in (2 * count, 1000))
+    own = [x.requires_grad_(), weight.requires_grad_()]
+    rows = torch.randperm(2 * count, device=DEVICE)[:count]
+    targets = torch.randint(1000, (count,), device=DEVICE)
+
+    def run() -> list[Tensor]:
+        loss = masked_linear_cross_entropy(*own, None, rows, targets, impl="triton")
+        return [loss, *torch.autograd.grad(loss, own)]
 
     first = run()
     for _ in range(REPEATS - 1):

@@ -19,6 +19,17 @@ def draw(*shape: int, grad: bool = False) -> Tensor:
     return torch.randn(*shape, device=DEVICE).requires_grad_(grad)
 
 
+def detached(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        [t.detach() for t in own]
+        if isinstance(own, list) and own and isinstance(own[0], Tensor)
+        else own.detach()
+        if isinstance(own, Tensor)
+        else own
+        for own in arguments
+    )
+
+
 @pytest.mark.parametrize(
     ("grad", "rows"), [(True, False), pytest.param(False, True, marks=pytest.mark.full)]
 )
@@ -37,8 +48,14 @@ def test_opcheck_expert_linear(grad: bool, rows: bool) -> None:
         [0, 1, count],
         1e-5,
         "gelu",
+        grad,
     )
     torch.library.opcheck(OPS.triton_expert_linear.default, arguments)
+    if grad:
+        x, weights, _, *vectors, _, index, bounds, eps, _, _ = arguments
+        z = draw(total, 8)
+        backward = (draw(total, 8), x, weights, *vectors, z, index, bounds, eps)
+        torch.library.opcheck(OPS.triton_expert_linear_backward.default, detached(backward))
 
 
 @pytest.mark.parametrize(
@@ -54,6 +71,15 @@ def test_opcheck_shared_attention(grad: bool, selected: bool) -> None:
         chosen = (own.cu_vision, own.cu_text, own.positions, layout.longest, own.longest)
     arguments = (q, k, v, layout.cu_vision, layout.cu_text, *chosen, 2, 0.3, "seq2seq")
     torch.library.opcheck(OPS.triton_shared_attention.default, arguments)
+
+
+def test_opcheck_masked_linear_cross_entropy() -> None:
+    own = (draw(9, 24, grad=True), draw(13, 24, grad=True), draw(13, grad=True))
+    index = (torch.randperm(9, device=DEVICE)[:5], torch.randint(13, (5,), device=DEVICE))
+    torch.library.opcheck(OPS.triton_masked_linear_cross_entropy.default, (*own, *index, 0.1))
+    peaks = torch.rand(5, 2, device=DEVICE) + 1
+    backward = (draw(5), *detached(own), *index, peaks, 0.1)
+    torch.library.opcheck(OPS.triton_masked_linear_cross_entropy_backward.default, backward)
 
 
 def test_one_graph_and_the_same_numbers_under_torch_compile() -> None:

@@ -156,7 +156,7 @@ def test_every_mask_and_selection_with_lse_and_statistics(mask: str, selection: 
         mask,
         with_lse=True,
         with_statistics=True,
-        tile=kernels.Tile(16, 16, 4, 1),
+        tile=kernels.Tile(16, 16, 4, 1, whole=64 * (place // 3 % 2)),
     )
     q, k, v = (t.double() for t in operands[:3])
     truth = run(operands._replace(q=q, k=k, v=v), case, "reference")
@@ -230,6 +230,52 @@ def test_the_tile_changes_rounding_only(mask: str, blocks: tuple[int, int]) -> N
     tile = kernels.Tile(*blocks, 4, 1)
     o = kernels.shared_attention(q, k, v, own, own, 2, 13**-0.5, mask, tile=tile).o
     torch.testing.assert_close(o, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "width"),
+    [("bidirectional", 13), ("seq2seq", 88), pytest.param("causal", 64, marks=pytest.mark.full)],
+)
+def test_whole_rows_of_scores(mask: str, width: int) -> None:
+    """In three pieces, 224 = 128 + 64 + 32, over samples that end in each of them; a query is saturated."""
+    layout = TokenLayout.from_lengths((180, 0, 5, 0), (17, 201, 1, 140), DEVICE)
+    q, k, v = (draw(layout.num_rows, width) for _ in range(3))
+    q[::9] *= 100
+    own = kernels.Segments(layout.cu_vision, layout.cu_text, layout.longest)
+    plain, truth = (
+        shared_attention(*operands, layout, num_heads=1, mask=mask, impl=impl).cpu()
+        for operands, impl in (
+            ((q, k, v), "composite"),
+            ((q.double(), k.double(), v.double()), "reference"),
+        )
+    )
+    tile = kernels.Tile(64, 16, 4, 1, whole=256)
+    o = kernels.shared_attention(q, k, v, own, own, 1, width**-0.5, mask, tile=tile).o
+    assert_near(op_parity(o.cpu(), plain, truth), mask)
+
+
+class Launches(list[dict[str, Any]]):
+    """Stands for a kernel, and notes the named arguments of its launches."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *_, **named: self.append(named)
+
+
+@pytest.mark.parametrize(
+    ("longest", "keys", "pieces"),
+    [(1, 32, 1), (32, 32, 1), (33, 64, 1), (197, 224, 3), (256, 256, 1), (257, 0, 0)],
+)
+def test_the_form_is_chosen_by_the_longest_sample(
+    longest: int, keys: int, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = Launches()
+    monkeypatch.setattr(kernels, "shared_attention_kernel", launches)
+    layout = TokenLayout.from_lengths((longest, 1), (0, 0), DEVICE)
+    q, k, v = (draw(longest + 1, 64, DTYPE_NAMES[-1]) for _ in range(3))
+    own = kernels.Segments(layout.cu_vision, layout.cu_text, layout.longest)
+    tile = kernels.Tile(64, 64, 4, 1, whole=256)
+    kernels.shared_attention(q, k, v, own, own, 1, 0.125, "causal", tile=tile)
+    assert [(own["KEYS"], own["PIECES"]) for own in iter(launches)] == [(keys, pieces)]
 
 
 def test_scale() -> None:

@@ -10,9 +10,18 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from beit3_fast.kernels import _tiles, expert_linear, shared_attention
+from beit3_fast.kernels import (
+    _tiles,
+    expert_linear,
+    masked_linear_cross_entropy,
+    shared_attention,
+)
 
-TILES = {"expert_linear": expert_linear.Tile, "shared_attention": shared_attention.Tile}
+TILES = {
+    "expert_linear": expert_linear.Tile,
+    "shared_attention": shared_attention.Tile,
+    "masked_linear_cross_entropy": masked_linear_cross_entropy.Tile,
+}
 
 
 @pytest.mark.parametrize("name", _tiles.ARCHITECTURES)
