@@ -223,15 +223,15 @@ BUGS = (
     Bug(
         "encoder-attention-sub-layernorm-forgotten",
         "beit3_fast/model/encoder.py",
-        "_branch(o, attention.out_proj, attention.inner_attn_ln, residual, keep, impl)",
-        "_branch(o, attention.out_proj, None, residual, keep, impl)",
+        "_linear(o, attention.out_proj, own, attention.inner_attn_ln, residual, impl)",
+        "_linear(o, attention.out_proj, own, None, residual, impl)",
         (f"{FORMULA}::test_mixed_batches",),
     ),
     Bug(
         "encoder-ffn-sub-layernorm-forgotten",
         "beit3_fast/model/encoder.py",
-        "return _experts_linear(h, linears, experts.bounds, inner, None, x, impl)",
-        "return _experts_linear(h, linears, experts.bounds, None, None, x, impl)",
+        "return _experts_linear(h, linears, experts.bounds, inner, None, residual, impl)",
+        "return _experts_linear(h, linears, experts.bounds, None, None, residual, impl)",
         (f"{FORMULA}::test_mixed_batches",),
     ),
     Bug(

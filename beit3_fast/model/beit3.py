@@ -15,9 +15,10 @@ from beit3_fast.layout import Pick, TokenLayout
 from beit3_fast.model.batch import Embedded, embed_padded, embed_samples, packed_choice
 from beit3_fast.model.embedding import VisionEmbedding
 from beit3_fast.model.embeddings import Embeddings
-from beit3_fast.model.encoder import Encoder, encode_rows
+from beit3_fast.model.encoder import encode_rows
 from beit3_fast.model.incremental import encode_incremental
 from beit3_fast.model.masks import read_blocked_mask
+from beit3_fast.model.parameters import Encoder
 
 
 @dataclass(frozen=True)
