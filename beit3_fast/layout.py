@@ -122,6 +122,22 @@ class TokenLayout:
         lengths = zip(self.vision_lengths, self.text_lengths, strict=True)
         return max(map(sum, lengths), default=0)
 
+    @property
+    def mask_size(self) -> int:
+        """Rows and columns of a mask tensor: the longest image's tokens and the longest text's."""
+        return max(self.vision_lengths, default=0) + max(self.text_lengths, default=0)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether packed samples are in the caller's order."""
+        return self.order == tuple(range(len(self.order)))
+
+    @property
+    def sample_without_text(self) -> int | None:
+        """The first of the caller's samples that has no text rows, None where all have some."""
+        without = [own for own, text in zip(self.order, self.text_lengths, strict=True) if not text]
+        return min(without, default=None)
+
     @cached_property
     def vision_starts(self) -> tuple[int, ...]:
         """First vision row of each packed sample, and Rv at the end: B + 1 numbers."""

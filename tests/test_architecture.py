@@ -17,6 +17,7 @@ FLOORS = (
     ("errors", "kernels"),
     ("derived",),
     ("layout", "config", "parity"),
+    ("padded_layout",),
     ("reference",),
     ("composite",),
     ("ops", "checkpoint", "data", "generate"),
@@ -29,6 +30,7 @@ FLOORS = (
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 OPS_HELPERS = {
     "__init__",
+    "cpu_kernels",
     "dispatch",
     "kernel_cases",
     "kernel_check",

@@ -31,22 +31,22 @@ class Encoded:
 
     def vision(self) -> Tensor:
         """Vision rows [Rvq, C], samples in the caller's order where each sample has one row."""
-        return self._in_order(self.rows[: self.layout.num_vision_rows], self.layout.vision_lengths)
+        return self._in_order(self.rows[: self.layout.num_vision_rows], "vision_lengths")
 
     def text(self) -> Tensor:
         """Text rows [Rtq, C], samples in the caller's order where each sample has one row."""
-        return self._in_order(self.rows[self.layout.num_vision_rows :], self.layout.text_lengths)
+        return self._in_order(self.rows[self.layout.num_vision_rows :], "text_lengths")
 
-    def _in_order(self, rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        order = self.layout.order
-        if order == tuple(range(len(order))):
+    def _in_order(self, rows: Tensor, lengths: str) -> Tensor:
+        if self.layout.in_order:
             return rows
-        if set(lengths) != {1}:
+        if set(getattr(self.layout, lengths)) != {1}:
             raise ShapeError(
                 "rows of several tokens a sample stay packed when the batch mixes kinds; read them with "
                 "Encoded.layout"
             )
-        return torch.empty_like(rows).index_copy(0, torch.tensor(order, device=rows.device), rows)
+        order = torch.tensor(self.layout.order, device=rows.device)
+        return torch.empty_like(rows).index_copy(0, order, rows)
 
 
 class BEiT3(Embeddings, nn.Module):

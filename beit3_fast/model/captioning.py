@@ -17,6 +17,7 @@ from beit3_fast.generate import Caption, CaptionStep, Options, Special, caption_
 from beit3_fast.model.decoding import CaptionDecoder
 from beit3_fast.model.inputs import check_processor, image_batches, image_tensors, listed
 from beit3_fast.model.task import BEiT3Task
+from beit3_fast.padded_layout import shapes_are_fixed
 
 # The vocabulary of the released models, and <mask> in it.
 _RELEASED_VOCABULARY, _RELEASED_MASK = 64010, 64001
@@ -50,14 +51,22 @@ class BEiT3ForCaptioning(BEiT3Task):
             return self._decode(
                 image, text_ids, padding_mask, language_masked_pos, text_len, incremental_state
             )
+        fixed = shapes_are_fixed()
         encoded = self.beit3.encode(
             image,
             text_ids,
             padding_mask,
             mask="seq2seq",
             read_vision="none",
-            read_text="all" if language_masked_pos is None else language_masked_pos,
+            read_text="all" if language_masked_pos is None or fixed else language_masked_pos,
         )
+        if fixed:
+            rows = encoded.rows.view(*text_ids.shape, encoded.rows.shape[1])
+            if language_masked_pos is not None:
+                rows = rows[language_masked_pos.bool()]
+            elif padding_mask is not None:
+                rows = torch.where(padding_mask.bool()[..., None], 0.0, rows)
+            return self.mlm_head(rows), None
         if language_masked_pos is not None:
             return self.mlm_head(self._caller_order(encoded)), None
         features = encoded.rows
@@ -214,8 +223,7 @@ class BEiT3ForCaptioning(BEiT3Task):
 
     def _caller_order(self, encoded: Any) -> Tensor:
         """Text rows sorted by the caller's samples, as indexing with the mask would give them."""
-        order = encoded.layout.order
-        if order == tuple(range(len(order))):
+        if encoded.layout.in_order:
             return encoded.rows
         return encoded.rows[encoded.layout.sample_of_row.argsort(stable=True)]
 

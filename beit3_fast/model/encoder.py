@@ -20,6 +20,7 @@ from beit3_fast.errors import ShapeError
 from beit3_fast.layout import Part, Selection, TokenLayout
 from beit3_fast.model.drop_path import Draws, Kept, draw, touch
 from beit3_fast.ops import Norm, expert_linear, shared_attention
+from beit3_fast.padded_layout import PaddedLayout
 
 # Of base width: 9 MB of queries, keys and values and 13 MB of hidden activations in bf16.
 _ROWS_AT_ONCE = 2048
@@ -268,6 +269,7 @@ def encode_rows(
     """
     if (
         hidden_states is None
+        and not isinstance(layout, PaddedLayout)
         and layout.num_rows > _ROWS_AT_ONCE
         and layout.batch_size > 1
         and isinstance(mask, str)
@@ -277,7 +279,7 @@ def encode_rows(
     ):
         return _encode_in_parts(encoder, x, layout, mask, read, impl)
     last = len(encoder.layers) - 1
-    skip = isinstance(mask, str) and not torch.compiler.is_compiling()
+    skip = isinstance(mask, str) and not isinstance(layout, PaddedLayout)
     kept = draw(drop_path_rates, x, layout, skip)
     if hidden_states is not None:
         hidden_states.append(x)

@@ -57,9 +57,8 @@ class BEiT3Task(Embeddings, nn.Module):
 
 def text_of_all(encoded: Encoded) -> Tensor:
     """[B, C]: the first text row of every sample. Raises ShapeError where a sample has none."""
-    lengths = encoded.layout.text_lengths
-    if 0 in lengths:
-        sample = encoded.layout.order[lengths.index(0)]
+    sample = encoded.layout.sample_without_text
+    if sample is not None:
         raise ShapeError(
             f"the head reads the first text token of every sample, but the text of sample {sample} of the "
             "batch is empty or all padding"

@@ -41,7 +41,7 @@ class BEiT3ForImageClassification(BEiT3Task):
         """image [B, 3, H, W] -> logits [B, num_classes]."""
         encoded = self.beit3.encode(image=image)
         batch, width = encoded.layout.batch_size, encoded.rows.shape[1]
-        tokens = encoded.rows.view(batch, encoded.rows.shape[0] // max(batch, 1), width)
+        tokens = encoded.rows.view(batch, encoded.layout.longest, width)
         return self.head(self.fc_norm(tokens[:, 1:].mean(1)))
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class Situation(NamedTuple):
     compiling: bool
     mask_tensor: bool
     int8: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,16 @@ def autocast_enabled(device: str) -> bool:
 
 
 def situation(
-    op: str, tensors: list[Tensor], mask_tensor: bool = False, int8: bool = False
+    op: str,
+    tensors: list[Tensor],
+    mask_tensor: bool = False,
+    int8: bool = False,
+    packed: bool = False,
 ) -> Situation:
     """The situation of a call: ``tensors`` are all operands, the first one gives device and dtype.
 
-    ``int8``: whether the weights are rounded to int8, which only the CPU kernels multiply as such.
+    ``int8``: whether the weights are rounded to int8, which only the CPU kernels multiply as such; ``packed``: whether
+    they are kept only in the layout of those kernels.
     """
     first = tensors[0]
     return Situation(
@@ -76,6 +82,7 @@ def situation(
         compiling=torch.compiler.is_compiling(),
         mask_tensor=mask_tensor,
         int8=int8,
+        packed=packed,
     )
 
 
@@ -103,7 +110,7 @@ def _cpu_slower(at: Situation) -> str | None:
         return None
     if at.needs_grad:
         return "recomputes in the backward pass what composite keeps"
-    if at.compiling:
+    if at.compiling and not at.packed:
         return "is opaque to torch.compile, which fuses composite"
     level = library.cpu_isa()
     if level == "portable":
@@ -165,9 +172,8 @@ def _choose(at: Situation, requested: str, doubt: str | None) -> Choice:
     others = [name for name in IMPLEMENTATIONS if name not in (*_AUTO_ORDER, "reference")]
     rejected += [(name, _obstacle(name, at) or _NOT_BUILT) for name in others]
     rejected.append(("reference", "is the readable formula, kept for checking"))
-    if not at.compiling:  # torch.compile breaks its graph at a line of a log
-        first = "triton" if at.device == "cuda" else "cpu"
-        logger.info("%s: %s; not %s: %s", at.op, impl, first, dict(rejected).get(first, "-"))
+    first = "triton" if at.device == "cuda" else "cpu"
+    logger.info("%s: %s; not %s: %s", at.op, impl, first, dict(rejected).get(first, "-"))
     return Choice(impl, tuple(rejected))
 
 
@@ -176,12 +182,21 @@ def choose(at: Situation, requested: str = "auto") -> Choice:
 
     Raises ConfigError for an unknown name and KernelUnavailable when a named implementation cannot run.
     """
+    return _chosen(requested, *at)
+
+
+def _chosen(requested: str, *fields: Any) -> Choice:
+    at = Situation(*fields)
     if requested == "auto":
         requested = os.environ.get("BEIT3_FAST_IMPL") or "auto"
     doubt = None
     if requested == "auto" and at.device == "cuda" and _triton_obstacle(at) is None:
         doubt = kernel_check.doubt(at.op, at.dtype, at.needs_grad)
     return _choose(at, requested, doubt)
+
+
+# torch.compile makes the choice while it traces and does not trace how (see kernel_check.doubt).
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def rows_in_memory(tensor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from beit3_fast.composite.expert_linear import expert_linear as composite_impl
 from beit3_fast.composite.expert_linear import expert_linear_backward
 from beit3_fast.derived import derived, needs_grad
 from beit3_fast.errors import ShapeError
-from beit3_fast.ops import dispatch, library, triton_kernels
+from beit3_fast.ops import cpu_kernels, dispatch, library, triton_kernels
 from beit3_fast.ops.packed_weight import PackedWeight
 from beit3_fast.reference.expert_linear import expert_linear as reference_impl
 
@@ -73,8 +73,9 @@ def expert_linear(
     tensors = [x, *_flat(weights), *_flat(biases or ()), *norm_weights, *norm_biases]
     if residual is not None:
         tensors.append(residual)
-    int8 = any(isinstance(part, PackedWeight) and part.is_int8 for part in _flat(weights))
-    at = dispatch.situation("expert_linear", tensors, int8=int8)
+    kept = [part for part in _flat(weights) if isinstance(part, PackedWeight)]
+    int8 = any(part.is_int8 for part in kept)
+    at = dispatch.situation("expert_linear", tensors, int8=int8, packed=bool(kept))
     choice = dispatch.choose(at, impl)
     if int8 and (choice.impl != "cpu" or at.needs_grad):
         _warn_of_int8(dict(choice.rejected).get("cpu", "has no gradients of int8 products"))
@@ -127,10 +128,11 @@ def _cpu(
     tail: tuple[Any, ...],
     with_grad: bool,
 ) -> Tensor:
-    op, ordered = _op(), dispatch.rows_in_memory
+    compiling, ordered = torch.compiler.is_compiling(), dispatch.rows_in_memory
+    op: Any = cpu_kernels.expert_linear if compiling else _op()
     stacked: list[Tensor] = []
     packed: list[Tensor] = []
-    if with_grad:
+    if with_grad or (compiling and not isinstance(_flat(weights)[0], PackedWeight)):
         stacked = [ordered(_stack(weight)) for weight in weights]
     else:
         groups = [weight if isinstance(weight, tuple) else (weight,) for weight in weights]
@@ -213,9 +215,14 @@ def _stand_in(parts: tuple[Tensor, ...]) -> Tensor:
     return torch.empty((), dtype=first.dtype, device=first.device).expand(rows, first.shape[1])
 
 
-@library.once
 def _op() -> Any:
-    """The compiled op, with its shape function and gradient registered once."""
+    """The compiled op, with its shape function and gradient registered."""
+    _register()
+    return torch.ops.beit3_fast.expert_linear.default
+
+
+@library.once
+def _register() -> None:
     library.load()
 
     @torch.library.register_fake("beit3_fast::pack_weight")
@@ -240,7 +247,6 @@ def _op() -> Any:
     torch.library.register_autograd(
         "beit3_fast::expert_linear", _backward, setup_context=_setup_context
     )
-    return torch.ops.beit3_fast.expert_linear.default
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -270,7 +276,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return dx, dweights, packed, dbiases, dgammas, dbetas, dresidual, None, None, None, None
 
 
-triton_kernels.expert_linear.register_autograd(_backward, setup_context=_setup_context)
+for _traceable in (triton_kernels.expert_linear, cpu_kernels.expert_linear):
+    _traceable.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _check(

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from beit3_fast.composite.shared_attention import cached_attention as composite_cached
 from beit3_fast.composite.shared_attention import shared_attention as composite_impl
-from beit3_fast.composite.shared_attention import shared_attention_backward
+from beit3_fast.composite.shared_attention import shared_attention_backward, visible_places
 from beit3_fast.errors import ShapeError
 from beit3_fast.layout import TokenLayout
 from beit3_fast.ops import dispatch, library, triton_kernels
+from beit3_fast.padded_layout import PaddedLayout, padding_is_masked
 from beit3_fast.reference.shared_attention import cached_attention as reference_cached
 from beit3_fast.reference.shared_attention import shared_attention as reference_impl
 
@@ -60,7 +61,8 @@ def shared_attention(
     _check(q, k, v, layout, queries, num_heads, scale, mask)
     if scale is None:
         scale = (q.shape[1] // num_heads) ** -0.5
-    at = dispatch.situation("shared_attention", [q, k, v], isinstance(mask, Tensor))
+    masked = isinstance(mask, Tensor) or padding_is_masked(layout)
+    at = dispatch.situation("shared_attention", [q, k, v], masked)
     choice = dispatch.choose(at, impl)
     if choice.impl == "cpu":
         selected = queries is not layout
@@ -91,8 +93,11 @@ def shared_attention(
             mask,
         )
         return o
-    run = reference_impl if choice.impl == "reference" else composite_impl
-    return run(q, k, v, layout, queries, num_heads, scale, mask)
+    if choice.impl != "reference":
+        return composite_impl(q, k, v, layout, queries, num_heads, scale, mask)
+    if isinstance(layout, PaddedLayout) and layout.valid is not None:
+        mask = visible_places(layout, layout, mask)
+    return reference_impl(q, k, v, layout, queries, num_heads, scale, mask)
 
 
 def cached_attention(
@@ -124,9 +129,14 @@ def cached_attention(
     return run(q, k, v, seen, own, num_heads, scale)
 
 
-@library.once
 def _op() -> Any:
-    """The compiled op, with its shape function and gradient registered once."""
+    """The compiled op, with its shape function and gradient registered."""
+    _register()
+    return torch.ops.beit3_fast.shared_attention.default
+
+
+@library.once
+def _register() -> None:
     library.load()
 
     @torch.library.register_fake("beit3_fast::shared_attention")
@@ -136,7 +146,6 @@ def _op() -> Any:
     torch.library.register_autograd(
         "beit3_fast::shared_attention", _backward, setup_context=_setup_context
     )
-    return torch.ops.beit3_fast.shared_attention.default
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -237,7 +246,7 @@ def _check(
         return
     if not isinstance(mask, Tensor):
         raise ShapeError(f"mask must be one of {MASKS} or a bool tensor, got {type(mask).__name__}")
-    tokens = max(layout.vision_lengths, default=0) + max(layout.text_lengths, default=0)
+    tokens = layout.mask_size
     shapes = ((tokens, tokens), (layout.batch_size, tokens, tokens))
     if mask.device != q.device:
         raise ShapeError(f"a mask tensor must be on q's device {q.device}, got {mask.device}")
