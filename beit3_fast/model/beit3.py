@@ -13,6 +13,7 @@ from beit3_fast.config import BEiT3Config
 from beit3_fast.errors import ShapeError
 from beit3_fast.layout import Pick, TokenLayout
 from beit3_fast.model.batch import Embedded, embed_padded, embed_samples, packed_choice
+from beit3_fast.model.capture import Capturable
 from beit3_fast.model.embedding import VisionEmbedding
 from beit3_fast.model.embeddings import Embeddings
 from beit3_fast.model.encoder import encode_rows
@@ -49,11 +50,13 @@ class Encoded:
         return torch.empty_like(rows).index_copy(0, order, rows)
 
 
-class BEiT3(Embeddings, nn.Module):
+class BEiT3(Embeddings, Capturable):
     """torchscale's ``BEiT3`` in parameters, forward signature and output; packed and stateless inside.
 
     ``config.modalities`` may leave a branch out. ``impl`` names the implementation of both ops.
     """
+
+    _outputs_hold_text = True
 
     def __init__(self, config: BEiT3Config, impl: str = "auto") -> None:
         super().__init__()

@@ -26,6 +26,8 @@ _RELEASED_VOCABULARY, _RELEASED_MASK = 64010, 64001
 class BEiT3ForCaptioning(BEiT3Task):
     """Masked prediction of caption tokens; the text sees the image and earlier text."""
 
+    _outputs_hold_text = True
+
     def __init__(self, config: BEiT3Config, impl: str = "auto") -> None:
         super().__init__(config, impl)
         self.mlm_head = nn.Linear(config.embed_dim, config.vocab_size)

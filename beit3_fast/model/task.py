@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from beit3_fast.config import BEiT3Config
 from beit3_fast.errors import ShapeError
 from beit3_fast.model.beit3 import BEiT3, Encoded, init_weights
+from beit3_fast.model.capture import Capturable
 from beit3_fast.model.embeddings import Embeddings
 
 _HEAD_INIT_SCALE = 0.001
 
 
-class BEiT3Task(Embeddings, nn.Module):
+class BEiT3Task(Embeddings, Capturable):
     """A backbone with a head; ``config`` and ``impl`` are the backbone's."""
 
     def __init__(self, config: BEiT3Config, impl: str = "auto") -> None:
