@@ -35,6 +35,7 @@ OPS_HELPERS = {
     "kernel_cases",
     "kernel_check",
     "library",
+    "operands",
     "packed_weight",
     "triton_kernels",
 }

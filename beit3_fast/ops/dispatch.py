@@ -60,6 +60,14 @@ def autocast_enabled(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast wants this operand multiplied; None where it leaves it alone (off, fp64)."""
+    device = tensor.device.type
+    if tensor.dtype is torch.float64 or not autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def situation(
     op: str,
     tensors: list[Tensor],
@@ -73,12 +81,13 @@ def situation(
     they are kept only in the layout of those kernels.
     """
     first = tensors[0]
+    lower = autocast_dtype(first)
     return Situation(
         op=op,
         device=first.device.type,
-        dtype=first.dtype,
+        dtype=lower or first.dtype,
         needs_grad=needs_grad(*tensors),
-        autocast=autocast_enabled(first.device.type),
+        autocast=lower is not None,
         compiling=torch.compiler.is_compiling(),
         mask_tensor=mask_tensor,
         int8=int8,
@@ -92,8 +101,6 @@ def _cpu_obstacle(at: Situation) -> str | None:
         return f"takes CPU tensors, these are on {at.device}"
     if at.dtype not in (torch.float32, torch.bfloat16):
         return f"takes float32 and bfloat16, got {str(at.dtype).removeprefix('torch.')}"
-    if at.autocast:
-        return "reads operands in their own dtype, and autocast is on"
     if at.mask_tensor:
         return "takes mask structures, not a mask tensor"
     if library.available():
@@ -106,6 +113,8 @@ def _cpu_slower(at: Situation) -> str | None:
 
     docs/measurements.md holds the figures behind these rules.
     """
+    if at.autocast:
+        return "would keep the weights a second time, in autocast's dtype"
     if at.int8:
         return None
     if at.needs_grad:
@@ -124,8 +133,6 @@ def _cpu_slower(at: Situation) -> str | None:
 
 def _triton_obstacle(at: Situation) -> str | None:
     """Why the Triton kernels cannot take this call, or None."""
-    if at.autocast:
-        return "reads operands in their own dtype, and autocast is on"
     if at.mask_tensor:
         return "takes mask structures, not a mask tensor"
     return triton_kernels.obstacle(at.device, at.dtype)

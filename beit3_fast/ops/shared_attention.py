@@ -52,13 +52,29 @@ def shared_attention(
     slices of one fused tensor are fine. ``layout`` describes the key rows; ``queries`` the query rows when they
     are only some of them (``TokenLayout.select``). ``scale`` defaults to D ** -0.5. ``mask`` is one of MASKS or
     a bool tensor [N, N] or [B, N, N], True where a query may look, over the longest image's tokens followed by
-    the longest text's, samples in the caller's order. Returns [Rq, C]; a query that sees no key gives zeros.
+    the longest text's, samples in the caller's order. Returns [Rq, C] in q's dtype, under torch.autocast in its (operands
+    are then rounded to it, as for PyTorch's own attention); a query that sees no key gives zeros.
 
     Differentiable in q, k and v. Raises ShapeError for operands that do not fit, ConfigError and
     KernelUnavailable for ``impl``.
     """
     queries = layout if queries is None else queries
     _check(q, k, v, layout, queries, num_heads, scale, mask)
+    lower = dispatch.autocast_dtype(q)
+    if lower is not None:
+        q, k, v = (t.to(lower) for t in (q, k, v))
+        with torch.autocast(q.device.type, enabled=False):
+            return shared_attention(
+                q,
+                k,
+                v,
+                layout,
+                num_heads=num_heads,
+                scale=scale,
+                mask=mask,
+                queries=queries,
+                impl=impl,
+            )
     if scale is None:
         scale = (q.shape[1] // num_heads) ** -0.5
     masked = isinstance(mask, Tensor) or padding_is_masked(layout)
