@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from beit3_fast.config import BEiT3Config
 from beit3_fast.errors import ShapeError
 from beit3_fast.layout import Pick, TokenLayout
+from beit3_fast.model import drop_path
 from beit3_fast.model.batch import Embedded, embed_padded, embed_samples, packed_choice
 from beit3_fast.model.capture import Capturable
 from beit3_fast.model.embedding import VisionEmbedding
@@ -207,7 +208,7 @@ class BEiT3(Embeddings, Capturable):
         read: Any,
         hidden: list[Tensor] | None,
     ) -> Tensor:
-        rates = self.encoder.drop_path_rates if self.training else ()
+        rates = self.encoder.drop_path_rates if self.training and drop_path.acts() else ()
         return encode_rows(
             self.encoder,
             rows,

@@ -7,7 +7,9 @@ DropPath (each sample by itself, what is kept divided by the probability of keep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,6 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from beit3_fast.layout import TokenLayout
+
+_off: ContextVar[bool] = ContextVar("beit3_fast_no_drop_path", default=False)
+
+
+@contextmanager
+def without_drop_path() -> Iterator[None]:
+    """Within it models drop nothing, whatever mode they are in: answers do not depend on chance. Changes no module."""
+    token = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(token)
+
+
+def acts() -> bool:
+    """Whether a model in train mode drops anything."""
+    return torch.compiler.is_compiling() or not _off.get()
 
 
 class Kept(NamedTuple):

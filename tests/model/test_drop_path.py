@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from model_cases import FORMS, TINY, backbone, images, texts
+from model_cases import FORMS, TINY, backbone, images, task_model, texts
 from torch import Tensor
 
 from beit3_fast.layout import TokenLayout
@@ -187,3 +188,28 @@ def test_a_mask_tensor_multiplies() -> None:
     ours = model.encode(images(5), mask=everything).rows
     torch.manual_seed(2)
     torch.testing.assert_close(model.encode(images(5)).rows, ours, rtol=1e-5, atol=1e-5)
+
+
+ANSWERS: dict[str, Callable[[Any], Any]] = {
+    "imageclassification": lambda model: model.classify(images(6)),
+    "vqav2": lambda model: model.answer(images(6), texts(6, 4)),
+    "nlvr2": lambda model: model.reason(images(6), images(6, seed=3), texts(6, 4)),
+    "captioning": lambda model: model.caption(images(6), mask_id=91),
+    "retrieval": lambda model: [
+        model.encode_image(images(6)).tolist(),
+        model.encode_text(texts(6, 4)).tolist(),
+        model.encode_pair(images(6), texts(6, 4)).tolist(),
+    ],
+}
+
+
+@pytest.mark.parametrize("task", ANSWERS)
+def test_answers_do_not_depend_on_chance_in_train_mode(task: str) -> None:
+    model = task_model(task, drop_path_rate=0.9)
+    expected = ANSWERS[task](model)
+    model.train()
+    assert ANSWERS[task](model) == expected
+    assert all(module.training for module in model.modules())
+    with torch.no_grad():
+        rows = [model.beit3.encode(images(6)).rows for _ in range(2)]
+    assert not torch.equal(*rows)
