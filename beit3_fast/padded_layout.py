@@ -76,27 +76,27 @@ class PaddedLayout(TokenLayout):
         return size
 
     @property
-    def vision_lengths(self) -> tuple[int, ...]:  # type: ignore[override]
+    def vision_lengths(self) -> tuple[int, ...]:
         """Rows of each sample; makes a symbolic B a number, as the other tuples do."""
         return (self.num_vision,) * self.batch_size
 
     @property
-    def text_lengths(self) -> tuple[int, ...]:  # type: ignore[override]
+    def text_lengths(self) -> tuple[int, ...]:
         """Rows of each sample."""
         return (self.num_text,) * self.batch_size
 
     @property
-    def order(self) -> tuple[int, ...]:  # type: ignore[override]
+    def order(self) -> tuple[int, ...]:
         """The caller's."""
         return tuple(range(self.batch_size))
 
     @property
-    def image_only(self) -> int:  # type: ignore[override]
+    def image_only(self) -> int:
         """All samples or none."""
         return 0 if self.num_text else self.batch_size
 
     @property
-    def text_only(self) -> int:  # type: ignore[override]
+    def text_only(self) -> int:
         """All samples or none."""
         return 0 if self.num_vision else self.batch_size
 
@@ -138,7 +138,7 @@ class PaddedLayout(TokenLayout):
         return torch.cat([samples.expand(-1, count).flatten() for count in counts])
 
     @property
-    def is_uniform_vision(self) -> bool:  # type: ignore[override]
+    def is_uniform_vision(self) -> bool:
         """True when there is no text."""
         return self.num_text == 0
 
@@ -158,7 +158,8 @@ class PaddedLayout(TokenLayout):
                 "how many text rows a tensor chooses is not known where shapes are fixed (torch.compile, "
                 "torch.export, capture); read all of them and index the result"
             )
-        counts, rows, positions = [], [], []
+        counts: list[int] = []
+        rows, positions = [], []
         segments = ((vision, self.num_vision, 0), (text, self.num_text, self.num_vision_rows))
         for pick, length, offset in segments:
             if pick not in ("all", "first", "none"):
@@ -171,7 +172,8 @@ class PaddedLayout(TokenLayout):
             positions.append(places.expand(self.batch_size, -1).flatten())
         own = PaddedLayout(
             self.batch_size,
-            *counts,
+            counts[0],
+            counts[1],
             self.device,
             positions=torch.cat(positions).to(torch.int32),
         )

@@ -93,13 +93,13 @@ class Captured:
         }
         for buffer in self._fixed.values():
             buffer.zero_()
-        self._text_shape, self._text_dtype = (0, 0), torch.int64
+        self._batch, self._text_dtype = 0, torch.int64
         lengths: tuple[int, ...] = (0,)
         if self._text is not None:
             text = tensors[self._text]
             if text.dim() != 2:
                 raise ShapeError(f"{self._text} must be [B, Nt], got {list(text.shape)}")
-            self._text_shape, self._text_dtype = tuple(text.shape), text.dtype
+            self._batch, self._text_dtype = text.shape[0], text.dtype
             lengths = _checked(text_lengths, text.shape[1], model.config.max_text_positions)
         elif text_lengths is not None:
             raise ConfigError("text_lengths was given, but no text")
@@ -146,7 +146,7 @@ class Captured:
             return 0
         text, padding = given[self._text], given.get(self._padding or "")
         length = text.shape[1] if isinstance(text, Tensor) and text.dim() == 2 else 0
-        _check_like(self._text, text, (self._text_shape[0], length), self._text_dtype)
+        _check_like(self._text, text, (self._batch, length), self._text_dtype)
         if padding is not None:
             dtype = padding.dtype if isinstance(padding, Tensor) else torch.bool
             _check_like(str(self._padding), padding, tuple(text.shape), dtype)
@@ -174,9 +174,9 @@ class Captured:
         return tree_map_only(Tensor, own, output)
 
     def _bucket(self, length: int, device: torch.device, pool: Any) -> Bucket:
-        batch = self._text_shape[0]
-        text = torch.full((batch, length), _PAD, dtype=self._text_dtype, device=device)
-        padding = torch.zeros(batch, length, dtype=torch.bool, device=device)
+        shape = (self._batch, length)
+        text = torch.full(shape, _PAD, dtype=self._text_dtype, device=device)
+        padding = torch.zeros(shape, dtype=torch.bool, device=device)
         call = {**self._constants, **self._fixed}
         if self._text is not None:
             call |= {self._text: text, str(self._padding): padding}

@@ -279,7 +279,8 @@ def encode_rows(
     ):
         return _encode_in_parts(encoder, x, layout, mask, read, impl)
     last = len(encoder.layers) - 1
-    skip = isinstance(mask, str) and not isinstance(layout, PaddedLayout)
+    rigid = isinstance(layout, PaddedLayout) or torch.compiler.is_compiling()
+    skip = isinstance(mask, str) and not rigid
     kept = draw(drop_path_rates, x, layout, skip)
     if hidden_states is not None:
         hidden_states.append(x)
