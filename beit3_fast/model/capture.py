@@ -84,15 +84,15 @@ class Captured:
         if unfit:
             raise ConfigError(f"the shape of {unfit[0]} cannot be fixed; call the model itself")
         self._text = next((name for name in _TEXTS if name in tensors), None)
-        self._padding = next((name for name in _PADDINGS if name in example), None)
+        self._padding: str | None = None
+        if self._text is not None:
+            self._padding = next(name for name in _PADDINGS if name in example)
         self._constants.pop(self._padding or "", None)
         self._fixed = {
-            name: torch.empty_like(value, device=device)
+            name: torch.zeros_like(value, device=device)
             for name, value in tensors.items()
             if name not in (self._text, self._padding)
         }
-        for buffer in self._fixed.values():
-            buffer.zero_()
         self._batch, self._text_dtype = 0, torch.int64
         lengths: tuple[int, ...] = (0,)
         if self._text is not None:

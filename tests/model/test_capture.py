@@ -68,6 +68,8 @@ def test_one_branch_of_a_retrieval_model() -> None:
     assert_same(captured(None, words, only_infer=True), model(None, words, only_infer=True))
     with pytest.raises(ConfigError, match="only_infer was captured as True"):
         captured(None, words, only_infer=False)
+    with pytest.raises(ConfigError, match="padding_mask was captured as None"):
+        model.capture(images(2), only_infer=True, graphs=False)(images(2), None, words, True)
     with pytest.raises(ConfigError, match="image was captured as None"):
         captured(images(2), words, only_infer=True)
 
