@@ -53,15 +53,19 @@ def shared_attention(
     are only some of them (``TokenLayout.select``). ``scale`` defaults to D ** -0.5. ``mask`` is one of MASKS or
     a bool tensor [N, N] or [B, N, N], True where a query may look, over the longest image's tokens followed by
     the longest text's, samples in the caller's order. Returns [Rq, C] in q's dtype, under torch.autocast in its (operands
-    are then rounded to it, as for PyTorch's own attention); a query that sees no key gives zeros.
+    are then rounded to it, as for PyTorch's own attention; "reference" leaves them); a query that sees no key gives zeros.
 
     Differentiable in q, k and v. Raises ShapeError for operands that do not fit, ConfigError and
     KernelUnavailable for ``impl``.
     """
     queries = layout if queries is None else queries
     _check(q, k, v, layout, queries, num_heads, scale, mask)
+    masked = isinstance(mask, Tensor) or padding_is_masked(layout)
+    # There are no weights whose copy in autocast's dtype would have to be kept, as for expert_linear.
+    at = dispatch.situation("shared_attention", [q, k, v], masked)._replace(autocast=False)
+    choice = dispatch.choose(at, impl)
     lower = dispatch.autocast_dtype(q)
-    if lower is not None:
+    if lower is not None and choice.impl != "reference":
         q, k, v = (t.to(lower) for t in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
             return shared_attention(
@@ -73,13 +77,10 @@ def shared_attention(
                 scale=scale,
                 mask=mask,
                 queries=queries,
-                impl=impl,
+                impl=choice.impl,
             )
     if scale is None:
         scale = (q.shape[1] // num_heads) ** -0.5
-    masked = isinstance(mask, Tensor) or padding_is_masked(layout)
-    at = dispatch.situation("shared_attention", [q, k, v], masked)
-    choice = dispatch.choose(at, impl)
     if choice.impl == "cpu":
         selected = queries is not layout
         return _op()(
