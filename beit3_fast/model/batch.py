@@ -52,9 +52,9 @@ def embed_padded(
 ) -> Embedded:
     """Embed a padded batch with the tables of a BEiT3 ``model``, dropping padding.
 
-    image [B, 3, H, W]; text int64 [B, Nt]; text_padding [B, Nt], nonzero for padding (kept, and masked, where ``shapes_are_fixed``); masked_position
-    [B, patches]; positions [1 or B, Nt], rows of the text position table; ``keep_words`` also returns the rows
-    without positions. Raises ShapeError and ConfigError.
+    image [B, 3, H, W]; text int64 [B, Nt]; text_padding [B, Nt], nonzero for padding, which stays and is masked where
+    ``shapes_are_fixed``; masked_position [B, patches]; positions [1 or B, Nt], rows of the text position table;
+    ``keep_words`` also returns the rows without positions. Raises ShapeError and ConfigError.
     """
     _check(image, text, text_padding, masked_position, positions)
     first = image if image is not None else text
@@ -98,7 +98,8 @@ def embed_padded(
         parts.append(placed)
         words.append(plain)
     source = None
-    if num_text and (image is not None or kept is not None) and not shapes_are_fixed():
+    packed = not isinstance(layout, PaddedLayout)
+    if packed and num_text and (image is not None or kept is not None):
         source = _sources(layout, num_vision, num_text, kept)
     kept_words = _cat(words) if keep_words else None
     return Embedded(_cat(parts), kept_words, layout, source, num_vision, num_text)

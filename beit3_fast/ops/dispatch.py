@@ -113,10 +113,10 @@ def _cpu_slower(at: Situation) -> str | None:
 
     docs/measurements.md holds the figures behind these rules.
     """
-    if at.autocast:
-        return "would keep the weights a second time, in autocast's dtype"
     if at.int8:
         return None
+    if at.autocast:
+        return "would keep the weights a second time, in autocast's dtype"
     if at.needs_grad:
         return "recomputes in the backward pass what composite keeps"
     if at.compiling and not at.packed:
