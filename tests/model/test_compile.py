@@ -159,6 +159,7 @@ def test_inductor(kind: str) -> None:
     assert_one_graph(model, "pair", backend="inductor", error=error)
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_export_of_pairs_with_any_batch_and_any_length() -> None:
     model = small("vqav2")
