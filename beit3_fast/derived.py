@@ -69,7 +69,7 @@ def derived(kind: str, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
     Tensors made under ``torch.inference_mode`` carry no version counter: for them nothing is kept. Thread
     safe; ``make`` runs at most once per state.
     """
-    if any(source.is_inference() for source in sources) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
         return make()
     stamp: Stamp = tuple(_stamp(source) for source in sources)
     owner = sources[0]

@@ -41,15 +41,17 @@ def explain(model: nn.Module, *, quiet: bool = False) -> list[Explanation]:
             "beit3_fast.create_model or pass it to beit3_fast.accelerate first"
         )
     int8 = any(isinstance(p, PackedWeight) and p.is_int8 for p in model.parameters())
+    lower = dispatch.autocast_dtype(parameter)
     explanations = []
     for needs_grad in (False, True):
         for op in dispatch.OPS:
             at = dispatch.Situation(
                 op=op,
                 device=parameter.device.type,
-                dtype=parameter.dtype,
+                dtype=lower or parameter.dtype,
                 needs_grad=needs_grad,
-                autocast=dispatch.autocast_enabled(parameter.device.type),
+                # Attention holds no weights: its operands are cast before the choice.
+                autocast=lower is not None and op == "expert_linear",
                 compiling=False,
                 mask_tensor=False,
                 int8=int8,

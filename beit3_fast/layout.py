@@ -122,6 +122,22 @@ class TokenLayout:
         lengths = zip(self.vision_lengths, self.text_lengths, strict=True)
         return max(map(sum, lengths), default=0)
 
+    @property
+    def mask_size(self) -> int:
+        """Rows and columns of a mask tensor: the longest image's tokens and the longest text's."""
+        return max(self.vision_lengths, default=0) + max(self.text_lengths, default=0)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether packed samples are in the caller's order."""
+        return self.order == tuple(range(len(self.order)))
+
+    @property
+    def sample_without_text(self) -> int | None:
+        """The first of the caller's samples that has no text rows, None where all have some."""
+        without = [own for own, text in zip(self.order, self.text_lengths, strict=True) if not text]
+        return min(without, default=None)
+
     @cached_property
     def vision_starts(self) -> tuple[int, ...]:
         """First vision row of each packed sample, and Rv at the end: B + 1 numbers."""
@@ -237,6 +253,29 @@ class TokenLayout:
         )
         return Selection(rows, layout)
 
+    def keep(self, samples: Sequence[bool]) -> Selection:
+        """Only the samples that are True (in the caller's order), all their rows; ``order`` keeps the caller's numbers."""
+        kept = [place for place, own in enumerate(self.order) if samples[own]]
+        vision, text = (
+            _rows_of([lengths[i] for i in kept], [starts[i] for i in kept])
+            for lengths, starts in (
+                (self.vision_lengths, self.vision_starts),
+                (self.text_lengths, self.text_starts),
+            )
+        )
+        rows = torch.cat([vision, text + self.num_vision_rows]).to(self.device)
+        first_text_only = self.batch_size - self.text_only
+        layout = TokenLayout(
+            vision_lengths=tuple(self.vision_lengths[i] for i in kept),
+            text_lengths=tuple(self.text_lengths[i] for i in kept),
+            order=tuple(self.order[i] for i in kept),
+            image_only=sum(i < self.image_only for i in kept),
+            text_only=sum(i >= first_text_only for i in kept),
+            device=self.device,
+            positions=None if self.positions is None else self.positions[rows],
+        )
+        return Selection(rows, layout)
+
     def split(self, max_rows: int) -> list[Part]:
         """Groups of neighbouring packed samples with at most ``max_rows`` rows each (or one sample)."""
         parts: list[Part] = []
@@ -278,6 +317,13 @@ class TokenLayout:
     def _text_sample_of(self, text_rows: Tensor) -> Tensor:
         ends = torch.tensor(self.text_starts[1:], device=self.device)
         return torch.searchsorted(ends, text_rows, right=True)
+
+
+def _rows_of(lengths: list[int], starts: list[int]) -> Tensor:
+    """int64: the numbers of the rows of segments that begin at ``starts``."""
+    counts, first = torch.tensor((lengths, starts), dtype=torch.int64)
+    shift = first - (counts.cumsum(0) - counts)
+    return torch.arange(sum(lengths)) + shift.repeat_interleave(counts)
 
 
 def _pick(

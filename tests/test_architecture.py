@@ -17,6 +17,7 @@ FLOORS = (
     ("errors", "kernels"),
     ("derived",),
     ("layout", "config", "parity"),
+    ("padded_layout",),
     ("reference",),
     ("composite",),
     ("ops", "checkpoint", "data", "generate"),
@@ -30,10 +31,12 @@ FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 CPU_OPS = ("expert_linear", "patch_embedding", "shared_attention")
 OPS_HELPERS = {
     "__init__",
+    "cpu_kernels",
     "dispatch",
     "kernel_cases",
     "kernel_check",
     "library",
+    "operands",
     "packed_weight",
     "triton_kernels",
 }

@@ -132,3 +132,14 @@ def test_streaming_says_at_once_what_is_wrong() -> None:
         model.stream_caption(image, 2, mask_id=91)
     with pytest.raises(ConfigError, match="seed needs sample=True"):
         model.stream_caption(image, seed=1, mask_id=91)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_images_that_are_not_finite(poison: float) -> None:
+    model, spoiled = create_model(NAME), torch.zeros(3, 32, 32)
+    spoiled[1, 5, 7] = poison
+    for options in ({"num_beams": 3}, {"num_beams": 1}, {"num_beams": 1, "sample": True}):
+        with pytest.raises(InputError, match="image 2 holds NaN or infinity"):
+            model.caption([image[0], image[0], spoiled], mask_id=91, **options)
+    with pytest.raises(InputError, match="image 0 holds NaN"):
+        model.stream_caption(spoiled, mask_id=91)

@@ -32,6 +32,7 @@ def arguments(shop: Shop) -> dict[str, list[str]]:
         "zero_shot": [*search, coffee, "cat", "red cup"],
         "search": [*search, str(shop.folder / "photos.index"), "a red cup", cat, coffee, china],
         "embed_dataset": [*search[:2], str(shop.folder / "embeddings"), cat, coffee, china],
+        "export": [*search[:2], str(shop.folder / "tower.pt2")],
         "embed": [*search, coffee, "a red cup of coffee"],
     }
 
@@ -44,6 +45,7 @@ EXPECTED = {
     "zero_shot": ["  cat", "  red cup"],
     "search": ["chelsea.png", "china.jpg", "text found: {1: ", "image found: {1: "],
     "embed_dataset": ["3 embeddings, 0 skipped", "chelsea.png is most like "],
+    "export": ["tower.pt2: 5 images in, [5, 64] out, largest difference "],
     "embed": ["cosine: ", "class token: [1, 64]", "rows of the pair: ["],
 }
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit3_fast.layout import TokenLayout
-from beit3_fast.reference.shared_attention import sample_mask
+from beit3_fast.padded_layout import PaddedLayout
+from beit3_fast.reference.shared_attention import sample_mask, visible_keys
 
 
 def shared_attention(
@@ -26,16 +27,18 @@ def shared_attention(
 
     Equally long vision-only rows take one batched call. Everything else takes one call per sample on a CPU,
     which neither pads nor (without a mask) materialises scores, and one padded call elsewhere, where launches
-    cost more than padding. A mask tensor always takes one call per sample.
+    cost more than padding. A mask tensor takes one call per sample, unless the layout is padded already.
     """
     if isinstance(mask, str) and queries is keys and keys.is_uniform_vision and keys.num_rows:
-        batch, tokens = keys.batch_size, keys.vision_lengths[0]
+        batch, tokens = keys.batch_size, keys.longest
         q, k, v = (
             t.view(batch, tokens, num_heads, t.shape[1] // num_heads).transpose(1, 2)
             for t in (q, k, v)
         )
         o = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=mask == "causal")
         return o.transpose(1, 2).reshape(batch * tokens, -1)
+    if isinstance(keys, PaddedLayout) and isinstance(queries, PaddedLayout):
+        return _equally_long(q, k, v, keys, queries, num_heads, scale, mask)
     if isinstance(mask, str) and (q.device.type != "cpu" or torch.compiler.is_compiling()):
         return padded_attention(q, k, v, keys, queries, num_heads, scale, mask)
     vision_parts, text_parts = [], []
@@ -55,6 +58,58 @@ def shared_attention(
     if not vision_parts:
         return q.clone()
     return torch.cat(vision_parts + text_parts)
+
+
+def _equally_long(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: PaddedLayout,
+    queries: PaddedLayout,
+    num_heads: int,
+    scale: float,
+    mask: str | Tensor,
+) -> Tensor:
+    """shared_attention in one call on samples that are padded already."""
+
+    def heads(rows: Tensor, layout: PaddedLayout) -> Tensor:
+        parts = rows[: layout.num_vision_rows], rows[layout.num_vision_rows :]
+        shape = (layout.batch_size, -1, num_heads, rows.shape[1] // num_heads)
+        counts = (layout.num_vision, layout.num_text)
+        own = [part.view(shape) for part, count in zip(parts, counts, strict=True) if count]
+        return (own[0] if len(own) == 1 else torch.cat(own, dim=1)).transpose(1, 2)
+
+    if queries.longest == 0 or keys.batch_size == 0:
+        return q.new_zeros(q.shape)
+    visible: Tensor | None = None
+    if keys.valid is not None or mask != "bidirectional":
+        visible = visible_places(keys, queries, mask)[:, None]
+    o = F.scaled_dot_product_attention(
+        heads(q, queries), heads(k, keys), heads(v, keys), attn_mask=visible, scale=scale
+    )
+    if visible is not None and (isinstance(mask, Tensor) or not keys.num_vision):
+        o = torch.where(visible.any(dim=3, keepdim=True), o, 0.0)
+    o = o.transpose(1, 2).flatten(2)  # [B, Nq, C]
+    vision, text = o[:, : queries.num_vision], o[:, queries.num_vision :]
+    return torch.cat([vision.flatten(0, 1), text.flatten(0, 1)])
+
+
+def visible_places(keys: PaddedLayout, queries: PaddedLayout, mask: str | Tensor) -> Tensor:
+    """bool [B or 1, Nq, N]: the keys that queries may see, by the mask and because they are no padding."""
+    if isinstance(mask, Tensor):
+        seen = mask[None] if mask.dim() == 2 else mask
+        text = seen[:, keys.num_vision : keys.num_vision + queries.num_text]
+        seen = torch.cat([seen[:, : queries.num_vision], text], dim=1)
+    else:
+        vision, text = (
+            torch.arange(count, device=keys.device)
+            for count in (queries.num_vision, queries.num_text)
+        )
+        seen = visible_keys(mask, vision, text, keys.num_vision, keys.num_text)[None]
+    if keys.valid is None:
+        return seen
+    images = keys.valid.new_ones(keys.batch_size, keys.num_vision)
+    return seen & torch.cat([images, keys.valid], dim=1)[:, None]
 
 
 def padded_attention(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from beit3_fast.errors import ConfigError, ShapeError
 from beit3_fast.layout import TokenLayout
 from beit3_fast.model.embedding import POSITION_OFFSET, text_rows, vision_positions
+from beit3_fast.padded_layout import PaddedLayout, shapes_are_fixed
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Embedded:
     def unpack(self, rows: Tensor) -> Tensor:
         """Packed rows [R, C] -> padded batch [B, N, C], zeros at padding."""
         batch, tokens = self.layout.batch_size, self.num_vision + self.num_text
+        if isinstance(self.layout, PaddedLayout):
+            return self.layout.unpack(rows)
         if self.source is None:
             return rows.view(batch, tokens, rows.shape[1])
         padded = rows.new_zeros(batch * tokens, rows.shape[1])
@@ -49,9 +52,9 @@ def embed_padded(
 ) -> Embedded:
     """Embed a padded batch with the tables of a BEiT3 ``model``, dropping padding.
 
-    image [B, 3, H, W]; text int64 [B, Nt]; text_padding [B, Nt], nonzero for padding; masked_position
-    [B, patches]; positions [1 or B, Nt], rows of the text position table; ``keep_words`` also returns the rows
-    without positions. Raises ShapeError and ConfigError.
+    image [B, 3, H, W]; text int64 [B, Nt]; text_padding [B, Nt], nonzero for padding, which stays and is masked where
+    ``shapes_are_fixed``; masked_position [B, patches]; positions [1 or B, Nt], rows of the text position table;
+    ``keep_words`` also returns the rows without positions. Raises ShapeError and ConfigError.
     """
     _check(image, text, text_padding, masked_position, positions)
     first = image if image is not None else text
@@ -61,16 +64,17 @@ def embed_padded(
     if image is not None:
         grid = branch(model, "vision_embed").grid_size(image)
         num_vision = grid[0] * grid[1] + 1
-    text_lengths, kept = [0] * batch, None
+    kept = None if text_padding is None else ~text_padding.bool()
     if text is not None:
         num_text = text.shape[1]
-        text_lengths = [num_text] * batch
-        if text_padding is not None:
-            kept = ~text_padding.bool()
-            text_lengths = kept.sum(1).tolist()
-    layout = TokenLayout.from_lengths([num_vision] * batch, text_lengths, device)
-    in_order = layout.order == tuple(range(batch))
-    order = None if in_order else torch.tensor(layout.order, device=device)
+    layout: TokenLayout
+    if shapes_are_fixed():
+        layout = PaddedLayout(batch, num_vision, num_text, device, kept)
+        kept = None
+    else:
+        text_lengths = [num_text] * batch if kept is None else kept.sum(1).tolist()
+        layout = TokenLayout.from_lengths([num_vision] * batch, text_lengths, device)
+    order = None if layout.in_order else torch.tensor(layout.order, device=device)
 
     def sorted_samples(tensor: Tensor | None) -> Any:
         return tensor if tensor is None or order is None else tensor[order]
@@ -93,7 +97,8 @@ def embed_padded(
         parts.append(placed)
         words.append(plain)
     source = None
-    if num_text and (image is not None or kept is not None):
+    packed = not isinstance(layout, PaddedLayout)
+    if packed and num_text and (image is not None or kept is not None):
         source = _sources(layout, num_vision, num_text, kept)
     kept_words = _cat(words) if keep_words else None
     return Embedded(_cat(parts), kept_words, layout, source, num_vision, num_text)

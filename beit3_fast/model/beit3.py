@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from beit3_fast.config import BEiT3Config
 from beit3_fast.errors import ShapeError
 from beit3_fast.layout import Pick, TokenLayout
+from beit3_fast.model import drop_path
 from beit3_fast.model.batch import Embedded, embed_padded, embed_samples, packed_choice
+from beit3_fast.model.capture import Capturable
 from beit3_fast.model.embedding import VisionEmbedding
 from beit3_fast.model.embeddings import Embeddings
-from beit3_fast.model.encoder import Encoder, encode_rows
+from beit3_fast.model.encoder import encode_rows
 from beit3_fast.model.incremental import encode_incremental
 from beit3_fast.model.masks import read_blocked_mask
+from beit3_fast.model.parameters import Encoder
 
 
 @dataclass(frozen=True)
@@ -30,29 +33,31 @@ class Encoded:
 
     def vision(self) -> Tensor:
         """Vision rows [Rvq, C], samples in the caller's order where each sample has one row."""
-        return self._in_order(self.rows[: self.layout.num_vision_rows], self.layout.vision_lengths)
+        return self._in_order(self.rows[: self.layout.num_vision_rows], "vision_lengths")
 
     def text(self) -> Tensor:
         """Text rows [Rtq, C], samples in the caller's order where each sample has one row."""
-        return self._in_order(self.rows[self.layout.num_vision_rows :], self.layout.text_lengths)
+        return self._in_order(self.rows[self.layout.num_vision_rows :], "text_lengths")
 
-    def _in_order(self, rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        order = self.layout.order
-        if order == tuple(range(len(order))):
+    def _in_order(self, rows: Tensor, lengths: str) -> Tensor:
+        if self.layout.in_order:
             return rows
-        if set(lengths) != {1}:
+        if set(getattr(self.layout, lengths)) != {1}:
             raise ShapeError(
                 "rows of several tokens a sample stay packed when the batch mixes kinds; read them with "
                 "Encoded.layout"
             )
-        return torch.empty_like(rows).index_copy(0, torch.tensor(order, device=rows.device), rows)
+        order = torch.tensor(self.layout.order, device=rows.device)
+        return torch.empty_like(rows).index_copy(0, order, rows)
 
 
-class BEiT3(Embeddings, nn.Module):
+class BEiT3(Embeddings, Capturable):
     """torchscale's ``BEiT3`` in parameters, forward signature and output; packed and stateless inside.
 
     ``config.modalities`` may leave a branch out. ``impl`` names the implementation of both ops.
     """
+
+    _outputs_hold_text = True
 
     def __init__(self, config: BEiT3Config, impl: str = "auto") -> None:
         super().__init__()
@@ -203,7 +208,7 @@ class BEiT3(Embeddings, nn.Module):
         read: Any,
         hidden: list[Tensor] | None,
     ) -> Tensor:
-        rates = self.encoder.drop_path_rates if self.training else ()
+        rates = self.encoder.drop_path_rates if self.training and drop_path.acts() else ()
         return encode_rows(
             self.encoder,
             rows,

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from beit3_fast.config import BEiT3Config
 from beit3_fast.data import Processor
 from beit3_fast.data.tokenizer import BOS, EOS, PAD
-from beit3_fast.errors import ConfigError
+from beit3_fast.errors import ConfigError, InputError
 from beit3_fast.generate import Caption, CaptionStep, Options, Special, caption_steps, captions
 from beit3_fast.model.decoding import CaptionDecoder
 from beit3_fast.model.inputs import check_processor, image_batches, image_tensors, listed
 from beit3_fast.model.task import BEiT3Task
+from beit3_fast.padded_layout import shapes_are_fixed
 
 # The vocabulary of the released models, and <mask> in it.
 _RELEASED_VOCABULARY, _RELEASED_MASK = 64010, 64001
@@ -24,6 +25,8 @@ _RELEASED_VOCABULARY, _RELEASED_MASK = 64010, 64001
 
 class BEiT3ForCaptioning(BEiT3Task):
     """Masked prediction of caption tokens; the text sees the image and earlier text."""
+
+    _outputs_hold_text = True
 
     def __init__(self, config: BEiT3Config, impl: str = "auto") -> None:
         super().__init__(config, impl)
@@ -50,14 +53,22 @@ class BEiT3ForCaptioning(BEiT3Task):
             return self._decode(
                 image, text_ids, padding_mask, language_masked_pos, text_len, incremental_state
             )
+        fixed = shapes_are_fixed()
         encoded = self.beit3.encode(
             image,
             text_ids,
             padding_mask,
             mask="seq2seq",
             read_vision="none",
-            read_text="all" if language_masked_pos is None else language_masked_pos,
+            read_text="all" if language_masked_pos is None or fixed else language_masked_pos,
         )
+        if fixed:
+            rows = encoded.rows.view(*text_ids.shape, encoded.rows.shape[1])
+            if language_masked_pos is not None:
+                rows = rows[language_masked_pos.bool()]
+            elif padding_mask is not None:
+                rows = torch.where(padding_mask.bool()[..., None], 0.0, rows)
+            return self.mlm_head(rows), None
         if language_masked_pos is not None:
             return self.mlm_head(self._caller_order(encoded)), None
         features = encoded.rows
@@ -121,6 +132,7 @@ class BEiT3ForCaptioning(BEiT3Task):
         generator = self._generator(options)
         results: list[list[Caption]] = [[]] * len(sources)
         for places, batch in image_batches(self.beit3, sources, processor, batch_size):
+            _check_finite(batch, places)
             decoder = self._decoder(batch, options, special)
             for place, found in zip(
                 places, captions(decoder, options, special, generator), strict=True
@@ -156,6 +168,7 @@ class BEiT3ForCaptioning(BEiT3Task):
         if len(sources) != 1:
             raise ConfigError(f"stream_caption takes one image, got {len(sources)}; use caption")
         (tensor,) = image_tensors(self.beit3, sources, processor)
+        _check_finite(tensor[None], [0])
         with torch.inference_mode():
             decoder = self._decoder(tensor[None], options, special)
         return self._steps(decoder, options, special, processor)
@@ -214,8 +227,7 @@ class BEiT3ForCaptioning(BEiT3Task):
 
     def _caller_order(self, encoded: Any) -> Tensor:
         """Text rows sorted by the caller's samples, as indexing with the mask would give them."""
-        order = encoded.layout.order
-        if order == tuple(range(len(order))):
+        if encoded.layout.in_order:
             return encoded.rows
         return encoded.rows[encoded.layout.sample_of_row.argsort(stable=True)]
 
@@ -266,6 +278,17 @@ class BEiT3ForCaptioning(BEiT3Task):
         if language_masked_pos is not None:
             features = features[language_masked_pos.bool()]
         return self.mlm_head(features), state
+
+
+def _check_finite(images: Tensor, places: list[int]) -> None:
+    """Raises InputError for a number that is not finite: every word would be as likely as any other, or none."""
+    finite = images.isfinite().flatten(1).all(1).tolist()
+    for place, fine in zip(places, finite, strict=True):
+        if not fine:
+            raise InputError(
+                f"image {place} holds NaN or infinity, of which no caption can be made; look at how it was normalised, "
+                "and at overflow if it is of float16"
+            )
 
 
 def _words(tokens: Sequence[int], special: Special) -> list[int]:

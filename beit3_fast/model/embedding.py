@@ -85,7 +85,7 @@ def text_rows(
     Raises ShapeError for an id outside the vocabulary (checked on the CPU only) or a sentence longer than the
     position table.
     """
-    if tokens.device.type == "cpu" and tokens.numel():
+    if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= words.shape[0]:
             raise ShapeError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from beit3_fast.data import Processor
 from beit3_fast.errors import ConfigError, InputError
 from beit3_fast.layout import Pick
+from beit3_fast.model.drop_path import without_drop_path
 from beit3_fast.model.inputs import check_batch_size, image_tensors, listed, text_tensors
 
 OUTPUTS = ("pooled", "cls", "tokens")
@@ -21,8 +22,8 @@ class Embeddings:
 
     ``pooled`` is what the model was trained to be compared or judged by: the unit embedding of the retrieval models
     (images and texts apart), the pooler's row of the VQA models (pairs). Everywhere else it is the mean of the rows.
-    ``cls`` is the class token's row (images, pairs) or that of the beginning of the text. ``tokens`` are all rows. In
-    training mode drop path acts, as in a forward; models of ``create_model`` are in evaluation mode.
+    ``cls`` is the class token's row (images, pairs) or that of the beginning of the text. ``tokens`` are all rows. Drop
+    path does not act, whatever mode the model is in.
     """
 
     @property
@@ -106,6 +107,7 @@ class Embeddings:
         return _joined(parts)
 
     @torch.no_grad()
+    @without_drop_path()
     def _encoded(
         self, kind: str, output: str, images: list[Tensor] | None, texts: list[Tensor] | None
     ) -> Any:

@@ -1,7 +1,7 @@
 """The Multiway Transformer on packed rows: every layer is five calls of two ops.
 
 ``encoder_layer`` and ``encode_rows`` read parameters by their official names only, so they run the modules
-below and torchscale's own modules alike.
+of model/parameters.py and torchscale's own modules alike.
 """
 
 from __future__ import annotations
@@ -15,100 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from beit3_fast.config import BEiT3Config
 from beit3_fast.derived import needs_grad
 from beit3_fast.errors import ShapeError
 from beit3_fast.layout import Part, Selection, TokenLayout
+from beit3_fast.model.drop_path import Draws, Kept, draw, touch
 from beit3_fast.ops import Norm, expert_linear, shared_attention
+from beit3_fast.padded_layout import PaddedLayout
 
 # Of base width: 9 MB of queries, keys and values and 13 MB of hidden activations in bf16.
 _ROWS_AT_ONCE = 2048
-
-EXPERT_OF = {"vision": "A", "text": "B"}
-
-
-class Multiway(nn.Module):
-    """One module per expert, named A (vision), B (text) and, for pairs, C; a holder of parameters."""
-
-    def __init__(self, **experts: nn.Module) -> None:
-        super().__init__()
-        for name, module in experts.items():
-            self.add_module(name, module)
-
-
-def multiway(names: Sequence[str], make: Any, *args: Any, **kwargs: Any) -> nn.Module:
-    """A Multiway of ``make(*args, **kwargs)`` modules, or one bare module where names is empty."""
-    if not names:
-        return make(*args, **kwargs)
-    return Multiway(**{name: make(*args, **kwargs) for name in names})
-
-
-class Attention(nn.Module):
-    """Parameters of joint attention: four projections and the sub-LayerNorm in front of the last."""
-
-    def __init__(self, config: BEiT3Config, names: Sequence[str]) -> None:
-        super().__init__()
-        width = config.embed_dim
-        self.num_heads = config.num_heads
-        self.k_proj = multiway(names, nn.Linear, width, width)
-        self.v_proj = multiway(names, nn.Linear, width, width)
-        self.q_proj = multiway(names, nn.Linear, width, width)
-        self.out_proj = multiway(names, nn.Linear, width, width)
-        self.inner_attn_ln = multiway(names, nn.LayerNorm, width, config.layer_norm_eps)
-
-
-class FeedForward(nn.Module):
-    """Parameters of one feed-forward expert."""
-
-    def __init__(self, config: BEiT3Config) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.embed_dim, config.ffn_dim)
-        self.fc2 = nn.Linear(config.ffn_dim, config.embed_dim)
-        self.ffn_layernorm = nn.LayerNorm(config.ffn_dim, config.layer_norm_eps)
-
-
-class EncoderLayer(nn.Module):
-    """Parameters of one layer; ``encoder_layer`` computes it."""
-
-    def __init__(self, config: BEiT3Config, depth: int) -> None:
-        super().__init__()
-        own = [EXPERT_OF[modality] for modality in config.modalities]
-        attention = own if config.attention == "decoupled" else []
-        fused = len(own) == 2 and depth >= config.num_layers - config.vl_expert_layers
-        experts = [*own, "C"] if fused else own
-        width, eps = config.embed_dim, config.layer_norm_eps
-        self.self_attn = Attention(config, attention)
-        self.self_attn_layer_norm = multiway(attention, nn.LayerNorm, width, eps)
-        self.ffn = multiway(experts, FeedForward, config)
-        self.final_layer_norm = multiway(experts, nn.LayerNorm, width, eps)
-
-
-class Encoder(nn.Module):
-    """Parameters of the encoder: position tables, layers, output LayerNorm."""
-
-    def __init__(self, config: BEiT3Config) -> None:
-        super().__init__()
-        own = [EXPERT_OF[modality] for modality in config.modalities]
-        tables = {
-            "A": config.num_vision_tokens + 2,
-            "B": config.max_text_positions,
-        }
-        self.embed_positions = Multiway(
-            **{name: nn.Embedding(tables[name], config.embed_dim) for name in own}
-        )
-        self.layers = nn.ModuleList(
-            [EncoderLayer(config, depth) for depth in range(config.num_layers)]
-        )
-        self.layer_norm = (
-            multiway(own, nn.LayerNorm, config.embed_dim, config.layer_norm_eps)
-            if config.normalize_output
-            else None
-        )
-        self.checkpoint_activations = config.checkpoint_activations
-        steps = max(config.num_layers - 1, 1)
-        self.drop_path_rates = tuple(
-            config.drop_path_rate * depth / steps for depth in range(config.num_layers)
-        )
 
 
 class Route(NamedTuple):
@@ -145,21 +60,43 @@ def encoder_layer(
     *,
     mask: str | Tensor = "bidirectional",
     read: Selection | None = None,
-    drop_path_rate: float = 0.0,
+    kept: Draws = (None, None),
     impl: str = "auto",
 ) -> Tensor:
     """x [R, C] -> [R, C], or [Rq, C] for the rows that ``read`` names.
 
-    ``drop_path_rate`` drops whole branches per sample (stochastic depth), drawing in the caller's sample order.
+    ``kept``: what drop path leaves of the attention and of the feed-forward branch.
     """
-    attention = layer.self_attn
     own = layout if read is None else read.layout
     residual = x if read is None else x[read.rows]
-    if read is None:
+    first, second = kept
+    if first is None:
+        x = _attention(layer, x, layout, residual, own, mask, residual, impl)
+    elif first.samples is None:
+        y = _attention(layer, x, layout, residual, own, mask, None, impl)
+        x = residual + y * first.of_rows(own)
+    else:
+        x = _attention_of_some(layer, x, layout, residual, own, mask, first, impl)
+    return feed_forward(layer, x, own, impl, second)
+
+
+def _attention(
+    layer: Any,
+    x: Tensor,
+    layout: TokenLayout,
+    queries: Tensor,
+    own: TokenLayout,
+    mask: str | Tensor,
+    residual: Tensor | None,
+    impl: str,
+) -> Tensor:
+    """The first half of a layer for the rows ``queries`` [Rq, C] of x [R, C]; the residual is added where given."""
+    attention = layer.self_attn
+    if own is layout:
         q, k, v = project(layer, x, layout, "qkv", impl)
     else:
         k, v = project(layer, x, layout, "kv", impl)
-        q = _linear(residual, attention.q_proj, own, layer.self_attn_layer_norm, impl=impl)
+        q = _linear(queries, attention.q_proj, own, layer.self_attn_layer_norm, impl=impl)
     o = shared_attention(
         q,
         k,
@@ -167,12 +104,40 @@ def encoder_layer(
         layout,
         num_heads=attention.num_heads,
         mask=mask,
-        queries=None if read is None else own,
+        queries=None if own is layout else own,
         impl=impl,
     )
-    keep = (own, drop_path_rate)
-    x = _branch(o, attention.out_proj, attention.inner_attn_ln, residual, keep, impl)
-    return feed_forward(layer, x, own, drop_path_rate, impl)
+    return _linear(o, attention.out_proj, own, attention.inner_attn_ln, residual, impl)
+
+
+def _attention_of_some(
+    layer: Any,
+    x: Tensor,
+    layout: TokenLayout,
+    queries: Tensor,
+    own: TokenLayout,
+    mask: str | Tensor,
+    kept: Kept,
+    impl: str,
+) -> Tensor:
+    """``_attention`` without the samples that drop path drops, added to ``queries``."""
+    assert kept.samples is not None
+    if all(kept.samples):
+        return kept.add(queries, _attention(layer, x, layout, queries, own, mask, None, impl), None)
+    inside = layout.keep(kept.samples)
+    inside_own = inside if own is layout else own.keep(kept.samples)
+    y = queries
+    if any(kept.samples):
+        some = x.index_select(0, inside.rows)
+        asking = some if own is layout else queries.index_select(0, inside_own.rows)
+        y = _attention(layer, some, inside.layout, asking, inside_own.layout, mask, None, impl)
+        y = kept.add(queries, y, inside_own.rows)
+    attention = layer.self_attn
+    keys = (layer.self_attn_layer_norm, attention.k_proj, attention.v_proj)
+    rows = (attention.q_proj, attention.inner_attn_ln, attention.out_proj)
+    uses = [(module, layout, inside.layout) for module in keys]
+    uses += [(module, own, inside_own.layout) for module in rows]
+    return touch(y, uses, route)
 
 
 def project(
@@ -196,13 +161,31 @@ def attend(layer: Any, o: Tensor, residual: Tensor, layout: TokenLayout, impl: s
     """The rest of a layer after its attention o [R, C], without drop path."""
     attention = layer.self_attn
     x = _linear(o, attention.out_proj, layout, attention.inner_attn_ln, residual, impl)
-    return feed_forward(layer, x, layout, 0.0, impl)
+    return feed_forward(layer, x, layout, impl)
 
 
 def feed_forward(
-    layer: Any, x: Tensor, layout: TokenLayout, drop_path_rate: float, impl: str
+    layer: Any, x: Tensor, layout: TokenLayout, impl: str, kept: Kept | None = None
 ) -> Tensor:
     """The second half of a layer: x + fc2(LN(gelu(fc1(LN(x))))), x [R, C]."""
+    if kept is None:
+        return _feed_forward(layer, x, layout, x, impl)
+    if kept.samples is None:
+        return x + _feed_forward(layer, x, layout, None, impl) * kept.of_rows(layout)
+    if all(kept.samples):
+        return kept.add(x, _feed_forward(layer, x, layout, None, impl), None)
+    inside = layout.keep(kept.samples)
+    y = x
+    if any(kept.samples):
+        y = _feed_forward(layer, x.index_select(0, inside.rows), inside.layout, None, impl)
+        y = kept.add(x, y, inside.rows)
+    uses = [(module, layout, inside.layout) for module in (layer.final_layer_norm, layer.ffn)]
+    return touch(y, uses, route)
+
+
+def _feed_forward(
+    layer: Any, x: Tensor, layout: TokenLayout, residual: Tensor | None, impl: str
+) -> Tensor:
     experts = route(layer.ffn, layout)
     norm = _norm(layer.final_layer_norm, layout)
     h = _experts_linear(
@@ -213,25 +196,7 @@ def feed_forward(
     if norms[0] is not None:
         inner = Norm([n.weight for n in norms], [n.bias for n in norms], norms[0].eps)
     linears = [e.fc2 for e in experts.modules]
-    scale = _drop_path(x, layout, drop_path_rate)
-    if scale is None:
-        return _experts_linear(h, linears, experts.bounds, inner, None, x, impl)
-    return x + _experts_linear(h, linears, experts.bounds, inner, None, None, impl) * scale
-
-
-def _branch(
-    x: Tensor,
-    linear: nn.Module,
-    norm: nn.Module | None,
-    residual: Tensor,
-    keep: tuple[TokenLayout, float],
-    impl: str,
-) -> Tensor:
-    layout, rate = keep
-    scale = _drop_path(residual, layout, rate)
-    if scale is None:
-        return _linear(x, linear, layout, norm, residual, impl)
-    return residual + _linear(x, linear, layout, norm, None, impl) * scale
+    return _experts_linear(h, linears, experts.bounds, inner, None, residual, impl)
 
 
 def _linear(
@@ -273,14 +238,6 @@ def _norm(norm: nn.Module, layout: TokenLayout) -> Norm:
     return Norm([n.weight for n in modules], [n.bias for n in modules], modules[0].eps)
 
 
-def _drop_path(x: Tensor, layout: TokenLayout, rate: float) -> Tensor | None:
-    """[R, 1]: 0 for the rows of dropped samples, 1 / (1 - rate) for the others; None for rate 0."""
-    if rate == 0.0:
-        return None
-    kept = x.new_empty(layout.batch_size, 1, 1).bernoulli_(1.0 - rate).div_(1.0 - rate)
-    return kept[layout.sample_of_row, 0]
-
-
 def layer_norm(norm: nn.Module, x: Tensor, layout: TokenLayout) -> Tensor:
     """LayerNorm of every row by its own expert, [R, C] -> [R, C]."""
     experts = route(norm, layout)
@@ -312,6 +269,7 @@ def encode_rows(
     """
     if (
         hidden_states is None
+        and not isinstance(layout, PaddedLayout)
         and layout.num_rows > _ROWS_AT_ONCE
         and layout.batch_size > 1
         and isinstance(mask, str)
@@ -321,6 +279,9 @@ def encode_rows(
     ):
         return _encode_in_parts(encoder, x, layout, mask, read, impl)
     last = len(encoder.layers) - 1
+    rigid = isinstance(layout, PaddedLayout) or torch.compiler.is_compiling()
+    skip = isinstance(mask, str) and not rigid
+    kept = draw(drop_path_rates, x, layout, skip)
     if hidden_states is not None:
         hidden_states.append(x)
     for index, layer in enumerate(encoder.layers):
@@ -328,7 +289,7 @@ def encode_rows(
         options: dict[str, Any] = {
             "mask": mask,
             "read": early,
-            "drop_path_rate": drop_path_rates[index] if drop_path_rates else 0.0,
+            "kept": kept[index] if kept else (None, None),
             "impl": impl,
         }
         if checkpoint_activations and torch.is_grad_enabled():

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from beit3_fast.errors import ShapeError
 from beit3_fast.ops import MASKS
+from beit3_fast.padded_layout import shapes_are_fixed
 from beit3_fast.reference.shared_attention import visible_keys
 
 
@@ -27,6 +28,8 @@ def read_blocked_mask(
             f"nonzero where blocked, got {list(blocked.shape)}"
         )
     visible = blocked == 0
+    if shapes_are_fixed():  # the layout keeps padding where it was, and masks it
+        return visible
     for name in MASKS:
         vision = torch.arange(num_vision, device=blocked.device)
         text = torch.arange(num_text, device=blocked.device)

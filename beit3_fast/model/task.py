@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from beit3_fast.config import BEiT3Config
 from beit3_fast.errors import ShapeError
 from beit3_fast.model.beit3 import BEiT3, Encoded, init_weights
+from beit3_fast.model.capture import Capturable
 from beit3_fast.model.embeddings import Embeddings
 
 _HEAD_INIT_SCALE = 0.001
 
 
-class BEiT3Task(Embeddings, nn.Module):
+class BEiT3Task(Embeddings, Capturable):
     """A backbone with a head; ``config`` and ``impl`` are the backbone's."""
 
     def __init__(self, config: BEiT3Config, impl: str = "auto") -> None:
@@ -57,9 +58,8 @@ class BEiT3Task(Embeddings, nn.Module):
 
 def text_of_all(encoded: Encoded) -> Tensor:
     """[B, C]: the first text row of every sample. Raises ShapeError where a sample has none."""
-    lengths = encoded.layout.text_lengths
-    if 0 in lengths:
-        sample = encoded.layout.order[lengths.index(0)]
+    sample = encoded.layout.sample_without_text
+    if sample is not None:
         raise ShapeError(
             f"the head reads the first text token of every sample, but the text of sample {sample} of the "
             "batch is empty or all padding"

@@ -17,6 +17,7 @@ from beit3_fast.config import BEiT3Config
 from beit3_fast.data import Processor
 from beit3_fast.data.labels import labels_for
 from beit3_fast.errors import ConfigError, InputError, ShapeError
+from beit3_fast.model.drop_path import without_drop_path
 from beit3_fast.model.guess import Guess, best, check_top_k
 from beit3_fast.model.inputs import (
     check_batch_size,
@@ -41,10 +42,11 @@ class BEiT3ForImageClassification(BEiT3Task):
         """image [B, 3, H, W] -> logits [B, num_classes]."""
         encoded = self.beit3.encode(image=image)
         batch, width = encoded.layout.batch_size, encoded.rows.shape[1]
-        tokens = encoded.rows.view(batch, encoded.rows.shape[0] // max(batch, 1), width)
+        tokens = encoded.rows.view(batch, encoded.layout.longest, width)
         return self.head(self.fc_norm(tokens[:, 1:].mean(1)))
 
     @torch.no_grad()
+    @without_drop_path()
     def classify(
         self,
         images: Any,
@@ -115,6 +117,7 @@ class BEiT3ForVisualReasoning(BEiT3Task):
         return self.head(torch.cat(states.chunk(2), dim=1))
 
     @torch.no_grad()
+    @without_drop_path()
     def reason(
         self,
         image_a: Any,
@@ -190,6 +193,7 @@ class BEiT3ForVisualQuestionAnswering(BEiT3Task):
         return self.head(self.pooler(encoded.vision()))
 
     @torch.no_grad()
+    @without_drop_path()
     def answer(
         self,
         images: Any,

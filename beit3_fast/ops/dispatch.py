@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class Situation(NamedTuple):
     compiling: bool
     mask_tensor: bool
     int8: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,23 +61,38 @@ def autocast_enabled(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast wants this operand multiplied; None where it leaves it alone (off, fp64)."""
+    device = tensor.device.type
+    if tensor.dtype is torch.float64 or not autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def situation(
-    op: str, tensors: list[Tensor], mask_tensor: bool = False, int8: bool = False
+    op: str,
+    tensors: list[Tensor],
+    mask_tensor: bool = False,
+    int8: bool = False,
+    packed: bool = False,
 ) -> Situation:
     """The situation of a call: ``tensors`` are all operands, the first one gives device and dtype.
 
-    ``int8``: whether the weights are rounded to int8, which only the CPU kernels multiply as such.
+    ``int8``: whether the weights are rounded to int8, which only the CPU kernels multiply as such; ``packed``: whether
+    they are kept only in the layout of those kernels.
     """
     first = tensors[0]
+    lower = autocast_dtype(first)
     return Situation(
         op=op,
         device=first.device.type,
-        dtype=first.dtype,
+        dtype=lower or first.dtype,
         needs_grad=needs_grad(*tensors),
-        autocast=autocast_enabled(first.device.type),
+        autocast=lower is not None,
         compiling=torch.compiler.is_compiling(),
         mask_tensor=mask_tensor,
         int8=int8,
+        packed=packed,
     )
 
 
@@ -88,8 +104,6 @@ def _cpu_obstacle(at: Situation) -> str | None:
         return f"takes CPU tensors, these are on {at.device}"
     if at.dtype not in (torch.float32, torch.bfloat16):
         return f"takes float32 and bfloat16, got {str(at.dtype).removeprefix('torch.')}"
-    if at.autocast:
-        return "reads operands in their own dtype, and autocast is on"
     if at.mask_tensor:
         return "takes mask structures, not a mask tensor"
     if library.available():
@@ -104,9 +118,11 @@ def _cpu_slower(at: Situation) -> str | None:
     """
     if at.int8:
         return None
+    if at.autocast:
+        return "would keep the weights a second time, in autocast's dtype"
     if at.needs_grad:
         return "recomputes in the backward pass what composite keeps"
-    if at.compiling:
+    if at.compiling and not at.packed:
         return "is opaque to torch.compile, which fuses composite"
     level = library.cpu_isa()
     if level == "portable":
@@ -120,8 +136,6 @@ def _cpu_slower(at: Situation) -> str | None:
 
 def _triton_obstacle(at: Situation) -> str | None:
     """Why the Triton kernels cannot take this call, or None."""
-    if at.autocast:
-        return "reads operands in their own dtype, and autocast is on"
     if at.mask_tensor:
         return "takes mask structures, not a mask tensor"
     return triton_kernels.obstacle(at.device, at.dtype)
@@ -168,9 +182,8 @@ def _choose(at: Situation, requested: str, doubt: str | None) -> Choice:
     others = [name for name in IMPLEMENTATIONS if name not in (*_AUTO_ORDER, "reference")]
     rejected += [(name, _obstacle(name, at) or _NOT_BUILT) for name in others]
     rejected.append(("reference", "is the readable formula, kept for checking"))
-    if not at.compiling:  # torch.compile breaks its graph at a line of a log
-        first = "triton" if at.device == "cuda" else "cpu"
-        logger.info("%s: %s; not %s: %s", at.op, impl, first, dict(rejected).get(first, "-"))
+    first = "triton" if at.device == "cuda" else "cpu"
+    logger.info("%s: %s; not %s: %s", at.op, impl, first, dict(rejected).get(first, "-"))
     return Choice(impl, tuple(rejected))
 
 
@@ -179,12 +192,21 @@ def choose(at: Situation, requested: str = "auto") -> Choice:
 
     Raises ConfigError for an unknown name and KernelUnavailable when a named implementation cannot run.
     """
+    return _chosen(requested, *at)
+
+
+def _chosen(requested: str, *fields: Any) -> Choice:
+    at = Situation(*fields)
     if requested == "auto":
         requested = os.environ.get("BEIT3_FAST_IMPL") or "auto"
     doubt = None
     if requested == "auto" and at.device == "cuda" and _triton_obstacle(at) is None:
         doubt = kernel_check.doubt(at.op, at.dtype, at.needs_grad)
     return _choose(at, requested, doubt)
+
+
+# torch.compile makes the choice while it traces and does not trace how (see kernel_check.doubt).
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def rows_in_memory(tensor: Tensor) -> Tensor:

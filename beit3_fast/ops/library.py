@@ -82,6 +82,8 @@ def once(make: Callable[[], T]) -> Callable[[], T]:
         with lock:
             return kept()
 
+    # torch.compile runs it while it traces (see kernel_check.doubt).
+    get._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return get
 
 

@@ -100,6 +100,16 @@ class PackedWeight(Tensor):
         memo[id(self)] = copied
         return copied
 
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[tuple[int, ...], torch.dtype]]:
+        """For torch.compile and torch.export, which see the packed form and nothing else."""
+        return ["packed"], (tuple(self.shape), self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], meta: tuple[tuple[int, ...], torch.dtype], *_: Any
+    ) -> PackedWeight:
+        return PackedWeight(inner["packed"], *meta)
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -56,8 +56,8 @@ def patch_embedding(
         matrix = weight.flatten(1)
     else:
         matrix = derived("matrix", (weight,), lambda: weight.detach().flatten(1))
-    alike = all(tensor.dtype == images.dtype for tensor in tensors)
-    if choice.impl == "cpu" and alike and not at.needs_grad:
+    fused = choice.impl == "cpu" and all(tensor.dtype == images.dtype for tensor in tensors)
+    if fused and not (at.needs_grad or at.autocast or at.compiling):
         whole = [None if t is None else t.contiguous() for t in (bias, cls_token, mask_token)]
         places = [None if t is None else t.contiguous() for t in (positions, masked)]
         embedded: Tensor = _op()(

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from beit3_fast.composite.shared_attention import cached_attention as composite_cached
 from beit3_fast.composite.shared_attention import shared_attention as composite_impl
-from beit3_fast.composite.shared_attention import shared_attention_backward
+from beit3_fast.composite.shared_attention import shared_attention_backward, visible_places
 from beit3_fast.errors import ShapeError
 from beit3_fast.layout import TokenLayout
 from beit3_fast.ops import dispatch, library, triton_kernels
+from beit3_fast.padded_layout import PaddedLayout, padding_is_masked
 from beit3_fast.reference.shared_attention import cached_attention as reference_cached
 from beit3_fast.reference.shared_attention import shared_attention as reference_impl
 
@@ -51,17 +52,35 @@ def shared_attention(
     slices of one fused tensor are fine. ``layout`` describes the key rows; ``queries`` the query rows when they
     are only some of them (``TokenLayout.select``). ``scale`` defaults to D ** -0.5. ``mask`` is one of MASKS or
     a bool tensor [N, N] or [B, N, N], True where a query may look, over the longest image's tokens followed by
-    the longest text's, samples in the caller's order. Returns [Rq, C]; a query that sees no key gives zeros.
+    the longest text's, samples in the caller's order. Returns [Rq, C] in q's dtype, under torch.autocast in its (operands
+    are then rounded to it, as for PyTorch's own attention; "reference" leaves them); a query that sees no key gives zeros.
 
     Differentiable in q, k and v. Raises ShapeError for operands that do not fit, ConfigError and
     KernelUnavailable for ``impl``.
     """
     queries = layout if queries is None else queries
     _check(q, k, v, layout, queries, num_heads, scale, mask)
+    masked = isinstance(mask, Tensor) or padding_is_masked(layout)
+    # There are no weights whose copy in autocast's dtype would have to be kept, as for expert_linear.
+    at = dispatch.situation("shared_attention", [q, k, v], masked)._replace(autocast=False)
+    choice = dispatch.choose(at, impl)
+    lower = dispatch.autocast_dtype(q)
+    if lower is not None and choice.impl != "reference":
+        q, k, v = (t.to(lower) for t in (q, k, v))
+        with torch.autocast(q.device.type, enabled=False):
+            return shared_attention(
+                q,
+                k,
+                v,
+                layout,
+                num_heads=num_heads,
+                scale=scale,
+                mask=mask,
+                queries=queries,
+                impl=choice.impl,
+            )
     if scale is None:
         scale = (q.shape[1] // num_heads) ** -0.5
-    at = dispatch.situation("shared_attention", [q, k, v], isinstance(mask, Tensor))
-    choice = dispatch.choose(at, impl)
     if choice.impl == "cpu":
         selected = queries is not layout
         return _op()(
@@ -91,8 +110,11 @@ def shared_attention(
             mask,
         )
         return o
-    run = reference_impl if choice.impl == "reference" else composite_impl
-    return run(q, k, v, layout, queries, num_heads, scale, mask)
+    if choice.impl != "reference":
+        return composite_impl(q, k, v, layout, queries, num_heads, scale, mask)
+    if isinstance(layout, PaddedLayout) and layout.valid is not None:
+        mask = visible_places(layout, layout, mask)
+    return reference_impl(q, k, v, layout, queries, num_heads, scale, mask)
 
 
 def cached_attention(
@@ -124,9 +146,14 @@ def cached_attention(
     return run(q, k, v, seen, own, num_heads, scale)
 
 
-@library.once
 def _op() -> Any:
-    """The compiled op, with its shape function and gradient registered once."""
+    """The compiled op, with its shape function and gradient registered."""
+    _register()
+    return torch.ops.beit3_fast.shared_attention.default
+
+
+@library.once
+def _register() -> None:
     library.load()
 
     @torch.library.register_fake("beit3_fast::shared_attention")
@@ -136,7 +163,6 @@ def _op() -> Any:
     torch.library.register_autograd(
         "beit3_fast::shared_attention", _backward, setup_context=_setup_context
     )
-    return torch.ops.beit3_fast.shared_attention.default
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -237,7 +263,7 @@ def _check(
         return
     if not isinstance(mask, Tensor):
         raise ShapeError(f"mask must be one of {MASKS} or a bool tensor, got {type(mask).__name__}")
-    tokens = max(layout.vision_lengths, default=0) + max(layout.text_lengths, default=0)
+    tokens = layout.mask_size
     shapes = ((tokens, tokens), (layout.batch_size, tokens, tokens))
     if mask.device != q.device:
         raise ShapeError(f"a mask tensor must be on q's device {q.device}, got {mask.device}")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit3_fast.ops import expert_linear, library
-from beit3_fast.ops.expert_linear import Norm
+from beit3_fast.ops.operands import Norm
 from beit3_fast.ops.packed_weight import quantize
 
 from .conftest import Timed

@@ -159,6 +159,9 @@ def test_a_call_that_unpacks_says_so(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs(rounded)
+    assert not caplog.records
+    image, *rest = inputs("vqav2", torch.bfloat16)
+    rounded(image.requires_grad_(), *rest)
     assert [r.message for r in caplog.records if "unpacked for a call" in r.message]
 
 

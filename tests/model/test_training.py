@@ -1,4 +1,4 @@
-"""Train mode: gradients, drop path, activation checkpointing, and weights that change between evaluations."""
+"""Train mode: gradients, activation checkpointing, and weights that change between evaluations."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 import beit3_fast
 from beit3_fast import derived
-from beit3_fast.layout import TokenLayout
 from beit3_fast.model import BEiT3, create_model
-from beit3_fast.model.encoder import _drop_path
 from beit3_fast.parity import assert_parity, model_parity
 
 Nv = TINY.num_vision_tokens
@@ -122,62 +120,6 @@ def test_activation_checkpointing_keeps_less(monkeypatch: pytest.MonkeyPatch) ->
             mixed(model)
         kept[saving] = sum(sizes)
     assert kept[True] < 0.5 * kept[False]
-
-
-def test_drop_path_rates_grow_with_depth() -> None:
-    model = BEiT3(TINY.replace(num_layers=5, drop_path_rate=0.4))
-    assert list(model.encoder.drop_path_rates) == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
-    single = BEiT3(TINY.replace(num_layers=1, drop_path_rate=0.4))
-    assert list(single.encoder.drop_path_rates) == [0.0]
-
-
-def test_drop_path_drops_whole_samples_and_scales_the_others() -> None:
-    layout = TokenLayout.from_lengths([3] * 400, [2] * 400)
-    scale = _drop_path(torch.zeros(layout.num_rows, 4), layout, 0.25)
-    assert scale is not None
-    assert scale.shape == (layout.num_rows, 1)
-    assert sorted(set(scale.flatten().tolist())) == pytest.approx([0.0, 1 / 0.75])
-    for sample in range(400):
-        assert len(set(scale[layout.sample_of_row == sample, 0].tolist())) == 1
-    assert scale.mean().item() == pytest.approx(1.0, abs=0.1)
-    assert _drop_path(torch.zeros(5, 4), layout, 0.0) is None
-
-
-def test_drop_path_draws_in_the_caller_s_order() -> None:
-    """Sorting the batch by kind changes no sample's luck."""
-    layout = TokenLayout.from_lengths([0, 3, 3, 0, 3, 3] * 8, [2, 0, 1, 1, 0, 4] * 8)
-    torch.manual_seed(3)
-    drawn = torch.empty(48, 1, 1).bernoulli_(0.5).div_(0.5)[:, 0, 0]
-    torch.manual_seed(3)
-    scale = _drop_path(torch.zeros(layout.num_rows, 4), layout, 0.5)
-    assert scale is not None
-    assert torch.equal(scale[:, 0], drawn[layout.sample_of_row])
-
-
-def test_drop_path_on_average_is_the_plain_model() -> None:
-    config = TINY.replace(drop_path_rate=0.5, num_layers=2, normalize_output=False)
-    model = backbone(config)
-    picture = images(1).expand(4000, -1, -1, -1)
-    with torch.no_grad():
-        plain = model(visual_tokens=picture[:1])["encoder_out"][0, 0]
-        model.train()
-        drawn = model(visual_tokens=picture)["encoder_out"][:, 0]
-        model.eval()
-        again = model(visual_tokens=picture[:1])["encoder_out"][0, 0]
-    kinds = drawn.unique(dim=0)
-    assert len(kinds) == 4  # attention and feed-forward of the last layer, each kept or dropped
-    assert torch.equal(again, plain)
-    assert (kinds - plain).abs().amax(1).min() > 1e-3
-
-
-def test_drop_path_is_off_in_evaluation_and_at_rate_zero() -> None:
-    model = backbone(TINY.replace(drop_path_rate=0.5))
-    with torch.no_grad():
-        assert torch.equal(mixed(model), mixed(model))
-        model.train()
-        assert not torch.equal(mixed(model), mixed(model))
-        steady = backbone(TINY).train()
-        assert torch.equal(mixed(steady), mixed(backbone(TINY)))
 
 
 def test_training_reduces_the_loss_as_plain_pytorch_does() -> None:

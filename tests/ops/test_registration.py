@@ -17,6 +17,7 @@ if not library.available():
 
 OPS = torch.ops.beit3_fast
 REGISTERED = {
+    "cpu_expert_linear",
     "expert_linear",
     "masked_linear_cross_entropy",
     "masked_linear_cross_entropy_backward",
@@ -97,6 +98,14 @@ LINEAR: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", LINEAR)
 def test_expert_linear(name: str) -> None:
     torch.library.opcheck(OPS.expert_linear.default, linear_arguments(**LINEAR[name]))
+
+
+@pytest.mark.parametrize("name", ["gradients", "bf16, packed", "int8"])
+def test_expert_linear_as_torch_compile_calls_it(name: str) -> None:
+    arguments = linear_arguments(**LINEAR[name])
+    torch.library.opcheck(OPS.cpu_expert_linear.default, arguments)
+    expected = OPS.expert_linear(*arguments)
+    assert torch.equal(OPS.cpu_expert_linear(*arguments), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -60,7 +60,6 @@ def test_a_triton_that_does_not_import_is_a_reason(monkeypatch: pytest.MonkeyPat
     [
         ({"dtype": torch.float64}, "float64"),
         ({"mask_tensor": True, "op": "shared_attention"}, "mask tensor"),
-        ({"autocast": True}, "autocast"),
         ({"device": "meta"}, "meta"),
     ],
 )

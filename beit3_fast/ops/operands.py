@@ -1,0 +1,149 @@
+"""The operands of expert_linear, and what is refused before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from beit3_fast.derived import derived
+from beit3_fast.errors import ShapeError
+from beit3_fast.ops import dispatch
+from beit3_fast.ops.packed_weight import PackedWeight
+
+Weight = Tensor | tuple[Tensor, ...]
+
+
+class Norm(NamedTuple):
+    """LayerNorm in front of the product: one weight and bias [I] per expert, and epsilon."""
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    eps: float = 1e-5
+
+
+def flat(weights: Sequence[Weight]) -> list[Tensor]:
+    """All tensors of a list of weights."""
+    return [part for w in weights for part in (w if isinstance(w, tuple) else (w,))]
+
+
+def shape(weight: Weight) -> tuple[int, ...]:
+    """The shape of the stacked weight."""
+    if isinstance(weight, Tensor):
+        return tuple(weight.shape)
+    return (sum(part.shape[0] for part in weight), *weight[0].shape[1:])
+
+
+def check(
+    x: Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[Weight] | None,
+    bounds: Sequence[int],
+    norm: Norm | None,
+    activation: str | None,
+    residual: Tensor | None,
+    rows: Tensor | None,
+) -> None:
+    """Raises ShapeError for arguments of ``expert_linear`` that do not fit together."""
+    for name, tensor in (("x", x), ("residual", residual), ("rows", rows)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name == "x"):
+            raise ShapeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if x.dim() != 2 or not x.dtype.is_floating_point:
+        raise ShapeError(
+            f"x must be a floating-point tensor [M, I], got {x.dtype} of shape {tuple(x.shape)}"
+        )
+    _check_tensors("weights", weights)
+    if biases is not None:
+        _check_tensors("biases", biases)
+    if not dispatch.autocast_enabled(x.device.type):
+        others = [] if residual is None else [residual]
+        for tensor in (*flat(weights), *flat(biases or ()), *others):
+            if tensor.dtype != x.dtype or tensor.device != x.device:
+                raise ShapeError(
+                    f"weights, biases and residual must have x's dtype and device ({x.dtype}, {x.device}), "
+                    f"got {tensor.dtype}, {tensor.device}; convert them or run under torch.autocast"
+                )
+    rounded = {isinstance(part, PackedWeight) and part.is_int8 for part in flat(weights)}
+    if len(rounded) > 1:
+        raise ShapeError("weights must be rounded to int8 all together or not at all")
+    features = x.shape[1]
+    out, inner = (*shape(weights[0]), 0)[:2]
+    for expert, weight in enumerate(weights):
+        if shape(weight) != (out, inner) or inner != features:
+            raise ShapeError(
+                f"weights[{expert}] must have shape [O, I] = [{out}, {features}] like x and the other "
+                f"experts, got {list(shape(weight))}"
+            )
+    if biases is not None:
+        _check_vectors("biases", [shape(bias) for bias in biases], len(weights), out)
+    if norm is not None:
+        if not isinstance(norm, Norm):
+            raise ShapeError(f"norm must be a Norm of beit3_fast.ops, got {type(norm).__name__}")
+        _check_tensors("norm.weights", norm.weights)
+        _check_tensors("norm.biases", norm.biases)
+        if not isinstance(norm.eps, (float, int)) or not 0 <= norm.eps < float("inf"):
+            raise ShapeError(
+                f"norm.eps must be a number, finite and not negative, got {norm.eps!r}"
+            )
+        _check_vectors("norm.weights", [t.shape for t in norm.weights], len(weights), features)
+        _check_vectors("norm.biases", [t.shape for t in norm.biases], len(weights), features)
+    if activation not in (None, "gelu"):
+        raise ShapeError(f"activation must be None or 'gelu', got {activation!r}")
+    if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
+        raise ShapeError(f"rows must be int64 [R], got {rows.dtype} of shape {tuple(rows.shape)}")
+    count = x.shape[0] if rows is None else rows.shape[0]
+    if (
+        not isinstance(bounds, (list, tuple))
+        or len(bounds) != len(weights) + 1
+        or not all(isinstance(bound, (int, torch.SymInt)) for bound in bounds)
+        or bounds[0] != 0
+        or bounds[-1] != count
+        or any(bounds[e] > bounds[e + 1] for e in range(len(weights)))
+    ):
+        raise ShapeError(
+            f"bounds must be a list of {len(weights) + 1} ascending row numbers from 0 to {count}, "
+            f"got {bounds!r}"
+        )
+    if rows is not None and rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        derived(f"distinct rows of {x.shape[0]}", (rows,), lambda: _check_rows(rows, x.shape[0]))
+    if residual is not None and tuple(residual.shape) != (x.shape[0], out):
+        raise ShapeError(
+            f"residual must have shape [M, O] = [{x.shape[0]}, {out}], got {list(residual.shape)}"
+        )
+
+
+def _check_rows(rows: Tensor, count: int) -> bool:
+    named = rows.unique()
+    if named.numel() and not 0 <= int(named[0]) <= int(named[-1]) < count:
+        raise ShapeError(
+            f"rows must name rows of x, 0 to {count - 1}, got {int(named[0])} to {int(named[-1])}"
+        )
+    if named.numel() != rows.numel():
+        raise ShapeError("rows must not name a row twice")
+    return True
+
+
+def _check_tensors(name: str, tensors: Any) -> None:
+    """One tensor, or one tuple of tensors, for each expert."""
+    if tensors is None or isinstance(tensors, (str, Tensor)) or not hasattr(tensors, "__len__"):
+        raise ShapeError(
+            f"{name} must be a list, one entry per expert, got {type(tensors).__name__}"
+        )
+    if name == "weights" and not len(tensors):
+        raise ShapeError("weights must hold at least one expert, got none")
+    for expert, entry in enumerate(tensors):
+        parts = entry if isinstance(entry, tuple) else (entry,)
+        if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
+            raise ShapeError(
+                f"{name}[{expert}] must be a tensor or a tuple of tensors, got {type(entry).__name__}"
+            )
+
+
+def _check_vectors(name: str, shapes: Sequence[Sequence[int]], experts: int, size: int) -> None:
+    if [tuple(shape) for shape in shapes] != [(size,)] * experts:
+        raise ShapeError(
+            f"{name} must hold {experts} tensors of shape [{size}], "
+            f"got {[list(shape) for shape in shapes]}"
+        )
