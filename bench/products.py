@@ -23,10 +23,10 @@ import beit3_fast
 from beit3_fast.config import SIZES
 from beit3_fast.model.registry import for_inference
 from beit3_fast.retrieval import Recall, recall
+from beit3_fast.timing import Effort, interleave, quantiles, speed_ups
 from bench.baselines import fill
 from bench.inputs import SCENES, photo_batch, text_batch, words_to_ids
 from bench.official_captioning import official_captions
-from bench.timing import Effort, interleave, quantiles, speed_ups
 from bench.torchscale_heads import MODELS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
