@@ -161,22 +161,33 @@ def model_parity(
     baseline_error = torch.zeros_like(r) if baseline is None else baseline.double() - r
     baseline_rel_rms = _relative(_rms(baseline_error), scale)
 
+    max_limit, rms_limit = model_limits(dtype, reference, baseline, gradient=gradient)
     broken = []
-    if dtype in _MODEL_BOUND:
-        limit = _MODEL_BOUND[dtype] * _largest(r)
-        if not max_abs <= limit:
-            bound = f"{_MODEL_BOUND[dtype]:.0e} of the scale"
-            broken.append(f"largest error {max_abs:.3e} is over {bound}, {limit:.3e}")
-    else:
-        factor = _GRADIENT_FACTOR if gradient else _FORWARD_FACTOR
-        rounding = r.to(dtype).double() - r
-        limit = max(factor * _largest(baseline_error), _largest(rounding))
-        rms_limit = max(factor * baseline_rel_rms, _relative(_rms(rounding), scale))
-        if not max_abs <= limit:
-            broken.append(f"largest error {max_abs:.3e} is over the limit {limit:.3e}")
-        if not rel_rms <= rms_limit:
-            broken.append(f"relative rms error {rel_rms:.3e} is over the limit {rms_limit:.3e}")
+    if not max_abs <= max_limit:
+        limit = f"{max_limit:.3e}"
+        if dtype in _MODEL_BOUND:
+            limit = f"{_MODEL_BOUND[dtype]:.0e} of the scale, {limit}"
+        broken.append(f"largest error {max_abs:.3e} is over the limit {limit}")
+    if rms_limit is not None and not rel_rms <= rms_limit:
+        broken.append(f"relative rms error {rel_rms:.3e} is over the limit {rms_limit:.3e}")
     return Parity(max_abs, rel_rms, baseline_rel_rms, not broken, "; ".join(broken))
+
+
+def model_limits(
+    dtype: torch.dtype, reference: Tensor, baseline: Tensor | None, *, gradient: bool = False
+) -> tuple[float, float | None]:
+    """The largest error that ``model_parity`` lets pass in ``dtype``, and the relative rms error where it has a limit."""
+    r = reference.double()
+    if dtype in _MODEL_BOUND:
+        return _MODEL_BOUND[dtype] * _largest(r), None
+    factor = _GRADIENT_FACTOR if gradient else _FORWARD_FACTOR
+    scale = _rms(r)
+    error = torch.zeros_like(r) if baseline is None else baseline.double() - r
+    rounding = r.to(dtype).double() - r
+    return (
+        max(factor * _largest(error), _largest(rounding)),
+        max(factor * _relative(_rms(error), scale), _relative(_rms(rounding), scale)),
+    )
 
 
 def worst_of(parities: dict[str, Parity]) -> Parity:

@@ -16,6 +16,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,6 +172,18 @@ def photo_pieces(numbers: Iterable[int], size: int) -> Tensor:
     return torch.stack(pieces)
 
 
+def photo_files(folder: Path, count: int, width: int = 640, height: int = 480) -> None:
+    """``count`` JPEG files in a new folder, pieces of the photographs, as large as those of COCO."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        draw = Random(number)
+        image = _photograph(number % len(SCENES))
+        left, top = draw.uniform(0, 0.3) * image.width, draw.uniform(0, 0.3) * image.height
+        box = (int(left), int(top), int(left + 0.7 * image.width), int(top + 0.7 * image.height))
+        piece = image.resize((width, height), box=box)
+        piece.save(folder / f"{number:05}.jpg", quality=90)
+
+
 @lru_cache(maxsize=256)
 def _pixels(index: int, size: int) -> Tensor:
     scene, again = index % len(SCENES), index // len(SCENES)
@@ -183,8 +196,7 @@ def _cut(scene: int, box: tuple[float, float, float, float], mirrored: bool, siz
     import numpy as np
     from PIL import Image, ImageOps
 
-    with Image.open(_locate(SCENES[scene])) as file:
-        image = file.convert("RGB")
+    image = _photograph(scene)
     edges = zip(box, image.size * 2, strict=True)
     left, top, right, bottom = (int(fraction * extent) for fraction, extent in edges)
     image = image.crop((left, top, right, bottom))
@@ -193,6 +205,13 @@ def _cut(scene: int, box: tuple[float, float, float, float], mirrored: bool, siz
     image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     return ((pixels - 0.5) / 0.5).contiguous()
+
+
+def _photograph(scene: int) -> Any:
+    from PIL import Image
+
+    with Image.open(_locate(SCENES[scene])) as file:
+        return file.convert("RGB")
 
 
 def _locate(scene: Scene) -> Path:

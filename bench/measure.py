@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from beit3_fast.parity import Parity, worst_of
+from beit3_fast.timing import Effort, Samples, interleave, quantiles, rates, speed_ups, synchronizer
 from bench.baselines import OURS, REFERENCE, RUNTIMES, build_reference
 from bench.environment import available_memory, environment
 from bench.memory import MemoryProbeFailed, Probe, measure_peak, settle
 from bench.roofline import BareProducts, measure_ceilings
 from bench.tasks import Output
-from bench.timing import Effort, Samples, interleave, quantiles, rates, speed_ups, synchronizer
 from bench.workloads import Workload, move, step
 
 Report = dict[str, Any]

@@ -97,7 +97,7 @@ def official_captions(
     length_penalty: float = 0.6,
     kept: int = 1,
 ) -> list[list[OfficialCaption]]:
-    """Captions of image [B, 3, H, W] by a ``bench.torchscale_heads.Captioning``, the ``kept`` best first."""
+    """Captions of image [B, 3, H, W] by a captioning model of ``bench.torchscale_heads.MODELS``, the ``kept`` best first."""
     batch, length = len(image), 2
     image = image.repeat_interleave(num_beams, dim=0)
     text = torch.tensor([[BOS, mask_id]]).repeat(batch * num_beams, 1)

@@ -23,12 +23,12 @@ if __package__ in (None, ""):
 import torch  # noqa: E402
 
 from beit3_fast.errors import Beit3FastError, ConfigError  # noqa: E402
+from beit3_fast.timing import Effort  # noqa: E402
 from bench import report as reports  # noqa: E402
 from bench import workloads  # noqa: E402
 from bench.baselines import parse_runtimes, torchscale_obstacle  # noqa: E402
 from bench.environment import available_memory, multiplies_bfloat16, physical_cores  # noqa: E402
 from bench.measure import Case, Plan, Progress, run, steps_of  # noqa: E402
-from bench.timing import Effort  # noqa: E402
 
 DTYPES = {
     "float32": "float32",

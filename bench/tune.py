@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.timing import Effort, interleave, speed_ups, synchronizer
+from beit3_fast.timing import Effort, interleave, speed_ups, synchronizer
 
 ROOT = Path(__file__).resolve().parent.parent
 GAIN = 1.02

@@ -648,7 +648,7 @@ BUGS = (
     # bench
     Bug(
         "bench-ratio-inverted",
-        "bench/timing.py",
+        "beit3_fast/timing.py",
         "[b / a for a, b in",
         "[a / b for a, b in",
         (f"{BENCH_TIMING}::test_speed_up_is_the_median_of_ratios_within_rounds",),

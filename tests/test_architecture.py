@@ -16,7 +16,7 @@ PACKAGE = ROOT / "beit3_fast"
 FLOORS = (
     ("errors", "kernels"),
     ("derived",),
-    ("layout", "config", "parity"),
+    ("layout", "config", "parity", "timing"),
     ("padded_layout",),
     ("reference",),
     ("composite",),

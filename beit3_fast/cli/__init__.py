@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from beit3_fast.cli.answer import ANSWER, REASON
+from beit3_fast.cli.bench import BENCH
 from beit3_fast.cli.caption import CAPTION
 from beit3_fast.cli.classify import CLASSIFY
 from beit3_fast.cli.command import Command, version_of
@@ -24,14 +25,15 @@ __all__ = ["COMMANDS", "Command", "environment", "main"]
 
 COMMANDS = {
     "info": INFO,
+    "bench": BENCH,
     "convert": CONVERT,
+    "verify": VERIFY,
     "caption": CAPTION,
     "answer": ANSWER,
     "reason": REASON,
     "classify": CLASSIFY,
     "search": SEARCH,
     "embed": EMBED,
-    "verify": VERIFY,
 }
 
 

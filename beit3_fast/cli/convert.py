@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from beit3_fast.cli.command import Command
-from beit3_fast.cli.options import check_model_name
+from beit3_fast.cli.options import check_model_name, show
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +34,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         help="the entry of IN that holds the weights, such as model_ema; found by itself without it",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -53,14 +54,20 @@ def _convert(arguments: argparse.Namespace) -> int:
         key=arguments.key,
         overwrite=arguments.force,
     )
-    print(
+    report = {
+        "target": str(done.target),
+        "tensors": done.tensors,
+        "bytes": done.nbytes,
+        "left_out": list(done.left_out),
+        "remarks": list(done.remarks),
+    }
+    lines = [
         f"{done.target}: {done.tensors} tensors, {done.nbytes / 2**20:.1f} MiB, read back and equal"
-    )
+    ]
     if done.left_out:
-        print(f"left out, since they are no weights: {', '.join(done.left_out)}")
-    for remark in done.remarks:
-        print(f"{done.source}: {remark}")
-    return 0
+        lines.append(f"left out, since they are no weights: {', '.join(done.left_out)}")
+    lines += [f"{done.source}: {remark}" for remark in done.remarks]
+    return show(arguments, [report], lines)
 
 
 def _empty_model(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from beit3_fast.cli.command import Command
 from beit3_fast.cli.options import add_model, check_model_name, positive, show
@@ -31,6 +32,22 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, metavar="N", help="decoding processes; default: up to 4"
     )
+    parser.add_argument(
+        "--format",
+        default="safetensors",
+        help="or parquet, which needs pyarrow (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--engine",
+        default="auto",
+        help="local, torchrun (what auto takes under torchrun) or ray (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--engine-workers",
+        type=positive,
+        metavar="N",
+        help="actors of --engine ray; default: one for each GPU of the cluster, else for each node",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--tokenizer", metavar="FILE", help="the official beit3.spm, for texts")
     add_model(parser, "beit3_base_patch16_384_retrieval", tokenizer=False)
@@ -38,17 +55,24 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from beit3_fast.data import Processor
-    from beit3_fast.embed import KINDS, embed_dataset
+    from beit3_fast.embed import ENGINES, FORMATS, KINDS, OUTPUTS, embed_dataset
+    from beit3_fast.embed.ranks import rank_here
     from beit3_fast.model import create_model
 
     check_model_name(arguments.model)
     # before the checkpoint is read, which takes longest
-    if arguments.kind not in KINDS:
-        raise ConfigError(f"--kind must be one of {', '.join(KINDS)}, got {arguments.kind!r}")
+    for option, given, known in (
+        ("--kind", arguments.kind, KINDS),
+        ("--output", arguments.output, OUTPUTS),
+        ("--format", arguments.format, FORMATS),
+        ("--engine", arguments.engine, ENGINES),
+    ):
+        if given not in known:
+            raise ConfigError(f"{option} must be one of {', '.join(known)}, got {given!r}")
     model = create_model(
         arguments.model,
         arguments.checkpoint,
-        arguments.device,
+        _device(arguments.device),
         arguments.dtype,
         arguments.impl,
         inference_only=True,
@@ -64,7 +88,12 @@ def _run(arguments: argparse.Namespace) -> int:
         shard_size=arguments.shard_size,
         workers=arguments.workers,
         progress=not arguments.quiet,
+        format=arguments.format,
+        engine=arguments.engine,
+        engine_workers=arguments.engine_workers,
     )
+    if rank_here():
+        return 0
     report = {
         "folder": arguments.out,
         "shards": len(done.shards),
@@ -76,6 +105,15 @@ def _run(arguments: argparse.Namespace) -> int:
     if done.resumed:
         line += f", {done.resumed} done before"
     return show(arguments, [report], [line])
+
+
+def _device(name: str) -> str:
+    """Under torchrun every process has a GPU of its own, unless one is named."""
+    from beit3_fast.embed.ranks import started_by_torchrun
+
+    if name == "cuda" and started_by_torchrun():
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return name
 
 
 EMBED = Command(

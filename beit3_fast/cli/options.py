@@ -13,7 +13,7 @@ from beit3_fast.errors import ConfigError, InputError
 
 
 def add_model(parser: argparse.ArgumentParser, example: str, *, tokenizer: bool) -> None:
-    """--model, --checkpoint, --tokenizer, --device, --dtype, --impl, --batch-size, --json."""
+    """--model, --checkpoint, --tokenizer, --batch-size, and those of ``add_runtime``."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="NAME", help=f"such as {example}")
     group.add_argument(
@@ -26,9 +26,6 @@ def add_model(parser: argparse.ArgumentParser, example: str, *, tokenizer: bool)
         group.add_argument(
             "--tokenizer", required=True, metavar="FILE", help="the official beit3.spm"
         )
-    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
-    group.add_argument("--dtype", default="float32", help="or bfloat16, float16, int8 (CPU)")
-    group.add_argument("--impl", default="auto", help="or composite, cpu, triton, reference")
     group.add_argument(
         "--batch-size",
         type=positive,
@@ -36,6 +33,14 @@ def add_model(parser: argparse.ArgumentParser, example: str, *, tokenizer: bool)
         metavar="N",
         help="inputs at a time (default: %(default)s)",
     )
+    add_runtime(group)
+
+
+def add_runtime(group: argparse._ActionsContainer) -> None:
+    """--device, --dtype, --impl, --json."""
+    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
+    group.add_argument("--dtype", default="float32", help="or bfloat16, float16, int8 (CPU)")
+    group.add_argument("--impl", default="auto", help="or composite, cpu, triton, reference")
     group.add_argument("--json", action="store_true", help="print one JSON document")
 
 

@@ -1,25 +1,128 @@
-"""``beit3-fast verify``: whether the kernels of this machine's GPU are right."""
+"""``beit3-fast verify``: a checkpoint held against torchscale, and the GPU kernels against the formula."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from beit3_fast.cli.command import Command
+from beit3_fast.cli.options import add_runtime, check_model_name, positive
+
+if TYPE_CHECKING:
+    from beit3_fast.integrations.verification import Comparison, Verification
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "checkpoint",
+        nargs="?",
+        metavar="CHECKPOINT",
+        help="run this file here and on torchscale, which must be installed, and compare the outputs",
+    )
+    what.add_argument(
         "--kernels",
         action="store_true",
-        required=True,
         help="run every Triton kernel on small shapes, hold it against the formula in fp64, and keep what came of it",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="of the checkpoint, such as beit3_base_patch16_384_retrieval; files that beit3-fast wrote hold it",
+    )
+    parser.add_argument(
+        "--num-classes",
+        type=positive,
+        metavar="N",
+        help="of the head, where they are not the released ones",
+    )
+    parser.add_argument(
+        "--samples",
+        type=positive,
+        default=4,
+        metavar="N",
+        help="images and texts of the comparison (default: %(default)s)",
+    )
+    add_runtime(parser)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    return _kernels(arguments) if arguments.kernels else _checkpoint(arguments)
+
+
+def _checkpoint(arguments: argparse.Namespace) -> int:
+    from beit3_fast.integrations.verification import verify_checkpoint
+
+    if arguments.model is not None:
+        check_model_name(arguments.model)
+    found = verify_checkpoint(
+        arguments.checkpoint,
+        arguments.model,
+        arguments.device,
+        arguments.dtype,
+        arguments.impl,
+        num_classes=arguments.num_classes,
+        samples=arguments.samples,
+    )
+    if arguments.json:
+        report = {
+            "schema": 1,
+            "passed": found.passed,
+            "checkpoint": arguments.checkpoint,
+            "model": found.model,
+            "device": arguments.device,
+            "dtype": arguments.dtype,
+            "impl": arguments.impl,
+            "torchscale": found.torchscale,
+            "weights": {
+                "compared": found.weights,
+                "changed": list(found.changed),
+                "interpolated": list(found.interpolated),
+            },
+            "outputs": [_row(own) for own in found.comparisons],
+        }
+        print(json.dumps(report, indent=2))
+    else:
+        print("\n".join(_lines(arguments, found)))
+    return 0 if found.passed else 1
+
+
+def _row(own: Comparison) -> dict[str, Any]:
+    figures = {"max_abs_limit": own.max_limit, "rel_rms_limit": own.rms_limit, **asdict(own.parity)}
+    return {"output": own.output, **_without_nan(figures)}
+
+
+def _lines(arguments: argparse.Namespace, found: Verification) -> list[str]:
+    lines = [
+        f"{found.model} in {arguments.dtype} on {arguments.device}, against torchscale {found.torchscale}",
+        f"weights: {found.weights - len(found.changed)} of {found.weights} are those of the file, bit for bit",
+    ]
+    if found.changed:
+        lines.append(f"  others: {', '.join(found.changed[:5])}")
+    if found.interpolated:
+        lines.append(f"  interpolated to this image size: {', '.join(found.interpolated)}")
+    for own in found.comparisons:
+        figures = own.parity
+        line = f"{own.output}: largest error {figures.max_abs:.1e} (limit {own.max_limit:.1e})"
+        if own.rms_limit is None:
+            line += f", relative rms error {figures.rel_rms:.1e}"
+        else:
+            line += (
+                f", relative rms error {figures.rel_rms:.1e} (limit {own.rms_limit:.1e}; torchscale's own "
+                f"{figures.baseline_rel_rms:.1e})"
+            )
+        lines.append(line if figures.passed else f"{line}: WRONG: {figures.reason}")
+    said = (
+        "the same up to rounding"
+        if found.passed
+        else "NOT the same; please report the output with --json"
+    )
+    return [*lines, f"verdict: {said}"]
+
+
+def _kernels(arguments: argparse.Namespace) -> int:
     import torch
 
     from beit3_fast.errors import KernelUnavailable
@@ -32,8 +135,6 @@ def _verify(arguments: argparse.Namespace) -> int:
     outcomes = kernel_check.verify(device)
     passed = all(own.parity.passed for own in outcomes)
     if arguments.json:
-        import json
-
         report: dict[str, Any] = {
             "schema": 1,
             "passed": passed,
@@ -63,8 +164,8 @@ def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
 
 
 VERIFY = Command(
-    summary="Check the GPU kernels against the formula on this machine, and remember the outcome.",
-    example="beit3-fast verify --kernels --json",
+    summary="Compare a checkpoint with torchscale on this machine, or with --kernels the GPU kernels with the formula.",
+    example="beit3-fast verify beit3_base_patch16_384_coco_retrieval.pth --model beit3_base_patch16_384_retrieval",
     arguments=_verify_arguments,
     run=_verify,
 )

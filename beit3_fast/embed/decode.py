@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -89,15 +89,15 @@ class Decoder(Dataset[Chunk]):
         return ids
 
 
-class Chunks:
-    """The order in which a DataLoader asks for places: ranges of items, each cut into chunks of ``size``."""
+class Claims:
+    """The order in which a DataLoader asks for places: ranges of items, each cut into chunks of ``size``.
 
-    def __init__(self, ranges: Sequence[range], size: int) -> None:
+    A range is taken from ``ranges`` when decoding comes to it, so that processes may share what gives them.
+    """
+
+    def __init__(self, ranges: Iterable[range], size: int) -> None:
         self.ranges = ranges
         self.size = size
-
-    def __len__(self) -> int:
-        return sum(self.count(own) for own in self.ranges)
 
     def __iter__(self) -> Iterator[list[int]]:
         for own in self.ranges:

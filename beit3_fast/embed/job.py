@@ -3,48 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
-import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from beit3_fast.data import Processor
-from beit3_fast.embed.decode import Chunk, Chunks, Decoder
-from beit3_fast.embed.manifest import Manifest, held, write
+from beit3_fast.embed.manifest import Manifest, held
 from beit3_fast.embed.progress import Progress
+from beit3_fast.embed.ranks import Ranks, started_by_torchrun
+from beit3_fast.embed.ray_actors import check_ray, make_with_ray
+from beit3_fast.embed.shards import check_format
 from beit3_fast.embed.sources import Blob, Item, digest_of, list_items
-from beit3_fast.errors import CheckpointError, ConfigError, InputError
+from beit3_fast.embed.work import EmbedReport, Engine, Work, encode, make_local
+from beit3_fast.errors import ConfigError, InputError
 from beit3_fast.model.embeddings import Embeddings
-from beit3_fast.retrieval import EmbeddingIndex
-
-logger = logging.getLogger("beit3_fast")
 
 OUTPUTS = ("pooled", "cls")
-_TEXTS_AT_ONCE = 256
+ENGINES = ("auto", "local", "torchrun", "ray")
 _PROBED = 16
-
-
-@dataclass(frozen=True)
-class EmbedReport:
-    """What a folder holds when the job is done.
-
-    ``shards`` are its files in order, each of which ``EmbeddingIndex.load`` reads; ``embedded`` rows, ``skipped`` items
-    that could not be used, ``resumed`` items that an earlier call had done.
-    """
-
-    shards: tuple[Path, ...]
-    embedded: int
-    skipped: int
-    resumed: int
 
 
 def embed_dataset(
@@ -59,20 +41,31 @@ def embed_dataset(
     shard_size: int = 2048,
     workers: int | None = None,
     progress: bool = False,
+    format: str = "safetensors",
+    engine: str = "auto",
+    engine_workers: int | None = None,
 ) -> EmbedReport:
-    """Embed every image, text or pair of ``sources`` into safetensors files in ``folder``.
+    """Embed every image, text or pair of ``sources`` into files in ``folder``.
 
     ``sources``: folders, image or text files, ``.tar`` shards in webdataset's layout, ``.jsonl`` indices in the official
     form. ``kind``: "image", "text" or "pair". ``output``: "pooled" or "cls", as for ``encode_image``. A shard holds the
     rows of ``shard_size`` items in their order, fp32 [N, C], and their names; it is written whole or not at all.
+    ``format``: "safetensors", which ``EmbeddingIndex.load`` reads, or "parquet" (pyarrow; columns name and embedding).
     ``workers`` processes decode (default: up to 4, one fewer than processors; 0: none beside this one).
+
+    ``engine`` says who makes the shards, always the same files and one manifest: "local", this process; "torchrun", the
+    processes that torchrun started, which all call this and each take the next shard; "ray", ``engine_workers`` actors of
+    Ray Data (default: one for each GPU of the cluster, else for each node), which is called once and gets the model
+    pickled; "auto": "torchrun" under torchrun, else "local". On several machines sources and ``folder`` are shared.
 
     The same call again, after whatever end, goes on with the first shard that is missing, and ends with the same files.
     An item that cannot be read is logged, listed in the shard's ``.skipped.jsonl`` and counted. Raises ConfigError for
-    options that cannot be used and for a folder of another job, InputError for sources that are not there or where
-    nothing could be used, CheckpointError where the folder cannot be written.
+    options that cannot be used, a package that is missing and a folder of another job, InputError for sources that are
+    not there or where nothing could be used, CheckpointError where the folder cannot be written.
     """
-    workers = _checked(model, output, processor, batch_size, shard_size, workers)
+    engine = _engine(engine, engine_workers)
+    check_format(format)
+    workers = _checked(model, output, processor, batch_size, shard_size, workers, engine)
     items = list_items(sources, kind)
     _check_texts(items, processor)
     try:
@@ -83,6 +76,7 @@ def embed_dataset(
     job = {
         "kind": kind,
         "output": output,
+        "format": format,
         "model": type(model).__name__,
         "width": probe.numel(),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -92,44 +86,73 @@ def embed_dataset(
         "items": len(items),
         "shard_size": shard_size,
     }
-    with held(target):
-        manifest = Manifest(target, job, probe[:_PROBED].tolist())
-        ranges = [
-            range(first, min(first + shard_size, len(items)))
-            for first in range(0, len(items), shard_size)
-        ]
-        todo = [number for number in range(len(ranges)) if not manifest.is_done(number)]
-        waiting = sum(len(ranges[number]) for number in todo)
-        bar = Progress(len(items), len(items) - waiting, progress)
-        chunks = Chunks([ranges[n] for n in todo], _TEXTS_AT_ONCE if kind == "text" else batch_size)
-        decoded = _decoded(items, model, processor, chunks, workers)
+    sizes = (probe.numel(), batch_size, shard_size, workers)
+    work = Work(model, processor, items, target, kind, output, format, *sizes)
+
+    def lead(make: Engine) -> EmbedReport:
+        return _lead(work, job, probe, progress, make)
+
+    if engine == "torchrun":
+        return Ranks().run(work, lead)
+    return lead(make_local if engine == "local" else partial(make_with_ray, engine_workers))
+
+
+def _lead(
+    work: Work, job: dict[str, Any], probe: Tensor, progress: bool, make: Engine
+) -> EmbedReport:
+    """The part of the one process that keeps the manifest: what is missing is made, then reported."""
+    with held(work.folder):
+        manifest = Manifest(work.folder, job, probe[:_PROBED].tolist())
+        todo = [number for number in range(len(work)) if not manifest.is_done(number)]
+        waiting = sum(len(work.places(number)) for number in todo)
+        resumed = len(work.items) - waiting
+        bar = Progress(len(work.items), resumed, progress)
         with contextlib.closing(bar):
-            for number in todo:
-                own = itertools.islice(decoded, chunks.count(ranges[number]))
-                rows, places, skipped = _rows(
-                    model, kind, output, own, batch_size, items, probe.numel(), bar
-                )
-                names = [items[place].name for place in places]
-                reasons = [
-                    {"name": items[place].name, "reason": reason} for place, reason in skipped
-                ]
-                manifest.add(number, _write_shard(target, number, rows, names, reasons))
-    shards = [manifest.shards[number] for number in range(len(ranges))]
+            make(work, todo, bar, manifest.add)
+    shards = [manifest.shards[number] for number in range(len(work))]
     report = EmbedReport(
-        tuple(target / shard["file"] for shard in shards),
+        tuple(work.folder / shard["file"] for shard in shards),
         sum(shard["rows"] for shard in shards),
         sum(shard["skipped"] for shard in shards),
-        len(items) - waiting,
+        resumed,
     )
     if not report.embedded:
         raise InputError(
-            f"none of the {len(items)} items could be used; the .skipped.jsonl files in {str(target)!r} say why"
+            f"none of the {len(work.items)} items could be used; the .skipped.jsonl files in {str(work.folder)!r} say why"
         )
     return report
 
 
+def _engine(engine: Any, engine_workers: Any) -> str:
+    """The engine that "auto" stands for. Raises ConfigError for one that cannot be used here."""
+    if engine not in ENGINES:
+        raise ConfigError(f"engine must be one of {list(ENGINES)}, got {engine!r}")
+    if engine == "ray":
+        check_ray()
+    elif engine_workers is not None:
+        raise ConfigError(
+            f"engine_workers goes with engine='ray', got {engine_workers!r} and engine={engine!r}"
+        )
+    if engine_workers is not None and (type(engine_workers) is not int or engine_workers < 1):
+        raise ConfigError(f"engine_workers must be a positive integer, got {engine_workers!r}")
+    if engine == "torchrun" and not started_by_torchrun():
+        raise ConfigError(
+            "engine='torchrun' needs the processes of torchrun; start it with: torchrun --nproc-per-node 2 -m beit3_fast "
+            "embed ..."
+        )
+    if engine == "auto":
+        return "torchrun" if started_by_torchrun() else "local"
+    return str(engine)
+
+
 def _checked(
-    model: Any, output: Any, processor: Any, batch_size: Any, shard_size: Any, workers: Any
+    model: Any,
+    output: Any,
+    processor: Any,
+    batch_size: Any,
+    shard_size: Any,
+    workers: Any,
+    engine: str,
 ) -> int:
     """The number of workers. Raises ConfigError for what cannot be used."""
     if not isinstance(model, Embeddings):
@@ -146,7 +169,7 @@ def _checked(
     if output not in OUTPUTS:
         raise ConfigError(f"output must be one of {list(OUTPUTS)}, got {output!r}")
     if workers is None:
-        workers = max(1, min(4, (os.cpu_count() or 1) - 1))
+        workers = _free_processors(engine)
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("shard_size", shard_size, 1),
@@ -155,6 +178,14 @@ def _checked(
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
     return int(workers)
+
+
+def _free_processors(engine: str) -> int:
+    """How many processes decode for one that computes, at most 4; an actor of Ray has its processors to itself."""
+    if engine == "ray":
+        return 0
+    own = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(4, own - 1))
 
 
 def _check_texts(items: Sequence[Item], processor: Processor) -> None:
@@ -175,110 +206,4 @@ def _probe(model: Any, kind: str, output: str, processor: Processor) -> Tensor:
     height, width = processor.image_size
     image = torch.linspace(-1, 1, 3 * height * width).view(1, 3, height, width)
     text = [torch.tensor([0, 5, 7, 2])]
-    return _encode(model, kind, output, image, text)[0]
-
-
-def _encode(
-    model: Any, kind: str, output: str, images: Tensor | None, texts: list[Tensor]
-) -> Tensor:
-    """Rows, fp32 [B, C] on the CPU."""
-    if kind == "image":
-        rows = model.encode_image(images, output, batch_size=1 if images is None else len(images))
-    elif kind == "text":
-        rows = model.encode_text(texts, output, batch_size=len(texts))
-    else:
-        rows = model.encode_pair(images, texts, output, batch_size=len(texts))
-    return rows.to("cpu", torch.float32)
-
-
-def _decoded(
-    items: Sequence[Item], model: Any, processor: Processor, chunks: Chunks, workers: int
-) -> Iterator[Chunk]:
-    decoder = Decoder(items, processor, model.backbone.config.vocab_size)
-    loader = DataLoader(decoder, batch_sampler=chunks, num_workers=workers, collate_fn=_unchanged)
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise InputError(
-            f"a decoding worker died ({str(error).splitlines()[0]}); the same call again goes on from the last shard, with "
-            "fewer workers if memory was short"
-        ) from error
-
-
-def _unchanged(chunk: Any) -> Any:
-    return chunk
-
-
-def _rows(
-    model: Any,
-    kind: str,
-    output: str,
-    chunks: Iterator[Chunk],
-    batch_size: int,
-    items: Sequence[Item],
-    width: int,
-    bar: Progress,
-) -> tuple[Tensor, list[int], list[tuple[int, str]]]:
-    """Embeddings of the chunks of one shard with their places, in order, and what was skipped."""
-    parts: list[Tensor] = []
-    places: list[int] = []
-    skipped: list[tuple[int, str]] = []
-    texts: list[tuple[int, int, list[int]]] = []
-
-    def skip(place: int, reason: str) -> None:
-        bar.clear_line()
-        logger.warning("skipped %s: %s", items[place].name, reason)
-        skipped.append((place, reason))
-
-    def embed(own: list[int], images: Tensor | None, tokens: list[list[int]]) -> None:
-        rows = _encode(model, kind, output, images, [torch.tensor(ids) for ids in tokens])
-        good = rows.isfinite().all(1).tolist()
-        parts.append(rows[good])
-        places.extend(place for place, is_good in zip(own, good, strict=True) if is_good)
-        for place, is_good in zip(own, good, strict=True):
-            if not is_good:
-                skip(place, "its embedding is not finite; try another dtype")
-        bar.add(len(own), good.count(False))
-
-    for chunk in chunks:
-        for place, reason in chunk.skipped:
-            skip(place, reason)
-        bar.add(len(chunk.skipped), len(chunk.skipped))
-        if kind == "text":
-            texts += [
-                (len(ids), place, ids) for place, ids in zip(chunk.places, chunk.texts, strict=True)
-            ]
-        elif chunk.places:
-            embed(chunk.places, chunk.images, chunk.texts)
-    # texts of one length meet in one batch, where nothing waits for a long one
-    texts.sort()
-    for start in range(0, len(texts), batch_size):
-        _, own, tokens = zip(*texts[start : start + batch_size], strict=True)
-        embed(list(own), None, list(tokens))
-    skipped.sort()
-    order = sorted(range(len(places)), key=places.__getitem__)
-    return (
-        torch.cat([torch.empty(0, width), *parts])[order],
-        [places[index] for index in order],
-        skipped,
-    )
-
-
-def _write_shard(
-    folder: Path, number: int, rows: Tensor, names: list[str], skipped: list[dict[str, str]]
-) -> dict[str, Any]:
-    """Write one shard and the list of what it lacks; what the manifest says of it."""
-    path = folder / f"{number:06}.safetensors"
-    listed = folder / f"{number:06}.skipped.jsonl"
-    try:
-        if skipped:
-            write(listed, "".join(json.dumps(entry) + "\n" for entry in skipped))
-        else:
-            listed.unlink(missing_ok=True)
-        EmbeddingIndex(rows, names, "torch").save(path)
-        size = path.stat().st_size
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error})") from error
-    return {"file": path.name, "bytes": size, "rows": len(names), "skipped": len(skipped)}
+    return encode(model, kind, output, image, text)[0]

@@ -18,13 +18,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from beit3_fast.timing import Effort
 from bench import baselines_onnxruntime, baselines_openvino, baselines_torch, measure, run, runtime
 from bench.baselines import OURS, REFERENCE, RUNTIMES, build_reference
 from bench.conversion import Converted, Engine, TensorModel, load_torchscale, use_sdpa
 from bench.inputs import PAD
 from bench.measure import Case, check_parity
 from bench.runtime import Runtime, int8_parity
-from bench.timing import Effort
 from bench.workloads import TASKS, Workload, parse_workload, step
 
 CPU = torch.device("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ TINY = ["--size", "tiny", "--pixels", "32", "--rounds", "1", "--dtype", "float32
 CALLS = {
     "caption": ["caption", "--batch", "3", "--tokens", "4"],
     "retrieval": ["retrieval", "--images", "4", "--batch", "6"],
+    "embed": ["embed", "--images", "5", "--batch", "2", "--workers", "0"],
 }
 
 
@@ -26,10 +28,39 @@ def test_a_report(product: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert report["product"].startswith(f"{product}/tiny/32")
     assert report["speed_up"]["p50"] > 0
     assert products.main([*CALLS[product], *TINY]) == 0
-    assert "x as fast" in capsys.readouterr().out
+    assert "x as fast as the " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("product", CALLS)
+def test_no_speed_where_files_are_not_embedded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = products.photo_files
+
+    def damaged(folder: Path, count: int) -> None:
+        real(folder, count)
+        (folder / "00001.jpg").write_bytes(b"no image")
+
+    monkeypatch.setattr(products, "photo_files", damaged)
+    assert products.main([*CALLS["embed"], *TINY]) == 1
+    assert "4 of 5 files were embedded; no speed" in capsys.readouterr().err
+
+
+def test_the_quick_form_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def product(arguments: Any) -> Any:
+        seen.append(arguments)
+        return products.Product("x", int, int, lambda a, b: "", "nothing")
+
+    monkeypatch.setitem(products.PRODUCTS, "embed", product)
+    assert products.main(["embed", "--quick", "--rounds", "9"]) == 0
+    assert products.main(["embed"]) == 0
+    quick, usual = seen
+    assert (quick.rounds, quick.pixels, quick.images, quick.batch) == (1, 224, 16, 2)
+    assert (usual.rounds, usual.pixels, usual.images, usual.batch) == (3, 384, 500, 8)
+
+
+@pytest.mark.parametrize("product", ["caption", "retrieval"])
 def test_no_speed_where_results_differ(
     product: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from beit3_fast.parity import Parity
+from beit3_fast.timing import Effort
 from bench import measure, run
 from bench.baselines import OURS, REFERENCE, RUNTIMES, Runtime, build_reference
 from bench.measure import Case, check_parity
-from bench.timing import Effort
 from bench.workloads import TASKS, Workload, parse_workload
 
 Change = Callable[[nn.Module], None]

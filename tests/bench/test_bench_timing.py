@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from beit3_fast.config import SIZES
+from beit3_fast.timing import Effort, interleave, quantiles, rates, speed_ups
 from bench.roofline import (
     BareProducts,
     Product,
@@ -16,7 +17,6 @@ from bench.roofline import (
     linear_work,
     measure_ceilings,
 )
-from bench.timing import Effort, interleave, quantiles, rates, speed_ups
 from bench.torchscale_heads import MODELS
 from bench.workloads import parse_workload, step
 

@@ -57,7 +57,7 @@ def test_a_faster_tile_is_written_and_a_slower_one_is_not(
 
 
 def tune_quantiles(median: float) -> Any:
-    from bench.timing import Quantiles
+    from beit3_fast.timing import Quantiles
 
     return Quantiles(median, median, median)
 

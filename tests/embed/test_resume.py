@@ -26,7 +26,7 @@ VICTIMS = """
 import os, signal, sys
 import beit3_fast
 from beit3_fast.checkpoint import atomic
-from beit3_fast.embed import job, manifest
+from beit3_fast.embed import manifest, work
 
 checkpoint, out, *sources = sys.argv[1:]
 
@@ -35,13 +35,13 @@ def die():
 
 def plant(moment):
     if moment == "embedding":
-        encode, calls = job._encode, []
-        def seventh(*arguments):
+        encode, calls = work.encode, []
+        def sixth(*arguments):
             calls.append(1)
-            if len(calls) == 7:
+            if len(calls) == 6:
                 die()
             return encode(*arguments)
-        job._encode = seventh
+        work.encode = sixth
     elif moment == "half a shard":
         replace = os.replace
         def half(partial, target):

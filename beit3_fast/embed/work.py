@@ -1,0 +1,196 @@
+"""What one process does for a dataset: shards by their numbers, decoded ahead of the model, written where they belong."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from beit3_fast.data import Processor
+from beit3_fast.embed.decode import Chunk, Claims, Decoder
+from beit3_fast.embed.shards import write_shard
+from beit3_fast.embed.sources import Item
+from beit3_fast.errors import InputError
+
+logger = logging.getLogger("beit3_fast")
+
+_TEXTS_AT_ONCE = 256
+
+
+class Bar(Protocol):
+    """Who is told of progress."""
+
+    def add(self, done: int, skipped: int = 0) -> None:
+        """``done`` more items, ``skipped`` of them in vain."""
+
+    def clear_line(self) -> None:
+        """Make room for a message."""
+
+
+@dataclass(frozen=True)
+class EmbedReport:
+    """What a folder holds when the job is done.
+
+    ``shards`` are its files in order, of which ``EmbeddingIndex.load`` reads those in safetensors; ``embedded`` rows, ``skipped`` items
+    that could not be used, ``resumed`` items that an earlier call had done.
+    """
+
+    shards: tuple[Path, ...]
+    embedded: int
+    skipped: int
+    resumed: int
+
+
+@dataclass
+class Work:
+    """A job without what is done of it; it can be pickled into other processes. Shard n holds the items from
+    n * shard_size on; the process that calls ``shards`` writes their files into ``folder``."""
+
+    model: Any
+    processor: Processor
+    items: Sequence[Item]
+    folder: Path
+    kind: str
+    output: str
+    form: str
+    width: int
+    batch_size: int
+    shard_size: int
+    workers: int
+
+    def __len__(self) -> int:
+        """The number of shards."""
+        return -(-len(self.items) // self.shard_size)
+
+    def places(self, number: int) -> range:
+        """The items of a shard."""
+        first = number * self.shard_size
+        return range(first, min(first + self.shard_size, len(self.items)))
+
+    def shards(self, numbers: Iterable[int], bar: Bar) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Make these shards; yields each number, with what the manifest says of it, once its files are on the disk.
+
+        The next number is asked for when decoding comes to it. Raises InputError where a decoding worker dies,
+        CheckpointError where a file cannot be written.
+        """
+        size = _TEXTS_AT_ONCE if self.kind == "text" else self.batch_size
+        claimed: deque[int] = deque()
+        claims = Claims(map(self.places, _noted(numbers, claimed)), size)
+        decoded = self._decoded(claims)
+        for first in decoded:
+            number = claimed.popleft()
+            more = itertools.islice(decoded, claims.count(self.places(number)) - 1)
+            rows, places, skipped = self._rows(itertools.chain([first], more), bar)
+            names = [self.items[place].name for place in places]
+            reasons = [
+                {"name": self.items[place].name, "reason": reason} for place, reason in skipped
+            ]
+            yield number, write_shard(self.folder, number, self.form, rows, names, reasons)
+
+    def _decoded(self, claims: Claims) -> Iterator[Chunk]:
+        decoder = Decoder(self.items, self.processor, self.model.backbone.config.vocab_size)
+        loader = DataLoader(
+            decoder, batch_sampler=claims, num_workers=self.workers, collate_fn=_unchanged
+        )
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            raise InputError(
+                f"a decoding worker died ({str(error).splitlines()[0]}); the same call again goes on from the last "
+                "shard, with fewer workers if memory was short"
+            ) from error
+
+    def _rows(
+        self, chunks: Iterator[Chunk], bar: Bar
+    ) -> tuple[Tensor, list[int], list[tuple[int, str]]]:
+        """Embeddings of the chunks of one shard with their places, in order, and what was skipped."""
+        parts: list[Tensor] = []
+        places: list[int] = []
+        skipped: list[tuple[int, str]] = []
+        texts: list[tuple[int, int, list[int]]] = []
+
+        def skip(place: int, reason: str) -> None:
+            bar.clear_line()
+            logger.warning("skipped %s: %s", self.items[place].name, reason)
+            skipped.append((place, reason))
+
+        def embed(own: list[int], images: Tensor | None, tokens: list[list[int]]) -> None:
+            words = [torch.tensor(ids) for ids in tokens]
+            rows = encode(self.model, self.kind, self.output, images, words)
+            good = rows.isfinite().all(1).tolist()
+            parts.append(rows[good])
+            places.extend(place for place, is_good in zip(own, good, strict=True) if is_good)
+            for place, is_good in zip(own, good, strict=True):
+                if not is_good:
+                    skip(place, "its embedding is not finite; try another dtype")
+            bar.add(len(own), good.count(False))
+
+        for chunk in chunks:
+            for place, reason in chunk.skipped:
+                skip(place, reason)
+            bar.add(len(chunk.skipped), len(chunk.skipped))
+            if self.kind == "text":
+                texts += [
+                    (len(ids), place, ids)
+                    for place, ids in zip(chunk.places, chunk.texts, strict=True)
+                ]
+            elif chunk.places:
+                embed(chunk.places, chunk.images, chunk.texts)
+        # texts of one length meet in one batch, where nothing waits for a long one
+        texts.sort()
+        for start in range(0, len(texts), self.batch_size):
+            _, own, tokens = zip(*texts[start : start + self.batch_size], strict=True)
+            embed(list(own), None, list(tokens))
+        skipped.sort()
+        order = sorted(range(len(places)), key=places.__getitem__)
+        return (
+            torch.cat([torch.empty(0, self.width), *parts])[order],
+            [places[index] for index in order],
+            skipped,
+        )
+
+
+Engine = Callable[[Work, Sequence[int], Bar, Callable[[int, dict[str, Any]], None]], None]
+"""Makes the shards of these numbers, each once, tells the bar, and has the last argument record every one."""
+
+
+def make_local(
+    work: Work, todo: Sequence[int], bar: Bar, record: Callable[[int, dict[str, Any]], None]
+) -> None:
+    """The engine of this process alone."""
+    for number, shard in work.shards(todo, bar):
+        record(number, shard)
+
+
+def encode(
+    model: Any, kind: str, output: str, images: Tensor | None, texts: list[Tensor]
+) -> Tensor:
+    """Rows, fp32 [B, C] on the CPU."""
+    if kind == "image":
+        rows = model.encode_image(images, output, batch_size=1 if images is None else len(images))
+    elif kind == "text":
+        rows = model.encode_text(texts, output, batch_size=len(texts))
+    else:
+        rows = model.encode_pair(images, texts, output, batch_size=len(texts))
+    return rows.to("cpu", torch.float32)
+
+
+def _noted(numbers: Iterable[int], claimed: deque[int]) -> Iterator[int]:
+    """The numbers, each appended to ``claimed`` when it is taken."""
+    for number in numbers:
+        claimed.append(number)
+        yield number
+
+
+def _unchanged(chunk: Any) -> Any:
+    return chunk
