@@ -16,8 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from beit3_fast.config import BEiT3Config
+from beit3_fast.data import MaskedBatch
 
 _SHIM: list[torch.library.Library] = []
 
@@ -219,6 +221,83 @@ class Retrieval(_Headed):
         return vision, language
 
 
+class Pretraining(_Headed):
+    """Hidden patches and words through both heads, in three passes: images, padded pairs, padded texts.
+
+    Takes the ``MaskedBatch`` of ``BEiT3ForPretraining`` and returns the same losses; words and patches are gathered before
+    the heads, as the official captioning model does.
+    """
+
+    def __init__(self, config: BEiT3Config, num_classes: int = 8192) -> None:
+        super().__init__(config)
+        self.mlm_head = nn.Linear(config.embed_dim, config.vocab_size)
+        self.mim_head = nn.Linear(config.embed_dim, num_classes)
+
+    def forward(self, batch: MaskedBatch) -> dict[str, Tensor]:
+        """-> cross-entropies [M] of the terms image, pair_image, pair_text and text."""
+        images, pairs, texts = batch.num_images, batch.num_pairs, batch.num_texts
+        padded, padding, hidden = _padded_texts(batch)
+        image, _ = self._rows(batch, slice(0, images), None, None, None)
+        pair_image, pair_text = self._rows(
+            batch, slice(images, images + pairs), padded[:pairs], padding[:pairs], hidden[:pairs]
+        )
+        _, text = self._rows(
+            batch, None, padded[pairs:], padding[pairs:], hidden[pairs:], bool(texts)
+        )
+        visual = torch.cat([image, pair_image])
+        words = torch.cat([pair_text, text])
+        counts = batch.counts
+        visual = F.cross_entropy(self.mim_head(visual), batch.codes, reduction="none")
+        words = F.cross_entropy(self.mlm_head(words), batch.words, reduction="none")
+        return {
+            "image": visual[: counts["image"]],
+            "pair_image": visual[counts["image"] :],
+            "pair_text": words[: counts["pair_text"]],
+            "text": words[counts["pair_text"] :],
+        }
+
+    def _rows(
+        self,
+        batch: MaskedBatch,
+        own: slice | None,
+        text: Tensor | None,
+        padding: Tensor | None,
+        hidden_words: Tensor | None,
+        there: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Output rows of the hidden patches and words of one pass; none where it has no samples."""
+        none = self.mlm_head.weight.new_zeros(0, self.mlm_head.in_features)
+        image = masked = None
+        if own is not None and batch.images is not None and batch.hidden_patches is not None:
+            image, masked = batch.images[own], batch.hidden_patches[own]
+            there = bool(len(image))
+        if not there:
+            return none, none
+        out = self.beit3(
+            textual_tokens=text,
+            visual_tokens=image,
+            text_padding_position=padding,
+            vision_masked_position=masked,
+        )["encoder_out"]
+        vision = none if masked is None else out[:, 1 : 1 + masked.shape[1]][masked]
+        if hidden_words is None:
+            return vision, none
+        return vision, out[:, out.shape[1] - hidden_words.shape[1] :][hidden_words]
+
+
+def _padded_texts(batch: MaskedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, padding and hidden words of all texts, [P + T, Nt] each."""
+    if batch.tokens is None or batch.hidden_words is None:
+        empty = torch.zeros(0, 1, dtype=torch.int64)
+        return empty, empty.bool(), empty.bool()
+    tokens = pad_sequence(
+        batch.tokens.split(batch.text_lengths), batch_first=True, padding_value=1.0
+    )
+    hidden = pad_sequence(batch.hidden_words.split(batch.text_lengths), batch_first=True)
+    lengths = torch.tensor(batch.text_lengths)[:, None]
+    return tokens, torch.arange(tokens.shape[1])[None] >= lengths, hidden
+
+
 MODELS: dict[str, Any] = {
     "backbone": backbone,
     "imageclassification": ImageClassification,
@@ -226,5 +305,6 @@ MODELS: dict[str, Any] = {
     "vqav2": VisualQuestionAnswering,
     "captioning": Captioning,
     "retrieval": Retrieval,
+    "pretraining": Pretraining,
 }
 """The model that each of `bench.tasks.TASKS` runs on, by the official task names."""

@@ -17,7 +17,7 @@ from embed_cases import Data
 
 import beit3_fast
 from beit3_fast.embed.decode import Chunk, Decoder
-from beit3_fast.embed.progress import Progress
+from beit3_fast.progress import Progress
 from beit3_fast.errors import CheckpointError, ConfigError, InputError
 
 # For each moment a process that dies by SIGKILL, without a chance to tidy, over the third shard. Forked from one that

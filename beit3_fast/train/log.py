@@ -1,0 +1,41 @@
+"""log.jsonl: a line for each step, the same whether a run was interrupted or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from beit3_fast.checkpoint.atomic import replacing
+
+NAME = "log.jsonl"
+
+
+class Log:
+    """Appends to ``folder``/log.jsonl what was not written before: lines past ``step`` are dropped, half a line too."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder / NAME
+        if self.path.exists():
+            kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= step]
+            with replacing(self.path) as file:
+                file.write("".join(f"{line}\n" for line in kept).encode())
+        self._file = self.path.open("a", buffering=1)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Add a line; it survives the death of this process."""
+        self._file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in _whole_lines(folder / NAME)]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    text = path.read_text()
+    return text[: text.rfind("\n") + 1].splitlines()
