@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from beit3_fast.checkpoint.lock import held
 from beit3_fast.data import Processor
 from beit3_fast.embed.decode import Chunk, Chunks, Decoder
-from beit3_fast.checkpoint.lock import held
 from beit3_fast.embed.manifest import Manifest, write
-from beit3_fast.progress import Progress
 from beit3_fast.embed.sources import Blob, Item, digest_of, list_items
 from beit3_fast.errors import CheckpointError, ConfigError, InputError
 from beit3_fast.model.embeddings import Embeddings
+from beit3_fast.progress import Progress
 from beit3_fast.retrieval import EmbeddingIndex
 
 logger = logging.getLogger("beit3_fast")

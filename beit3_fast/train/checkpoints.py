@@ -74,7 +74,9 @@ class Checkpoints:
         try:
             facts = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); {self._instead(step)}") from error
+            raise CheckpointError(
+                f"{path} cannot be read ({error}); {self._instead(step)}"
+            ) from error
         if not isinstance(facts, dict) or facts.get("step") != step:
             raise CheckpointError(f"{path} is not of this step; {self._instead(step)}")
         return facts
