@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LINEAR = "tests/ops/test_expert_linear.py"
+CROSS_ENTROPY = "tests/ops/test_masked_linear_cross_entropy.py"
 ATTENTION = "tests/ops/test_shared_attention.py"
 PADDED = "tests/ops/test_padded_attention.py"
 KERNELS = "tests/ops/test_cpu_kernels.py"
@@ -103,7 +104,28 @@ BUGS = (
         "mask[sample]",
         (f"{ATTENTION}::test_the_formula_itself", f"{ATTENTION}::test_forward"),
     ),
+    Bug(
+        "reference-smoothing-takes-nothing-from-the-target",
+        "beit3_fast/reference/masked_linear_cross_entropy.py",
+        "(1.0 - label_smoothing) * losses",
+        "losses",
+        (f"{CROSS_ENTROPY}::test_the_formula_itself",),
+    ),
     # composite
+    Bug(
+        "composite-exponentials-of-earlier-slices-keep-their-top",
+        "beit3_fast/composite/masked_linear_cross_entropy.py",
+        "        total *= (top - new_top).exp_()\n",
+        "",
+        (f"{CROSS_ENTROPY}::test_losses_and_gradients",),
+    ),
+    Bug(
+        "composite-all-logits-at-once",
+        "beit3_fast/composite/masked_linear_cross_entropy.py",
+        "max(_THINNEST, _LOGITS // max(1, len(named)))",
+        "len(weight)",
+        (f"{CROSS_ENTROPY}::test_the_logits_are_never_whole",),
+    ),
     Bug(
         "composite-tanh-gelu",
         "beit3_fast/composite/expert_linear.py",

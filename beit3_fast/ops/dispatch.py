@@ -24,12 +24,16 @@ from beit3_fast.ops import kernel_check, library, triton_kernels
 logger = logging.getLogger("beit3_fast")
 
 IMPLEMENTATIONS = ("reference", "composite", "cpu", "triton", "cuda", "flash_attn", "xformers")
+# The ops of a layer, which `explain` tells of.
 OPS = ("expert_linear", "shared_attention")
 _AUTO_ORDER = ("cpu", "triton", "composite")
 _NOT_BUILT = (
     "is not part of this version of beit3_fast; use 'auto', 'cpu', 'triton', 'composite' or "
     "'reference'"
 )
+# Ops that are made of PyTorch's own calls only.
+_WITHOUT_KERNELS = ("masked_linear_cross_entropy",)
+_NO_KERNEL = "has no kernel for this op"
 _INTERPRETED = "runs in an interpreter on CPU tensors: where it is asked for by name, not in 'auto'"
 
 
@@ -81,6 +85,8 @@ def situation(
 
 def _cpu_obstacle(at: Situation) -> str | None:
     """Why the compiled CPU kernels cannot take this call, or None."""
+    if at.op in _WITHOUT_KERNELS:
+        return _NO_KERNEL
     if at.device != "cpu":
         return f"takes CPU tensors, these are on {at.device}"
     if at.dtype not in (torch.float32, torch.bfloat16):
@@ -117,6 +123,8 @@ def _cpu_slower(at: Situation) -> str | None:
 
 def _triton_obstacle(at: Situation) -> str | None:
     """Why the Triton kernels cannot take this call, or None."""
+    if at.op in _WITHOUT_KERNELS:
+        return _NO_KERNEL
     if at.autocast:
         return "reads operands in their own dtype, and autocast is on"
     if at.mask_tensor:

@@ -18,6 +18,8 @@ if not library.available():
 OPS = torch.ops.beit3_fast
 REGISTERED = {
     "expert_linear",
+    "masked_linear_cross_entropy",
+    "masked_linear_cross_entropy_backward",
     "pack_weight",
     "quantize_weight",
     "shared_attention",
@@ -156,6 +158,19 @@ def test_shared_attention_backward(name: str) -> None:
     ]
     grad = torch.randn(arguments[0].shape).to(arguments[0].dtype)
     torch.library.opcheck(OPS.shared_attention_backward.default, (grad, *arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("count", "bias"), [(5, True), (3, False), (0, True)])
+def test_masked_linear_cross_entropy(dtype: torch.dtype, count: int, bias: bool) -> None:
+    x, weight = draw(9, 24, dtype=dtype)[:, 3:19], draw(16, 11, dtype=dtype).T
+    own = [x, weight, draw(11, dtype=dtype) if bias else None]
+    index = [torch.randperm(9)[:count], torch.randint(11, (count,))]
+    leaves = [t if t is None else t.detach().requires_grad_() for t in own]
+    torch.library.opcheck(OPS.masked_linear_cross_entropy.default, (*leaves, *index, 0.1))
+    _, peaks = OPS.masked_linear_cross_entropy(*own, *index, 0.1)
+    arguments = (draw(count), *own, *index, peaks, 0.1)
+    torch.library.opcheck(OPS.masked_linear_cross_entropy_backward.default, arguments)
 
 
 def test_every_registered_op_is_checked_here() -> None:
