@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,12 @@ class Log:
         self._file = self.path.open("a", buffering=1)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Add a line; it survives the death of this process."""
-        self._file.write(json.dumps(line) + "\n")
+        """Add a line; it survives the death of this process. Numbers that are not finite, which JSON has not, become null."""
+        plain = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in line.items()
+        }
+        self._file.write(json.dumps(plain) + "\n")
 
     def close(self) -> None:
         """Close the file."""

@@ -109,7 +109,9 @@ def _write_split(
     for kind in ("images", "masks"):
         (root / kind / name).mkdir(parents=True, exist_ok=True)
     scenes = [draw_scene(sample_generator(seed, _DRAWN, split, n)) for n in range(count)]
-    captions, questions, labelled = [], [], []
+    captions: list[dict[str, Any]] = []
+    questions: list[dict[str, Any]] = []
+    labelled: list[dict[str, Any]] = []
     instances = _Instances()
     for number, scene in enumerate(scenes):
         path = f"images/{name}/{number:06}.png"
