@@ -45,8 +45,7 @@ class PatchCodes:
             raise ConfigError(
                 f"num_codes must be at most {len(different)}, the different patches of these images, got {num_codes}"
             )
-        chosen = torch.randperm(len(different), generator=generator)[:num_codes]
-        centres = different[chosen].clone()
+        centres = _spread(different, num_codes, generator)
         for _ in range(_ITERATIONS):
             distances, own = torch.cdist(patches, centres).min(dim=1)
             counts = own.bincount(minlength=num_codes)
@@ -67,6 +66,16 @@ class PatchCodes:
         patches = _patches(images.float(), self.patch_size)
         distances = torch.cdist(patches, self.centres.to(images.device)[None])
         return distances.argmin(dim=2)
+
+
+def _spread(patches: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` of the patches, far from each other more often than not (k-means++)."""
+    chosen = [int(torch.randint(len(patches), (), generator=generator))]
+    distances = torch.full((len(patches),), torch.inf)
+    for _ in range(count - 1):
+        distances = torch.minimum(distances, (patches - patches[chosen[-1]]).square().sum(1))
+        chosen.append(int(torch.multinomial(distances, 1, generator=generator)))
+    return patches[chosen].clone()
 
 
 def _patches(images: Tensor, patch_size: int) -> Tensor:

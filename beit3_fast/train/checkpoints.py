@@ -32,6 +32,7 @@ class Checkpoints:
         self.keep = keep
         for path in folder.glob(f".{_PREFIX}*{_PARTIAL}"):
             shutil.rmtree(path, ignore_errors=True)
+        self._prune()
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending."""
@@ -63,10 +64,7 @@ class Checkpoints:
             ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        for old in self.steps()[: -self.keep]:
-            # Renamed first: what is deleted halfway must not look like a checkpoint.
-            os.rename(self._path(old), self._partial(old))
-            shutil.rmtree(self._partial(old), ignore_errors=True)
+        self._prune()
 
     def facts(self, step: int) -> dict[str, Any]:
         """The facts of a checkpoint. Raises CheckpointError."""
@@ -91,6 +89,12 @@ class Checkpoints:
             raise CheckpointError(
                 f"{path} cannot be read ({reason}); {self._instead(step)}"
             ) from error
+
+    def _prune(self) -> None:
+        for old in self.steps()[: -self.keep]:
+            # Renamed first: what is deleted halfway must not look like a checkpoint.
+            os.rename(self._path(old), self._partial(old))
+            shutil.rmtree(self._partial(old), ignore_errors=True)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{_PREFIX}{step:08}"

@@ -18,16 +18,16 @@ from beit3_fast.model import BEiT3ForPretraining
 from beit3_fast.train import MaskedDataModelling, TrainOptions, TrainReport, train
 
 CODES, PIXELS, PATCH = 16, 48, 8
-# 14 scenes: an epoch of images ends within a step of three.
-SIZE = WorldSize(train=14, val=6, test=2, texts=20, pixels=PIXELS)
+# 10 scenes: an epoch of images ends within a micro-batch of three.
+SIZE = WorldSize(train=10, val=6, test=2, texts=20, pixels=PIXELS)
 OPTIONS = TrainOptions(
-    steps=12,
+    steps=8,
     lr=2e-3,
     warmup_steps=3,
     accumulation=2,
     ema_decay=0.9,
     layer_decay=0.9,
-    save_every=4,
+    save_every=3,
     workers=0,
 )
 
@@ -47,7 +47,7 @@ def data(world: Path, mix: Mix | None = None, **options: Any) -> MixedData:
             "text": world / "text.train.jsonl",
             "pair": world / "coco_retrieval.train.jsonl",
         },
-        mix or Mix(image=3, text=3, pair=3),
+        mix or Mix(image=3, text=2, pair=2),
         processor,
         PatchCodes.fit(images, CODES, PATCH),
         PATCH,
