@@ -236,60 +236,48 @@ class Pretraining(_Headed):
     def forward(self, batch: MaskedBatch) -> dict[str, Tensor]:
         """-> cross-entropies [M] of the terms image, pair_image, pair_text and text."""
         images, pairs, texts = batch.num_images, batch.num_pairs, batch.num_texts
-        padded, padding, hidden = _padded_texts(batch)
-        image, _ = self._rows(batch, slice(0, images), None, None, None)
-        pair_image, pair_text = self._rows(
-            batch, slice(images, images + pairs), padded[:pairs], padding[:pairs], hidden[:pairs]
+        passes: list[tuple[slice | None, slice | None]] = []
+        if images:
+            passes.append((slice(0, images), None))
+        if pairs:
+            passes.append((slice(images, images + pairs), slice(0, pairs)))
+        if texts:
+            passes.append((None, slice(pairs, pairs + texts)))
+        padded = _padded_texts(batch) if pairs or texts else ()
+        width = self.mlm_head.in_features
+        visual, words = ([self.mlm_head.weight.new_zeros(0, width)] for _ in range(2))
+        for seen, read in passes:
+            text, padding, hidden = (None,) * 3 if read is None else (t[read] for t in padded)
+            patches = None
+            if seen is not None and batch.hidden_patches is not None:
+                patches = batch.hidden_patches[seen]
+            rows = self.beit3(
+                textual_tokens=text,
+                visual_tokens=None if seen is None or batch.images is None else batch.images[seen],
+                text_padding_position=padding,
+                vision_masked_position=patches,
+            )["encoder_out"]
+            if patches is not None:
+                visual.append(rows[:, 1 : 1 + patches.shape[1]][patches])
+            if hidden is not None:
+                words.append(rows[:, rows.shape[1] - hidden.shape[1] :][hidden])
+        of_patches = F.cross_entropy(
+            self.mim_head(torch.cat(visual)), batch.codes, reduction="none"
         )
-        _, text = self._rows(
-            batch, None, padded[pairs:], padding[pairs:], hidden[pairs:], bool(texts)
-        )
-        visual = torch.cat([image, pair_image])
-        words = torch.cat([pair_text, text])
-        counts = batch.counts
-        visual = F.cross_entropy(self.mim_head(visual), batch.codes, reduction="none")
-        words = F.cross_entropy(self.mlm_head(words), batch.words, reduction="none")
+        of_words = F.cross_entropy(self.mlm_head(torch.cat(words)), batch.words, reduction="none")
+        own, own_pairs = batch.counts["image"], batch.counts["pair_text"]
         return {
-            "image": visual[: counts["image"]],
-            "pair_image": visual[counts["image"] :],
-            "pair_text": words[: counts["pair_text"]],
-            "text": words[counts["pair_text"] :],
+            "image": of_patches[:own],
+            "pair_image": of_patches[own:],
+            "pair_text": of_words[:own_pairs],
+            "text": of_words[own_pairs:],
         }
-
-    def _rows(
-        self,
-        batch: MaskedBatch,
-        own: slice | None,
-        text: Tensor | None,
-        padding: Tensor | None,
-        hidden_words: Tensor | None,
-        there: bool = True,
-    ) -> tuple[Tensor, Tensor]:
-        """Output rows of the hidden patches and words of one pass; none where it has no samples."""
-        none = self.mlm_head.weight.new_zeros(0, self.mlm_head.in_features)
-        image = masked = None
-        if own is not None and batch.images is not None and batch.hidden_patches is not None:
-            image, masked = batch.images[own], batch.hidden_patches[own]
-            there = bool(len(image))
-        if not there:
-            return none, none
-        out = self.beit3(
-            textual_tokens=text,
-            visual_tokens=image,
-            text_padding_position=padding,
-            vision_masked_position=masked,
-        )["encoder_out"]
-        vision = none if masked is None else out[:, 1 : 1 + masked.shape[1]][masked]
-        if hidden_words is None:
-            return vision, none
-        return vision, out[:, out.shape[1] - hidden_words.shape[1] :][hidden_words]
 
 
 def _padded_texts(batch: MaskedBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, padding and hidden words of all texts, [P + T, Nt] each."""
-    if batch.tokens is None or batch.hidden_words is None:
-        empty = torch.zeros(0, 1, dtype=torch.int64)
-        return empty, empty.bool(), empty.bool()
+    assert batch.tokens is not None
+    assert batch.hidden_words is not None
     tokens = pad_sequence(
         batch.tokens.split(batch.text_lengths), batch_first=True, padding_value=1.0
     )
