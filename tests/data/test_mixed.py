@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +106,18 @@ def test_a_batch_follows_from_its_number(sources: dict[str, Path]) -> None:
 
 def test_a_sample_is_masked_anew_in_each_epoch(sources: dict[str, Path]) -> None:
     data = mixed(sources, mix=Mix(text=TEXTS), masking=Masking(text=0.5))
-    masks = Counter[str]()
-    for number in range(8):
-        batch = data[number]
+    masks: dict[int, set[tuple[bool, ...]]] = {}
+    for epoch in range(6):
+        batch = data[epoch]
         assert batch.tokens is not None
-        masks[str(batch.hidden_words)] += 1
-        assert len(batch.words) == TEXTS * 3
-    assert len(masks) == 8
+        assert batch.hidden_words is not None
+        whole = batch.tokens.masked_scatter(batch.hidden_words, batch.words)
+        texts = (own.split(batch.text_lengths) for own in (whole, batch.hidden_words))
+        for text, hidden in zip(*texts, strict=True):
+            assert int(hidden.sum()) == 3
+            masks.setdefault(int(text[1]), set()).add(tuple(hidden.tolist()))
+    assert sorted(masks) == [10 + number for number in range(TEXTS)]
+    assert all(len(own) > 2 for own in masks.values())
 
 
 def test_what_a_run_is_made_of(sources: dict[str, Path]) -> None:
