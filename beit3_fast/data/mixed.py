@@ -100,6 +100,7 @@ class MixedData:
         tokenizer = processor.tokenizer
         vocabulary = 0 if tokenizer is None else tokenizer.vocab_size
         made_of = [
+            str(getattr(self.visual_tokens, "identity", "")),
             *(repr(own) for own in (self.mix, self.masking, self.seed, self.grid, vocabulary)),
             repr((processor.image_size, processor.max_length, processor.preset)),
             *(

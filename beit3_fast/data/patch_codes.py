@@ -6,6 +6,7 @@ apart and know nothing of meaning; a model learns from them where things go on b
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -60,6 +61,11 @@ class PatchCodes:
     def num_codes(self) -> int:
         """Visual tokens in all."""
         return len(self.centres)
+
+    @property
+    def identity(self) -> str:
+        """A digest of the centres."""
+        return hashlib.sha256(self.centres.numpy().tobytes()).hexdigest()
 
     def __call__(self, images: Tensor) -> Tensor:
         """The code of each patch. Raises ShapeError for images that are not [B, 3, H, W] in whole patches."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor, nn
 
 from beit3_fast.data import MaskedBatch
@@ -60,15 +59,3 @@ class MaskedDataModelling:
         if loss is None:
             raise ConfigError("nothing is hidden in this step; raise the shares of Masking")
         return loss, terms
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, batch: MaskedBatch) -> dict[str, tuple[int, int]]:
-    """Right predictions and all predictions of each term; the model is left in its mode."""
-    predict = getattr(model, "predict", None)
-    if predict is None:
-        raise ConfigError(f"expected a BEiT3ForPretraining, got {type(model).__name__}")
-    return {
-        term: (int((own.predicted == own.true).sum()), len(own.true))
-        for term, own in predict(batch).items()
-    }

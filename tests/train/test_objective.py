@@ -12,7 +12,7 @@ from train_cases import data, model
 from beit3_fast.data.masked_batch import TERMS
 from beit3_fast.data.mixed import Mix
 from beit3_fast.errors import ConfigError
-from beit3_fast.train import MaskedDataModelling, accuracy
+from beit3_fast.train import MaskedDataModelling
 
 
 def test_the_loss_is_the_weighted_sum_of_four_means(world: Any) -> None:
@@ -62,20 +62,6 @@ def test_a_term_without_predictions_is_left_out(world: Any) -> None:
     assert loss.item() == pytest.approx(own(batch)["text"].mean().item(), rel=1e-5)
     with pytest.raises(ConfigError, match="nothing is hidden"):
         MaskedDataModelling()(own, batch, dict.fromkeys(TERMS, 0))
-
-
-def test_accuracy_counts_right_predictions(world: Any) -> None:
-    own, batch = model(world).eval(), data(world)[0]
-    with torch.no_grad():
-        own.mlm_head.weight.zero_()
-        own.mlm_head.bias.zero_()
-        own.mlm_head.bias[int(batch.words[0])] = 1.0
-    found = accuracy(own, batch)
-    right = int((batch.words == batch.words[0]).sum())
-    assert found["pair_text"][0] + found["text"][0] == right > 0
-    assert {term: count for term, (_, count) in found.items()} == batch.counts
-    with pytest.raises(ConfigError, match="expected a BEiT3ForPretraining, got Linear"):
-        accuracy(torch.nn.Linear(2, 2), batch)
 
 
 @pytest.mark.parametrize("weights", [{"image": -1.0}, {"text": float("nan")}, {"text": "1"}])

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from _compat import need_torchscale
-from torch import nn
 from train_cases import CODES, OPTIONS, config, data, model, run
 
 from beit3_fast.data.masked_batch import TERMS
 from beit3_fast.data.mixed import Mix
-from beit3_fast.train import accuracy, read_log
+from beit3_fast.train import evaluate, read_log
 
 need_torchscale()
 
@@ -42,11 +41,10 @@ def curves(world: Path, folder: Path, steps: int, precision: str) -> tuple[Any, 
     return theirs, ours, lines[0], lines[1]
 
 
-def right(own: nn.Module, world: Path) -> float:
+def right(own: Any, world: Path) -> float:
     """Share of right predictions in batches that the run did not have."""
-    found = [accuracy(own, data(world, Mix(4, 4, 4), seed=77)[number]) for number in range(8)]
-    hits, all_of_them = (sum(one[t][i] for one in found for t in TERMS) for i in (0, 1))
-    return hits / all_of_them
+    scores = evaluate(own, data(world, Mix(4, 4, 4), seed=77), 8).values()
+    return sum(s.accuracy * s.predictions for s in scores) / sum(s.predictions for s in scores)
 
 
 def assert_same_curve(theirs: list[Any], ours: list[Any], within: float) -> float:
