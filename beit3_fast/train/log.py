@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from beit3_fast.checkpoint.atomic import replacing
+from beit3_fast.checkpoint.atomic import mend, replacing
+from beit3_fast.errors import CheckpointError
 
 NAME = "log.jsonl"
 
@@ -24,12 +25,20 @@ class Log:
         self._file = self.path.open("a", buffering=1)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Add a line; it survives the death of this process. Numbers that are not finite, which JSON has not, become null."""
+        """Add a line; it survives the death of this process. Numbers that are not finite, which JSON has not, become null.
+
+        Raises CheckpointError where it cannot be written.
+        """
         plain = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in line.items()
         }
-        self._file.write(json.dumps(plain) + "\n")
+        try:
+            self._file.write(json.dumps(plain) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: cannot be written: {error.strerror or error}{mend(error)}; checkpoints are unchanged"
+            ) from error
 
     def close(self) -> None:
         """Close the file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import random
 import resource
@@ -17,12 +18,13 @@ from typing import Any
 
 import pytest
 import torch
-from train_cases import OPTIONS, data, model, run
+from train_cases import OPTIONS, data, model, run, small
 
 from beit3_fast.checkpoint import read_checkpoint
 from beit3_fast.errors import CheckpointError, ConfigError
 from beit3_fast.train import MaskedDataModelling, TrainOptions, checkpoints, loop, read_log
 from beit3_fast.train.checkpoints import Checkpoints
+from beit3_fast.train.log import Log
 from beit3_fast.train.optimizer import Optimizer
 
 CURVE = ("step", "loss", "image", "pair_image", "pair_text", "text", "lr", "grad_norm", "skipped")
@@ -140,7 +142,7 @@ def test_killed_and_continued(moment: str, world: Path, whole: Path, tmp_path: P
 
         assert child(work) == signal.SIGKILL
     # Nothing of the new process may show, except, where nothing was saved, the weights that it begins with.
-    own = model(world, seed=99 if done else 0)
+    own = small(world, seed=99 if done else 0)
     torch.manual_seed(99)
     assert run(world, tmp_path, own=own).resumed == done
     assert_same(tmp_path, whole)
@@ -238,7 +240,7 @@ def test_sigterm_saves_and_returns(
 
 def test_a_finished_run_is_left_as_it_is(world: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
-    own = model(world, seed=5)
+    own = small(world, seed=5)
     report = run(world, tmp_path / "run", own=own)
     assert (report.step, report.resumed, report.complete) == (8, 8, True)
     assert_same(tmp_path / "run", whole)
@@ -297,6 +299,19 @@ def test_a_full_disk(world: Path, whole: Path, tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "run", 2).steps() == [6]
     assert run(world, tmp_path / "run").resumed == 6
     assert_same(tmp_path / "run", whole)
+
+
+def test_a_full_disk_under_the_log(tmp_path: Path) -> None:
+    log = Log(tmp_path, 0)
+    log.write({"step": 1, "loss": float("inf")})
+    log.close()
+    with open("/dev/full", "wb", buffering=0) as full:
+        log._file = codecs.getwriter("utf-8")(full)  # type: ignore[assignment]
+        with pytest.raises(
+            CheckpointError, match=r"log.jsonl: cannot be written: No space left .*make room"
+        ):
+            log.write({"step": 2})
+    assert read_log(tmp_path) == [{"step": 1, "loss": None}]
 
 
 def test_two_processes_do_not_meet(world: Path, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ need_torchscale()
 
 from bench.torchscale_heads import Pretraining  # noqa: E402
 
-RUN = replace(OPTIONS, lr=3e-3, warmup_steps=5, ema_decay=None, layer_decay=1.0, save_every=10_000)
+PLAIN = replace(OPTIONS, ema_decay=None, accumulation=1, save_every=10_000)
+RUN = replace(PLAIN, lr=3e-3, warmup_steps=5, layer_decay=1.0)
 
 
 def theirs_and_ours(world: Path) -> tuple[Any, Any]:

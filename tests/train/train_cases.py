@@ -75,6 +75,11 @@ def model(world: Path, seed: int = 0, **changes: Any) -> BEiT3ForPretraining:
     return BEiT3ForPretraining(config(world, **changes), CODES)
 
 
+def small(world: Path, seed: int = 0) -> BEiT3ForPretraining:
+    """With few tensors, which is what a checkpoint takes its time for."""
+    return model(world, seed, attention="shared")
+
+
 def run(
     world: Path,
     folder: Path,
@@ -84,7 +89,7 @@ def run(
 ) -> TrainReport:
     settings: dict[str, Any] = {"data": data(world), "objective": MaskedDataModelling()} | others
     return train(
-        own or model(world),
+        own or small(world),
         options=options,
         folder=folder,
         progress=False,
