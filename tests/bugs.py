@@ -590,6 +590,13 @@ BUGS = (
         "found = baseline",
         (f"{BENCH_RUN}::test_a_wrong_runtime_is_found_and_nothing_is_timed",),
     ),
+    Bug(
+        "composite-layer-norm-sums-in-16-bits",
+        "beit3_fast/composite/_layer_norm.py",
+        'return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)',
+        "return False",
+        ("tests/ops/test_layer_norm_gradients.py::test_sums_over_many_rows",),
+    ),
     # pretraining
     Bug(
         "masking-shows-the-words-to-predict",
