@@ -261,10 +261,10 @@ class Pretraining(_Headed):
                 visual.append(rows[:, 1 : 1 + patches.shape[1]][patches])
             if hidden is not None:
                 words.append(rows[:, rows.shape[1] - hidden.shape[1] :][hidden])
-        of_patches = F.cross_entropy(
-            self.mim_head(torch.cat(visual)), batch.codes, reduction="none"
-        )
-        of_words = F.cross_entropy(self.mlm_head(torch.cat(words)), batch.words, reduction="none")
+        patch_logits = self.mim_head(torch.cat(visual)).float()
+        word_logits = self.mlm_head(torch.cat(words)).float()
+        of_patches = F.cross_entropy(patch_logits, batch.codes, reduction="none")
+        of_words = F.cross_entropy(word_logits, batch.words, reduction="none")
         own, own_pairs = batch.counts["image"], batch.counts["pair_text"]
         return {
             "image": of_patches[:own],
