@@ -87,12 +87,12 @@ def test_too_many_in_a_row_stop_the_run(world: Path, tmp_path: Path) -> None:
 
 
 def test_it_learns(world: Path, tmp_path: Path) -> None:
-    options = replace(PLAIN, steps=40, lr=5e-3)
+    options = replace(PLAIN, steps=24, lr=6e-3)
     run(world, tmp_path, options)
     lines = read_log(tmp_path)
     for term in TERMS:
         first, last = (
-            sum(line[term] for line in lines[own]) / 5 for own in (slice(0, 5), slice(-5, None))
+            sum(line[term] for line in lines[own]) / 4 for own in (slice(0, 4), slice(-4, None))
         )
         assert last < 0.9 * first, term
 

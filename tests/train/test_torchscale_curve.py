@@ -67,10 +67,10 @@ def test_the_loss_of_one_batch(world: Path) -> None:
             torch.testing.assert_close(b[term], a[term], rtol=1e-4, atol=1e-5)
 
 
-def test_thirty_steps_are_the_same(world: Path, tmp_path: Path) -> None:
-    _, _, theirs, ours = curves(world, tmp_path, 30, "float32")
+def test_twenty_steps_are_the_same(world: Path, tmp_path: Path) -> None:
+    _, _, theirs, ours = curves(world, tmp_path, 20, "float32")
     assert_same_curve(theirs, ours, 0.01)
-    assert theirs[-1]["loss"] < 0.95 * theirs[0]["loss"]
+    assert theirs[-1]["loss"] < 0.97 * theirs[0]["loss"]
 
 
 @pytest.mark.full
