@@ -615,9 +615,16 @@ BUGS = (
     Bug(
         "mixed-data-masks-alike-in-every-epoch",
         "beit3_fast/data/mixed.py",
-        "KINDS.index(kind), epoch, index)",
-        "KINDS.index(kind), 0, index)",
+        "place = KINDS.index(kind), epoch, index",
+        "place = KINDS.index(kind), 0, index",
         (f"{MIXED}::test_a_sample_is_masked_anew_in_each_epoch",),
+    ),
+    Bug(
+        "augment-mirrors-every-image",
+        "beit3_fast/data/augment.py",
+        "if generator.random() < self.flip:",
+        "if generator.random() >= self.flip:",
+        ("tests/data/test_augment.py::test_mirror_images_at_their_chance",),
     ),
     Bug(
         "masked-batch-mixes-up-images-and-texts-of-pairs",

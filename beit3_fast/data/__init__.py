@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from beit3_fast.data.augment import Augment
 from beit3_fast.data.batch import Batch
 from beit3_fast.data.images import PRESETS, ImagePreset, load_image, preprocess_image
 from beit3_fast.data.labels import read_labels
@@ -12,6 +13,7 @@ from beit3_fast.data.tokenizer import Tokenizer, segments
 
 __all__ = [
     "PRESETS",
+    "Augment",
     "Batch",
     "ImagePreset",
     "MaskedBatch",

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beit3_fast.data.images import preprocess_image
+from beit3_fast.data.augment import Augment
+from beit3_fast.data.images import load_image, preprocess_image
 from beit3_fast.data.index_files import KINDS, IndexRow, read_index
 from beit3_fast.data.masked_batch import MaskedBatch, MaskedSample, masked_batch
 from beit3_fast.data.masking import Masking, mask_patches, mask_words, sample_generator
@@ -21,7 +22,7 @@ from beit3_fast.data.processor import Processor
 from beit3_fast.data.tokenizer import segments
 from beit3_fast.errors import ConfigError, InputError
 
-_ORDER, _MASK = 0, 1
+_ORDER, _MASK, _VIEW = range(3)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class MixedData:
 
     ``sources``: official index files (or lists of them) by kind, "image", "text" and "pair", for each kind in ``mix``;
     ``processor`` has a tokenizer where there are texts; ``visual_tokens``: images [B, 3, H, W] -> codes int64 [B, patches];
-    ``patch_size`` is the model's. Raises ConfigError and InputError for what does not fit or cannot be read.
+    ``patch_size`` is the model's; ``augment`` changes images, none by default. Raises ConfigError and InputError for what does not fit or cannot be read.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class MixedData:
         patch_size: int,
         masking: Masking | None = None,
         seed: int = 0,
+        augment: Augment | None = None,
     ) -> None:
         self.mix = mix
+        self.augment = augment or Augment()
         self.masking = masking or Masking()
         self.seed = seed
         self.processor = processor
@@ -89,8 +92,7 @@ class MixedData:
             for place in range(number * count, (number + 1) * count):
                 epoch, within = divmod(place, len(rows))
                 index = int(_order(self.seed, KINDS.index(kind), epoch, len(rows))[within])
-                luck = sample_generator(self.seed, _MASK, KINDS.index(kind), epoch, index)
-                samples.append(self._sample(kind, rows[index], luck))
+                samples.append(self._sample(kind, rows[index], epoch, index))
         return masked_batch(self._with_codes(samples))
 
     @property
@@ -101,7 +103,10 @@ class MixedData:
         vocabulary = 0 if tokenizer is None else tokenizer.vocab_size
         made_of = [
             str(getattr(self.visual_tokens, "identity", "")),
-            *(repr(own) for own in (self.mix, self.masking, self.seed, self.grid, vocabulary)),
+            *(
+                repr(own)
+                for own in (self.mix, self.masking, self.augment, self.seed, self.grid, vocabulary)
+            ),
             repr((processor.image_size, processor.max_length, processor.preset)),
             *(
                 repr((kind, [row.text for row in rows], len(rows)))
@@ -110,16 +115,20 @@ class MixedData:
         ]
         return hashlib.sha256("\n".join(made_of).encode("utf-8", "surrogatepass")).hexdigest()
 
-    def _sample(self, kind: str, row: IndexRow, luck: np.random.Generator) -> MaskedSample:
+    def _sample(self, kind: str, row: IndexRow, epoch: int, index: int) -> MaskedSample:
+        place = KINDS.index(kind), epoch, index
+        luck = sample_generator(self.seed, _MASK, *place)
         patches, words = self.masking.shares(kind, luck)
         fields: dict[str, Tensor] = {}
         if row.image is not None:
-            fields["image"] = preprocess_image(
+            processor = self.processor
+            image = load_image(
                 row.image,
-                self.processor.image_size,
-                self.processor.preset,
-                max_pixels=self.processor.max_pixels,
+                background=processor.preset.background,
+                max_pixels=processor.max_pixels,
             )
+            view = self.augment(image, sample_generator(self.seed, _VIEW, *place))
+            fields["image"] = preprocess_image(view, processor.image_size, processor.preset)
             fields["hidden_patches"] = mask_patches(
                 self.grid, patches, luck, self.masking.min_block, self.masking.max_aspect
             )

@@ -14,7 +14,7 @@ import torch
 
 from beit3_fast.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from beit3_fast.config import BEiT3Config
-from beit3_fast.data import Masking, Processor, Tokenizer, preprocess_image
+from beit3_fast.data import Augment, Masking, Processor, Tokenizer, preprocess_image
 from beit3_fast.data.index_files import KINDS, read_index
 from beit3_fast.data.mixed import Mix, MixedData
 from beit3_fast.data.patch_codes import PatchCodes
@@ -73,6 +73,7 @@ class Recipe:
     mix: Mix = field(default_factory=lambda: Mix(16, 16, 16))
     codes: Codes = field(default_factory=Codes)
     masking: Masking = field(default_factory=Masking)
+    augment: Augment = field(default_factory=Augment)
     loss: MaskedDataModelling = field(default_factory=MaskedDataModelling)
     train: TrainOptions = field(default_factory=TrainOptions)
 
@@ -99,19 +100,21 @@ class Recipe:
         codes = None
         if self.mix.image or self.mix.pair:
             codes = self._codes(model, sources, out)
-        return self._mixed(model, sources, codes, self.train.seed)
+        return self._mixed(model, sources, codes, self.train.seed, self.augment)
 
     def make_held_out(self, model: BEiT3ForPretraining, data: MixedData) -> MixedData | None:
         """Batches that are never trained on, where the recipe names any, with the codes of ``data``."""
         if self.held_out is None:
             return None
         sources = self.held_out.under(self.folder)
-        return self._mixed(model, sources, data.visual_tokens, self.train.seed + 1)
+        return self._mixed(model, sources, data.visual_tokens, self.train.seed + 1, None)
 
-    def _mixed(self, model: Any, sources: Any, codes: Any, seed: int) -> MixedData:
+    def _mixed(
+        self, model: Any, sources: Any, codes: Any, seed: int, augment: Augment | None
+    ) -> MixedData:
         processor = self._processor(model)
         patch = model.config.patch_size
-        return MixedData(sources, self.mix, processor, codes, patch, self.masking, seed)
+        return MixedData(sources, self.mix, processor, codes, patch, self.masking, seed, augment)
 
     def _processor(self, model: Any) -> Processor:
         return Processor.for_model(model, self._tokenizer(), max_length=self.data.max_length)
@@ -143,6 +146,7 @@ _SECTIONS: dict[str, Any] = {
     "mix": Mix,
     "codes": Codes,
     "masking": Masking,
+    "augment": Augment,
     "loss": MaskedDataModelling,
     "train": TrainOptions,
 }

@@ -13,7 +13,7 @@ from spm import tiny_sentencepiece_bytes
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from beit3_fast.data import MaskedBatch, Masking, Processor
+from beit3_fast.data import Augment, MaskedBatch, Masking, Processor
 from beit3_fast.data.index_files import read_index
 from beit3_fast.data.mixed import Mix, MixedData
 from beit3_fast.data.patch_codes import PatchCodes
@@ -120,6 +120,21 @@ def test_a_sample_is_masked_anew_in_each_epoch(sources: dict[str, Path]) -> None
     assert all(len(own) > 2 for own in masks.values())
 
 
+def test_views_are_drawn_anew_and_change_no_mask(sources: dict[str, Path]) -> None:
+    plain, other = (
+        mixed(sources, mix=Mix(pair=IMAGES), augment=own) for own in (None, Augment(jitter=0.4))
+    )
+    assert same(other[1], other[1])
+    images = [other[epoch].images for epoch in range(2)]
+    greys = [sorted(own.mean((1, 2, 3)).tolist()) for own in images if own is not None]
+    assert greys[0] != greys[1]
+    for epoch in range(2):
+        a, b = plain[epoch], other[epoch]
+        assert torch.equal(a.tokens, b.tokens)  # type: ignore[arg-type]
+        assert torch.equal(a.hidden_patches, b.hidden_patches)  # type: ignore[arg-type]
+        assert not torch.equal(a.images, b.images)  # type: ignore[arg-type]
+
+
 def test_what_a_run_is_made_of(sources: dict[str, Path]) -> None:
     own = mixed(sources).identity
     assert mixed(sources).identity == own
@@ -128,6 +143,7 @@ def test_what_a_run_is_made_of(sources: dict[str, Path]) -> None:
         {"mix": Mix(image=1, text=2, pair=1)},
         {"masking": Masking(text=0.2)},
         {"patch_size": 8},
+        {"augment": Augment(flip=0.5)},
     ):
         assert mixed(sources, **changes).identity != own
 
