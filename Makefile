@@ -13,6 +13,7 @@ BENCH_ARGS ?=
 PYTEST_ARGS ?=
 BUGS_ARGS   ?=
 GPU_ARGS    ?=
+DEMO        ?= demo
 
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -39,13 +40,14 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test test-full planted-bugs bench bench-baselines gpu lint format build clean distclean
+.PHONY: help test test-full planted-bugs bench bench-baselines demo gpu lint format build clean distclean
 
 help:
 	@echo "make test        environment, then style, types and tests (a first run: a few minutes to install; then at most 10 minutes)"
 	@echo "make bench       environment, then bench/run.py; BENCH_ARGS='--quick' for the short one, '--help' for the options"
 	@echo "make bench-baselines  installs OpenVINO, NNCF and ONNX Runtime; then BENCH_ARGS='--runtimes ...' or '--full' compares with them"
 	@echo "make gpu         on a machine with a GPU: parity, races, sanitizer, benchmark, one folder of results; GPU_ARGS='--device cpu --dry-run' without one"
+	@echo "make demo        draws a small world, pretrains a tiny model on it (minutes on a CPU) and says what it learned; DEMO=folder"
 	@echo "make test-full   the tests with the long matrices"
 	@echo "make planted-bugs  bugs planted in a copy, one at a time: does the gate catch them? (half an hour; BUGS_ARGS='--list')"
 	@echo "make build       environment and compiled ops only"
@@ -72,6 +74,13 @@ bench: build
 # Some 300 MB that only a comparison with all runtimes needs.
 bench-baselines: build .venv/.stamp-bench-full
 	@echo "== ready: make bench BENCH_ARGS=--full, or BENCH_ARGS='--runtimes beit3_fast torchscale openvino', and so on"
+
+# A world to learn in, and a tiny model that does; what is there is kept, so a run that was stopped goes on.
+demo: build
+	@echo "== demo in $(DEMO): the world, then pretraining"
+	@$(BIN)/beit3-fast world $(DEMO)/world
+	@cp examples/pretrain_world.toml $(DEMO)/
+	@$(BIN)/beit3-fast pretrain --config $(DEMO)/pretrain_world.toml --out $(DEMO)/run
 
 gpu: build
 	@echo "== on a GPU: bench/gpu.py $(GPU_ARGS)"

@@ -25,3 +25,7 @@ class ConfigError(Beit3FastError, ValueError):
 
 class InputError(Beit3FastError, ValueError):
     """An image, a text or a tokenizer file cannot be used."""
+
+
+class TrainingError(Beit3FastError, RuntimeError):
+    """Training cannot go on: the loss is not a number, again and again."""

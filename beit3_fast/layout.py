@@ -218,29 +218,18 @@ class TokenLayout:
         )
         return vision, text
 
-    def select(self, vision: Pick = "none", text: Pick | Tensor = "none") -> Selection:
+    def select(self, vision: Pick | Tensor = "none", text: Pick | Tensor = "none") -> Selection:
         """Keep some rows of every sample: all, the first (class token, beginning of text) or none.
 
-        ``text`` may also be a bool tensor [Rt] that names text rows in packed order.
+        Either may also be a bool tensor, [Rv] or [Rt], that names rows in packed order. How many it names must be known
+        on the host: one that lies on the CPU is read there, and a GPU does not have to be waited for.
         """
         vision_rows, vision_lengths, vision_positions = _pick(
-            vision, self.vision_lengths, self.vision_starts, self.device
+            "vision", vision, self.vision_lengths, self.vision_starts, self.device
         )
-        if isinstance(text, Tensor):
-            if text.dtype != torch.bool or tuple(text.shape) != (self.num_text_rows,):
-                raise ShapeError(
-                    f"text rows to keep must be a bool tensor [Rt] = [{self.num_text_rows}], "
-                    f"got {text.dtype} of shape {list(text.shape)}"
-                )
-            picked = text.nonzero().flatten()
-            counts = self._text_sample_of(picked)
-            text_lengths = tuple(torch.bincount(counts, minlength=self.batch_size).tolist())
-            starts = torch.tensor(self.text_starts, device=self.device)
-            text_rows, text_positions = picked, picked - starts[counts]
-        else:
-            text_rows, text_lengths, text_positions = _pick(
-                text, self.text_lengths, self.text_starts, self.device
-            )
+        text_rows, text_lengths, text_positions = _pick(
+            "text", text, self.text_lengths, self.text_starts, self.device
+        )
         rows = torch.cat([vision_rows, text_rows + self.num_vision_rows])
         layout = TokenLayout(
             vision_lengths=vision_lengths,
@@ -314,10 +303,6 @@ class TokenLayout:
         )
         return Part(vision, text, layout)
 
-    def _text_sample_of(self, text_rows: Tensor) -> Tensor:
-        ends = torch.tensor(self.text_starts[1:], device=self.device)
-        return torch.searchsorted(ends, text_rows, right=True)
-
 
 def _rows_of(lengths: list[int], starts: list[int]) -> Tensor:
     """int64: the numbers of the rows of segments that begin at ``starts``."""
@@ -327,9 +312,15 @@ def _rows_of(lengths: list[int], starts: list[int]) -> Tensor:
 
 
 def _pick(
-    pick: str, lengths: tuple[int, ...], starts: tuple[int, ...], device: torch.device
+    segment: str,
+    pick: str | Tensor,
+    lengths: tuple[int, ...],
+    starts: tuple[int, ...],
+    device: torch.device,
 ) -> tuple[Tensor, tuple[int, ...], Tensor]:
     """Rows, their count per sample and their positions within the sample, for one segment."""
+    if isinstance(pick, Tensor):
+        return _pick_named(segment, pick, lengths, starts, device)
     if pick == "all":
         rows = torch.arange(starts[-1], device=device)
         first = torch.tensor(starts[:-1], dtype=torch.int64, device=device)
@@ -341,3 +332,25 @@ def _pick(
     kept = [start for start, count in zip(starts, counts_kept, strict=False) if count]
     rows = torch.tensor(kept, dtype=torch.int64, device=device)
     return rows, counts_kept, torch.zeros_like(rows)
+
+
+def _pick_named(
+    segment: str,
+    mask: Tensor,
+    lengths: tuple[int, ...],
+    starts: tuple[int, ...],
+    device: torch.device,
+) -> tuple[Tensor, tuple[int, ...], Tensor]:
+    """``_pick`` of the rows that a bool tensor names."""
+    if mask.dtype != torch.bool or tuple(mask.shape) != (starts[-1],):
+        letters = f"R{segment[0]}"
+        raise ShapeError(
+            f"{segment} rows to keep must be a bool tensor [{letters}] = [{starts[-1]}], "
+            f"got {mask.dtype} of shape {list(mask.shape)}"
+        )
+    rows = mask.nonzero().flatten()
+    bounds = torch.tensor(starts, dtype=torch.int64, device=mask.device)
+    samples = torch.searchsorted(bounds[1:], rows, right=True)
+    counts = tuple(torch.bincount(samples, minlength=len(lengths)).tolist())
+    places = rows - bounds[samples]
+    return rows.to(device), counts, places.to(device)

@@ -151,11 +151,11 @@ class PaddedLayout(TokenLayout):
             return (0, 0, rows, rows) if self.num_vision else (0, 0, 0, rows)
         return super().expert_bounds(experts)
 
-    def select(self, vision: Pick = "none", text: Pick | Tensor = "none") -> Selection:
-        """As in TokenLayout, but without a tensor that names text rows: ShapeError."""
-        if isinstance(text, Tensor):
+    def select(self, vision: Pick | Tensor = "none", text: Pick | Tensor = "none") -> Selection:
+        """As in TokenLayout, but without a tensor that names rows: ShapeError."""
+        if isinstance(vision, Tensor) or isinstance(text, Tensor):
             raise ShapeError(
-                "how many text rows a tensor chooses is not known where shapes are fixed (torch.compile, "
+                "how many rows a tensor chooses is not known where shapes are fixed (torch.compile, "
                 "torch.export, capture); read all of them and index the result"
             )
         counts: list[int] = []

@@ -89,7 +89,7 @@ def _build_ours(impl: str, int8: bool = False) -> Build:
         )
         if int8:
             return to_int8(model, dtype)
-        return model if workload.task_name == "train" else for_inference(model)
+        return model if workload.task.train else for_inference(model)
 
     return build
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3_fast.config import BEiT3Config
+from bench import pretraining
 from bench.inputs import EOS, SCENES, photo_batch, text_batch
 from bench.roofline import Work, embedding_work, encoder_work, linear_work
 
@@ -240,13 +241,16 @@ def _run_train(model: nn.Module, inputs: Inputs) -> Any:
 
 def _train_outputs(raw: Any, inputs: Inputs) -> dict[str, Output]:
     logits, gradients = raw
-    outputs = {"logits": Output(logits)}
-    for name, gradient in gradients.items():
-        if name.endswith(("k_proj.A.bias", "k_proj.B.bias")):
-            # Softmax does not see a constant added to all keys: this gradient is zero but for rounding.
-            continue
-        outputs[f"gradient of {name}"] = Output(gradient.clone(), gradient=True)
-    return outputs
+    return {"logits": Output(logits), **_gradients(gradients)}
+
+
+def _gradients(gradients: Inputs) -> dict[str, Output]:
+    return {
+        f"gradient of {name}": Output(gradient.clone(), gradient=True)
+        for name, gradient in gradients.items()
+        # Softmax does not see a constant added to all keys: this gradient is zero but for rounding.
+        if not name.endswith(("k_proj.A.bias", "k_proj.B.bias"))
+    }
 
 
 def _train_work(config: BEiT3Config, inputs: Inputs) -> Work:
@@ -258,6 +262,25 @@ def _train_work(config: BEiT3Config, inputs: Inputs) -> Work:
     # Backward is two products for each one of forward; pixels need no gradient.
     patches = _patch_work(config, images)
     return patches + patches + forward + forward + forward
+
+
+# pretrain: the mixed step of masked data modelling
+
+
+def _run_pretrain(model: nn.Module, inputs: Inputs) -> Any:
+    model.zero_grad(set_to_none=True)
+    losses = model(pretraining.batch_of(inputs))
+    pretraining.step_loss(losses).backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    # Losses are of higher precision than the model; what is judged is the model's.
+    dtype = inputs["images"].dtype
+    return {term: own.detach().to(dtype) for term, own in losses.items()}, gradients
+
+
+def _pretrain_outputs(raw: Any, inputs: Inputs) -> dict[str, Output]:
+    losses, gradients = raw
+    terms = {f"losses of {term}": Output(own) for term, own in losses.items()}
+    return {**terms, **_gradients(gradients)}
 
 
 TASKS: Mapping[str, Task] = {
@@ -308,6 +331,15 @@ TASKS: Mapping[str, Task] = {
         _train_outputs,
         _train_work,
         run=_run_train,
+        train=True,
+    ),
+    "pretrain": Task(
+        "masked data modelling, one forward and backward of an image, a pair and a text for each of the batch",
+        "pretraining",
+        pretraining.mixed_inputs,
+        _pretrain_outputs,
+        pretraining.mixed_work,
+        run=_run_pretrain,
         train=True,
     ),
 }

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from beit3_fast.integrations import torchscale_models
+from bench.torchscale_pretraining import Pretraining
 
 _SHIM: list[torch.library.Library] = []
 
@@ -39,11 +40,14 @@ def import_torchscale() -> tuple[Any, Any]:
     return torchscale_models.import_torchscale()
 
 
+_MADE_OF_TORCHSCALE = {**torchscale_models.MODELS, "pretraining": Pretraining}
+
+
 def _make(task: str, *arguments: Any) -> nn.Module:
     import_torchscale()
-    model: nn.Module = torchscale_models.MODELS[task](*arguments)
+    model: nn.Module = _MADE_OF_TORCHSCALE[task](*arguments)
     return model
 
 
-MODELS: dict[str, Any] = {task: partial(_make, task) for task in torchscale_models.MODELS}
+MODELS: dict[str, Any] = {task: partial(_make, task) for task in _MADE_OF_TORCHSCALE}
 """The model that each of `bench.tasks.TASKS` runs on, by the official task names."""

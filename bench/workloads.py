@@ -45,6 +45,7 @@ DEFAULT: Mapping[str, Variants] = {
 FULL: Mapping[str, Variants] = {
     **dict.fromkeys(DEFAULT, _WIDE),
     "train/base/224": Variants(),
+    "pretrain/base/224": Variants(batches=(2,)),
     "image/large/224": _WIDE,
     "pair/large/224": _WIDE,
 }

@@ -344,7 +344,11 @@ def test_token_layout(vision: Any, text: Any, message: str) -> None:
         ),
         ("none", torch.zeros(3), "got torch.float32"),
         ("none", torch.zeros(3, 1, dtype=torch.bool), r"of shape \[3, 1\]"),
-        (torch.zeros(3, dtype=torch.bool), "none", "'all', 'first' or 'none'"),
+        (
+            torch.zeros(4, dtype=torch.bool),
+            "none",
+            r"\[Rv\] = \[3\], got torch.bool of shape \[4\]",
+        ),
     ],
 )
 def test_selections(vision: Any, text: Any, message: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from beit3_fast.errors import ShapeError
 from beit3_fast.layout import TokenLayout
@@ -91,29 +93,36 @@ def test_experts_own_the_rows_of_their_kind(lengths: list[tuple[int, int]]) -> N
     assert bounds[3] == layout.num_rows
 
 
-@given(LENGTHS, PICKS, PICKS, st.randoms(use_true_random=False), st.booleans())
+@given(LENGTHS, PICKS, PICKS, st.randoms(use_true_random=False), st.booleans(), st.booleans())
 def test_selected_rows_and_their_layout(
-    lengths: list[tuple[int, int]], vision: str, text: str, random: object, masked: bool
+    lengths: list[tuple[int, int]],
+    vision: str,
+    text: str,
+    random: Any,
+    named_vision: bool,
+    named_text: bool,
 ) -> None:
     layout = layout_of(lengths)
-    mask = torch.tensor(
-        [random.random() < 0.5 for _ in range(layout.num_text_rows)],  # type: ignore[attr-defined]
-        dtype=torch.bool,
+    mask = [random.random() < 0.5 for _ in range(layout.num_rows)]
+    split = layout.num_vision_rows
+    picks: tuple[Any, Any] = (
+        torch.tensor(mask[:split], dtype=torch.bool) if named_vision else vision,
+        torch.tensor(mask[split:], dtype=torch.bool) if named_text else text,
     )
-    rows, chosen = layout.select(vision, mask if masked else text)  # type: ignore[arg-type]
+    rows, chosen = layout.select(*picks)
     assert rows.tolist() == sorted(set(rows.tolist()))
     assert chosen.num_rows == len(rows)
     assert chosen.order == layout.order
     assert torch.equal(chosen.sample_of_row, layout.sample_of_row[rows])
     assert chosen.positions is not None
     for packed in range(layout.batch_size):
-        pairs = zip(layout.segments(packed), chosen.segments(packed), (vision, text), strict=True)
-        for kind, (whole, part, pick) in enumerate(pairs):
+        pairs = zip(layout.segments(packed), chosen.segments(packed), picks, strict=True)
+        for whole, part, pick in pairs:
             kept = rows[part].tolist()
             assert chosen.positions[part].tolist() == [row - whole.start for row in kept]
             expected = list(range(whole.start, whole.stop))
-            if masked and kind == 1:
-                expected = [r for r in expected if mask[r - layout.num_vision_rows]]
+            if isinstance(pick, Tensor):
+                expected = [row for row in expected if mask[row]]
             elif pick != "all":
                 expected = expected[: 1 if pick == "first" else 0]
             assert kept == expected
@@ -182,3 +191,11 @@ def test_unknown_experts_and_picks_are_named() -> None:
         layout.expert_bounds("BA")
     with pytest.raises(ValueError, match=r"'all', 'first' or 'none', got 'last'"):
         layout.select("last", "none")  # type: ignore[arg-type]
+
+
+def test_rows_to_keep_are_named_by_a_mask_of_the_segment() -> None:
+    layout = layout_of([(2, 1)])
+    with pytest.raises(ShapeError, match=r"vision rows to keep .* \[Rv\] = \[2\], got torch.bool"):
+        layout.select(torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ShapeError, match=r"text rows to keep .* \[Rt\] = \[1\], got torch.int64"):
+        layout.select(text=torch.ones(1, dtype=torch.int64))

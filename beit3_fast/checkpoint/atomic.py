@@ -41,10 +41,10 @@ def replacing(path: Path) -> Iterator[BufferedRandom]:
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         raise CheckpointError(
-            f"cannot be written: {error.strerror or error}{_mend(error)}; "
+            f"cannot be written: {error.strerror or error}{mend(error)}; "
             "what was there before is unchanged"
         ) from error
 
@@ -90,7 +90,8 @@ def _sweep(target: Path) -> None:
             os.unlink(orphan.name)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
     # without this a power cut may bring the old name back; some file systems cannot do it
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
@@ -100,7 +101,8 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _mend(error: OSError) -> str:
+def mend(error: OSError) -> str:
+    """How to go on after an error of the operating system, in brackets, or nothing."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return " (make room, or write to another disk)"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

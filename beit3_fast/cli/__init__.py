@@ -17,6 +17,7 @@ from beit3_fast.cli.command import Command, version_of
 from beit3_fast.cli.convert import CONVERT
 from beit3_fast.cli.embed import EMBED
 from beit3_fast.cli.info import INFO, environment
+from beit3_fast.cli.pretrain import PRETRAIN, WORLD
 from beit3_fast.cli.search import SEARCH
 from beit3_fast.cli.verify import VERIFY
 from beit3_fast.errors import Beit3FastError
@@ -34,6 +35,8 @@ COMMANDS = {
     "classify": CLASSIFY,
     "search": SEARCH,
     "embed": EMBED,
+    "pretrain": PRETRAIN,
+    "world": WORLD,
 }
 
 
@@ -66,7 +69,7 @@ def _one_line(message: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="beit3-fast",
-        description="BEiT-3, fast: captions, answers, classes, search and embeddings; checkpoint files; what this machine can do.",
+        description="BEiT-3, fast: captions, answers, classes, search and embeddings; pretraining; checkpoint files; what this machine can do.",
         epilog="beit3-fast COMMAND --help shows the options of a command and an example.",
     )
     parser.add_argument(

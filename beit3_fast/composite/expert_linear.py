@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from beit3_fast.composite._layer_norm import is_narrow, layer_norm, parameter_gradients
 from beit3_fast.derived import derived, needs_grad
 
 
@@ -43,9 +44,7 @@ def expert_linear(
     for expert, weight in enumerate(weights):
         part = x[bounds[expert] : bounds[expert + 1]]
         if norm_weights:
-            part = F.layer_norm(
-                part, part.shape[-1:], norm_weights[expert], norm_biases[expert], eps
-            )
+            part = layer_norm(part, norm_weights[expert], norm_biases[expert], eps)
         bias = biases[expert] if biases else None
         parts.append(_linear(part, weight, bias, activation))
     if len(parts) == 1:
@@ -130,9 +129,14 @@ def expert_linear_backward(
             dbiases.append(dy.sum(0))
         dnormed = dy @ weight
         if norm_weights:
-            dnormed, dgamma, dbeta = torch.ops.aten.native_layer_norm_backward(
-                dnormed, operand, shape, mean, rstd, gamma, beta, [True, True, True]
+            narrow = is_narrow(operand)
+            if narrow:
+                dgamma, dbeta = parameter_gradients(dnormed, operand, gamma, beta, eps)
+            dnormed, *sums = torch.ops.aten.native_layer_norm_backward(
+                dnormed, operand, shape, mean, rstd, gamma, beta, [True, not narrow, not narrow]
             )
+            if not narrow:
+                dgamma, dbeta = sums
             dgammas.append(dgamma)
             dbetas.append(dbeta)
         dx_parts.append(dnormed)

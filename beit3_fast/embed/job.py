@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beit3_fast.checkpoint.lock import held
 from beit3_fast.data import Processor
-from beit3_fast.embed.manifest import Manifest, held
-from beit3_fast.embed.progress import Progress
+from beit3_fast.embed.manifest import Manifest
 from beit3_fast.embed.ranks import Ranks, started_by_torchrun
 from beit3_fast.embed.ray_actors import check_ray, make_with_ray
 from beit3_fast.embed.shards import check_format
@@ -23,6 +23,7 @@ from beit3_fast.embed.sources import Blob, Item, digest_of, list_items
 from beit3_fast.embed.work import EmbedReport, Engine, Work, encode, make_local
 from beit3_fast.errors import ConfigError, InputError
 from beit3_fast.model.embeddings import Embeddings
+from beit3_fast.progress import Progress
 
 OUTPUTS = ("pooled", "cls")
 ENGINES = ("auto", "local", "torchrun", "ray")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,6 @@ from beit3_fast.checkpoint.atomic import replacing
 from beit3_fast.errors import CheckpointError, ConfigError
 
 NAME = "manifest.json"
-_LOCK = ".lock"
 _FORMAT = "beit3_fast embeddings 1"
 # Another machine or number of threads moves the last bits of an embedding, another checkpoint all of it.
 _SAME_MODEL = 0.05
@@ -93,22 +89,3 @@ def write(path: Path, text: str) -> None:
             file.write(text.encode("utf-8", "surrogatepass"))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Make the folder and keep other processes out of it. Raises CheckpointError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / _LOCK).open("a")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the folder {str(folder)!r} cannot be made ({error})") from error
-    with file:
-        try:
-            # not flock: decoding workers would inherit that, and hold it a while after their parent was killed
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CheckpointError(
-                f"another process writes to {str(folder)!r} ({error}); wait for it or give another folder"
-            ) from error
-        yield

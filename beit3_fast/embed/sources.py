@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from beit3_fast.data.images import IMAGE_SUFFIXES
+from beit3_fast.data.index_files import KINDS, images_and_text
 from beit3_fast.errors import ConfigError, InputError
 
-KINDS = ("image", "text", "pair")
 _TEXT_SUFFIX = ".txt"
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _BLOCK = 512
@@ -182,7 +182,7 @@ def _index(path: Path, kind: str) -> Iterator[Item]:
             name = f"{path}#{number}"
             try:
                 entry = json.loads(line)
-                images, text = _entry(entry, kind)
+                images, text = images_and_text(entry, kind)
             except (InputError, ValueError, RecursionError) as error:
                 yield Item(name, problem=f"the line cannot be used ({error})")
                 continue
@@ -195,24 +195,3 @@ def _index(path: Path, kind: str) -> Iterator[Item]:
                         yield Item(blob.path, image=blob)
             else:
                 yield Item(name, blobs[0] if blobs else None, text)
-
-
-def _entry(entry: Any, kind: str) -> tuple[list[str], str | tuple[int, ...] | None]:
-    """Image paths and text of a line, those that the kind needs. Raises InputError for one that does not have them."""
-    if not isinstance(entry, dict):
-        raise InputError("expected a JSON object")
-    images: list[str] = []
-    text = None
-    if kind != "text":
-        images = [entry[key] for key in ("image_path", "image2_path") if key in entry]
-        if not images or not all(isinstance(image, str) and image for image in images):
-            raise InputError('expected "image_path": "..."')
-        if kind == "pair" and len(images) > 1:
-            raise InputError("it has two images, a pair is one image and one text")
-    if kind != "image":
-        text = entry.get("text_segment")
-        if isinstance(text, list) and all(type(token) is int for token in text):
-            text = tuple(text)
-        elif not isinstance(text, str):
-            raise InputError('expected "text_segment", a list of token ids or a sentence')
-    return images, text

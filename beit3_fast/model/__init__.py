@@ -1,7 +1,8 @@
-"""The slim model: embeddings, encoder, the five released tasks, and the names they go by."""
+"""The slim model: embeddings, encoder, the five released tasks, pretraining, and the names they go by."""
 
 from beit3_fast.model.beit3 import BEiT3, Encoded
 from beit3_fast.model.captioning import BEiT3ForCaptioning
+from beit3_fast.model.pretraining import BEiT3ForPretraining
 from beit3_fast.model.registry import create_model, list_models
 from beit3_fast.model.retrieval import BEiT3ForRetrieval
 from beit3_fast.model.tasks import (
@@ -14,6 +15,7 @@ __all__ = [
     "BEiT3",
     "BEiT3ForCaptioning",
     "BEiT3ForImageClassification",
+    "BEiT3ForPretraining",
     "BEiT3ForRetrieval",
     "BEiT3ForVisualQuestionAnswering",
     "BEiT3ForVisualReasoning",

@@ -158,6 +158,48 @@ def embed_samples(
     return Embedded(_cat(parts), None, layout)
 
 
+def embed_ordered(
+    model: Any,
+    images: Tensor | None,
+    tokens: Tensor | None,
+    text_lengths: Sequence[int],
+    image_only: int,
+    masked_position: Tensor | None = None,
+) -> Embedded:
+    """Embed a batch that is sorted already: ``image_only`` images, then pairs, then texts.
+
+    images [I + P, 3, H, W] of any size; tokens int64 [Rt], texts of ``text_lengths`` one behind the other;
+    masked_position [I + P, patches]. Raises ShapeError where they do not fit each other.
+    """
+    given = images if images is not None else tokens
+    if given is None:
+        raise ShapeError("images, tokens or both are needed, got neither")
+    seen = 0 if images is None else len(images)
+    pairs, read, rows = seen - image_only, len(text_lengths), sum(text_lengths)
+    if (
+        not 0 <= pairs <= read
+        or rows != (0 if tokens is None else len(tokens))
+        or 0 in text_lengths
+    ):
+        raise ShapeError(
+            f"{seen} images, of which {image_only} are alone, do not fit {read} texts of {rows} tokens in all, "
+            f"got {None if tokens is None else list(tokens.shape)} tokens"
+        )
+    vision_lengths = [0] * (image_only + read)
+    parts = []
+    if images is not None:
+        grid = branch(model, "vision_embed").grid_size(images)
+        vision_lengths[:seen] = [grid[0] * grid[1] + 1] * seen
+        parts.append(_vision_rows(model, images, masked_position))
+    layout = TokenLayout.from_lengths(
+        vision_lengths, [0] * image_only + list(text_lengths), given.device
+    )
+    if tokens is not None:
+        places = torch.cat([torch.arange(length) for length in text_lengths]).to(tokens.device)
+        parts.append(_text_rows(model, tokens, places)[1])
+    return Embedded(_cat(parts), None, layout)
+
+
 def packed_choice(chosen: Tensor, text_padding: Tensor | None, layout: TokenLayout) -> Tensor:
     """bool [Rt] in packed order from a mask [B, Nt] over the padded text.
 

@@ -13,7 +13,13 @@ from beit3_fast.config import BEiT3Config
 from beit3_fast.errors import ShapeError
 from beit3_fast.layout import Pick, TokenLayout
 from beit3_fast.model import drop_path
-from beit3_fast.model.batch import Embedded, embed_padded, embed_samples, packed_choice
+from beit3_fast.model.batch import (
+    Embedded,
+    embed_ordered,
+    embed_padded,
+    embed_samples,
+    packed_choice,
+)
 from beit3_fast.model.capture import Capturable
 from beit3_fast.model.embedding import VisionEmbedding
 from beit3_fast.model.embeddings import Embeddings
@@ -185,17 +191,38 @@ class BEiT3(Embeddings, Capturable):
         hidden: list[Tensor] | None = [] if return_all_hiddens else None
         return self._read(embedded, mask, read_vision, read_text, hidden)
 
+    def encode_ordered(
+        self,
+        images: Tensor | None,
+        tokens: Tensor | None,
+        text_lengths: Sequence[int],
+        image_only: int,
+        *,
+        vision_masked_position: Tensor | None = None,
+        read_vision: Pick | Tensor = "all",
+        read_text: Pick | Tensor = "all",
+    ) -> Encoded:
+        """Encode a batch in the order images, pairs, texts, as ``beit3_fast.data.MaskedBatch`` holds it.
+
+        images [I + P, 3, H, W], the first ``image_only`` without a text; tokens int64 [Rt], texts one behind the other;
+        vision_masked_position [I + P, patches]. ``read_vision`` and ``read_text`` may be bool tensors [Rv] and [Rt].
+        """
+        embedded = embed_ordered(
+            self, images, tokens, text_lengths, image_only, vision_masked_position
+        )
+        return self._read(embedded, "bidirectional", read_vision, read_text, None)
+
     def _read(
         self,
         embedded: Embedded,
         mask: str | Tensor,
-        read_vision: Pick,
+        read_vision: Pick | Tensor,
         read_text: Pick | Tensor,
         hidden: list[Tensor] | None,
     ) -> Encoded:
         layout = embedded.layout
         selection = None
-        if read_vision != "all" or not isinstance(read_text, str) or read_text != "all":
+        if any(isinstance(read, Tensor) or read != "all" for read in (read_vision, read_text)):
             selection = layout.select(read_vision, read_text)
         rows = self._encode(embedded.rows, layout, mask, selection, hidden)
         return Encoded(rows, layout if selection is None else selection.layout, hidden or [])

@@ -11,10 +11,10 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from beit3_fast.composite._layer_norm import layer_norm as _norm_rows
 from beit3_fast.derived import needs_grad
 from beit3_fast.errors import ShapeError
 from beit3_fast.layout import Part, Selection, TokenLayout
@@ -242,7 +242,7 @@ def layer_norm(norm: nn.Module, x: Tensor, layout: TokenLayout) -> Tensor:
     """LayerNorm of every row by its own expert, [R, C] -> [R, C]."""
     experts = route(norm, layout)
     parts = [
-        F.layer_norm(x[start:stop], x.shape[-1:], module.weight, module.bias, module.eps)
+        _norm_rows(x[start:stop], module.weight, module.bias, module.eps)
         for module, (start, stop) in zip(experts.modules, pairwise(experts.bounds), strict=True)
         if stop > start
     ]

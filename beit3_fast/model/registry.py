@@ -1,4 +1,4 @@
-"""Model names: the official entrypoints, the plain backbones and a tiny one for tests."""
+"""Model names: the official entrypoints, the plain backbones, pretraining models and tiny ones for tests."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from beit3_fast.config import SIZES, BEiT3Config
 from beit3_fast.errors import ConfigError, KernelUnavailable
 from beit3_fast.model.beit3 import BEiT3
 from beit3_fast.model.captioning import BEiT3ForCaptioning
+from beit3_fast.model.pretraining import BEiT3ForPretraining
 from beit3_fast.model.retrieval import BEiT3ForRetrieval
 from beit3_fast.model.tasks import (
     BEiT3ForImageClassification,
@@ -49,6 +50,7 @@ TASKS = {
     "vqav2": Task(BEiT3ForVisualQuestionAnswering, False, True),
     "captioning": Task(BEiT3ForCaptioning, True, False),
     "retrieval": Task(BEiT3ForRetrieval, True, False),
+    "pretraining": Task(BEiT3ForPretraining, True, True),
 }
 
 _SIZES_AND_PIXELS = {
@@ -57,6 +59,7 @@ _SIZES_AND_PIXELS = {
     "vqav2": (("base", 384), ("base", 480), ("large", 384), ("large", 480), ("large", 768)),
     "captioning": (("base", 224), ("base", 480), ("large", 224), ("large", 480)),
     "retrieval": (("base", 224), ("base", 384), ("large", 224), ("large", 384)),
+    "pretraining": (("base", 224), ("large", 224)),
 }
 
 

@@ -17,8 +17,8 @@ from embed_cases import Data
 
 import beit3_fast
 from beit3_fast.embed.decode import Chunk, Decoder
-from beit3_fast.embed.progress import Progress
 from beit3_fast.errors import CheckpointError, ConfigError, InputError
+from beit3_fast.progress import Progress
 
 # For each moment a process that dies by SIGKILL, without a chance to tidy, over the third shard. Forked from one that
 # has imported everything and computed no embedding.

@@ -16,6 +16,7 @@ from beit3_fast.model import (
     BEiT3,
     BEiT3ForCaptioning,
     BEiT3ForImageClassification,
+    BEiT3ForPretraining,
     BEiT3ForRetrieval,
     BEiT3ForVisualQuestionAnswering,
     BEiT3ForVisualReasoning,
@@ -44,13 +45,22 @@ OFFICIAL = {
 OURS = {
     "beit3_large_patch16_224_captioning",
     "beit3_large_patch16_224_retrieval",
+    "beit3_base_patch16_224_pretraining",
+    "beit3_large_patch16_224_pretraining",
     "beit3_tiny_patch16_32",
     "beit3_base_patch16_224",
     "beit3_large_patch16_224",
     "beit3_giant_patch14_224",
     *(
         f"beit3_tiny_patch16_32_{task}"
-        for task in ("imageclassification", "nlvr2", "vqav2", "captioning", "retrieval")
+        for task in (
+            "imageclassification",
+            "nlvr2",
+            "vqav2",
+            "captioning",
+            "retrieval",
+            "pretraining",
+        )
     ),
 }
 CLASSES = {
@@ -59,6 +69,7 @@ CLASSES = {
     "vqav2": BEiT3ForVisualQuestionAnswering,
     "captioning": BEiT3ForCaptioning,
     "retrieval": BEiT3ForRetrieval,
+    "pretraining": BEiT3ForPretraining,
 }
 # Counts that the official README publishes (M) or that follow from the released shapes.
 COUNTS = {
@@ -73,6 +84,8 @@ COUNTS = {
     "beit3_large_patch16_480_captioning": 739_033_610,
     "beit3_base_patch16_384_retrieval": 222_458_881,
     "beit3_large_patch16_384_retrieval": 675_188_737,
+    "beit3_base_patch16_224_pretraining": 276_510_730,
+    "beit3_large_patch16_224_pretraining": 746_709_514,
 }
 
 
@@ -149,6 +162,8 @@ def head_shapes(task: str, width: int, vocabulary: int) -> dict[str, tuple[int, 
         )
     if task == "captioning":
         return linear("mlm_head", vocabulary, width)
+    if task == "pretraining":
+        return linear("mlm_head", vocabulary, width) | linear("mim_head", 8192, width)
     return {
         "language_head.weight": (width, width),
         "vision_head.weight": (width, width),

@@ -16,6 +16,7 @@ class Progress:
     def __init__(self, total: int, done: int, shown: bool) -> None:
         self.total, self.done, self.before = total, done, done
         self.skipped = 0
+        self.note = ""
         self._shown = shown
         self._terminal = shown and sys.stderr.isatty()
         self._start = self._last = time.monotonic()
@@ -28,6 +29,10 @@ class Progress:
         if self._shown and now - self._last >= (_TERMINAL_EVERY if self._terminal else _LOG_EVERY):
             self._last = now
             self._write(now)
+
+    def say(self, note: str) -> None:
+        """What stands at the end of the line from now on."""
+        self.note = f", {note}"
 
     def clear_line(self) -> None:
         """Make room for a message."""
@@ -49,6 +54,7 @@ class Progress:
         return (
             f"[{'#' * full}{'.' * (_WIDTH - full)}] {self.done}/{self.total}, {rate:.1f}/s, {left} left"
             + skipped
+            + self.note
         )
 
     def _write(self, now: float) -> None:

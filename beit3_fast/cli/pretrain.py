@@ -1,0 +1,98 @@
+"""``beit3-fast pretrain``: masked data modelling as a recipe says, and ``beit3-fast world``: something to learn from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from beit3_fast.cli.command import Command
+from beit3_fast.cli.options import positive
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="the recipe, see examples/pretrain_world.toml",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FOLDER",
+        help="where the run goes on, if it was begun there",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from beit3_fast.train import evaluate, read_recipe, train
+    from beit3_fast.train.report import write_report
+
+    recipe, out = read_recipe(arguments.config), Path(arguments.out)
+    model = recipe.make_model()
+    data = recipe.make_data(model, out)
+    held_out = recipe.make_held_out(model, data)
+    done = train(model, data, recipe.loss, recipe.train, out, progress=not arguments.quiet)
+    report = {"folder": str(out), "steps": done.step, "skipped": done.skipped, "loss": done.loss}
+    lines = [f"{out}: {done.step} steps, {done.skipped} skipped"]
+    if not done.complete:
+        lines[0] += f" of {recipe.train.steps}; the same call goes on"
+    elif held_out is not None and recipe.held_out is not None:
+        scores = evaluate(model, held_out, recipe.held_out.batches)
+        report["held_out"] = {term: own._asdict() for term, own in scores.items()}
+        lines += [
+            f"{term}: {own.accuracy:.1%} of {own.predictions} right; the commonest token alone: {own.unigram:.1%}"
+            for term, own in scores.items()
+        ]
+    if done.complete:
+        write_report(out, report)
+    print(json.dumps(report) if arguments.json else "\n".join(lines))
+    return 0
+
+
+def _world_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER")
+    parser.add_argument("--scenes", type=positive, default=2000, metavar="N", help="for training")
+    parser.add_argument(
+        "--held-out",
+        type=positive,
+        default=200,
+        metavar="N",
+        help="for validation, and for the test",
+    )
+    parser.add_argument("--texts", type=positive, default=4000, metavar="N")
+    parser.add_argument("--pixels", type=positive, default=64, metavar="N")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _draw(arguments: argparse.Namespace) -> int:
+    from beit3_fast.data.world import WorldSize, write_world
+
+    size = WorldSize(
+        train=arguments.scenes,
+        val=arguments.held_out,
+        test=arguments.held_out,
+        texts=arguments.texts,
+        pixels=arguments.pixels,
+    )
+    folder = write_world(arguments.folder, size, arguments.seed)
+    print(f"{folder}: {size.train + size.val + size.test} scenes")
+    return 0
+
+
+PRETRAIN = Command(
+    summary="Pretrain by masked data modelling on images, texts and pairs; goes on where it stopped.",
+    example="beit3-fast pretrain --config examples/pretrain_world.toml --out run/",
+    arguments=_arguments,
+    run=_run,
+)
+
+WORLD = Command(
+    summary="Draw a world of small scenes with captions, questions, statements, boxes and masks.",
+    example="beit3-fast world world/ --scenes 2000",
+    arguments=_world_arguments,
+    run=_draw,
+)

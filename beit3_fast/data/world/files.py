@@ -1,0 +1,253 @@
+"""The world on disk, under the names and in the forms that the official tasks have.
+
+================================================  ===============================================================
+world.spm                                         SentencePiece model trained on the world's sentences
+images/SPLIT/NUMBER.png                           the scenes; SPLIT is train, val or test
+coco_retrieval, coco_captioning .SPLIT.jsonl      image and caption, ``CAPTIONS`` to an image
+vqa.{train,trainable_val,rest_val,test}.jsonl     image, question and answer; answer2label.txt
+nlvr2.{train,dev,test-P}.index.jsonl              two images, a statement, and whether it is true
+imagenet.{train,val}.index.jsonl                  image and class (ground and number of things); classes.txt
+text.SPLIT.jsonl                                  sentences about scenes that were never drawn
+instances_SPLIT.json                              boxes and masks in COCO's form, categories are shapes
+masks/SPLIT/NUMBER.png                            shape of each pixel, counted from 1, and 0 for the ground
+================================================  ===============================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beit3_fast.data.masking import sample_generator
+from beit3_fast.data.tokenizer import Tokenizer
+from beit3_fast.data.world.language import (
+    ANSWERS,
+    NUMBERS,
+    caption,
+    question,
+    relation,
+    statement,
+)
+from beit3_fast.data.world.scene import (
+    GROUNDS,
+    MOST_THINGS,
+    SHAPES,
+    Rendering,
+    Scene,
+    draw_scene,
+    render,
+)
+from beit3_fast.errors import ConfigError
+
+CAPTIONS = 2
+QUESTIONS = 3
+SPLITS = ("train", "val", "test")
+CLASSES = tuple(f"{NUMBERS[n]} on {g}" for g in GROUNDS for n in range(1, MOST_THINGS + 1))
+
+_MARK = "world.json"
+_FORM = "beit3_fast world 1"
+_PIECES, _TRAINING_SCENES = 200, 400
+# What random numbers are drawn for; a scene is the same whatever is said about it.
+_DRAWN, _SAID, _UNSEEN, _SPOKEN, _COMPARED = range(5)
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldSize:
+    """Scenes and sentences of each split. Raises ConfigError unless all are at least 2."""
+
+    train: int = 2000
+    val: int = 200
+    test: int = 200
+    texts: int = 4000
+    pixels: int = 64
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            least = 24 if name == "pixels" else 2
+            if type(value) is not int or value < least:
+                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def write_world(folder: str | PathLike[str], size: WorldSize | None = None, seed: int = 0) -> Path:
+    """Draw the world into ``folder``: the same files, byte for byte, for the same size, seed and libraries.
+
+    What is complete already is left as it is. Raises ConfigError where the folder holds a world of another size or seed.
+    """
+    size = size or WorldSize()
+    root = Path(folder)
+    settings = {"form": _FORM, "seed": seed, **dataclasses.asdict(size)}
+    mark = root / _MARK
+    if mark.exists():
+        if json.loads(mark.read_text()) != settings:
+            raise ConfigError(
+                f"{root} holds another world, {mark.read_text()}; give another folder"
+            )
+        return root
+    root.mkdir(parents=True, exist_ok=True)
+    content = _sentencepiece(seed)
+    (root / "world.spm").write_bytes(content)
+    tokenizer = Tokenizer(content)
+    answers = [{"answer": answer, "label": label} for label, answer in enumerate(ANSWERS)]
+    _lines(root / "answer2label.txt", answers)
+    (root / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    for split, name in enumerate(SPLITS):
+        _write_split(root, name, split, getattr(size, name), size, seed, tokenizer)
+    mark.write_text(json.dumps(settings) + "\n")
+    return root
+
+
+def _write_split(
+    root: Path, name: str, split: int, count: int, size: WorldSize, seed: int, tokenizer: Tokenizer
+) -> None:
+    for kind in ("images", "masks"):
+        (root / kind / name).mkdir(parents=True, exist_ok=True)
+    scenes = [draw_scene(sample_generator(seed, _DRAWN, split, n)) for n in range(count)]
+    captions: list[dict[str, Any]] = []
+    questions: list[dict[str, Any]] = []
+    labelled: list[dict[str, Any]] = []
+    instances = _Instances()
+    for number, scene in enumerate(scenes):
+        path = f"images/{name}/{number:06}.png"
+        drawn = render(scene, size.pixels)
+        drawn.image.save(root / path)
+        _semantic(scene, drawn).save(root / "masks" / name / f"{number:06}.png")
+        instances.add(number, path, scene, drawn)
+        luck = sample_generator(seed, _SAID, split, number)
+        for _ in range(CAPTIONS):
+            text = tokenizer.encode(caption(scene, luck))
+            captions.append({"image_path": path, "text_segment": text, "image_id": number})
+        for _ in range(QUESTIONS):
+            asked = question(scene, luck)
+            questions.append(
+                {
+                    "image_path": path,
+                    "text_segment": tokenizer.encode(asked.text),
+                    "labels": [ANSWERS.index(asked.answer)],
+                    "scores": [1.0],
+                    "qid": number * QUESTIONS + len(questions) % QUESTIONS,
+                }
+            )
+        of_ground = list(GROUNDS).index(scene.ground) * MOST_THINGS
+        labelled.append({"image_path": path, "label": of_ground + len(scene.things) - 1})
+    for task in ("coco_retrieval", "coco_captioning"):
+        _lines(root / f"{task}.{name}.jsonl", captions)
+    if name == "train":
+        kept = len(questions) // 10
+        _lines(root / "vqa.train.jsonl", questions[kept:])
+        _lines(root / "vqa.trainable_val.jsonl", questions[:kept])
+    else:
+        _lines(root / f"vqa.{'rest_val' if name == 'val' else 'test'}.jsonl", questions)
+    if name != "test":
+        _lines(root / f"imagenet.{name}.index.jsonl", labelled)
+    official = {"train": "train", "val": "dev", "test": "test-P"}[name]
+    _lines(root / f"nlvr2.{official}.index.jsonl", _compared(scenes, name, split, seed, tokenizer))
+    texts = size.texts if name == "train" else count
+    sentences = (_unseen(seed, split, number) for number in range(texts))
+    _lines(root / f"text.{name}.jsonl", [{"text_segment": tokenizer.encode(s)} for s in sentences])
+    (root / f"instances_{name}.json").write_text(json.dumps(instances.table(size.pixels)))
+
+
+def _compared(
+    scenes: list[Scene], name: str, split: int, seed: int, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    rows = []
+    for number, left in enumerate(scenes):
+        luck = sample_generator(seed, _COMPARED, split, number)
+        other = (number + 1 + int(luck.integers(len(scenes) - 1))) % len(scenes)
+        said = statement(left, scenes[other], luck)
+        rows.append(
+            {
+                "image_path": f"images/{name}/{number:06}.png",
+                "image2_path": f"images/{name}/{other:06}.png",
+                "text_segment": tokenizer.encode(said.text),
+                "label": int(said.is_true),
+                "identifier": f"{name}-{number}",
+            }
+        )
+    return rows
+
+
+class _Instances:
+    """Boxes and masks, in COCO's form, with run lengths down the columns."""
+
+    def __init__(self) -> None:
+        self._images: list[dict[str, Any]] = []
+        self._annotations: list[dict[str, Any]] = []
+
+    def add(self, number: int, path: str, scene: Scene, drawn: Rendering) -> None:
+        self._images.append({"id": number, "file_name": path})
+        for thing, mask, box in zip(scene.things, drawn.masks, drawn.boxes, strict=True):
+            flat = np.concatenate([[False], mask.ravel(order="F"), [False]])
+            ends = np.flatnonzero(flat[1:] != flat[:-1])
+            runs = np.diff([0, *ends, mask.size] if ends[-1] < mask.size else [0, *ends])
+            self._annotations.append(
+                {
+                    "id": len(self._annotations),
+                    "image_id": number,
+                    "category_id": SHAPES.index(thing.shape) + 1,
+                    "bbox": list(box),
+                    "area": int(mask.sum()),
+                    "iscrowd": 0,
+                    "segmentation": {"size": list(mask.shape), "counts": runs.tolist()},
+                    "colour": thing.colour,
+                }
+            )
+
+    def table(self, pixels: int) -> dict[str, Any]:
+        return {
+            "images": [{**image, "width": pixels, "height": pixels} for image in self._images],
+            "annotations": self._annotations,
+            "categories": [{"id": i, "name": name} for i, name in enumerate(SHAPES, 1)],
+        }
+
+
+def _semantic(scene: Scene, drawn: Rendering) -> Any:
+    from PIL import Image
+
+    shapes = np.zeros(drawn.masks.shape[1:], dtype=np.uint8)
+    for thing, mask in zip(scene.things, drawn.masks, strict=True):
+        shapes[mask] = SHAPES.index(thing.shape) + 1
+    return Image.fromarray(shapes)
+
+
+def _unseen(seed: int, split: int, number: int) -> str:
+    luck = sample_generator(seed, _UNSEEN, split, number)
+    scene = draw_scene(luck)
+    return relation(scene, luck) if luck.random() < 0.4 else caption(scene, luck)
+
+
+def _sentencepiece(seed: int) -> bytes:
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=_spoken(seed),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=_PIECES,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def _spoken(seed: int) -> Iterator[str]:
+    """Sentences of every kind, what the tokenizer is trained on."""
+    for number in range(_TRAINING_SCENES):
+        luck = sample_generator(seed, _SPOKEN, number)
+        scene, other = draw_scene(luck), draw_scene(luck)
+        asked = question(scene, luck)
+        yield from (caption(scene, luck), relation(scene, luck), asked.text, asked.answer)
+        yield statement(scene, other, luck).text
+
+
+def _lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,119 @@
+"""Checkpoints of a run: folders that appear whole or not at all, written by torch.distributed.checkpoint.
+
+A folder is written under a name that nobody reads, brought to the disk and renamed, so a process may die at any moment. Its
+``.metadata`` is a pickle, as PyTorch has it: go on only with runs that you trust. (The weights at the end are saved as
+safetensors.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import checkpoint as dcp
+
+from beit3_fast.checkpoint.atomic import mend, sync_folder
+from beit3_fast.errors import CheckpointError
+
+_PREFIX, _PARTIAL = "step-", ".partial"
+_FACTS = "run.json"
+
+
+class Checkpoints:
+    """The checkpoints in a folder, the last ``keep`` of which stay. What killed processes left is swept at the start."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+        for path in folder.glob(f".{_PREFIX}*{_PARTIAL}"):
+            shutil.rmtree(path, ignore_errors=True)
+        self._prune()
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, ascending."""
+        found = [path.name.removeprefix(_PREFIX) for path in self.folder.glob(f"{_PREFIX}*")]
+        return sorted(int(name) for name in found if name.isdecimal())
+
+    def save(self, step: int, state: dict[str, Any], facts: Mapping[str, Any]) -> None:
+        """Write nested tensors ``state`` and ``facts`` for JSON. Raises CheckpointError; older ones are then as they were."""
+        target, partial = self._path(step), self._partial(step)
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _quietly(
+                dcp.save,
+                state,
+                storage_writer=dcp.FileSystemWriter(partial, sync_files=True),
+            )
+            with (partial / _FACTS).open("w") as file:
+                json.dump({"step": step, **facts}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            sync_folder(partial)
+            if not target.exists():
+                os.rename(partial, target)
+            sync_folder(self.folder)
+        except OSError as error:
+            raise CheckpointError(
+                f"{target}: cannot be written: {error.strerror or error}{mend(error)}; older checkpoints are unchanged"
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        self._prune()
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """The facts of a checkpoint. Raises CheckpointError."""
+        path = self._path(step) / _FACTS
+        try:
+            facts = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error}); {self._instead(step)}"
+            ) from error
+        if not isinstance(facts, dict) or facts.get("step") != step:
+            raise CheckpointError(f"{path} is not of this step; {self._instead(step)}")
+        return facts
+
+    def load(self, step: int, state: dict[str, Any]) -> None:
+        """Read a checkpoint into the tensors of ``state``. Raises CheckpointError."""
+        path = self._path(step)
+        try:
+            _quietly(dcp.load, state, storage_reader=dcp.FileSystemReader(path))
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise CheckpointError(
+                f"{path} cannot be read ({reason}); {self._instead(step)}"
+            ) from error
+
+    def _prune(self) -> None:
+        for old in self.steps()[: -self.keep]:
+            # Renamed first: what is deleted halfway must not look like a checkpoint.
+            os.rename(self._path(old), self._partial(old))
+            shutil.rmtree(self._partial(old), ignore_errors=True)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{_PREFIX}{step:08}"
+
+    def _partial(self, step: int) -> Path:
+        return self.folder / f".{_PREFIX}{step:08}{_PARTIAL}"
+
+    def _instead(self, step: int) -> str:
+        older = [other for other in self.steps() if other < step]
+        if older:
+            return f"remove the folder to go on from step {older[-1]}"
+        return "there is no older one; give another folder to begin anew"
+
+
+def _quietly(call: Any, state: dict[str, Any], **options: Any) -> None:
+    """Run what may be told that it is alone. Raises the first failure itself, which PyTorch wraps in a BaseException."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
+        try:
+            call(state, **options)
+        except dcp.CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from error

@@ -1,0 +1,186 @@
+"""A pretraining run as a TOML file: model, data, mix, masking, loss and training, every field by its Python name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beit3_fast.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from beit3_fast.config import BEiT3Config
+from beit3_fast.data import Augment, Masking, Processor, Tokenizer, preprocess_image
+from beit3_fast.data.index_files import KINDS, read_index
+from beit3_fast.data.mixed import Mix, MixedData
+from beit3_fast.data.patch_codes import PatchCodes
+from beit3_fast.errors import ConfigError
+from beit3_fast.model import BEiT3ForPretraining, create_model
+from beit3_fast.train.objective import MaskedDataModelling
+from beit3_fast.train.options import TrainOptions
+
+# Ids of the official tokenizer, whose models have a few embeddings more.
+_OFFICIAL_IDS = 64002
+
+
+@dataclass(frozen=True)
+class Sources:
+    """``[data]`` and ``[held_out]``: official index files by kind, paths counted from the recipe's folder.
+
+    ``tokenizer`` is a SentencePiece file and ``max_length`` the most tokens of a text; ``[held_out]`` needs neither.
+    ``batches``: how many of ``[held_out]`` are predicted at the end.
+    """
+
+    image: Sequence[str] = ()
+    text: Sequence[str] = ()
+    pair: Sequence[str] = ()
+    tokenizer: str | None = None
+    max_length: int = 64
+    batches: int = 8
+
+    def under(self, folder: Path) -> dict[str, list[Path]]:
+        """The index files by kind. Raises ConfigError for what is no list of names."""
+        found = {}
+        for kind in KINDS:
+            names: Any = getattr(self, kind)
+            names = [names] if isinstance(names, str) else names
+            if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+                raise ConfigError(f"{kind} must be an index file or a list of them, got {names!r}")
+            found[kind] = [folder / name for name in names]
+        return found
+
+
+@dataclass(frozen=True)
+class Codes:
+    """``[codes]``: visual tokens by k-means over the patches of ``images`` images, see ``data.patch_codes``."""
+
+    images: int = 300
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a file says. ``model`` has the entrypoint's ``name``, fields of BEiT3Config, ``num_classes`` (the visual tokens),
+    ``impl``, ``device`` and ``checkpoint`` (weights to begin with, such as an official file)."""
+
+    folder: Path
+    model: dict[str, Any] = field(default_factory=dict)
+    data: Sources = field(default_factory=Sources)
+    held_out: Sources | None = None
+    mix: Mix = field(default_factory=lambda: Mix(16, 16, 16))
+    codes: Codes = field(default_factory=Codes)
+    masking: Masking = field(default_factory=Masking)
+    augment: Augment = field(default_factory=Augment)
+    loss: MaskedDataModelling = field(default_factory=MaskedDataModelling)
+    train: TrainOptions = field(default_factory=TrainOptions)
+
+    def make_model(self) -> BEiT3ForPretraining:
+        """The model, its weights drawn with ``train.seed`` or read. Raises ConfigError and CheckpointError."""
+        options = dict(self.model)
+        name, checkpoint = options.pop("name", None), options.pop("checkpoint", None)
+        tokenizer = self._tokenizer()
+        if tokenizer is not None:
+            ids = tokenizer.vocab_size
+            official = ids == _OFFICIAL_IDS
+            options.setdefault("vocab_size", BEiT3Config().vocab_size if official else ids)
+        torch.manual_seed(self.train.seed)
+        model: Any = create_model(name, **options)
+        if not isinstance(model, BEiT3ForPretraining):
+            raise ConfigError(f"[model] name must end in _pretraining, got {name!r}")
+        if checkpoint is not None:
+            load_checkpoint(model, self.folder / checkpoint, allow_missing=("mim_head", "mlm_head"))
+        return model
+
+    def make_data(self, model: BEiT3ForPretraining, out: Path) -> MixedData:
+        """The run's micro-batches; the codes of patches are kept in ``out``/codes.safetensors."""
+        sources = self.data.under(self.folder)
+        codes = None
+        if self.mix.image or self.mix.pair:
+            codes = self._codes(model, sources, out)
+        return self._mixed(model, sources, codes, self.train.seed, self.augment)
+
+    def make_held_out(self, model: BEiT3ForPretraining, data: MixedData) -> MixedData | None:
+        """Batches that are never trained on, where the recipe names any, with the codes of ``data``."""
+        if self.held_out is None:
+            return None
+        sources = self.held_out.under(self.folder)
+        return self._mixed(model, sources, data.visual_tokens, self.train.seed + 1, None)
+
+    def _mixed(
+        self, model: Any, sources: Any, codes: Any, seed: int, augment: Augment | None
+    ) -> MixedData:
+        processor = self._processor(model)
+        patch = model.config.patch_size
+        return MixedData(sources, self.mix, processor, codes, patch, self.masking, seed, augment)
+
+    def _processor(self, model: Any) -> Processor:
+        return Processor.for_model(model, self._tokenizer(), max_length=self.data.max_length)
+
+    def _tokenizer(self) -> Tokenizer | None:
+        name = self.data.tokenizer
+        return None if name is None else Tokenizer(self.folder / name)
+
+    def _codes(self, model: Any, sources: dict[str, list[Path]], out: Path) -> PatchCodes:
+        kept, patch = out / "codes.safetensors", model.config.patch_size
+        if kept.exists():
+            return PatchCodes(read_checkpoint(kept).state["centres"], patch)
+        kind = "image" if self.mix.image else "pair"
+        rows = [row for path in sources[kind] for row in read_index(path, kind)]
+        processor = self._processor(model)
+        images = [
+            preprocess_image(row.image, processor.image_size, processor.preset)
+            for row in rows[: self.codes.images]
+        ]
+        codes = PatchCodes.fit(images, model.mim_head.out_features, patch, self.train.seed)
+        out.mkdir(parents=True, exist_ok=True)
+        save_checkpoint({"centres": codes.centres}, kept)
+        return codes
+
+
+_SECTIONS: dict[str, Any] = {
+    "data": Sources,
+    "held_out": Sources,
+    "mix": Mix,
+    "codes": Codes,
+    "masking": Masking,
+    "augment": Augment,
+    "loss": MaskedDataModelling,
+    "train": TrainOptions,
+}
+
+
+def read_recipe(path: str | PathLike[str]) -> Recipe:
+    """A recipe from a TOML file. Raises ConfigError for what cannot be read or is not known, with what is."""
+    path = Path(path)
+    try:
+        toml = import_module("tomllib")
+    except ModuleNotFoundError:
+        raise ConfigError("a recipe needs Python 3.11 or newer, which can read TOML") from None
+    try:
+        content = toml.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the recipe {str(path)!r} cannot be read ({error})") from error
+    known = ["model", *_SECTIONS]
+    made: dict[str, Any] = {}
+    for name, table in content.items():
+        if name not in known or not isinstance(table, dict):
+            raise ConfigError(f"{path}: expected sections {known}, got {name!r}")
+        if name == "model":
+            made[name] = table
+            continue
+        fields = [f.name for f in dataclasses.fields(_SECTIONS[name])]
+        unknown = [key for key in table if key not in fields]
+        if unknown:
+            raise ConfigError(f"{path}: [{name}] has no field {unknown[0]!r}; it has {fields}")
+        try:
+            made[name] = _SECTIONS[name](**table)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: [{name}] {error}") from error
+    if "name" not in made.get("model", {}):
+        raise ConfigError(
+            f'{path}: [model] needs a name, such as "beit3_base_patch16_224_pretraining"'
+        )
+    return Recipe(path.parent, **made)

@@ -1,0 +1,223 @@
+"""The world: what its files say is what its scenes are, and all of it follows from the seed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from beit3_fast.data import Tokenizer, read_labels
+from beit3_fast.data.masking import sample_generator
+from beit3_fast.data.world import (
+    Scene,
+    Thing,
+    WorldSize,
+    caption,
+    draw_scene,
+    question,
+    render,
+    statement,
+    write_world,
+)
+from beit3_fast.data.world.files import CAPTIONS, CLASSES, QUESTIONS
+from beit3_fast.data.world.language import ANSWERS, NUMBERS, relation
+from beit3_fast.data.world.scene import COLOURS, GROUNDS
+from beit3_fast.errors import ConfigError
+
+SIZE = WorldSize(train=12, val=4, test=3, texts=10, pixels=48)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"), SIZE, seed=3)
+
+
+def scenes(count: int) -> list[tuple[Scene, np.random.Generator]]:
+    drawn = [sample_generator(7, number) for number in range(count)]
+    return [(draw_scene(luck), luck) for luck in drawn]
+
+
+def rows(world: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (world / name).read_text().splitlines()]
+
+
+def test_the_picture_shows_the_scene() -> None:
+    for scene, _ in scenes(40):
+        image, masks, boxes = render(scene, 96)
+        pixels = np.asarray(image)
+        assert masks.sum(0).max() <= 1, "things do not overlap"
+        for thing, mask, box in zip(scene.things, masks, boxes, strict=True):
+            x, y, width, height = box
+            inside = mask[y : y + height, x : x + width]
+            assert inside.sum() == mask.sum()
+            for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]):
+                assert edge.any()
+            assert thing.column * 32 - 1 <= x <= x + width <= (thing.column + 1) * 32 + 1
+            assert thing.row * 32 - 1 <= y <= y + height <= (thing.row + 1) * 32 + 1
+            colour = np.median(pixels[mask], axis=0)
+            assert np.abs(colour - COLOURS[thing.colour]).max() < 10
+        ground = pixels[~masks.any(0)].mean(0)
+        assert np.abs(ground - GROUNDS[scene.ground]).max() < 25
+
+
+def test_shapes_and_sizes_differ() -> None:
+    areas = {}
+    for shape in ("circle", "square", "triangle", "cross"):
+        for size in ("small", "large"):
+            scene = Scene((Thing(shape, "red", size, 4),), "sand", (0.0, 0.0), 0)
+            areas[shape, size] = int(render(scene, 96).masks.sum())
+    assert len(set(areas.values())) == 8
+    assert all(areas[s, "large"] > 2 * areas[s, "small"] for s, _ in areas)
+
+
+def count_in(scene: Scene, text: str) -> int:
+    """How many things have the colour or shape that a question names."""
+    word = text.split()[2]
+    shape = re.sub("s$", "", word) if word != "crosses" else "cross"
+    return sum(word == t.colour or shape == t.shape for t in scene.things)
+
+
+def test_answers_are_true() -> None:
+    kinds = Counter[str]()
+    for scene, luck in scenes(600):
+        text, answer = question(scene, luck)
+        kinds[text.split()[0] + text.split()[1]] += 1
+        assert answer in ANSWERS
+        if text.startswith("what colour"):
+            shape = text.rstrip("?").split()[-1]
+            assert [t.colour for t in scene.things if t.shape == shape] == [answer]
+        elif text.startswith("what shape"):
+            place = text.removeprefix("what shape is at the ").rstrip("?")
+            assert [t.shape for t in scene.things if t.place == place] == [answer]
+        elif text.startswith("how many"):
+            count = count_in(scene, text)
+            assert answer == ("zero" if count == 0 else NUMBERS[count])
+        elif text.startswith("what is"):
+            assert answer == scene.ground
+        else:
+            words = text.rstrip("?").split()
+            there = {(t.colour, t.shape): t for t in scene.things}
+            if words[:3] == ["is", "there", "a"]:
+                holds = (words[3], words[4]) in there
+            else:
+                a, b = there[words[2], words[3]], there[words[-2], words[-1]]
+                holds = {
+                    "above": a.row < b.row,
+                    "below": a.row > b.row,
+                    "left": a.row == b.row and a.column < b.column,
+                    "right": a.row == b.row and a.column > b.column,
+                }[words[4]]
+            assert answer == ("yes" if holds else "no")
+    assert min(kinds.values()) > 30
+    asked = [question(scene, luck) for scene, luck in scenes(2000)]
+    yes, no = (sum(a.answer == word for a in asked) for word in ("yes", "no"))
+    assert 0.4 < yes / (yes + no) < 0.6
+
+
+def test_statements_hold_or_do_not() -> None:
+    said = []
+    for (left, luck), (right, _) in zip(scenes(400), scenes(500)[100:], strict=True):
+        text, is_true = statement(left, right, luck)
+        said.append(is_true)
+        if match := re.match(r"there are more (\w+?)(?:es|s)? in the (left|right) image", text):
+            shape = match[1] if match[1] in ("cross",) else match[1].removesuffix("s")
+            shape = {"circl": "circle", "squar": "square", "triangl": "triangle"}.get(shape, shape)
+            counts = [sum(t.shape == shape for t in scene.things) for scene in (left, right)]
+            assert is_true is (
+                counts[0] > counts[1] if match[2] == "left" else counts[1] > counts[0]
+            )
+        elif match := re.match(r"the (left|right) image has exactly (\w+) shape", text):
+            scene = left if match[1] == "left" else right
+            assert is_true is (len(scene.things) == NUMBERS.index(match[2]))
+        else:
+            colour = text.removeprefix("both images show something ")
+            assert is_true is all(
+                colour in {t.colour for t in scene.things} for scene in (left, right)
+            )
+    assert 0.4 < np.mean(said) < 0.6
+
+
+def test_captions_name_every_thing() -> None:
+    for scene, luck in scenes(50):
+        text = caption(scene, luck)
+        assert scene.ground in text
+        for word in (w for t in scene.things for w in (t.colour, t.shape, t.size)):
+            assert word in text
+        assert relation(scene, luck)
+
+
+def test_the_same_seed_gives_the_same_files(world: Path, tmp_path: Path) -> None:
+    again = write_world(tmp_path / "again", SIZE, seed=3)
+    other = write_world(tmp_path / "other", SIZE, seed=4)
+    paths = sorted(p.relative_to(world) for p in world.rglob("*") if p.is_file())
+    assert paths == sorted(p.relative_to(again) for p in again.rglob("*") if p.is_file())
+    assert all((world / p).read_bytes() == (again / p).read_bytes() for p in paths)
+    changed = [p for p in paths if (world / p).read_bytes() != (other / p).read_bytes()]
+    assert len([p for p in changed if p.suffix == ".png"]) > 30
+    assert Path("vqa.train.jsonl") in changed
+
+
+def test_a_finished_world_is_kept_and_another_refused(world: Path) -> None:
+    before = (world / "images/train/000000.png").stat().st_mtime_ns
+    assert write_world(world, SIZE, seed=3) == world
+    assert (world / "images/train/000000.png").stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match="holds another world"):
+        write_world(world, SIZE, seed=5)
+    with pytest.raises(ConfigError, match="train must be an integer of at least 2, got 1"):
+        WorldSize(train=1)
+
+
+def test_the_files_of_the_official_tasks(world: Path) -> None:
+    tokenizer = Tokenizer(world / "world.spm")
+    answers = read_labels(world / "answer2label.txt")
+    assert answers == ANSWERS
+    for split, count in (("train", 12), ("val", 4), ("test", 3)):
+        assert len(rows(world, f"text.{split}.jsonl")) == (10 if split == "train" else count)
+        pairs = rows(world, f"coco_retrieval.{split}.jsonl")
+        assert len(pairs) == CAPTIONS * count
+        assert {row["image_id"] for row in pairs} == set(range(count))
+        for row in pairs:
+            assert Image.open(world / row["image_path"]).size == (48, 48)
+            assert 3 not in row["text_segment"], "every sentence has its words"
+            assert "on " in tokenizer.decode(row["text_segment"])
+        assert rows(world, f"coco_captioning.{split}.jsonl") == pairs
+    train = rows(world, "vqa.train.jsonl") + rows(world, "vqa.trainable_val.jsonl")
+    assert len(train) == 12 * QUESTIONS
+    assert len({row["qid"] for row in train}) == 12 * QUESTIONS
+    assert len(rows(world, "vqa.rest_val.jsonl")) == 4 * QUESTIONS
+    for row in train:
+        assert answers[row["labels"][0]]
+        assert tokenizer.decode(row["text_segment"]).endswith("?")
+    for name, count in (("train", 12), ("dev", 4), ("test-P", 3)):
+        statements = rows(world, f"nlvr2.{name}.index.jsonl")
+        assert len(statements) == count
+        assert all(row["image_path"] != row["image2_path"] for row in statements)
+        assert {row["label"] for row in statements} <= {0, 1}
+    assert read_labels(world / "classes.txt") == CLASSES
+    labels = rows(world, "imagenet.train.index.jsonl")
+    assert {row["label"] for row in labels} <= set(range(len(CLASSES)))
+
+
+def test_boxes_and_masks(world: Path) -> None:
+    table = json.loads((world / "instances_train.json").read_text())
+    labels = {r["image_path"]: r["label"] for r in rows(world, "imagenet.train.index.jsonl")}
+    for image in table["images"]:
+        own = [a for a in table["annotations"] if a["image_id"] == image["id"]]
+        things = CLASSES[labels[image["file_name"]]].split()[0]
+        assert len(own) == NUMBERS.index(things)
+        semantic = np.asarray(Image.open(world / "masks/train" / Path(image["file_name"]).name))
+        merged = np.zeros_like(semantic)
+        for annotation in own:
+            counts = annotation["segmentation"]["counts"]
+            runs = np.repeat(np.arange(len(counts)) % 2, counts).reshape(48, 48, order="F")
+            assert runs.sum() == annotation["area"]
+            x, y, width, height = annotation["bbox"]
+            assert runs[y : y + height, x : x + width].sum() == annotation["area"]
+            merged[runs == 1] = annotation["category_id"]
+        assert np.array_equal(merged, semantic)

@@ -1,0 +1,86 @@
+"""The same run on torchscale's modules, three passes a batch: the same loss curve, the same accuracy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _compat import need_torchscale
+from train_cases import CODES, OPTIONS, config, data, model, run
+
+from beit3_fast.data.masked_batch import TERMS
+from beit3_fast.data.mixed import Mix
+from beit3_fast.train import evaluate, read_log
+
+need_torchscale()
+
+from bench.torchscale_heads import Pretraining  # noqa: E402
+
+PLAIN = replace(OPTIONS, ema_decay=None, accumulation=1, save_every=10_000)
+RUN = replace(PLAIN, lr=3e-3, warmup_steps=5, layer_decay=1.0)
+
+
+def theirs_and_ours(world: Path) -> tuple[Any, Any]:
+    """Two models with the same weights and the same names for the optimizer's groups."""
+    ours = model(world, drop_path_rate=0.0)
+    theirs = Pretraining(config(world, drop_path_rate=0.0), CODES)
+    theirs.load_state_dict(ours.state_dict())
+    theirs.no_weight_decay = ours.no_weight_decay  # type: ignore[assignment]
+    return theirs, ours
+
+
+def curves(world: Path, folder: Path, steps: int, precision: str) -> tuple[Any, Any, Any, Any]:
+    theirs, ours = theirs_and_ours(world)
+    options = replace(RUN, steps=steps, precision=precision)
+    lines = []
+    for name, own in (("theirs", theirs), ("ours", ours)):
+        run(world, folder / name, options, own, data=data(world, Mix(image=2, text=2, pair=2)))
+        lines.append(read_log(folder / name))
+    return theirs, ours, lines[0], lines[1]
+
+
+def right(own: Any, world: Path) -> float:
+    """Share of right predictions in batches that the run did not have."""
+    scores = evaluate(own, data(world, Mix(4, 4, 4), seed=77), 8).values()
+    return sum(s.accuracy * s.predictions for s in scores) / sum(s.predictions for s in scores)
+
+
+def assert_same_curve(theirs: list[Any], ours: list[Any], within: float) -> float:
+    worst = 0.0
+    for a, b in zip(theirs, ours, strict=True):
+        for key in ("loss", *TERMS):
+            worst = max(worst, abs(a[key] - b[key]) / a[key])
+    assert worst < within, f"the curves are {worst:.2%} apart"
+    return worst
+
+
+def test_the_loss_of_one_batch(world: Path) -> None:
+    theirs, ours = theirs_and_ours(world)
+    for mix in (Mix(2, 2, 2), Mix(image=2), Mix(text=3), Mix(pair=2), Mix(image=1, text=2)):
+        batch = data(world, mix)[1]
+        with torch.no_grad():
+            a, b = theirs(batch), ours(batch)
+        for term in TERMS:
+            torch.testing.assert_close(b[term], a[term], rtol=1e-4, atol=1e-5)
+
+
+def test_twenty_steps_are_the_same(world: Path, tmp_path: Path) -> None:
+    _, _, theirs, ours = curves(world, tmp_path, 20, "float32")
+    assert_same_curve(theirs, ours, 0.01)
+    assert theirs[-1]["loss"] < 0.97 * theirs[0]["loss"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_two_hundred_steps_are_the_same(precision: str, world: Path, tmp_path: Path) -> None:
+    a, b, theirs, ours = curves(world, tmp_path, 200, precision)
+    worst = assert_same_curve(theirs, ours, 0.01 if precision == "float32" else 0.03)
+    last = [sum(line["loss"] for line in lines[-20:]) / 20 for lines in (theirs, ours)]
+    print(f"{precision}: curves at most {worst:.3%} apart, last 20 steps {last}")
+    assert last[1] == pytest.approx(last[0], rel=0.01)
+    mine = right(b, world)
+    b.load_state_dict(a.state_dict())
+    assert mine == pytest.approx(right(b, world), abs=0.02)

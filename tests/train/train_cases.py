@@ -1,0 +1,97 @@
+"""A run of seconds: a tiny model on a small world."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from beit3_fast.config import SIZES, BEiT3Config
+from beit3_fast.data import Masking, Processor, Tokenizer, preprocess_image
+from beit3_fast.data.mixed import Mix, MixedData
+from beit3_fast.data.patch_codes import PatchCodes
+from beit3_fast.data.world import WorldSize, write_world
+from beit3_fast.model import BEiT3ForPretraining
+from beit3_fast.train import MaskedDataModelling, TrainOptions, TrainReport, train
+
+CODES, PIXELS, PATCH = 16, 48, 8
+# 10 scenes: an epoch of images ends within a micro-batch of three.
+SIZE = WorldSize(train=10, val=6, test=2, texts=20, pixels=PIXELS)
+OPTIONS = TrainOptions(
+    steps=8,
+    lr=2e-3,
+    warmup_steps=3,
+    accumulation=2,
+    ema_decay=0.9,
+    layer_decay=0.9,
+    save_every=3,
+    workers=0,
+)
+
+
+def make_world(folder: Path) -> Path:
+    return write_world(folder, SIZE, seed=1)
+
+
+def data(world: Path, mix: Mix | None = None, **options: Any) -> MixedData:
+    settings = json.loads((world / "world.json").read_text())
+    processor = Processor(Tokenizer(world / "world.spm"), image_size=settings["pixels"])
+    paths = sorted((world / "images/train").iterdir())[:200]
+    images = [preprocess_image(path, settings["pixels"]) for path in paths]
+    return MixedData(
+        {
+            "image": world / "imagenet.train.index.jsonl",
+            "text": world / "text.train.jsonl",
+            "pair": world / "coco_retrieval.train.jsonl",
+        },
+        mix or Mix(image=3, text=2, pair=2),
+        processor,
+        PatchCodes.fit(images, CODES, PATCH),
+        PATCH,
+        Masking(min_block=4),
+        **options,
+    )
+
+
+def config(world: Path, **changes: Any) -> BEiT3Config:
+    fields: dict[str, Any] = {
+        "embed_dim": 32,
+        "num_heads": 2,
+        "ffn_dim": 64,
+        "img_size": PIXELS,
+        "patch_size": PATCH,
+        "vocab_size": Tokenizer(world / "world.spm").vocab_size,
+        "max_text_positions": 66,
+        "drop_path_rate": 0.2,
+    }
+    return SIZES["tiny"].replace(**{**fields, **changes})
+
+
+def model(world: Path, seed: int = 0, **changes: Any) -> BEiT3ForPretraining:
+    torch.manual_seed(seed)
+    return BEiT3ForPretraining(config(world, **changes), CODES)
+
+
+def small(world: Path, seed: int = 0) -> BEiT3ForPretraining:
+    """With few tensors, which is what a checkpoint takes its time for."""
+    return model(world, seed, attention="shared")
+
+
+def run(
+    world: Path,
+    folder: Path,
+    options: TrainOptions = OPTIONS,
+    own: nn.Module | None = None,
+    **others: Any,
+) -> TrainReport:
+    settings: dict[str, Any] = {"data": data(world), "objective": MaskedDataModelling()} | others
+    return train(
+        own or small(world),
+        options=options,
+        folder=folder,
+        progress=False,
+        **settings,
+    )
