@@ -131,8 +131,8 @@ def mask_words(
 ) -> MaskedText:
     """Hide ``share`` of the words of a text int64 [Nt], bos and eos included; the text itself is left as it is.
 
-    Ids up to ``<unk>`` (3) are never hidden, except ``<unk>`` itself, and random words are drawn from 4 to mask_id - 1. Raises
-    InputError for a text that is no int64 tensor [Nt].
+    bos, pad and eos are never hidden; random words are drawn from the pieces, 4 to mask_id - 1. Raises InputError for a text that
+    is no int64 tensor [Nt].
     """
     if tokens.dim() != 1 or tokens.dtype != torch.int64:
         raise InputError(

@@ -144,6 +144,7 @@ def test_what_a_run_is_made_of(sources: dict[str, Path]) -> None:
         {"masking": Masking(text=0.2)},
         {"patch_size": 8},
         {"augment": Augment(flip=0.5)},
+        {"processor": Processor(tiny_sentencepiece_bytes(model_type="bpe"), image_size=PIXELS)},
     ):
         assert mixed(sources, **changes).identity != own
 
