@@ -137,8 +137,8 @@ BUGS = (
     Bug(
         "composite-all-logits-at-once",
         "beit3_fast/composite/masked_linear_cross_entropy.py",
-        "max(_THINNEST, _LOGITS // max(1, len(named)))",
-        "len(weight)",
+        "max(_THINNEST, _LOGITS // max(1, count))",
+        "vocabulary",
         (f"{CROSS_ENTROPY}::test_the_logits_are_never_whole",),
     ),
     Bug(
@@ -895,8 +895,8 @@ BUGS = (
     Bug(
         "int8-weights-cut-instead-of-rounded",
         "csrc/cpu/packed_weight.cpp",
-        "std::lrint(element(dtype, row, i) * inverse)",
-        "element(dtype, row, i) * inverse",
+        "std::lrint(load_element(dtype, row, i) * inverse)",
+        "load_element(dtype, row, i) * inverse",
         (f"{INT8}::test_unpacked_weights",),
     ),
     Bug(
@@ -985,8 +985,8 @@ BUGS = (
     ),
     Bug(
         "linear-parameters-padded-with-old-numbers",
-        "csrc/cpu/expert_linear.cpp",
-        "  std::fill(to + count, to + padded, 0.0f);\n",
+        "csrc/cpu/elements.h",
+        "  for (int64_t i = count; i < padded; ++i) to[i] = 0.0f;\n",
         "  (void)padded;\n",
         (f"{KERNELS}::test_parameters_of_an_earlier_call_are_not_read",),
     ),
