@@ -653,6 +653,44 @@ BUGS = (
         "pass",
         ("tests/model/test_properties.py::test_decoding_in_pieces_of_any_size",),
     ),
+    # embed, cli
+    Bug(
+        "embed-ranks-take-the-same-shards",
+        "beit3_fast/embed/ranks.py",
+        'while (index := self.store.add("taken", 1) - 1) < len(todo):',
+        'while (index := self.store.add(f"taken {self.rank}", 1) - 1) < len(todo):',
+        ("tests/embed/test_engines.py::test_ranks_share_a_job_and_one_may_die",),
+        can_hang=True,
+    ),
+    Bug(
+        "embed-rank-0-hears-nothing-before-the-end",
+        "beit3_fast/embed/ranks.py",
+        "        self._done, self._skipped = done, skipped\n        self._listen()\n",
+        "        self._done, self._skipped = done, skipped\n",
+        ("tests/embed/test_engines.py::test_ranks_share_a_job_and_one_may_die",),
+        can_hang=True,
+    ),
+    Bug(
+        "verify-says-the-same-of-other-weights",
+        "beit3_fast/integrations/verification.py",
+        "return not self.changed and all(own.parity.passed for own in self.comparisons)",
+        "return all(own.parity.passed for own in self.comparisons)",
+        ("tests/test_cli_machine.py::test_what_is_not_the_same_is_seen",),
+    ),
+    Bug(
+        "verify-judged-by-itself",
+        "beit3_fast/integrations/verification.py",
+        "_compare(key, found[key], reference[key], baseline[key])",
+        "_compare(key, baseline[key], reference[key], baseline[key])",
+        ("tests/test_cli_machine.py::test_what_is_not_the_same_is_seen",),
+    ),
+    Bug(
+        "cli-bench-counts-calls-not-samples",
+        "beit3_fast/cli/bench.py",
+        '"samples_per_s": asdict(rates(seconds, batch)),',
+        '"samples_per_s": asdict(rates(seconds, 1)),',
+        ("tests/test_cli_machine.py::test_bench",),
+    ),
     # bench
     Bug(
         "bench-ratio-inverted",

@@ -72,6 +72,7 @@ def test_the_help_of_a_command_has_an_example_that_parses(
 ) -> None:
     code, out, _ = usage(capsys, name, "--help")
     assert code == 0
+    assert "--json" in out
     example = out.split("example:\n  ")[1].strip()
     program, *arguments = shlex.split(example)
     assert program == "beit3-fast"
@@ -124,6 +125,10 @@ def test_convert_both_ways(official: Path, capsys: pytest.CaptureFixture[str]) -
     options = ["--name", NAME, "--preset", "imagenet"]
     assert cli.main(["convert", str(official), str(middle), *options]) == 0
     out = capsys.readouterr().out
+    assert cli.main(["convert", str(official), str(middle), *options, "--force", "--json"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)
+    assert (report["target"], report["tensors"]) == (str(middle), 94)
+    assert report["left_out"] == ["epoch"]
     assert f"{middle}: 94 tensors, 1.0 MiB, read back and equal" in out
     assert "left out, since they are no weights: epoch" in out
     found = read_checkpoint(middle)
@@ -184,13 +189,31 @@ def test_an_interrupt_and_a_closed_pipe_end_quietly(
     assert cli.main(["fail"]) == 1
 
 
-def test_errors_that_are_not_ours_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def bug(_: object) -> int:
-        raise ZeroDivisionError
+def test_memory_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    ):
 
-    monkeypatch.setitem(cli.COMMANDS, "bug", cli.Command("x", "x", lambda parser: None, bug))
-    with pytest.raises(ZeroDivisionError):
-        cli.main(["bug"])
+        def greedy(_: object, error: Exception = error) -> int:
+            raise error
+
+        monkeypatch.setitem(cli.COMMANDS, "huge", cli.Command("x", "x", lambda p: None, greedy))
+        assert "not enough memory for this; lower --batch-size" in refused(capsys, "huge")
+
+
+def test_errors_that_are_not_ours_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (ZeroDivisionError, RuntimeError):
+
+        def bug(_: object, error: type[Exception] = error) -> int:
+            raise error
+
+        monkeypatch.setitem(cli.COMMANDS, "bug", cli.Command("x", "x", lambda parser: None, bug))
+        with pytest.raises(error):
+            cli.main(["bug"])
 
 
 def test_python_dash_m_and_a_reader_that_stops_early(tmp_path: Path) -> None:

@@ -225,6 +225,8 @@ def test_bench_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (("--checkpoint", "missing.pth"), "missing.pth"),
         (("--dtype", "x"), "dtype must be"),
         (("--device", "cuda:99"), "is not there"),
+        (("--threads", "99999"), "--threads takes at most"),
+        (("--batch-size", "1" + "0" * 14), "not enough memory"),
     ):
         code, out, err = run(capsys, *BENCH, *arguments)
         assert (code, out) == (1, "")

@@ -185,6 +185,14 @@ def test_what_is_refused(shop: Shop, refuse: Any, tmp_path: Path) -> None:
         (("embed", "missing.tar", "--out", index, *retrieval), "no file or folder 'missing.tar'"),
         (("embed", photo, "--out", index, "--kind", "x", *retrieval), "image, text, pair, got 'x'"),
         (("embed", photo, "--out", index, "--workers", "-1", *retrieval), "workers must be"),
+        (("embed", photo, "--out", index, "--workers", "9999", *retrieval), "at most 256, got"),
+        (("embed", photo, "--out", "", *retrieval), "folder must be a path, got ''"),
+        (("embed", photo, "--out", index, "--output", "x", *retrieval), "pooled, cls, got 'x'"),
+        (("embed", photo, "--out", index, "--format", "x", *retrieval), "parquet, got 'x'"),
+        (("embed", photo, "--out", index, "--engine", "x", *retrieval), "ray, got 'x'"),
+        (("search", f"{index}/no/x", "--build", photo, *retrieval), "does not exist; make it"),
+        (("caption", photo, *captioning, "--device", "xpu"), "device 'xpu' cannot be used"),
+        (("caption", photo, *captioning, "--sample", "--seed", "9" * 30), "seed must be below"),
     ):
         assert message in refuse(*arguments)
     assert not Path(index).exists()

@@ -50,6 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Beit3FastError as error:
         print(f"beit3-fast {arguments.command}: {_one_line(str(error))}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            f"beit3-fast {arguments.command}: there is not enough memory for this; lower --batch-size, or take a smaller model",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print(f"beit3-fast {arguments.command}: interrupted", file=sys.stderr)
         return 130
@@ -57,6 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # whoever read our output has seen enough; without this Python complains once more while it shuts down
         sys.stdout = None
         return 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch says it by class on a GPU, and by its words on a CPU."""
+    words = ("allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or any(own in str(error) for own in words)
 
 
 def _one_line(message: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -52,6 +53,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
     check_model_name(arguments.model)
     if arguments.threads is not None:
+        most = os.cpu_count() or 1
+        if arguments.threads > most:
+            raise ConfigError(
+                f"--threads takes at most {most} on this machine, got {arguments.threads}"
+            )
         torch.set_num_threads(arguments.threads)
     model = create_model(
         arguments.model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from beit3_fast.cli.command import Command
 from beit3_fast.cli.options import add_model, image_paths, load_model, positive, show
@@ -38,6 +39,9 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ConfigError("texts need --tokenizer beit3.spm")
     paths = image_paths(arguments.build) if arguments.build else []
     index = None if paths else EmbeddingIndex.load(arguments.index)
+    # before the images are embedded, which takes longest
+    if paths and not Path(arguments.index).absolute().parent.is_dir():
+        raise ConfigError(f"the folder of {arguments.index!r} does not exist; make it first")
     model, processor = load_model(arguments, "retrieval", "search")
     options = {"processor": processor, "batch_size": arguments.batch_size}
     if index is None:

@@ -28,6 +28,7 @@ from beit3_fast.progress import Progress
 OUTPUTS = ("pooled", "cls")
 ENGINES = ("auto", "local", "torchrun", "ray")
 _PROBED = 16
+_MOST_WORKERS = 256
 
 
 def embed_dataset(
@@ -71,6 +72,9 @@ def embed_dataset(
     _check_texts(items, processor)
     try:
         target = Path(os.fsdecode(folder))
+        # an empty one would be the working folder
+        if not os.fspath(folder):
+            raise TypeError
     except TypeError as error:
         raise ConfigError(f"folder must be a path, got {folder!r:.80}") from error
     probe = _probe(model, kind, output, processor)
@@ -170,7 +174,7 @@ def _checked(
     if output not in OUTPUTS:
         raise ConfigError(f"output must be one of {list(OUTPUTS)}, got {output!r}")
     if workers is None:
-        workers = _free_processors(engine)
+        workers = _free_processors(engine, next(model.parameters()).is_cuda)  # type: ignore[attr-defined]
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("shard_size", shard_size, 1),
@@ -178,12 +182,14 @@ def _checked(
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if workers > _MOST_WORKERS:
+        raise ConfigError(f"workers must be at most {_MOST_WORKERS}, got {workers}")
     return int(workers)
 
 
-def _free_processors(engine: str) -> int:
-    """How many processes decode for one that computes, at most 4; an actor of Ray has its processors to itself."""
-    if engine == "ray":
+def _free_processors(engine: str, on_gpu: bool) -> int:
+    """How many processes decode for one that computes, at most 4. The actors of Ray share all processors already."""
+    if engine == "ray" and not on_gpu:
         return 0
     own = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(4, own - 1))
@@ -192,7 +198,8 @@ def _free_processors(engine: str) -> int:
 def _check_texts(items: Sequence[Item], processor: Processor) -> None:
     if processor.tokenizer is None and any(isinstance(item.text, (Blob, str)) for item in items):
         raise ConfigError(
-            "texts need a tokenizer; pass processor=Processor.for_model(model, 'beit3.spm'), or index files of token ids"
+            "texts need a tokenizer; give the official beit3.spm (--tokenizer, or processor=Processor.for_model(model, "
+            "'beit3.spm')), or index files of token ids"
         )
 
 

@@ -64,6 +64,8 @@ class Options:
                 raise ConfigError(f"top_p must be in (0, 1], got {self.top_p!r}")
         if self.seed is not None:
             _integer("seed", self.seed, 0)
+            if self.seed >= 1 << 63:
+                raise ConfigError(f"seed must be below 2**63, got {self.seed}")
         if self.sample:
             self._check_sampling()
         else:

@@ -208,6 +208,13 @@ def _device(device: str | torch.device) -> torch.device:
         raise ConfigError(
             f"device {device!r} is not there: this torch sees {torch.cuda.device_count()} CUDA devices"
         )
+    try:
+        torch.empty(0, device=wanted)
+    # each backend has its own way of not being there
+    except Exception as error:
+        raise ConfigError(
+            f"device {device!r} cannot be used with this torch ({str(error).splitlines()[0]}); use 'cpu' or 'cuda'"
+        ) from error
     return wanted
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Pairs of ranks, as torchrun starts them, forked from one process that has imported everything. Each notes what it makes,
 # and waits over its first shard for the other's first. In the third job rank 1 dies over its second shard, for which
-# rank 0 waits over its own, and is ended after it has heard of the first, which is what torchrun does.
+# rank 0 waits over its own; over its third, when it must have heard of rank 1's first, it is ended, as torchrun does.
 RANKS = """
 import json, os, signal, socket, sys, time
 import beit3_fast
@@ -50,6 +50,8 @@ def rank(number, port, job, out):
                 open(out + ".dying", "w").close()
                 os.kill(os.getpid(), signal.SIGKILL)
             until(lambda: os.path.exists(out + ".dying"))
+            if len(made) == 2:
+                time.sleep(99)
         with open(out + "." + job, "a") as log:
             log.write(f"{number} {shard}\\n")
         if not made:
