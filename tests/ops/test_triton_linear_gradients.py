@@ -185,3 +185,17 @@ def test_what_the_forward_pass_keeps() -> None:
     y, _ = call(x.requires_grad_(), "gelu", False)
     with pytest.raises(RuntimeError, match="keep=True"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("across", [0, 1])
+def test_a_gradient_that_is_one_row_or_one_number_of_each(across: int) -> None:
+    """As it comes from behind a sum: its strides are zero."""
+    x, weight = draw(7, 16).requires_grad_(), draw(24, 16).requires_grad_()
+    factors = draw(24 if across == 0 else 7)
+
+    def found(impl: str) -> list[Tensor]:
+        y = expert_linear(x, [weight], bounds=(0, 7), impl=impl)
+        return list(torch.autograd.grad((y.sum(across) * factors).sum(), [x, weight]))
+
+    for ours, expected in zip(found("triton"), found("reference"), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
