@@ -59,6 +59,8 @@ def test_example(
     out = capsys.readouterr().out
     for words in EXPECTED[name]:
         assert words in out
+    if name == "export":
+        assert float(out.split()[-1]) < 1e-5
     if name == "answer":
         assert any(answer in out for answer in ANSWERS)
 
