@@ -32,6 +32,7 @@ from beit3_fast.model.registry import for_inference
 from beit3_fast.retrieval import Recall, recall
 from beit3_fast.timing import Effort, interleave, quantiles, speed_ups
 from bench.baselines import fill, our_entrypoint
+from bench.conversion import load
 from bench.inputs import SCENES, photo_batch, photo_files, text_batch, words_to_ids
 from bench.official_captioning import official_captions
 from bench.torchscale_heads import MODELS
@@ -64,8 +65,13 @@ def models(task: str, size: str, pixels: int, dtype: torch.dtype) -> tuple[Any, 
     official.eval().to(dtype)
     shipped = {"base": 224, "large": 224, "tiny": 32}[size]
     name = f"beit3_{size}_patch{config.patch_size}_{shipped}_{task}"
-    ours = beit3_fast.create_model(name, dtype=dtype, img_size=pixels)
-    ours.load_state_dict(official.state_dict())
+    cpu = torch.device("cpu")
+    ours = load(
+        lambda: beit3_fast.create_model(name, device=torch.empty(0).device, img_size=pixels),
+        official.state_dict(),
+        dtype,
+        cpu,
+    )
     return for_inference(ours), official
 
 

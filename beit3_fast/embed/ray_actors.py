@@ -40,16 +40,18 @@ def make_with_ray(
         ray.init(include_dashboard=False, configure_logging=False)
     there = ray.cluster_resources()
     gpus = int(there.get("GPU", 0)) if next(work.model.parameters()).is_cuda else 0
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    count = min(count or gpus or nodes, len(todo))
+    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    count = min(count or gpus or len(nodes), len(todo))
     processors = int(there.get("CPU", 1))
     if count > (gpus or processors):
         raise ConfigError(
             f"engine_workers must be at most {gpus or processors}, the {'GPUs' if gpus else 'processors'} of this Ray "
             f"cluster, got {count}"
         )
-    needs = {"num_gpus": 1} if gpus else {"num_cpus": max(1, processors // count)}
-    # by its own reference: an actor that is started again asks for it once more
+    # an actor lives on one node
+    share = max(1, min(processors // count, int(max(nodes))))
+    needs = {"num_gpus": 1} if gpus else {"num_cpus": share}
+    # kept here as long as the job takes: an actor that is started again asks for it once more
     reference = ray.put(work)
     with _quiet():
         rows = ray.data.from_items(
