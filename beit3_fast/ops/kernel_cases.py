@@ -253,17 +253,17 @@ def _head(dtype: torch.dtype, device: str, *, with_grad: bool) -> list[dict[str,
     targets = torch.randint(531, (19,), generator=generator)
     seed = torch.randn(19, generator=generator)
 
-    def kernel(*own: Tensor) -> Tensor:
+    def kernel(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         index = (rows.to(device), targets.to(device))
-        losses, _ = triton_kernels.masked_linear_cross_entropy(*own, *index, smoothing)
+        losses, _ = triton_kernels.masked_linear_cross_entropy(x, weight, bias, *index, smoothing)
         return cast(Tensor, losses)
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         logits = F.linear(x[rows], weight, bias).float()
         return F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
 
-    def formula(*own: Tensor) -> Tensor:
-        return head_formula.masked_linear_cross_entropy(*own, rows, targets, smoothing)
+    def formula(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return head_formula.masked_linear_cross_entropy(x, weight, bias, rows, targets, smoothing)
 
     results = []
     for call, moved in (
