@@ -126,25 +126,25 @@ def _finish(
         acc *= rstd[:, None]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + vector)[None, :]
+    at = row[:, None] * y_stride + column[None, :]
     if z_ptr is not None:
-        z = acc.to(z_ptr.dtype.element_ty)
-        tl.store(z_ptr + row[:, None] * y_stride + column[None, :], z, mask=real)
+        tl.store(z_ptr + at, acc.to(z_ptr.dtype.element_ty), mask=real)
     if GELU:
         acc = 0.5 * acc * (1.0 + tl.erf(acc * _SQRT_HALF))
     if residual_ptr is not None:
         residual_at = residual_ptr + row[:, None] * residual_stride + column[None, :]
         acc += tl.load(residual_at, mask=real, other=0.0).to(tl.float32)
     y = acc.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + row[:, None] * y_stride + column[None, :], y, mask=real)
+    tl.store(y_ptr + at, y, mask=real)
     if y_parts_ptr is not None:
         # Of what was stored, not of acc: these moments belong to the numbers that the next op reads.
         y = tl.where(real_column[None, :], y.to(tl.float32), 0.0)
         y_mean = tl.sum(y, 1) / tl.minimum(N - first, width)
         shift = tl.where(real_column[None, :], y - y_mean[:, None], 0.0)
-        at = y_parts_ptr + (row * tl.cdiv(N, width) + first // width) * 2
+        part_at = y_parts_ptr + (row * tl.cdiv(N, width) + first // width) * 2
         real_part = tl.where(real_row, first, N) < N
-        tl.store(at, y_mean, mask=real_part)
-        tl.store(at + 1, tl.sum(shift * shift, 1), mask=real_part)
+        tl.store(part_at, y_mean, mask=real_part)
+        tl.store(part_at + 1, tl.sum(shift * shift, 1), mask=real_part)
 
 
 @triton.jit(do_not_specialize=["start", "end0", "end1", "end2", "eps"])
