@@ -66,6 +66,7 @@ def _world_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", type=positive, default=4000, metavar="N")
     parser.add_argument("--pixels", type=positive, default=64, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def _draw(arguments: argparse.Namespace) -> int:
@@ -79,7 +80,9 @@ def _draw(arguments: argparse.Namespace) -> int:
         pixels=arguments.pixels,
     )
     folder = write_world(arguments.folder, size, arguments.seed)
-    print(f"{folder}: {size.train + size.val + size.test} scenes")
+    scenes = size.train + size.val + size.test
+    report = {"folder": str(folder), "scenes": scenes, "texts": size.texts}
+    print(json.dumps(report) if arguments.json else f"{folder}: {scenes} scenes")
     return 0
 
 

@@ -272,7 +272,8 @@ def test_quick_is_base_models_and_measures_memory_in_bfloat16_only(
     assert both == {"bfloat16", "float32"}
     full = run._plan(run._parser().parse_args(["--full"]))
     assert {"train/base/224", "image/large/224"} <= {c.workload.name for c in full.cases}
-    assert {case.batch for case in full.cases} == {8, 1}
+    assert {case.batch for case in full.cases} == {8, 2, 1}
+    assert {c.workload.task_name for c in full.cases if c.batch == 2} == {"pretrain"}
     usual = run._plan(run._parser().parse_args([]))
     assert {c.workload.name for c in usual.cases} > names
     assert {case.batch for case in usual.cases} == {8, 1}
