@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import sys
 import warnings
+from contextlib import suppress
 from functools import cache, partial
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,22 +23,26 @@ from bench.torchscale_pretraining import Pretraining
 _SHIM: list[torch.library.Library] = []
 
 
+def import_torchvision() -> ModuleType:
+    """torchvision's Python part, whatever PyTorch it was built for. Raises ImportError where it is not installed."""
+    try:
+        return import_module("torchvision")
+    except RuntimeError:
+        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "DEF")
+        for op in ("nms", "qnms"):
+            library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _SHIM.append(library)
+        return import_module("torchvision")
+
+
 @cache
 def import_torchscale() -> tuple[Any, Any]:
     """torchscale's (EncoderConfig, BEiT3). Raises ConfigError where it does not import all the same."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), suppress(Exception):
         warnings.simplefilter("ignore")
-        try:
-            import_module("torchvision")
-        except ImportError:
-            pass
-        except RuntimeError:
-            for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
-                del sys.modules[name]
-            library = torch.library.Library("torchvision", "DEF")
-            for op in ("nms", "qnms"):
-                library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            _SHIM.append(library)
+        import_torchvision()
     return torchscale_models.import_torchscale()
 
 

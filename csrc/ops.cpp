@@ -127,15 +127,19 @@ DType form_of(const Tensor& packed, const char* op) {
   return dtype_of(packed, op, "packed");
 }
 
+// Whether this is a weight [out_features, in_features] of that form, packed by this build.
+bool holds_weight(const Tensor& packed, DType form, int64_t out_features, int64_t in_features) {
+  return packed.dim() == 1 && packed.is_contiguous() &&
+         beit3_fast::cpu::is_packed(packed.const_data_ptr(),
+                                    packed.numel() * static_cast<int64_t>(packed.element_size()),
+                                    form, out_features, in_features);
+}
+
 Tensor unpack_weight(Tensor packed, int64_t rows, int64_t columns) {
   const DType dtype = form_of(packed, "unpack_weight");
-  require(
-      rows > 0 && columns > 0 && packed.dim() == 1 && packed.is_contiguous() &&
-          beit3_fast::cpu::is_packed(packed.const_data_ptr(),
-                                     packed.numel() * static_cast<int64_t>(packed.element_size()),
-                                     dtype, rows, columns),
-      "unpack_weight: not a weight of shape [", rows, ", ", columns,
-      "] and this dtype packed by pack_weight of this build");
+  require(rows > 0 && columns > 0 && holds_weight(packed, dtype, rows, columns),
+          "unpack_weight: not a weight of shape [", rows, ", ", columns,
+          "] and this dtype packed by pack_weight of this build");
   const int64_t shape[] = {rows, columns};
   Tensor weight = torch::stable::new_empty(
       packed, {shape, 2}, dtype == DType::kInt8 ? ScalarType::Float : packed.scalar_type());
@@ -260,11 +264,8 @@ Tensor expert_linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> 
         require(
             p.is_cpu() && (form == DType::kInt8 || form == call.dtype) && form_of(p, op) == form,
             op, ": every packed weight must be of the dtype of x, or all of int8");
-        require(p.dim() == 1 && p.is_contiguous() &&
-                    beit3_fast::cpu::is_packed(p.const_data_ptr(),
-                                               p.numel() * static_cast<int64_t>(p.element_size()),
-                                               form, height, in_features),
-                op, ": packed[", i, "] is not a weight of shape [", height, ", ", in_features,
+        require(holds_weight(p, form, height, in_features), op, ": packed[", i,
+                "] is not a weight of shape [", height, ", ", in_features,
                 "] and this dtype packed by pack_weight of this build");
         expert.packed.push_back(p.const_data_ptr());
       }
@@ -314,13 +315,9 @@ int64_t product_loop(Tensor x, Tensor packed, int64_t repeats) {
   require(repeats > 0 && x.size(0) > 0 && x.size(1) > 0, op, ": needs rows, columns and repeats");
   call.in_features = x.size(1);
   call.out_features = beit3_fast::cpu::kPanel;
-  require(
-      packed.dim() == 1 && packed.is_contiguous() &&
-          beit3_fast::cpu::is_packed(packed.const_data_ptr(),
-                                     packed.numel() * static_cast<int64_t>(packed.element_size()),
-                                     form, call.out_features, call.in_features),
-      op, ": packed must be a weight [", call.out_features, ", ", call.in_features,
-      "] packed by pack_weight of this build");
+  require(holds_weight(packed, form, call.out_features, call.in_features), op,
+          ": packed must be a weight [", call.out_features, ", ", call.in_features,
+          "] packed by pack_weight of this build");
   call.x = x.const_data_ptr();
   call.x_stride = x.stride(0);
   Expert expert;
@@ -352,13 +349,10 @@ Tensor patch_embedding(Tensor images, Tensor packed, std::optional<Tensor> bias,
           shape_of(cls_token));
   const int64_t out_features = cls_token.size(0);
   const int64_t in_features = call.channels * patch * patch;
-  require(
-      dtype_of(packed, op, "packed") == call.dtype && packed.dim() == 1 && packed.is_contiguous() &&
-          beit3_fast::cpu::is_packed(packed.const_data_ptr(),
-                                     packed.numel() * static_cast<int64_t>(packed.element_size()),
-                                     call.dtype, out_features, in_features),
-      op, ": packed is not a weight of shape [", out_features, ", ", in_features,
-      "] and this dtype packed by pack_weight of this build");
+  require(dtype_of(packed, op, "packed") == call.dtype &&
+              holds_weight(packed, call.dtype, out_features, in_features),
+          op, ": packed is not a weight of shape [", out_features, ", ", in_features,
+          "] and this dtype packed by pack_weight of this build");
   call.packed = packed.const_data_ptr();
   call.out_features = out_features;
   call.cls_token = parameter_of(cls_token, out_features, op, "cls_token");

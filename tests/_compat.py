@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,15 +13,9 @@ from torch import Tensor
 from beit3_fast.config import BEiT3Config
 from beit3_fast.model import BEiT3
 from beit3_fast.ops import library
-
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    # bench/ is a folder of the repository and no part of the installed package.
-    sys.path.insert(0, str(ROOT))
-
-from bench.baselines import fill, torchscale_obstacle  # noqa: E402
-from bench.official_captioning import official_caption_step, reorder_cache  # noqa: E402, F401
-from bench.torchscale_heads import MODELS, import_torchscale  # noqa: E402
+from bench.baselines import fill, torchscale_obstacle
+from bench.official_captioning import official_caption_step, reorder_cache  # noqa: F401
+from bench.torchscale_heads import MODELS, import_torchscale
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

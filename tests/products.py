@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from spm import train_tiny_sentencepiece
 
 import beit3_fast
-
-sys.path.insert(0, str(Path(__file__).parent / "data"))
-
-from spm import train_tiny_sentencepiece
 
 ANSWERS = ("yes", "no", "two", "a red cup", "a cat")
 

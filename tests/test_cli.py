@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_calls import refused, usage
 
 import beit3_fast
 from beit3_fast import cli
@@ -27,23 +28,6 @@ def official(tmp_path: Path) -> Path:
     path = tmp_path / "beit3_tiny.pth"
     torch.save({"model": beit3_fast.create_model(NAME).state_dict(), "epoch": 7}, path)
     return path
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The error of a command that fails: exit code 1, nothing on stdout, one line on stderr."""
-    assert cli.main(arguments) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith(f"beit3-fast {arguments[0]}: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
-
-
-def usage(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int | str | None, str, str]:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
-    captured = capsys.readouterr()
-    return caught.value.code, captured.out, captured.err
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_calls import refused
 from products import ANSWERS, Shop
 
 from beit3_fast import cli
@@ -32,15 +34,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
 
 @pytest.fixture
 def refuse(capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*arguments: str) -> str:
-        assert cli.main(arguments) == 1
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert captured.err.startswith(f"beit3-fast {arguments[0]}: ")
-        assert captured.err.count("\n") == 1
-        return captured.err
-
-    return call
+    return partial(refused, capsys)
 
 
 def test_caption(shop: Shop, run: Any) -> None:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from spm import train_tiny_sentencepiece
 
 import beit3_fast
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "data"))
-
-from spm import train_tiny_sentencepiece  # noqa: E402
-
 README = (HERE.parent / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 # A snippet names models and sizes that a person would use; these stand in for them.

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from beit3_fast.cli.command import Command
-from beit3_fast.cli.options import add_runtime, check_model_name, positive, show
+from beit3_fast.cli.options import add_runtime, check_model_name, make_model, positive, show
 from beit3_fast.errors import ConfigError
 
 
@@ -48,7 +48,6 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from beit3_fast.model import create_model
     from beit3_fast.timing import Effort, interleave, quantiles, rates, synchronizer
 
     check_model_name(arguments.model)
@@ -59,14 +58,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 f"--threads takes at most {most} on this machine, got {arguments.threads}"
             )
         torch.set_num_threads(arguments.threads)
-    model = create_model(
-        arguments.model,
-        arguments.checkpoint,
-        arguments.device,
-        arguments.dtype,
-        arguments.impl,
-        inference_only=True,
-    )
+    model = make_model(arguments)
     batch = arguments.batch_size
     effort = Effort(warmup=1, rounds=3, seconds=float(arguments.seconds))
     wait = synchronizer(torch.device(arguments.device))

@@ -47,7 +47,6 @@ def add_runtime(group: argparse._ActionsContainer) -> None:
 def load_model(arguments: argparse.Namespace, needs: str, use: str) -> tuple[Any, Any]:
     """The model and its processor. Raises ConfigError unless the model has the method or attribute ``needs``."""
     from beit3_fast.data import Processor
-    from beit3_fast.model import create_model
 
     check_model_name(arguments.model)
     kind = arguments.model.rpartition("_")[2]
@@ -55,7 +54,15 @@ def load_model(arguments: argparse.Namespace, needs: str, use: str) -> tuple[Any
         raise ConfigError(
             f"{use} needs a model whose name ends in _{needs}, got {arguments.model}; see beit3_fast.list_models()"
         )
-    model = create_model(
+    model = make_model(arguments)
+    return model, Processor.for_model(model, getattr(arguments, "tokenizer", None))
+
+
+def make_model(arguments: argparse.Namespace) -> Any:
+    """The model that the options name, for inference."""
+    from beit3_fast.model import create_model
+
+    return create_model(
         arguments.model,
         arguments.checkpoint,
         arguments.device,
@@ -64,7 +71,6 @@ def load_model(arguments: argparse.Namespace, needs: str, use: str) -> tuple[Any
         inference_only=True,
         **_classes(arguments),
     )
-    return model, Processor.for_model(model, getattr(arguments, "tokenizer", None))
 
 
 def _classes(arguments: argparse.Namespace) -> dict[str, int]:

@@ -144,3 +144,8 @@ def expert_linear_backward(
     if rows is not None:
         dx = torch.zeros_like(x).index_add(0, rows, dx)
     return dx, dweights, dbiases, dgammas, dbetas
+
+
+def residual_gradient(grad: Tensor, rows: Tensor | None) -> Tensor:
+    """Gradient of the residual, given that of the result [M, O]: none for rows that ``rows`` does not name."""
+    return grad if rows is None else torch.zeros_like(grad).index_copy(0, rows, grad[rows])

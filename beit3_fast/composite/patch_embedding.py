@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -17,11 +16,11 @@ def patch_embedding(
     mask_token: Tensor,
     positions: Tensor | None,
     masked: Tensor | None,
-    product: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+    product: Callable[[Tensor, Tensor | None], Tensor],
 ) -> Tensor:
     """Arguments and result as in ``beit3_fast.reference.patch_embedding``; obeys autocast and autograd.
 
-    ``product``: patches [M, K * P * P] and bias -> [M, C], in place of ``F.linear`` with the weight.
+    ``product``: patches [M, K * P * P] and bias -> [M, C], the product with the weight.
     """
     batch, channels, height, width = images.shape
     size = weight.shape[-1]
@@ -29,8 +28,7 @@ def patch_embedding(
     patches = images.reshape(batch, channels, rows, size, columns, size)
     patches = patches.permute(0, 2, 4, 1, 3, 5)
     patches = patches.reshape(batch * rows * columns, channels * size * size)
-    x = F.linear(patches, weight.flatten(1), bias) if product is None else product(patches, bias)
-    x = x.unflatten(0, (batch, rows * columns))
+    x = product(patches, bias).unflatten(0, (batch, rows * columns))
     if masked is not None:
         x = torch.where(masked.unsqueeze(-1), mask_token, x)
     # Under autocast x is of lower precision: the sum of all layers starts in the parameters' dtype.

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit3_fast.composite.expert_linear import expert_linear as composite_impl
-from beit3_fast.composite.expert_linear import expert_linear_backward
+from beit3_fast.composite.expert_linear import expert_linear_backward, residual_gradient
 from beit3_fast.derived import derived, needs_grad
 from beit3_fast.ops import cpu_kernels, dispatch, library, triton_kernels
 from beit3_fast.ops.operands import Norm, Weight, check, flat
@@ -296,20 +296,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, rows, *flat = ctx.saved_tensors
-    groups = []
-    for size in ctx.sizes:
-        groups.append(flat[:size])
-        flat = flat[size:]
-    weights, biases, norm_weights, norm_biases = groups
+    x, rows, *parameters = ctx.saved_tensors
+    weights, biases, norm_weights, norm_biases = triton_kernels.regrouped(parameters, ctx.sizes)
     dx, *lists = expert_linear_backward(
         grad, x, weights, biases, norm_weights, norm_biases, rows, *ctx.rest
     )
-    dresidual = None
-    if ctx.has_residual:
-        dresidual = grad
-        if rows is not None:
-            dresidual = torch.zeros_like(grad).index_copy(0, rows, grad[rows])
+    dresidual = residual_gradient(grad, rows) if ctx.has_residual else None
     dweights, dbiases, dgammas, dbetas = lists
     packed = [None] * ctx.num_packed
     return dx, dweights, packed, dbiases, dgammas, dbetas, dresidual, None, None, None, None

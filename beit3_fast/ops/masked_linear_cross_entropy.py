@@ -87,12 +87,6 @@ def _composite(
     return composite_impl(x, weight, bias, rows, targets, label_smoothing)
 
 
-@_composite.register_fake
-def _(x: Tensor, weight: Tensor, bias: Any, rows: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(rows.shape, dtype=dtype), x.new_empty((rows.shape[0], 2), dtype=dtype)
-
-
 @torch.library.custom_op("beit3_fast::masked_linear_cross_entropy_backward", mutates_args=())
 def _composite_backward(
     grad: Tensor,
@@ -109,26 +103,35 @@ def _composite_backward(
     )
 
 
-@_composite_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    dbias = weight.new_empty(0 if bias is None else weight.shape[0])
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
+def _register(forward: Any, backward: Any) -> None:
+    """Shapes and gradient of an implementation: a pair of ops with the signatures of these two."""
+
+    @forward.register_fake
+    def _(x: Tensor, weight: Tensor, bias: Any, rows: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return x.new_empty(rows.shape, dtype=dtype), x.new_empty((rows.shape[0], 2), dtype=dtype)
+
+    @backward.register_fake
+    def _(
+        grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dbias = weight.new_empty(0 if bias is None else weight.shape[0])
+        return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *operands, ctx.label_smoothing = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*operands, output[1])
+
+    def gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+        dx, dweight, dbias = backward(grad, *ctx.saved_tensors, ctx.label_smoothing)
+        return dx, dweight, dbias if dbias.numel() else None, None, None, None
+
+    forward.register_autograd(gradient, setup_context=setup)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *operands, ctx.label_smoothing = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*operands, output[1])
-
-
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    dx, dweight, dbias = _composite_backward(grad, *ctx.saved_tensors, ctx.label_smoothing)
-    return dx, dweight, dbias if dbias.numel() else None, None, None, None
-
-
-_composite.register_autograd(_backward, setup_context=_setup_context)
+_register(_composite, _composite_backward)
+_register(triton_kernels.masked_linear_cross_entropy, triton_kernels.cross_entropy_backward)
 
 
 def _check(

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from beit3_fast.composite.expert_linear import residual_gradient
 from beit3_fast.composite.masked_linear_cross_entropy import masked_linear_cross_entropy_backward
 from beit3_fast.derived import derived
 from beit3_fast.errors import KernelUnavailable
@@ -175,19 +176,16 @@ def _linear_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
             "triton_expert_linear: a gradient needs what keep=True keeps; beit3_fast.ops asks for it"
         )
     x, rows, z, *flat = ctx.saved_tensors
-    groups = _regrouped(flat, ctx.sizes)
+    groups = regrouped(flat, ctx.sizes)
     dx, *gradients = _expert_linear_backward(grad, x, *groups, z, rows, ctx.bounds, ctx.eps)
-    dweights, dbiases, dgammas, dbetas = _regrouped(gradients, ctx.sizes)
-    dresidual = None
-    if ctx.has_residual:
-        dresidual = grad
-        if rows is not None:
-            dresidual = torch.zeros_like(grad).index_copy(0, rows, grad[rows])
+    dweights, dbiases, dgammas, dbetas = regrouped(gradients, ctx.sizes)
+    dresidual = residual_gradient(grad, rows) if ctx.has_residual else None
     parts = [None] * ctx.num_parts
     return dx, dweights, parts, dbiases, dgammas, dbetas, dresidual, *[None] * 5
 
 
-def _regrouped(flat: list[Tensor], sizes: list[int]) -> list[list[Tensor]]:
+def regrouped(flat: list[Tensor], sizes: list[int]) -> list[list[Tensor]]:
+    """A flat list cut into lists of these sizes."""
     feed = iter(flat)
     return [list(islice(feed, size)) for size in sizes]
 
@@ -288,14 +286,8 @@ def masked_linear_cross_entropy(
     return cast(tuple[Tensor, Tensor], done)
 
 
-@masked_linear_cross_entropy.register_fake
-def _(x: Tensor, weight: Tensor, bias: Any, rows: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    shape = rows.shape
-    return x.new_empty(shape, dtype=torch.float32), x.new_empty((*shape, 2), dtype=torch.float32)
-
-
 @torch.library.custom_op("beit3_fast::triton_masked_linear_cross_entropy_backward", mutates_args=())
-def _cross_entropy_backward(
+def cross_entropy_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -305,33 +297,11 @@ def _cross_entropy_backward(
     peaks: Tensor,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients as ``beit3_fast.composite.masked_linear_cross_entropy`` gives them."""
     kernels = _kernels("masked_linear_cross_entropy", x.device.type)
     operands = (grad.contiguous(), x, weight, bias, rows, targets, peaks, label_smoothing)
     slopes = partial(kernels.slopes, *operands)
     return masked_linear_cross_entropy_backward(*operands, slopes)
-
-
-@_cross_entropy_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    dbias = weight.new_empty(0 if bias is None else weight.shape[0])
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
-
-
-def _setup_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *operands, ctx.label_smoothing = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*operands, output[1])
-
-
-def _differentiated(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    gradients = _cross_entropy_backward(grad, *ctx.saved_tensors, ctx.label_smoothing)
-    dx, dweight, dbias = gradients
-    return dx, dweight, dbias if dbias.numel() else None, None, None, None
-
-
-masked_linear_cross_entropy.register_autograd(_differentiated, setup_context=_setup_cross_entropy)
 
 
 def _segments(

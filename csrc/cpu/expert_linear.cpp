@@ -9,8 +9,6 @@
 namespace beit3_fast::cpu {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Row blocks, and where they are too few for the threads, ranges of panels.
 void plan(const Pool& pool, const ExpertLinear& op, const std::vector<LinearBlock>& experts,
           std::vector<LinearBlock>* tasks) {

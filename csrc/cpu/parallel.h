@@ -9,6 +9,8 @@
 
 namespace beit3_fast::cpu {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // A thread pool as the binding layer offers it: run(n, body, context) calls body(i, context) for
 // every i in [0, n), each from any one thread, and returns when all are done.
 struct Pool {

@@ -10,8 +10,6 @@
 namespace beit3_fast::cpu {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 const char* at(const void* base, int64_t elements, int64_t bytes) {
   return static_cast<const char*>(base) + elements * bytes;
 }

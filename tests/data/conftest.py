@@ -1,17 +1,15 @@
 from __future__ import annotations
 
-import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from spm import train_tiny_sentencepiece
 
 from beit3_fast.data import Tokenizer
-
-_SHIM: list[torch.library.Library] = []
+from bench.torchscale_heads import import_torchvision
 
 
 @pytest.fixture(scope="session")
@@ -43,18 +41,10 @@ def photos() -> dict[str, np.ndarray]:
 def transforms() -> Any:
     """torchvision.transforms, also where torchvision's compiled part was made for another PyTorch."""
     try:
-        import torchvision.transforms as transforms
+        import_torchvision()
     except ImportError:
         pytest.skip("torchvision is not installed")
-    except RuntimeError:
-        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for op in ("nms", "qnms"):
-            library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _SHIM.append(library)
-        import torchvision.transforms as transforms
-    return transforms
+    return import_module("torchvision.transforms")
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from embed_cases import Data
+from held_elsewhere import held_elsewhere
 
 import beit3_fast
 from beit3_fast.embed.decode import Chunk, Decoder
@@ -166,24 +167,11 @@ def test_a_worker_that_is_killed(
 
 
 def test_two_processes_do_not_meet(checkpoint: str, data: Data, tmp_path: Path) -> None:
-    code = (
-        "import fcntl, sys\nfile = open(sys.argv[1], 'a')\nfcntl.lockf(file, fcntl.LOCK_EX)\n"
-        "print('held', flush=True)\nsys.stdin.read()\n"
-    )
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / ".lock")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(CheckpointError, match="another process writes to"):
-            run(checkpoint, tmp_path, data)
-    finally:
-        other.communicate("", timeout=60)
-    assert run(checkpoint, tmp_path, data).embedded == 12
+    with (
+        held_elsewhere(tmp_path),
+        pytest.raises(CheckpointError, match="another process writes to"),
+    ):
+        run(checkpoint, tmp_path, data)
 
 
 def test_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:

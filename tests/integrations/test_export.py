@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from model_cases import images, task_model
 from torch import Tensor
 
 import beit3_fast
 from beit3_fast.errors import ConfigError
 from beit3_fast.integrations.export import ImageTower
 from beit3_fast.ops import library
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "model"))
-
-from model_cases import images, task_model
 
 OUTPUTS = ("pooled", "cls", "tokens")
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from model_cases import backbone, images, need, padding, task_model, texts
 from torch import Tensor
 
 from beit3_fast.layout import TokenLayout
 from beit3_fast.ops import Norm, dispatch, expert_linear, library, shared_attention
 from beit3_fast.parity import assert_parity, model_parity
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "model"))
-
-from model_cases import backbone, images, need, padding, task_model, texts
 
 BF16 = torch.bfloat16
 IMPLS = ("cpu", "composite", "auto")

@@ -7,21 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import (
-    DTYPES,
-    IMPLS,
+from linear_cases import (
     LINEAR_FACTORS,
     SHAPES,
-    TARGETS,
     LinearCase,
     LinearOperands,
-    assert_near,
     linear_cases,
     linear_operands,
-    need,
     plain_linear,
-    stacks,
+    run_linear,
 )
+from op_cases import DTYPES, IMPLS, TARGETS, assert_near, need
 from torch import Tensor
 
 from beit3_fast.ops import Norm, expert_linear
@@ -35,30 +31,15 @@ GRADIENT_CASES = [
 LONG_CASES = linear_cases(repeats=9)[len(CASES) :]
 
 
-def run(operands: LinearOperands, case: LinearCase, impl: str) -> Tensor:
-    x, weights, biases, norm, residual, rows, bounds = operands
-    return expert_linear(
-        x,
-        stacks(weights, case.stacked),
-        None if biases is None else stacks(biases, case.stacked),
-        bounds=bounds,
-        norm=norm,
-        activation="gelu" if case.gelu else None,
-        residual=residual,
-        rows=rows,
-        impl=impl,
-    )
-
-
 def truth_of(operands: LinearOperands, case: LinearCase) -> Tensor:
-    return run(operands.map(Tensor.double), case, "reference")
+    return run_linear(operands.map(Tensor.double), case, "reference")
 
 
 def check_forward(case: LinearCase) -> None:
     need(case.impl)
     operands = linear_operands(case)
     with torch.set_grad_enabled(case.grad_mode):
-        ours = run(operands, case, case.impl)
+        ours = run_linear(operands, case, case.impl)
         plain = plain_linear(operands, case.gelu)
     assert_near(op_parity(ours, plain, truth_of(operands, case)), case)
 
@@ -86,9 +67,9 @@ def test_gradients(case: LinearCase) -> None:
         y.backward(seed.to(y.dtype))
         return {name: leaf.grad for name, leaf in own.leaves().items()}
 
-    ours = gradients(lambda t: t, lambda own: run(own, case, case.impl))
+    ours = gradients(lambda t: t, lambda own: run_linear(own, case, case.impl))
     plain = gradients(lambda t: t, lambda own: plain_linear(own, case.gelu))
-    truth = gradients(Tensor.double, lambda own: run(own, case, "reference"))
+    truth = gradients(Tensor.double, lambda own: run_linear(own, case, "reference"))
     bounds = operands.bounds
     for name, expected in truth.items():
         if expected is None:
@@ -199,7 +180,7 @@ def test_gradcheck(impl: str, norm: bool, gelu: bool, rows: bool) -> None:
             rows=small.rows,
             bounds=small.bounds,
         )
-        return run(filled, case, impl)
+        return run_linear(filled, case, impl)
 
     assert torch.autograd.gradcheck(call, leaves)
 
@@ -319,9 +300,9 @@ def test_what_uninitialised_memory_holds_changes_nothing(impl: str, dtype: str) 
     )
     operands = linear_operands(case)
     with torch.no_grad():
-        poisoned = run(operands, case, impl)
+        poisoned = run_linear(operands, case, impl)
         torch.utils.deterministic.fill_uninitialized_memory = False
-        assert torch.equal(run(operands, case, impl), poisoned)
+        assert torch.equal(run_linear(operands, case, impl), poisoned)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -344,6 +325,6 @@ def test_the_operands_are_only_read(impl: str) -> None:
     operands = linear_operands(case)
     before = {name: leaf.clone() for name, leaf in operands.leaves().items()}
     with torch.no_grad():
-        run(operands, case, impl)
+        run_linear(operands, case, impl)
     for name, leaf in operands.leaves().items():
         assert torch.equal(leaf, before[name]), name

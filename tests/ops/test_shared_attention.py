@@ -7,22 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import (
+from attention_cases import (
     ATTENTION_FACTORS,
-    DTYPES,
-    IMPLS,
     LAYOUTS,
     MASKS,
-    TARGETS,
     AttentionCase,
     AttentionOperands,
-    assert_near,
     attention_cases,
     attention_operands,
-    need,
     plain_attention,
     rows_and_names,
+    run_attention,
 )
+from op_cases import DTYPES, IMPLS, TARGETS, assert_near, need
 from torch import Tensor
 
 from beit3_fast.errors import KernelUnavailable
@@ -45,12 +42,6 @@ PLAIN = AttentionCase(
 )
 
 
-def run(operands: AttentionOperands, case: AttentionCase, impl: str) -> Tensor:
-    q, k, v, layout, queries, mask = operands
-    heads = case.heads[0]
-    return shared_attention(q, k, v, layout, num_heads=heads, mask=mask, queries=queries, impl=impl)
-
-
 def widened(operands: AttentionOperands) -> AttentionOperands:
     return operands._replace(q=operands.q.double(), k=operands.k.double(), v=operands.v.double())
 
@@ -59,8 +50,8 @@ def check_forward(case: AttentionCase) -> None:
     need(case.impl)
     operands = attention_operands(case)
     with torch.set_grad_enabled(case.grad_mode):
-        ours = run(operands, case, case.impl)
-    truth = run(widened(operands), case, "reference")
+        ours = run_attention(operands, case, case.impl)
+    truth = run_attention(widened(operands), case, "reference")
     plain = plain_attention(operands, case.heads[0], truth)
     assert_near(op_parity(ours, plain, truth), case)
 
@@ -88,12 +79,14 @@ def gradients(operands: AttentionOperands, dtype: str, call: Any) -> list[Tensor
 def test_gradients(case: AttentionCase) -> None:
     need(case.impl)
     operands = attention_operands(case)
-    ours = gradients(operands, case.dtype, lambda own: run(own, case, case.impl))
+    ours = gradients(operands, case.dtype, lambda own: run_attention(own, case, case.impl))
     if operands.q.shape[0] == 0:
         assert not any(bool(t.any()) for t in ours)
         return
     plain = gradients(operands, case.dtype, lambda own: plain_attention(own, case.heads[0]))
-    truth = gradients(widened(operands), case.dtype, lambda own: run(own, case, "reference"))
+    truth = gradients(
+        widened(operands), case.dtype, lambda own: run_attention(own, case, "reference")
+    )
     for name, mine, theirs, expected in zip("qkv", ours, plain, truth, strict=True):
         if not bool(expected.any()):
             # One visible key each: q and k have no effect, and what is left is rounding.
@@ -106,7 +99,9 @@ def test_gradients(case: AttentionCase) -> None:
 def test_gradients_of_hard_inputs_are_finite(case: AttentionCase) -> None:
     need(case.impl)
     operands = attention_operands(case)
-    for gradient in gradients(operands, case.dtype, lambda own: run(own, case, case.impl)):
+    for gradient in gradients(
+        operands, case.dtype, lambda own: run_attention(own, case, case.impl)
+    ):
         assert bool(gradient.isfinite().all())
 
 
@@ -143,7 +138,9 @@ def test_the_formula_itself(mask: str, selection: str) -> None:
     """The truth of all other tests against arithmetic without PyTorch."""
     case = PLAIN._replace(mask=mask, selection=selection, heads=(2, 3))
     q, k, v, layout, queries, given = attention_operands(case)
-    y = run(widened(AttentionOperands(q, k, v, layout, queries, given)), case, "reference")
+    y = run_attention(
+        widened(AttentionOperands(q, k, v, layout, queries, given)), case, "reference"
+    )
     own = queries or layout
     first_text = max(layout.vision_lengths)
     for sample in range(layout.batch_size):
@@ -179,7 +176,7 @@ def test_gradcheck(impl: str, mask: str, selection: str) -> None:
     leaves = [t.detach().requires_grad_() for t in operands[:3]]
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return run(operands._replace(q=q, k=k, v=v), case, impl)
+        return run_attention(operands._replace(q=q, k=k, v=v), case, impl)
 
     assert torch.autograd.gradcheck(call, leaves)
 
@@ -273,10 +270,10 @@ def test_what_uninitialised_memory_holds_changes_nothing(impl: str, dtype: str) 
     for mask in MASKS:
         case = PLAIN._replace(dtype=dtype, mask=mask, selection="first first")
         operands = attention_operands(case)
-        poisoned = run(operands, case, impl)
+        poisoned = run_attention(operands, case, impl)
         assert bool(poisoned.isfinite().all())
         torch.utils.deterministic.fill_uninitialized_memory = False
-        assert torch.equal(run(operands, case, impl), poisoned)
+        assert torch.equal(run_attention(operands, case, impl), poisoned)
         torch.utils.deterministic.fill_uninitialized_memory = True
 
 

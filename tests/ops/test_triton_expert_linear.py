@@ -6,17 +6,16 @@ import math
 
 import pytest
 import torch
-from op_cases import (
-    DTYPES,
+from linear_cases import (
     SHAPES,
     LinearCase,
     LinearOperands,
-    assert_near,
     linear_cases,
     linear_operands,
     plain_linear,
-    stacks,
+    run_linear,
 )
+from op_cases import DTYPES, assert_near
 from torch import Tensor
 from triton_cases import DEVICE, TARGETS, linear_on_device, moments, one_target_each
 
@@ -32,27 +31,12 @@ DTYPE_NAMES = [dtype for _, dtype in TARGETS]
 EDGES = kernels.Tile(16, 32, 16, 2, 4, 2, slices=2)
 
 
-def run(operands: LinearOperands, case: LinearCase, impl: str) -> Tensor:
-    x, weights, biases, norm, residual, rows, bounds = operands
-    return expert_linear(
-        x,
-        stacks(weights, case.stacked),
-        None if biases is None else stacks(biases, case.stacked),
-        bounds=bounds,
-        norm=norm,
-        activation="gelu" if case.gelu else None,
-        residual=residual,
-        rows=rows,
-        impl=impl,
-    )
-
-
 @torch.no_grad()
 def check_forward(case: LinearCase) -> None:
     operands = linear_operands(case)
-    truth = run(operands.map(Tensor.double), case, "reference")
+    truth = run_linear(operands.map(Tensor.double), case, "reference")
     plain = plain_linear(operands, case.gelu)
-    ours = run(linear_on_device(operands), case, "triton").cpu()
+    ours = run_linear(linear_on_device(operands), case, "triton").cpu()
     assert_near(op_parity(ours, plain, truth), case)
 
 

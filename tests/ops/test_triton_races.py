@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import DTYPES, MASKS
+from attention_cases import MASKS
+from op_cases import DTYPES
 from torch import Tensor
 from triton_cases import DEVICE, TARGETS
 

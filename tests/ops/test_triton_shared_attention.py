@@ -8,20 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import (
-    DTYPES,
+from attention_cases import (
     LAYOUTS,
     MASKS,
     SELECTIONS,
     AttentionCase,
     AttentionOperands,
-    assert_near,
     attention_cases,
     attention_operands,
     plain_attention,
     rows_and_names,
+    run_attention,
     visible_keys,
 )
+from op_cases import DTYPES, assert_near
 from torch import Tensor
 from triton_cases import DEVICE, TARGETS, attention_on_device, moments, one_target_each
 
@@ -46,19 +46,13 @@ LONG_CASES = [case for case in ALL_CASES if case not in CASES]
 DTYPE_NAMES = [dtype for _, dtype in TARGETS]
 
 
-def run(operands: AttentionOperands, case: AttentionCase, impl: str) -> Tensor:
-    q, k, v, layout, queries, mask = operands
-    heads = case.heads[0]
-    return shared_attention(q, k, v, layout, num_heads=heads, mask=mask, queries=queries, impl=impl)
-
-
 @torch.no_grad()
 def check_forward(case: AttentionCase) -> None:
     operands = attention_operands(case)
     q, k, v = (t.double() for t in operands[:3])
-    truth = run(operands._replace(q=q, k=k, v=v), case, "reference")
+    truth = run_attention(operands._replace(q=q, k=k, v=v), case, "reference")
     plain = plain_attention(operands, case.heads[0], truth)
-    ours = run(attention_on_device(operands), case, "triton").cpu()
+    ours = run_attention(attention_on_device(operands), case, "triton").cpu()
     assert_near(op_parity(ours, plain, truth), case)
 
 
@@ -96,13 +90,13 @@ def gradients(operands: AttentionOperands, dtype: str, call: Any) -> list[Tensor
 def check_gradients(case: AttentionCase) -> None:
     operands = attention_operands(case)
     on_device = attention_on_device(operands)
-    ours = gradients(on_device, case.dtype, lambda own: run(own, case, "triton"))
+    ours = gradients(on_device, case.dtype, lambda own: run_attention(own, case, "triton"))
     if operands.q.shape[0] == 0:
         assert not any(bool(t.any()) for t in ours)
         return
     plain = gradients(operands, case.dtype, lambda own: plain_attention(own, case.heads[0]))
     wide = operands._replace(q=operands.q.double(), k=operands.k.double(), v=operands.v.double())
-    truth = gradients(wide, case.dtype, lambda own: run(own, case, "reference"))
+    truth = gradients(wide, case.dtype, lambda own: run_attention(own, case, "reference"))
     for name, mine, theirs, expected in zip("qkv", ours, plain, truth, strict=True):
         if not bool(expected.any()):
             # One visible key each: q and k have no effect, and what is left is rounding.
@@ -159,7 +153,7 @@ def test_every_mask_and_selection_with_lse_and_statistics(mask: str, selection: 
         tile=kernels.Tile(16, 16, 4, 1, whole=64 * (place // 3 % 2)),
     )
     q, k, v = (t.double() for t in operands[:3])
-    truth = run(operands._replace(q=q, k=k, v=v), case, "reference")
+    truth = run_attention(operands._replace(q=q, k=k, v=v), case, "reference")
     plain = plain_attention(operands, heads[0], truth)
     assert_near(op_parity(done.o.cpu(), plain, truth), case)
     assert done.lse is not None

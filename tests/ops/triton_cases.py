@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from op_cases import AttentionOperands, LinearOperands
+from attention_cases import AttentionOperands
+from linear_cases import LinearOperands
 from torch import Tensor
 
 from beit3_fast.layout import TokenLayout

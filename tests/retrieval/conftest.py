@@ -1,17 +1,11 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-from beit3_fast.data import Processor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
-
 from products import retrieval_model
 from spm import tiny_sentencepiece_bytes
+
+from beit3_fast.data import Processor
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from held_elsewhere import held_elsewhere
 from train_cases import OPTIONS, data, model, run, small
 
 from beit3_fast.checkpoint import read_checkpoint
@@ -315,20 +314,8 @@ def test_a_full_disk_under_the_log(tmp_path: Path) -> None:
 
 
 def test_two_processes_do_not_meet(world: Path, tmp_path: Path) -> None:
-    code = (
-        "import fcntl, sys\nfile = open(sys.argv[1], 'a')\nfcntl.lockf(file, fcntl.LOCK_EX)\n"
-        "print('held', flush=True)\nsys.stdin.read()\n"
-    )
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / ".lock")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(CheckpointError, match="another process writes to"):
-            run(world, tmp_path, TrainOptions(steps=1))
-    finally:
-        other.communicate("", timeout=60)
+    with (
+        held_elsewhere(tmp_path),
+        pytest.raises(CheckpointError, match="another process writes to"),
+    ):
+        run(world, tmp_path, TrainOptions(steps=1))

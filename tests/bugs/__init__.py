@@ -1,0 +1,24 @@
+"""The mistakes that ``planted_bugs.py`` plants, and the tests that should see each."""
+
+from __future__ import annotations
+
+from bugs.bug import Bug
+from bugs.files import FILES_BUGS
+from bugs.kernels import KERNELS_BUGS
+from bugs.model import MODEL_BUGS
+from bugs.native import NATIVE_BUGS
+from bugs.ops import OPS_BUGS
+from bugs.pretraining import PRETRAINING_BUGS
+from bugs.product import PRODUCT_BUGS
+
+__all__ = ["BUGS", "Bug"]
+
+BUGS = (
+    *OPS_BUGS,
+    *MODEL_BUGS,
+    *FILES_BUGS,
+    *PRODUCT_BUGS,
+    *KERNELS_BUGS,
+    *PRETRAINING_BUGS,
+    *NATIVE_BUGS,
+)

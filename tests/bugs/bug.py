@@ -1,0 +1,82 @@
+"""What a planted mistake is, and names for the test files that should see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LINEAR = "tests/ops/test_expert_linear.py"
+TRITON_GRADIENTS = "tests/ops/test_triton_linear_gradients.py"
+TRITON_CROSS_ENTROPY = "tests/ops/test_triton_cross_entropy.py"
+TRITON_ATTENTION = "tests/ops/test_triton_shared_attention.py"
+CROSS_ENTROPY = "tests/ops/test_masked_linear_cross_entropy.py"
+ATTENTION = "tests/ops/test_shared_attention.py"
+PADDED = "tests/ops/test_padded_attention.py"
+KERNELS = "tests/ops/test_cpu_kernels.py"
+INT8 = "tests/ops/test_cpu_int8.py"
+EMULATED = "tests/ops/test_emulated_levels.py"
+PROCESSES = "tests/ops/test_cpu_processes.py"
+ARGUMENTS = "tests/ops/test_cpu_arguments.py"
+AUTOCAST = "tests/ops/test_autocast.py"
+COMPILE = "tests/model/test_compile.py"
+DROP_PATH = "tests/model/test_drop_path.py"
+CAPTURE = "tests/model/test_capture.py"
+CONTRACT = "tests/test_api_contract.py"
+DERIVED = "tests/test_derived.py"
+LAYOUT = "tests/test_layout.py"
+PARITY = "tests/test_parity.py"
+FORMULA = "tests/model/test_formula.py"
+FORWARD = "tests/model/test_forward.py"
+PARTS = "tests/model/test_encode_in_parts.py"
+TASKS = "tests/model/test_tasks.py"
+TASK_PARITY = "tests/model/test_task_parity.py"
+CAPTIONING = "tests/model/test_captioning.py"
+TORCHSCALE_PARITY = "tests/model/test_torchscale_parity.py"
+PRETRAINING = "tests/model/test_pretraining.py"
+MASKING = "tests/data/test_masking.py"
+MIXED = "tests/data/test_mixed.py"
+WORLD = "tests/data/test_world.py"
+OBJECTIVE = "tests/train/test_objective.py"
+OPTIMIZER = "tests/train/test_optimizer.py"
+LOOP = "tests/train/test_loop.py"
+RESUME = "tests/train/test_continuation.py"
+LOAD = "tests/checkpoint/test_load_checkpoint.py"
+SAVE = "tests/checkpoint/test_save_checkpoint.py"
+POSITIONS = "tests/checkpoint/test_positions.py"
+MALFORMED = "tests/checkpoint/test_malformed_files.py"
+FUZZ = "tests/checkpoint/test_checkpoint_fuzz.py"
+BENCH_RUN = "tests/bench/test_bench_run.py"
+BENCH_TIMING = "tests/bench/test_bench_timing.py"
+
+
+@dataclass(frozen=True)
+class Bug:
+    """One mistake.
+
+    name: what is wrong, in words joined by hyphens.
+    file: the file that has it.
+    old: text that stands there exactly once; new: what takes its place.
+    tests: pytest arguments, the tests of the gate that are expected to fail.
+    isa: for a mistake in the code of some instruction-set levels only, their names; it is left out where the
+        processor runs none of them.
+    can_hang: whether tests that come to no end count as a catch.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    isa: tuple[str, ...] = ()
+    can_hang: bool = False
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the copy must be compiled for it."""
+        return self.file.startswith("csrc/")
+
+    def planted(self, text: str) -> str:
+        """The file's text with the mistake. Raises ValueError unless ``old`` stands there exactly once."""
+        count = text.count(self.old)
+        if count != 1:
+            raise ValueError(f"{self.name}: {self.file} has its text {count} times, not once")
+        return text.replace(self.old, self.new)

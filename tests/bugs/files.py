@@ -1,0 +1,87 @@
+"""Mistakes in checkpoints and in the data that is read."""
+
+from __future__ import annotations
+
+from bugs.bug import FUZZ, LOAD, MALFORMED, POSITIONS, SAVE, Bug
+
+FILES_BUGS = (
+    # checkpoint
+    Bug(
+        "keys-prefix-covers-part-of-a-name",
+        "beit3_fast/checkpoint/keys.py",
+        'name.startswith(p.rstrip(".") + ".")',
+        'name.startswith(p.rstrip("."))',
+        (f"{LOAD}::test_prefixes_cover_whole_parts_of_names_only",),
+    ),
+    Bug(
+        "positions-corners-aligned",
+        "beit3_fast/checkpoint/positions.py",
+        "align_corners=False)",
+        "align_corners=True)",
+        (f"{POSITIONS}::test_square_grids_are_the_official_result_bit_for_bit",),
+    ),
+    Bug(
+        "save-whole-memory-behind-a-view",
+        "beit3_fast/checkpoint/save.py",
+        "tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes",
+        "tensor.is_contiguous()",
+        (f"{SAVE}::test_every_bit_comes_back",),
+    ),
+    Bug(
+        "atomic-name-before-the-data",
+        "beit3_fast/checkpoint/atomic.py",
+        "os.fsync(file.fileno())\n                os.replace(partial, target)",
+        "os.replace(partial, target)\n                os.fsync(file.fileno())",
+        (f"{SAVE}::test_data_reaches_the_disk_before_the_name",),
+    ),
+    Bug(
+        "safetensors-digest-not-compared",
+        "beit3_fast/checkpoint/safetensors_file.py",
+        'if verify and claimed and digest.hexdigest() != claimed["sha256"]:',
+        'if verify and claimed and not claimed["sha256"]:',
+        (f"{MALFORMED}::test_a_malformed_file_is_refused", f"{FUZZ}::test_random_damage"),
+    ),
+    Bug(
+        "pickle-any-name-of-torch",
+        "beit3_fast/checkpoint/pickle_scan.py",
+        "if name not in ALLOWED:",
+        'if name not in ALLOWED and not name.startswith("torch."):',
+        (f"{MALFORMED}::test_no_gadget_runs", f"{MALFORMED}::test_a_malformed_file_is_refused"),
+    ),
+    Bug(
+        "pickle-tensor-one-number-beyond-its-storage",
+        "beit3_fast/checkpoint/pickle_scan.py",
+        "(last + 1) * width > available",
+        "last * width > available",
+        (f"{MALFORMED}::test_a_malformed_file_is_refused",),
+    ),
+    # data
+    Bug(
+        "tokenizer-special-pieces-keep-their-numbers",
+        "beit3_fast/data/tokenizer.py",
+        "_ID_OF_SPECIAL = (UNK, BOS, EOS)",
+        "_ID_OF_SPECIAL = (BOS, PAD, EOS)",
+        ("tests/data/test_tokenizer.py::TestIds",),
+    ),
+    Bug(
+        "tokenizer-first-padding-not-marked",
+        "beit3_fast/data/tokenizer.py",
+        "torch.arange(width) >= torch.tensor(lengths)[:, None]",
+        "torch.arange(width) > torch.tensor(lengths)[:, None]",
+        ("tests/data/test_tokenizer.py::TestSegments",),
+    ),
+    Bug(
+        "images-channels-in-bgr",
+        "beit3_fast/data/presets.py",
+        "mean=(0.485, 0.456, 0.406)",
+        "mean=(0.406, 0.456, 0.485)",
+        ("tests/data/test_images.py::TestPresets",),
+    ),
+    Bug(
+        "processor-reserved-positions-counted",
+        "beit3_fast/data/processor.py",
+        "positions = config.max_text_positions - _RESERVED_POSITIONS",
+        "positions = config.max_text_positions",
+        ("tests/data/test_processor.py::TestForModel",),
+    ),
+)

@@ -1,0 +1,50 @@
+"""Mistakes in the Triton kernels."""
+
+from __future__ import annotations
+
+from bugs.bug import TRITON_ATTENTION, TRITON_CROSS_ENTROPY, TRITON_GRADIENTS, Bug
+
+KERNELS_BUGS = (
+    Bug(
+        "triton-last-step-of-a-part-takes-rows-of-the-next-expert",
+        "kernels/_weight_gradient.py",
+        "        real = real & (row < end)[:, None]\n",
+        "        real = real\n",
+        (f"{TRITON_GRADIENTS}::test_gradients",),
+    ),
+    Bug(
+        "triton-gelu-derivative-without-its-slope",
+        "kernels/_expert_linear_backward.py",
+        "dz *= 0.5 * (1.0 + tl.erf(z * _SQRT_HALF)) + z * bell",
+        "dz *= 0.5 * (1.0 + tl.erf(z * _SQRT_HALF))",
+        (f"{TRITON_GRADIENTS}::test_gradients",),
+    ),
+    Bug(
+        "triton-norm-backward-keeps-the-mean",
+        "kernels/_expert_linear_backward.py",
+        "(g - (tl.sum(g, 1) / K)[:, None] - normed",
+        "(g - normed",
+        (f"{TRITON_GRADIENTS}::test_gradients",),
+    ),
+    Bug(
+        "triton-padding-of-the-vocabulary-counts",
+        "kernels/masked_linear_cross_entropy.py",
+        '        z = tl.where((column < V)[None, :], z, float("-inf"))\n',
+        "",
+        (f"{TRITON_CROSS_ENTROPY}::test_losses_and_gradients",),
+    ),
+    Bug(
+        "triton-whole-rows-without-the-mask",
+        "kernels/shared_attention.py",
+        'pieces += (tl.where(place[None, :] < limit[:, None], scores, float("-inf")),)',
+        "pieces += (scores,)",
+        (f"{TRITON_ATTENTION}::test_whole_rows_of_scores",),
+    ),
+    Bug(
+        "composite-layer-norm-sums-in-16-bits",
+        "beit3_fast/composite/_layer_norm.py",
+        'return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)',
+        "return False",
+        ("tests/ops/test_layer_norm_gradients.py::test_sums_over_many_rows",),
+    ),
+)

@@ -1,0 +1,216 @@
+"""Mistakes in the ops: their formulas, PyTorch's calls, dispatch and the layout of tokens."""
+
+from __future__ import annotations
+
+from bugs.bug import (
+    ATTENTION,
+    AUTOCAST,
+    COMPILE,
+    CONTRACT,
+    CROSS_ENTROPY,
+    DERIVED,
+    DROP_PATH,
+    LAYOUT,
+    LINEAR,
+    PADDED,
+    PARTS,
+    Bug,
+)
+
+OPS_BUGS = (
+    # reference
+    Bug(
+        "reference-eps-outside-the-root",
+        "beit3_fast/reference/expert_linear.py",
+        "torch.sqrt(variance + eps)",
+        "(torch.sqrt(variance) + eps)",
+        (f"{LINEAR}::test_the_formula_itself",),
+    ),
+    Bug(
+        "reference-tanh-gelu",
+        "beit3_fast/reference/expert_linear.py",
+        "part * 0.5 * (1.0 + torch.erf(part * 0.5**0.5))",
+        'torch.nn.functional.gelu(part, approximate="tanh")',
+        (f"{LINEAR}::test_the_formula_itself",),
+    ),
+    Bug(
+        "reference-unscaled-query",
+        "beit3_fast/reference/shared_attention.py",
+        'torch.einsum("qhd,khd->hqk", q, k) * scale',
+        'torch.einsum("qhd,khd->hqk", q, k)',
+        (f"{ATTENTION}::test_the_formula_itself",),
+    ),
+    Bug(
+        "reference-seq2seq-text-does-not-see-itself",
+        "beit3_fast/reference/shared_attention.py",
+        'text_keys <= text)\n    elif mask == "causal":',
+        'text_keys < text)\n    elif mask == "causal":',
+        (f"{ATTENTION}::test_the_formula_itself",),
+    ),
+    Bug(
+        "reference-mask-of-another-sample",
+        "beit3_fast/reference/shared_attention.py",
+        "mask[keys.order[sample]]",
+        "mask[sample]",
+        (f"{ATTENTION}::test_the_formula_itself", f"{ATTENTION}::test_forward"),
+    ),
+    Bug(
+        "reference-smoothing-takes-nothing-from-the-target",
+        "beit3_fast/reference/masked_linear_cross_entropy.py",
+        "(1.0 - label_smoothing) * losses",
+        "losses",
+        (f"{CROSS_ENTROPY}::test_the_formula_itself",),
+    ),
+    # composite
+    Bug(
+        "composite-exponentials-of-earlier-slices-keep-their-top",
+        "beit3_fast/composite/masked_linear_cross_entropy.py",
+        "        total *= (top - new_top).exp_()\n",
+        "",
+        (f"{CROSS_ENTROPY}::test_losses_and_gradients",),
+    ),
+    Bug(
+        "composite-all-logits-at-once",
+        "beit3_fast/composite/masked_linear_cross_entropy.py",
+        "max(_THINNEST, _LOGITS // max(1, count))",
+        "vocabulary",
+        (f"{CROSS_ENTROPY}::test_the_logits_are_never_whole",),
+    ),
+    Bug(
+        "composite-tanh-gelu",
+        "beit3_fast/composite/expert_linear.py",
+        'return F.gelu(y) if activation == "gelu" else y',
+        'return F.gelu(y, approximate="tanh") if activation == "gelu" else y',
+        (f"{LINEAR}::test_forward",),
+    ),
+    Bug(
+        "composite-backward-weight-transposed",
+        "beit3_fast/composite/expert_linear.py",
+        "dweights.append(dy.T @ normed)",
+        "dweights.append((normed.T @ dy).reshape(weight.shape))",
+        (f"{LINEAR}::test_gradients",),
+    ),
+    Bug(
+        "composite-causal-mask-dropped-for-images",
+        "beit3_fast/composite/shared_attention.py",
+        'scale=scale, is_causal=mask == "causal")',
+        "scale=scale)",
+        (f"{ATTENTION}::test_forward",),
+    ),
+    Bug(
+        "composite-padded-text-counted-from-the-selected-image-rows",
+        "beit3_fast/composite/shared_attention.py",
+        "layout.positions[rows] + text * full_vision",
+        "layout.positions[rows] + text * own_vision",
+        (PADDED,),
+    ),
+    Bug(
+        "composite-backward-scale-forgotten",
+        "beit3_fast/composite/shared_attention.py",
+        "(dweights * weights).sum(-1, keepdim=True)) * scale",
+        "(dweights * weights).sum(-1, keepdim=True))",
+        (f"{ATTENTION}::test_gradients",),
+    ),
+    # ops
+    Bug(
+        "ops-eps-forgotten-when-an-expert-has-no-rows",
+        "beit3_fast/ops/expert_linear.py",
+        "[norm.biases[e] for e in used], norm.eps)",
+        "[norm.biases[e] for e in used])",
+        (f"{LINEAR}::test_experts_without_rows_change_nothing",),
+    ),
+    Bug(
+        "ops-residual-gradient-on-rows-not-named",
+        "beit3_fast/composite/expert_linear.py",
+        "return grad if rows is None else torch.zeros_like(grad).index_copy(0, rows, grad[rows])",
+        "return grad.clone()",
+        (f"{LINEAR}::test_gradients",),
+    ),
+    Bug(
+        "ops-row-check-off-by-one",
+        "beit3_fast/ops/operands.py",
+        "<= int(named[-1]) < count:",
+        "<= int(named[-1]) <= count:",
+        (f"{CONTRACT}::test_expert_linear",),
+    ),
+    Bug(
+        "ops-backward-positions-forgotten",
+        "beit3_fast/ops/shared_attention.py",
+        "_layout_of(cu_vision_q, cu_text_q, positions_q)",
+        "_layout_of(cu_vision_q, cu_text_q, None)",
+        (f"{ATTENTION}::test_gradients",),
+    ),
+    Bug(
+        "dispatch-autocast-not-seen",
+        "beit3_fast/ops/dispatch.py",
+        "autocast=lower is not None,",
+        "autocast=False,",
+        (AUTOCAST,),
+    ),
+    # derived
+    Bug(
+        "derived-version-not-compared",
+        "beit3_fast/derived.py",
+        "        source._version,\n",
+        "",
+        (f"{DERIVED}::test_every_change_of_a_weight_is_seen",),
+    ),
+    Bug(
+        "derived-fused-optimizers-not-watched",
+        "beit3_fast/derived.py",
+        "register_optimizer_step_post_hook(_after_step)",
+        "",
+        (f"{DERIVED}::test_every_change_of_a_weight_is_seen",),
+    ),
+    # layout
+    Bug(
+        "layout-split-off-by-one",
+        "beit3_fast/layout.py",
+        "return (0, self.num_vision_rows, self.num_rows)",
+        "return (0, max(self.num_vision_rows - 1, 0), self.num_rows)",
+        (f"{LAYOUT}::test_experts_own_the_rows_of_their_kind",),
+    ),
+    Bug(
+        "layout-part-counts-image-only-samples-beyond-its-end",
+        "beit3_fast/layout.py",
+        "max(0, min(stop, self.image_only) - start)",
+        "max(0, self.image_only - start)",
+        (PARTS,),
+    ),
+    Bug(
+        "layout-kept-text-rows-counted-as-vision",
+        "beit3_fast/layout.py",
+        "torch.cat([vision, text + self.num_vision_rows]).to(self.device)",
+        "torch.cat([vision, text]).to(self.device)",
+        (f"{DROP_PATH}::test_the_result_and_gradients_of_multiplying",),
+    ),
+    Bug(
+        "padded-layout-padding-is-seen",
+        "beit3_fast/composite/shared_attention.py",
+        "return seen & torch.cat([images, keys.valid], dim=1)[:, None]",
+        "return seen.expand(keys.batch_size, -1, -1)",
+        (f"{COMPILE}::test_attention_on_padded_rows",),
+    ),
+    # autocast, torch.compile
+    Bug(
+        "autocast-residual-rounded",
+        "beit3_fast/ops/expert_linear.py",
+        "y = y if residual is None else residual + y",
+        "y = y if residual is None else (residual + y).to(lower)",
+        (f"{AUTOCAST}::test_products",),
+    ),
+    Bug(
+        "compile-packed-weights-unpacked",
+        "beit3_fast/ops/dispatch.py",
+        "if at.compiling and not at.packed:",
+        "if at.compiling:",
+        (f"{COMPILE}::test_packed_weights_in_one_graph",),
+    ),
+    Bug(
+        "compile-a-graph-for-every-batch-size",
+        "beit3_fast/model/batch.py",
+        "    if shapes_are_fixed():\n",
+        "    if shapes_are_fixed() and range(batch) is not None:\n",
+        (f"{COMPILE}::test_one_graph_for_all_batch_sizes",),
+    ),
+)

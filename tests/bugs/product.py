@@ -1,0 +1,138 @@
+"""Mistakes in what stands around the models: integrations, parity, packed weights, commands, benchmark."""
+
+from __future__ import annotations
+
+from bugs.bug import BENCH_RUN, BENCH_TIMING, PARITY, Bug
+
+PRODUCT_BUGS = (
+    # integrations
+    Bug(
+        "torchscale-packing-forgets-the-order",
+        "beit3_fast/integrations/_packing.py",
+        "return places[kept] if order is None else places[order][kept[order]]",
+        "return places[kept]",
+        ("tests/integrations/test_torchscale_calls.py::test_padding_anywhere_in_any_dtype",),
+    ),
+    Bug(
+        "torchscale-changed-modules-not-seen",
+        "beit3_fast/integrations/_structure.py",
+        "return self._read() == self._state",
+        "return True",
+        (
+            "tests/integrations/test_torchscale_left_alone.py::test_a_changed_encoder_runs_its_own_code",
+        ),
+    ),
+    # parity
+    Bug(
+        "parity-ten-times-the-allowance",
+        "beit3_fast/parity.py",
+        "_FORWARD_FACTOR = 2.0",
+        "_FORWARD_FACTOR = 20.0",
+        (PARITY,),
+    ),
+    Bug(
+        "parity-rows-not-judged",
+        "beit3_fast/parity.py",
+        "    broken.extend(_turned_rows(f, r, p, p_truth, _ROW_BOUND[dtype], factor))\n",
+        "",
+        (PARITY,),
+    ),
+    # weights kept only in the layout of the kernels
+    Bug(
+        "packed-weight-state-dict-stays-packed",
+        "beit3_fast/ops/packed_weight.py",
+        "    linear.register_state_dict_post_hook(_unpack_entry)\n",
+        "",
+        ("tests/model/test_inference_only.py::test_state_dict_files_and_copies",),
+    ),
+    Bug(
+        "packed-weight-copied-by-reference",
+        "beit3_fast/ops/packed_weight.py",
+        "_parameter(self.packed.clone(),",
+        "_parameter(self.packed,",
+        ("tests/model/test_inference_only.py::test_a_copy_is_independent",),
+    ),
+    Bug(
+        "packed-weight-changes-not-counted",
+        "beit3_fast/ops/packed_weight.py",
+        "            increment_version(first.packed)  # PyTorch does not count changes made within a dispatch\n",
+        "",
+        (
+            "tests/model/test_inference_only.py::test_new_weights_are_seen_where_panels_are_not_whole",
+        ),
+    ),
+    Bug(
+        "int8-joined-parts-not-rounded",
+        "beit3_fast/ops/expert_linear.py",
+        "if sources[0].dtype is torch.int8:",
+        "if False:",
+        ("tests/model/test_int8.py::test_parts_whose_panels_are_not_whole",),
+    ),
+    Bug(
+        "int8-rounded-from-bfloat16",
+        "beit3_fast/model/registry.py",
+        "wanted = torch.float32 if int8 else _dtype(dtype)",
+        "wanted = torch.bfloat16 if int8 else _dtype(dtype)",
+        ("tests/model/test_int8.py::test_a_checkpoint_is_rounded_from_its_own_precision",),
+    ),
+    Bug(
+        "incremental-words-of-a-pair-to-the-text-expert",
+        "beit3_fast/model/incremental.py",
+        "layout = replace(layout, text_only=0)",
+        "pass",
+        ("tests/model/test_properties.py::test_decoding_in_pieces_of_any_size",),
+    ),
+    # embed, cli
+    Bug(
+        "embed-ranks-take-the-same-shards",
+        "beit3_fast/embed/ranks.py",
+        'while (index := self.store.add("taken", 1) - 1) < len(todo):',
+        'while (index := self.store.add(f"taken {self.rank}", 1) - 1) < len(todo):',
+        ("tests/embed/test_engines.py::test_ranks_share_a_job_and_one_may_die",),
+        can_hang=True,
+    ),
+    Bug(
+        "embed-rank-0-hears-nothing-before-the-end",
+        "beit3_fast/embed/ranks.py",
+        "        self._done, self._skipped = done, skipped\n        self._listen()\n",
+        "        self._done, self._skipped = done, skipped\n",
+        ("tests/embed/test_engines.py::test_ranks_share_a_job_and_one_may_die",),
+        can_hang=True,
+    ),
+    Bug(
+        "verify-says-the-same-of-other-weights",
+        "beit3_fast/integrations/verification.py",
+        "return not self.changed and all(own.parity.passed for own in self.comparisons)",
+        "return all(own.parity.passed for own in self.comparisons)",
+        ("tests/test_cli_machine.py::test_what_is_not_the_same_is_seen",),
+    ),
+    Bug(
+        "verify-judged-by-itself",
+        "beit3_fast/integrations/verification.py",
+        "_compare(key, found[key], reference[key], baseline[key])",
+        "_compare(key, baseline[key], reference[key], baseline[key])",
+        ("tests/test_cli_machine.py::test_what_is_not_the_same_is_seen",),
+    ),
+    Bug(
+        "cli-bench-counts-calls-not-samples",
+        "beit3_fast/cli/bench.py",
+        '"samples_per_s": asdict(rates(seconds, batch)),',
+        '"samples_per_s": asdict(rates(seconds, 1)),',
+        ("tests/test_cli_machine.py::test_bench",),
+    ),
+    # bench
+    Bug(
+        "bench-ratio-inverted",
+        "beit3_fast/timing.py",
+        "[b / a for a, b in",
+        "[a / b for a, b in",
+        (f"{BENCH_TIMING}::test_speed_up_is_the_median_of_ratios_within_rounds",),
+    ),
+    Bug(
+        "bench-parity-of-the-baseline-with-itself",
+        "bench/measure.py",
+        "found = baseline if name == REFERENCE else outputs(name, case.dtype)",
+        "found = baseline",
+        (f"{BENCH_RUN}::test_a_wrong_runtime_is_found_and_nothing_is_timed",),
+    ),
+)
