@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from built import CPU, get
 from torch import Tensor, nn
 
 from beit3_fast.timing import Effort
@@ -27,7 +28,6 @@ from bench.measure import Case, check_parity
 from bench.runtime import Runtime, int8_parity
 from bench.workloads import TASKS, Workload, parse_workload, step
 
-CPU = torch.device("cpu")
 INFERENCE = [name for name, task in TASKS.items() if not task.train]
 OTHERS = ("torchscale-compiled", "timm", "openvino", "openvino-int8", "onnxruntime")
 
@@ -37,13 +37,6 @@ class Uncompiled(Converted):
 
     def _convert(self, model: TensorModel, inputs: Mapping[str, Tensor]) -> Engine:
         return lambda tensors: model(*tensors)
-
-
-def get(name: str, workload: Workload, dtype: str) -> nn.Module:
-    reference = build_reference(workload)
-    if (name, dtype) == (REFERENCE, "float32"):
-        return reference
-    return RUNTIMES[name].build(workload, reference.state_dict(), getattr(torch, dtype), CPU)
 
 
 def uncompiled(workload: Workload, weights: Any, dtype: torch.dtype, device: torch.device) -> Any:

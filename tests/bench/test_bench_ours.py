@@ -9,22 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
+from built import CPU, get
 
-from bench.baselines import OURS, REFERENCE, RUNTIMES, build_reference
+from bench.baselines import OURS, REFERENCE, RUNTIMES
 from bench.measure import Case, check_parity
-from bench.workloads import TASKS, Workload, parse_workload
+from bench.workloads import TASKS, parse_workload
 
 ROOT = Path(__file__).resolve().parents[2]
-CPU = torch.device("cpu")
-
-
-def get(runtime: str, workload: Workload, dtype: str) -> nn.Module:
-    reference = build_reference(workload)
-    if (runtime, dtype) == (REFERENCE, "float32"):
-        return reference
-    return RUNTIMES[runtime].build(workload, reference.state_dict(), getattr(torch, dtype), CPU)
 
 
 @pytest.mark.parametrize("task", TASKS)

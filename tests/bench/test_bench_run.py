@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from built import CPU, get
 from torch import nn
 
 from beit3_fast.parity import Parity
 from beit3_fast.timing import Effort
 from bench import measure, run
-from bench.baselines import OURS, REFERENCE, RUNTIMES, Runtime, build_reference
+from bench.baselines import OURS, REFERENCE, RUNTIMES, Runtime
 from bench.measure import Case, check_parity
 from bench.workloads import TASKS, Workload, parse_workload
 
 Change = Callable[[nn.Module], None]
-CPU = torch.device("cpu")
 
 
 def stand_in(change: Change = lambda model: None, **fields: Any) -> Runtime:
@@ -277,13 +277,6 @@ def test_quick_is_base_models_and_measures_memory_in_bfloat16_only(
     usual = run._plan(run._parser().parse_args([]))
     assert {c.workload.name for c in usual.cases} > names
     assert {case.batch for case in usual.cases} == {8, 1}
-
-
-def get(runtime: str, workload: Workload, dtype: str) -> nn.Module:
-    reference = build_reference(workload)
-    if (runtime, dtype) == (REFERENCE, "float32"):
-        return reference
-    return RUNTIMES[runtime].build(workload, reference.state_dict(), getattr(torch, dtype), CPU)
 
 
 @pytest.mark.parametrize("task", TASKS)
