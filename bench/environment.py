@@ -25,13 +25,13 @@ _ISA = (
     "bf16",
     "i8mm",
 )
+_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 _PACKAGES = ("torchscale", "timm", "numpy", "triton", "openvino", "nncf", "onnxruntime", "onnx")
 
 
 def environment(threads: int, device: torch.device) -> dict[str, object]:
     """The JSON contract's "environment"."""
-    info = _cpuinfo()
-    flags = set((info.get("flags") or info.get("Features") or "").split())
+    info, flags = _cpuinfo(), _flags()
     described: dict[str, object] = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "git": git_commit(),
@@ -57,7 +57,11 @@ def environment(threads: int, device: torch.device) -> dict[str, object]:
 
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the device has bf16 products of its own; elsewhere PyTorch's are several times slower than fp32."""
-    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device.type != "cpu":
+        return True
+    flags = _flags()
+    # oneDNN also says yes to AVX-512 alone, where it emulates the products.
+    return bool(flags & _BF16) if flags else bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def git_commit() -> str:
@@ -101,6 +105,11 @@ def physical_cores() -> int:
         except OSError:
             return len(allowed)
     return len(cores)
+
+
+def _flags() -> set[str]:
+    info = _cpuinfo()
+    return set((info.get("flags") or info.get("Features") or "").split())
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from beit3_fast.parity import Parity
 from beit3_fast.timing import Effort
-from bench import measure, run
+from bench import environment, measure, run
 from bench.baselines import OURS, REFERENCE, RUNTIMES, Runtime
 from bench.measure import Case, check_parity
 from bench.workloads import TASKS, Workload, parse_workload
@@ -299,6 +299,23 @@ def test_a_missing_output_is_not_in_parity(monkeypatch: pytest.MonkeyPatch) -> N
     verdict: Parity = check_parity(case, [OURS], get, CPU)[OURS]
     assert not verdict.passed
     assert "fc_norm.weight" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("flags", "multiplies"),
+    [
+        ("avx2 fma", False),
+        ("avx512f avx512bw avx512vl avx512dq avx512_vnni", False),
+        ("avx512f avx512bw avx512vl avx512dq avx512_bf16", True),
+        ("amx_tile amx_bf16", True),
+        ("asimd bf16", True),
+    ],
+)
+def test_bfloat16_products_are_those_of_the_cpu_not_emulated_ones(
+    monkeypatch: pytest.MonkeyPatch, flags: str, multiplies: bool
+) -> None:
+    monkeypatch.setattr(environment, "_flags", lambda: set(flags.split()))
+    assert environment.multiplies_bfloat16(CPU) == multiplies
 
 
 def test_a_cpu_without_bfloat16_products_is_measured_in_float32(
