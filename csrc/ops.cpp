@@ -4,14 +4,9 @@
 // Kernels run on the calling thread and torch's own pool; nothing holds or needs the GIL.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <cmath>
 #include <cstring>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -19,7 +14,7 @@
 #include "cpu/isa.h"
 #include "cpu/packed_weight.h"
 #include "cpu/patch_embedding.h"
-#include "cpu/shared_attention.h"
+#include "operands.h"
 
 namespace {
 
@@ -27,70 +22,11 @@ using beit3_fast::cpu::Activation;
 using beit3_fast::cpu::DType;
 using beit3_fast::cpu::Expert;
 using beit3_fast::cpu::ExpertLinear;
-using beit3_fast::cpu::Mask;
 using beit3_fast::cpu::Parameter;
 using beit3_fast::cpu::PatchEmbedding;
-using beit3_fast::cpu::Pool;
-using beit3_fast::cpu::SharedAttention;
+using namespace beit3_fast::operands;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-template <class... Parts>
-void require(bool condition, const Parts&... parts) {
-  if (condition) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-Pool torch_pool() {
-  return {static_cast<int64_t>(torch::stable::get_num_threads()),
-          [](int64_t count, void (*body)(int64_t, void*), void* context) {
-            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t i = begin; i < end; ++i) body(i, context);
-            });
-          }};
-}
-
-// The stable ABI's own conversion to std::string leaks one string a call.
-std::string take(StringHandle handle) {
-  std::size_t length = 0;
-  const char* text = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
-  std::string out(text, length);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-  return out;
-}
-
-std::string shape_of(const Tensor& t) {
-  std::ostringstream out;
-  out << '[';
-  for (int64_t i = 0; i < t.dim(); ++i) out << (i > 0 ? ", " : "") << t.size(i);
-  out << ']';
-  return out.str();
-}
-
-bool is_float_type(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16;
-}
-
-DType dtype_of(const Tensor& t, const char* op, const char* name) {
-  require(t.is_cpu(), op, ": ", name, " must be a CPU tensor");
-  require(is_float_type(t), op, ": ", name, " must be float32 or bfloat16");
-  return t.scalar_type() == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16;
-}
-
-void require_matrix(const Tensor& t, const char* op, const char* name) {
-  require(t.dim() == 2, op, ": ", name, " must have 2 dimensions, got shape ", shape_of(t));
-  require(t.size(1) <= 1 || t.numel() == 0 || t.stride(1) == 1, op, ": ", name,
-          " must have stride 1 in its last dimension, got stride ", t.stride(1));
-}
-
-void require_same_type(const Tensor& t, const Tensor& x, const char* op, const char* name) {
-  require(t.is_cpu() && t.scalar_type() == x.scalar_type(), op, ": ", name,
-          " must be a CPU tensor of the same dtype as the first argument");
-}
 
 Tensor pack_weight(Tensor weight) {
   const DType dtype = dtype_of(weight, "pack_weight", "weight");
@@ -384,118 +320,6 @@ Tensor patch_embedding(Tensor images, Tensor packed, std::optional<Tensor> bias,
   return out;
 }
 
-// [B + 1] offsets that start at 0 and never decrease.
-const int32_t* take_offsets(const Tensor& t, int64_t batch, const char* name) {
-  constexpr const char* op = "shared_attention";
-  require(t.is_cpu() && t.scalar_type() == ScalarType::Int && t.dim() == 1 && t.is_contiguous(), op,
-          ": ", name, " must be a contiguous int32 CPU tensor with 1 dimension");
-  require(t.size(0) == batch + 1, op, ": ", name, " must have ", batch + 1, " entries, got ",
-          t.size(0));
-  const auto* offsets = static_cast<const int32_t*>(t.const_data_ptr());
-  require(offsets[0] == 0, op, ": ", name, " must start at 0, got ", offsets[0]);
-  for (int64_t s = 0; s < batch; ++s) {
-    require(offsets[s] <= offsets[s + 1], op, ": ", name, " must not decrease, got ", offsets[s],
-            " then ", offsets[s + 1]);
-  }
-  return offsets;
-}
-
-void check_positions(const SharedAttention& call) {
-  for (int text = 0; text < 2; ++text) {
-    const int32_t* keys = text ? call.cu_text : call.cu_vision;
-    const int32_t* queries = text ? call.cu_text_q : call.cu_vision_q;
-    const int64_t first = text ? call.cu_vision_q[call.batch] : 0;
-    for (int64_t s = 0; s < call.batch; ++s) {
-      for (int64_t row = first + queries[s]; row < first + queries[s + 1]; ++row) {
-        const int32_t position = call.positions_q[row];
-        require(position >= 0 && position < keys[s + 1] - keys[s], "shared_attention: positions_q[",
-                row, "] is ", position, ", but sample ", s, " has ", keys[s + 1] - keys[s],
-                text ? " text" : " vision", " rows");
-      }
-    }
-  }
-}
-
-Tensor shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_text,
-                        std::optional<Tensor> cu_vision_q, std::optional<Tensor> cu_text_q,
-                        std::optional<Tensor> positions_q, int64_t num_heads, double scale,
-                        StringHandle mask_handle) {
-  constexpr const char* op = "shared_attention";
-  const std::string mask = take(mask_handle);
-  SharedAttention call;
-  call.dtype = dtype_of(q, op, "q");
-  require_same_type(k, q, op, "k");
-  require_same_type(v, q, op, "v");
-  require_matrix(q, op, "q");
-  require_matrix(k, op, "k");
-  require_matrix(v, op, "v");
-  const int64_t width = q.size(1);
-  require(num_heads > 0 && width > 0 && width % num_heads == 0, op, ": ", num_heads,
-          " heads do not divide a width of ", width);
-  require(k.size(1) == width && v.size(1) == width && k.size(0) == v.size(0), op,
-          ": k and v must have the same rows and the width ", width, " of q, got ", shape_of(k),
-          " and ", shape_of(v));
-  require(std::isfinite(scale) && scale >= 0.0, op, ": scale must be finite and not negative, got ",
-          scale);
-  if (mask == "bidirectional") {
-    call.mask = Mask::kBidirectional;
-  } else if (mask == "seq2seq") {
-    call.mask = Mask::kSeq2Seq;
-  } else {
-    require(mask == "causal", op, ": mask must be 'bidirectional', 'seq2seq' or 'causal', got '",
-            mask, "'");
-    call.mask = Mask::kCausal;
-  }
-
-  require(cu_vision.dim() == 1 && cu_vision.size(0) >= 1, op,
-          ": cu_vision must have B + 1 entries");
-  call.batch = cu_vision.size(0) - 1;
-  call.cu_vision = take_offsets(cu_vision, call.batch, "cu_vision");
-  call.cu_text = take_offsets(cu_text, call.batch, "cu_text");
-  const int64_t keys = int64_t{call.cu_vision[call.batch]} + call.cu_text[call.batch];
-  require(k.size(0) == keys, op, ": k has ", k.size(0), " rows but cu_vision and cu_text end at ",
-          keys, " together");
-  require(cu_vision_q.has_value() == cu_text_q.has_value(), op,
-          ": cu_vision_q and cu_text_q come together");
-  call.cu_vision_q = call.cu_vision;
-  call.cu_text_q = call.cu_text;
-  if (cu_vision_q.has_value()) {
-    call.cu_vision_q = take_offsets(*cu_vision_q, call.batch, "cu_vision_q");
-    call.cu_text_q = take_offsets(*cu_text_q, call.batch, "cu_text_q");
-  }
-  const int64_t queries = int64_t{call.cu_vision_q[call.batch]} + call.cu_text_q[call.batch];
-  require(q.size(0) == queries, op, ": q has ", q.size(0), " rows but its offsets end at ", queries,
-          " together");
-  if (positions_q.has_value()) {
-    require(positions_q->is_cpu() && positions_q->scalar_type() == ScalarType::Int &&
-                positions_q->dim() == 1 && positions_q->is_contiguous() &&
-                positions_q->size(0) == queries,
-            op, ": positions_q must be a contiguous int32 CPU tensor of ", queries, " entries");
-    call.positions_q = static_cast<const int32_t*>(positions_q->const_data_ptr());
-    check_positions(call);
-  } else {
-    require(!cu_vision_q.has_value() || call.mask == Mask::kBidirectional, op, ": mask '", mask,
-            "' with cu_vision_q and cu_text_q needs positions_q");
-  }
-
-  const int64_t shape[] = {queries, width};
-  Tensor out = torch::stable::new_empty(q, {shape, 2});
-  if (queries == 0) return out;
-  call.q = q.const_data_ptr();
-  call.k = k.const_data_ptr();
-  call.v = v.const_data_ptr();
-  call.out = out.mutable_data_ptr();
-  call.q_stride = q.stride(0);
-  call.k_stride = k.stride(0);
-  call.v_stride = v.stride(0);
-  call.out_stride = width;
-  call.num_heads = num_heads;
-  call.head_dim = width / num_heads;
-  call.scale = static_cast<float>(scale);
-  beit3_fast::cpu::shared_attention(torch_pool(), call);
-  return out;
-}
-
 std::string cpu_isa() { return beit3_fast::cpu::isa_name(beit3_fast::cpu::isa()); }
 
 }  // namespace
@@ -513,10 +337,6 @@ STABLE_TORCH_LIBRARY(beit3_fast, m) {
   m.def(
       "patch_embedding(Tensor images, Tensor packed, Tensor? bias, Tensor cls_token, "
       "Tensor mask_token, Tensor? positions, Tensor? masked, int patch) -> Tensor");
-  m.def(
-      "shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_text, "
-      "Tensor? cu_vision_q, Tensor? cu_text_q, Tensor? positions_q, int num_heads, float scale, "
-      "str mask) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(beit3_fast, CPU, m) {
@@ -526,7 +346,6 @@ STABLE_TORCH_LIBRARY_IMPL(beit3_fast, CPU, m) {
   m.impl("product_loop", TORCH_BOX(&product_loop));
   m.impl("expert_linear", TORCH_BOX(&expert_linear));
   m.impl("patch_embedding", TORCH_BOX(&patch_embedding));
-  m.impl("shared_attention", TORCH_BOX(&shared_attention));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(beit3_fast, CompositeExplicitAutograd, m) {

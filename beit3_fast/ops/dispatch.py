@@ -98,13 +98,16 @@ def situation(
 
 def _cpu_obstacle(at: Situation) -> str | None:
     """Why the compiled CPU kernels cannot take this call, or None."""
-    if at.op not in OPS:
+    if at.op not in (*OPS, "cached_attention"):
         return "has no kernel for this op"
     if at.device != "cpu":
         return f"takes CPU tensors, these are on {at.device}"
     if at.dtype not in (torch.float32, torch.bfloat16):
         return f"takes float32 and bfloat16, got {str(at.dtype).removeprefix('torch.')}"
-    if at.mask_tensor:
+    if at.op == "cached_attention":
+        if at.needs_grad:
+            return "has no gradients of cached keys"
+    elif at.mask_tensor:
         return "takes mask structures, not a mask tensor"
     if library.available():
         return None

@@ -133,16 +133,22 @@ def cached_attention(
     q [S, n, C]; k and v [B, N, C], views of a longer cache are fine; ``seen`` bool [S, n, N], True where a row may
     look; sequence s reads cache sample ``samples[s]`` (default: s, with S = B), so that finished sequences leave
     without their cache being copied. ``scale`` defaults to D ** -0.5. Returns [S, n, C]; a row that sees no key gives
-    zeros. "reference" and "composite" compute it; "auto" takes "composite". Differentiable in q, k and v. Raises
+    zeros. "reference", "composite" and "cpu" compute it. Differentiable in q, k and v but for "cpu". Raises
     ShapeError for operands that do not fit, ConfigError and KernelUnavailable for ``impl``.
     """
     _check_cached(q, k, v, seen, samples, num_heads, scale)
     if scale is None:
         scale = (q.shape[2] // num_heads) ** -0.5
-    at = dispatch.situation("shared_attention", [q, k, v], mask_tensor=True)
+    at = dispatch.situation("cached_attention", [q, k, v], mask_tensor=True)
     choice = dispatch.choose(at, impl)
-    run = reference_cached if choice.impl == "reference" else composite_cached
     own = range(len(k)) if samples is None else samples
+    if choice.impl == "cpu":
+        lower = dispatch.autocast_dtype(q) or q.dtype
+        q, k, v = (dispatch.rows_in_memory(t.to(lower)) for t in (q, k, v))
+        chosen = torch.tensor(own, dtype=torch.int64)
+        y: Tensor = _cached_op()(q.contiguous(), k, v, seen.contiguous(), chosen, num_heads, scale)
+        return y
+    run = reference_cached if choice.impl == "reference" else composite_cached
     return run(q, k, v, seen, own, num_heads, scale)
 
 
@@ -152,11 +158,17 @@ def _op() -> Any:
     return torch.ops.beit3_fast.shared_attention.default
 
 
+def _cached_op() -> Any:
+    _register()
+    return torch.ops.beit3_fast.cached_attention.default
+
+
 @library.once
 def _register() -> None:
     library.load()
 
     @torch.library.register_fake("beit3_fast::shared_attention")
+    @torch.library.register_fake("beit3_fast::cached_attention")
     def _(q: Tensor, *_: Any) -> Tensor:
         return q.new_empty(q.shape)
 

@@ -71,6 +71,13 @@ inline void pack_keys_values(const AttentionBlock& block, const AttentionScratch
   }
 }
 
+// Scores of keys that a query does not see become -inf.
+inline void hide(float* scores, const unsigned char* seen, int64_t keys) {
+  for (int64_t key = 0; key < keys; ++key) {
+    scores[key] = seen[key] != 0 ? scores[key] : -__builtin_inff();
+  }
+}
+
 template <class T>
 inline float largest(const T* scores, int64_t count) {
   const Vec least = v_set(-__builtin_inff());
@@ -146,7 +153,8 @@ void attention_block(const AttentionBlock& block, void* scratch) {
   const AttentionScratch s = carve_attention<Arch>(block, scratch);
   pack_keys_values<Arch>(block, s);
 
-  const int64_t keys = ceil_div(block.vision_keys + block.text_keys, kPanel) * kPanel;
+  const int64_t all_keys = block.vision_keys + block.text_keys;
+  const int64_t keys = ceil_div(all_keys, kPanel) * kPanel;
   const int64_t depth_units = ceil_div(block.head_dim, Arch::kPerUnit);
   const int64_t key_panel_words = chunks_of<Arch>(block.head_dim) * kChunk * kPanel;
   const int64_t value_panel_words = chunks_of<Arch>(keys) * kChunk * kPanel;
@@ -180,7 +188,13 @@ void attention_block(const AttentionBlock& block, void* scratch) {
     }
     multiply<Arch>(state, rows, s.q, s.keys, most, key_panel_words, depth_units, s.scores, keys);
     float tops[Arch::kTileRows], sums[Arch::kTileRows];
-    for (int64_t r = 0; r < rows; ++r) tops[r] = largest(s.scores + r * keys, visible[r]);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (block.seen != nullptr) {
+        hide(s.scores + r * keys, block.seen + (begin + r) * all_keys, visible[r]);
+      }
+      tops[r] = largest(s.scores + r * keys, visible[r]);
+      if (tops[r] == -__builtin_inff()) visible[r] = 0;
+    }
     for (int64_t r = 0; r < rows; ++r) {
       sums[r] = soften<Arch>(s.scores + r * keys, visible[r], most, tops[r], factor,
                              s.p + r * Arch::kRowWords, chunk_words);

@@ -14,6 +14,10 @@ struct Parameter {
   DType dtype = DType::kFloat32;
 };
 
+inline const void* elements_on(const void* data, int64_t count, DType dtype) {
+  return static_cast<const char*>(data) + count * (dtype == DType::kBFloat16 ? 2 : 4);
+}
+
 inline float load_element(DType dtype, const void* data, int64_t i) {
   if (dtype == DType::kFloat32) return static_cast<const float*>(data)[i];
   const uint32_t wide = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[i]) << 16;

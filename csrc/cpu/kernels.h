@@ -72,6 +72,8 @@ struct AttentionBlock {
   int64_t vision_queries;
   int64_t text_queries;
   const int32_t* positions;  // of each query row of q inside its segment; null: its index there
+  // [queries, keys] whether a query sees a key, among those that the mask lets it see; null: all
+  const unsigned char* seen;
   int64_t begin;
   int64_t end;
   float scale;

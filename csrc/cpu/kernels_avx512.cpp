@@ -13,10 +13,10 @@ struct Float32 : OfTiles<Float32> {
   using T = float;
   static constexpr int kPerUnit = 1;
   static constexpr int kRowWords = 16;
-  static constexpr int kTileRows = 12;
+  static constexpr int kTileRows = 6;
   static constexpr int64_t kDepthUnits = 768;
   static constexpr int kExpDegree = 6;
-  static constexpr int64_t kBlock = 32;  // units of depth in one chain of additions
+  static constexpr int64_t kBlock = 64;  // units of depth in one chain of additions
 
   static bool moments(const float*, int64_t, float*, float*) { return false; }
   static void put(uint32_t* a, const Vec* part) { _mm512_storeu_ps(a, part[0]); }
@@ -32,7 +32,9 @@ struct Float32 : OfTiles<Float32> {
   static void tile(const uint32_t* a, const uint32_t* b, int64_t panel_words, int64_t units,
                    float* c, int64_t c_stride, bool more) {
     // Sums of blocks of the depth are added up in c: one long chain of additions would round more
-    // than the products of other libraries do.
+    // than the products of other libraries do. The first block is short for short products, which
+    // others add up in lanes.
+    int64_t longest = kBlock / 2;
     do {
       Vec sum[M][V];
       for (int i = 0; i < M; ++i) {
@@ -48,7 +50,8 @@ struct Float32 : OfTiles<Float32> {
           for (int j = 0; j < V; ++j) sum[i][j] = v_fma(left, right[j], sum[i][j]);
         }
       };
-      int64_t block = min_of(units, kBlock);
+      int64_t block = min_of(units, longest);
+      longest = kBlock;
       units -= block;
       for (; block >= kChunk; block -= kChunk, a += M * kRowWords, b += kChunk * kPanel) {
 #pragma GCC unroll 4

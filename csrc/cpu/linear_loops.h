@@ -160,8 +160,10 @@ void linear_block(const LinearBlock& block, void* scratch) {
         const int64_t begin = tile_begin<Arch>(block.count, tiles, t);
         const int64_t rows = tile_begin<Arch>(block.count, tiles, t + 1) - begin;
         float* const c = own.c + begin * c_stride;
-        // Of fewer tiles each would have to ask for more than it has time to hide.
-        if (tiles >= 4) foresee_weights(b + depth * kPanel, depth * kPanel, t, tiles);
+        // Of fewer tiles each would have to ask for more than it has time to hide, and wide ones
+        // have no loads to spare.
+        if (tiles >= 4 && vectors <= 2)
+          foresee_weights(b + depth * kPanel, depth * kPanel, t, tiles);
         if (d + 1 == depths) foresee<Arch>(block, block.first + begin, rows, column, columns);
         Arch::product(state, rows, vectors,
                       own.a + begin * row_words + from * rows * Arch::kRowWords, b, panel_words,

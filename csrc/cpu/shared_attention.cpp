@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "elements.h"
 #include "isa.h"
 
 namespace beit3_fast::cpu {
@@ -10,10 +11,6 @@ namespace {
 // Each block of queries packs the keys and values anew; below this many it is not worth it.
 constexpr int64_t kFewQueries = 192;
 constexpr int64_t kTasksPerThread = 4;
-
-const void* offset(const void* base, int64_t elements, DType dtype) {
-  return static_cast<const char*>(base) + elements * (dtype == DType::kBFloat16 ? 2 : 4);
-}
 
 }  // namespace
 
@@ -40,10 +37,10 @@ void shared_attention(const Pool& pool, const SharedAttention& op) {
     const int64_t s = task / parts / op.num_heads;
     const int64_t column = head * op.head_dim;
     AttentionBlock block{};
-    block.q = offset(op.q, column, op.dtype);
-    block.k = offset(op.k, column, op.dtype);
-    block.v = offset(op.v, column, op.dtype);
-    block.out = const_cast<void*>(offset(op.out, column, op.dtype));
+    block.q = elements_on(op.q, column, op.dtype);
+    block.k = elements_on(op.k, column, op.dtype);
+    block.v = elements_on(op.v, column, op.dtype);
+    block.out = const_cast<void*>(elements_on(op.out, column, op.dtype));
     block.q_stride = op.q_stride;
     block.k_stride = op.k_stride;
     block.v_stride = op.v_stride;

@@ -96,7 +96,7 @@ NATIVE_BUGS = (
     ),
     Bug(
         "ops-cpp-position-check-off-by-one",
-        "csrc/ops.cpp",
+        "csrc/attention_ops.cpp",
         "position < keys[s + 1] - keys[s]",
         "position <= keys[s + 1] - keys[s]",
         (f"{ARGUMENTS}::test_shared_attention_rejects",),
@@ -109,6 +109,34 @@ NATIVE_BUGS = (
         (f"{LINEAR}::test_forward",),
     ),
     Bug(
+        "cached-attention-first-sample-for-all",
+        "csrc/cpu/cached_attention.cpp",
+        "op.k, op.samples[s] * op.k_sample",
+        "op.k, s * op.k_sample",
+        (f"{KERNELS}::test_cached_attention",),
+    ),
+    Bug(
+        "cached-attention-unseen-keys-seen",
+        "csrc/cpu/attention_loops.h",
+        "block.seen + (begin + r) * all_keys",
+        "block.seen + begin * all_keys",
+        (f"{KERNELS}::test_cached_attention",),
+    ),
+    Bug(
+        "cached-attention-blind-row-not-zero",
+        "csrc/cpu/attention_loops.h",
+        "if (tops[r] == -__builtin_inff()) visible[r] = 0;",
+        "",
+        (f"{KERNELS}::test_cached_attention",),
+    ),
+    Bug(
+        "cached-attention-sample-check-off-by-one",
+        "csrc/attention_ops.cpp",
+        "call.samples[s] < k.size(0)",
+        "call.samples[s] <= k.size(0)",
+        (f"{ARGUMENTS}::test_cached_attention_rejects",),
+    ),
+    Bug(
         "linear-scratch-never-given-back",
         "csrc/cpu/expert_linear.cpp",
         "    thread_local Scratch scratch;\n    const LinearBlock& task",
@@ -117,7 +145,7 @@ NATIVE_BUGS = (
     ),
     Bug(
         "ops-cpp-all-work-on-one-thread",
-        "csrc/ops.cpp",
+        "csrc/operands.h",
         "torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {",
         "[&](auto all) { all(int64_t{0}, count); }([&](int64_t begin, int64_t end) {",
         (f"{PROCESSES}::test_the_threads_are_those_of_torch",),

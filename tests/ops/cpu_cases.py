@@ -188,5 +188,46 @@ class Attention:
         return out
 
 
+class Cached:
+    """A few queries a sequence against the first ``keys`` of a longer cache of three samples; query 0 of the first sees none."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        keys: int,
+        queries: int,
+        samples: list[int],
+        heads: int,
+        width: int,
+        sharpness: float = 1.0,
+    ) -> None:
+        g = torch.Generator().manual_seed(keys)
+        self.samples, self.heads, self.keys = samples, heads, keys
+        q = sharpness * randn(len(samples), queries, heads * width, generator=g)
+        self.q = q.to(dtype)
+        self.cache = randn(2, 3, keys + 5, heads * width + 2, generator=g).to(dtype)
+        self.seen = torch.rand(len(samples), queries, keys, generator=g) > 0.3
+        self.seen[0, 0] = False
+        self.scale = width**-0.5
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows further apart than their length, at odd offsets."""
+        k, v = self.cache[:, :, : self.keys, 1:-1]
+        return self.q, k, v
+
+    def run(self) -> Tensor:
+        own = torch.tensor(self.samples)
+        return OPS.cached_attention(*self.operands, self.seen, own, self.heads, self.scale)
+
+    def formula(self, dtype: torch.dtype) -> Tensor:
+        q, k, v = (
+            t.to(dtype).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for t in (self.operands[0], *(t[self.samples] for t in self.operands[1:]))
+        )
+        scores = (q @ k.mT * self.scale).masked_fill(~self.seen[:, None], -math.inf)
+        return (scores.softmax(-1).nan_to_num(0.0) @ v).transpose(1, 2).flatten(2)
+
+
 def cumulative(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()

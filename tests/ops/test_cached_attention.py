@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import DTYPES, assert_near
+from op_cases import DTYPES, TARGETS, assert_near
 from torch import Tensor
 
 from beit3_fast.errors import KernelUnavailable
@@ -37,8 +38,13 @@ def plain(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("samples", [[0, 1, 2, 3], [3, 1], [2]])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("impl", ["auto", "composite", "reference"])
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [
+        *product(("auto", "composite", "reference"), DTYPES),
+        *((impl, dtype) for impl, dtype in TARGETS if impl == "cpu"),
+    ],
+)
 @torch.no_grad()
 def test_against_the_formula(impl: str, dtype: str, samples: list[int]) -> None:
     q, k, v, seen = operands(DTYPES[dtype], samples)
@@ -82,11 +88,15 @@ def test_no_key_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(q, k, v, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    cached_attention(q, k, v, seen, num_heads=HEADS, samples=[3, 1])
+    cached_attention(q, k, v, seen, num_heads=HEADS, samples=[3, 1], impl="composite")
     assert set(given) == {k.untyped_storage().data_ptr()} == {v.untyped_storage().data_ptr()}
 
 
 def test_cpu_kernels_say_why_not() -> None:
     q, k, v, seen = operands(torch.float32, [3, 1])
-    with pytest.raises(KernelUnavailable, match="mask structures, not a mask tensor"):
-        cached_attention(q, k, v, seen, num_heads=HEADS, samples=[3, 1], impl="cpu")
+    with pytest.raises(KernelUnavailable, match="no gradients of cached keys"):
+        cached_attention(
+            q.requires_grad_(), k, v, seen, num_heads=HEADS, samples=[3, 1], impl="cpu"
+        )
+    auto = cached_attention(q, k, v, seen, num_heads=HEADS, samples=[3, 1])
+    assert auto.requires_grad

@@ -103,6 +103,41 @@ def test_shared_attention_rejects(name: str) -> None:
         OPS.shared_attention(**{**arguments, **changes})
 
 
+BAD_CACHE: dict[str, tuple[dict[str, Any], str]] = {
+    "q": ({"q": torch.randn(2, 8)}, r"contiguous \[S, n, C\]"),
+    "q strides": ({"q": torch.randn(2, 8, 3).transpose(1, 2)}, r"contiguous \[S, n, C\]"),
+    "q dtype": ({"q": torch.randn(2, 3, 8).half()}, "float32 or bfloat16"),
+    "heads": ({"num_heads": 3}, "3 heads do not divide"),
+    "k width": ({"k": torch.randn(4, 5, 9)}, r"\[B, N, 8\]"),
+    "k dtype": ({"k": torch.randn(4, 5, 8).bfloat16()}, "same dtype"),
+    "v strides": ({"v": torch.randn(4, 8, 5).transpose(1, 2)}, "stride 1"),
+    "v keys": ({"v": torch.randn(4, 6, 8)}, "same shape"),
+    "seen": ({"seen": torch.ones(2, 3, 6, dtype=torch.bool)}, r"\[2, 3, 5\]"),
+    "seen type": ({"seen": torch.ones(2, 3, 5)}, "bool"),
+    "samples": ({"samples": torch.tensor([0])}, "2 entries"),
+    "samples type": ({"samples": torch.tensor([0, 1]).int()}, "int64"),
+    "sample": ({"samples": torch.tensor([0, 4])}, r"samples\[1\] is 4, but there are 4"),
+    "negative sample": ({"samples": torch.tensor([-1, 0])}, r"samples\[0\] is -1"),
+    "scale": ({"scale": math.nan}, "scale"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CACHE)
+def test_cached_attention_rejects(name: str) -> None:
+    changes, message = BAD_CACHE[name]
+    arguments: dict[str, Any] = {
+        "q": torch.randn(2, 3, 8),
+        **dict.fromkeys("kv", torch.randn(4, 5, 8)),
+        "seen": torch.ones(2, 3, 5, dtype=torch.bool),
+        "samples": torch.tensor([3, 0]),
+        "num_heads": 2,
+        "scale": 0.5,
+    }
+    OPS.cached_attention(**arguments)
+    with pytest.raises(RuntimeError, match=message):
+        OPS.cached_attention(**{**arguments, **changes})
+
+
 BAD_PATCHES: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"images": torch.randn(2, 3, 8, 12).half()}, "float32 or bfloat16"),
     "no batch": ({"images": torch.randn(3, 8, 12)}, r"\[B, K, H, W\]"),

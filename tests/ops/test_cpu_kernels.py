@@ -13,7 +13,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from cpu_cases import DTYPES, EPS, OPS, Attention, Linear, cumulative
+from cpu_cases import DTYPES, EPS, OPS, Attention, Cached, Linear, cumulative
 from torch import Tensor
 
 from beit3_fast.parity import op_parity
@@ -195,6 +195,29 @@ def test_shared_attention(size: tuple[int, int], mask: str, dtype: str) -> None:
             chosen = ([list(range(0, n, 3)) for n in vision], [list(range(1, n, 2)) for n in text])
             some = case.run(mask, chosen=chosen)
             assert torch.equal(some, ours[case.chosen_rows(chosen)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [64, 88, 7, 1, 130])
+def test_cached_attention(width: int, dtype: str) -> None:
+    for keys, queries, samples in [(1, 1, [0]), (37, 3, [2, 0]), (200, 6, [1]), (16, 5, [0, 1, 2])]:
+        for sharpness in (0.0, 1.0, 4.0):
+            case = Cached(DTYPES[dtype], keys, queries, samples, 2 + 16 // width, width, sharpness)
+            ours = case.run()
+            plain, truth = (case.formula(t) for t in (DTYPES[dtype], torch.float64))
+            result = op_parity(ours, plain, truth)
+            assert result.passed, result.reason
+            assert not ours[0, 0].any()
+
+
+def test_what_is_not_given_of_a_cache_may_be_anything() -> None:
+    """Not a number behind the keys that are given, and in samples that are not named, reaches no result."""
+    for dtype in DTYPES.values():
+        case = Cached(dtype, 37, 3, [2, 0], 2, 64)
+        clean = case.run()
+        case.cache[:, :, 37:] = math.nan
+        case.cache[:, 1] = math.nan
+        assert torch.equal(case.run(), clean)
 
 
 def test_queries_without_keys_are_zero() -> None:

@@ -1,0 +1,32 @@
+#include "cached_attention.h"
+
+#include "elements.h"
+#include "isa.h"
+
+namespace beit3_fast::cpu {
+
+void cached_attention(const Pool& pool, const CachedAttention& op) {
+  const Kernels& level = kernels(op.dtype);
+  const int64_t width = op.num_heads * op.head_dim;
+  share(pool, op.sequences * op.num_heads, [&](int64_t task) {
+    thread_local Scratch scratch;
+    const int64_t s = task / op.num_heads, column = task % op.num_heads * op.head_dim;
+    const int64_t row = s * op.queries * width + column;
+    AttentionBlock block{};
+    block.q = elements_on(op.q, row, op.dtype);
+    block.k = elements_on(op.k, op.samples[s] * op.k_sample + column, op.dtype);
+    block.v = elements_on(op.v, op.samples[s] * op.v_sample + column, op.dtype);
+    block.out = const_cast<void*>(elements_on(op.out, row, op.dtype));
+    block.q_stride = block.out_stride = width;
+    block.k_stride = op.k_stride;
+    block.v_stride = op.v_stride;
+    block.head_dim = op.head_dim;
+    block.vision_keys = op.keys;
+    block.vision_queries = block.end = op.queries;
+    block.seen = op.seen + s * op.queries * op.keys;
+    block.scale = op.scale;
+    level.attention_block(block, scratch.at_least(level.attention_scratch(block)));
+  });
+}
+
+}  // namespace beit3_fast::cpu
