@@ -250,7 +250,7 @@ int64_t product_loop(Tensor x, Tensor packed, int64_t repeats) {
           ": packed must be of the dtype of x or int8");
   require(repeats > 0 && x.size(0) > 0 && x.size(1) > 0, op, ": needs rows, columns and repeats");
   call.in_features = x.size(1);
-  call.out_features = beit3_fast::cpu::kPanel;
+  call.out_features = 2 * beit3_fast::cpu::kPanel;
   require(holds_weight(packed, form, call.out_features, call.in_features), op,
           ": packed must be a weight [", call.out_features, ", ", call.in_features,
           "] packed by pack_weight of this build");

@@ -8,9 +8,12 @@
 namespace {
 
 inline __m512i v_int8(const Vec* part) {
-  __m128i bytes[4];
-  for (int i = 0; i < 4; ++i) bytes[i] = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(part[i]));
-  return _mm512_loadu_si512(bytes);
+  const __m512i low = _mm512_packs_epi32(_mm512_cvtps_epi32(part[0]), _mm512_cvtps_epi32(part[1]));
+  const __m512i high = _mm512_packs_epi32(_mm512_cvtps_epi32(part[2]), _mm512_cvtps_epi32(part[3]));
+  // Packing keeps to lanes of 16 bytes: four bytes of each part in turn.
+  alignas(64) static constexpr int32_t order[] = {0, 4, 8,  12, 1, 5, 9,  13,
+                                                  2, 6, 10, 14, 3, 7, 11, 15};
+  return _mm512_permutexvar_epi32(_mm512_loadu_si512(order), _mm512_packs_epi16(low, high));
 }
 
 // Dot has kUnsigned, kParts (words of A a unit takes), put(a, bytes), and add(sum, part, left,
@@ -19,6 +22,7 @@ template <class Element, class Dot>
 struct Int8 : OfInt8<Element, OfTiles<Int8<Element, Dot>>> {
   static constexpr bool kUnsigned = Dot::kUnsigned;
   static constexpr int kRowWords = 16 * Dot::kParts;
+  static constexpr int kTileRows = 6;
   static constexpr int64_t kDepthUnits = 768;
 
   static void put_int8(uint32_t* a, const Vec* part) { Dot::put(a, v_int8(part)); }

@@ -121,12 +121,12 @@ int64_t product_loop(const Pool& pool, const ExpertLinear& op, int64_t repeats) 
   block.out_features = op.out_features;
   block.parts = &panels;
   block.part_panels = block.panel_end = panel_count(op.out_features);
-  std::atomic<int64_t> rows{0};
+  std::atomic<int64_t> results{0};
   share(pool, pool.threads, [&](int64_t) {
     Scratch scratch;
-    rows += level.product_loop(block, repeats, scratch.at_least(level.linear_scratch(block)));
+    results += level.product_loop(block, repeats, scratch.at_least(level.linear_scratch(block)));
   });
-  return rows * repeats * 2 * op.in_features * kPanel;
+  return results * repeats * 2 * op.in_features;
 }
 
 }  // namespace beit3_fast::cpu

@@ -161,9 +161,10 @@ void linear_block(const LinearBlock& block, void* scratch) {
         const int64_t rows = tile_begin<Arch>(block.count, tiles, t + 1) - begin;
         float* const c = own.c + begin * c_stride;
         // Of fewer tiles each would have to ask for more than it has time to hide, and wide ones
-        // have no loads to spare.
-        if (tiles >= 4 && vectors <= 2)
+        // gain nothing.
+        if (tiles >= 4 && vectors <= 2) {
           foresee_weights(b + depth * kPanel, depth * kPanel, t, tiles);
+        }
         if (d + 1 == depths) foresee<Arch>(block, block.first + begin, rows, column, columns);
         Arch::product(state, rows, vectors,
                       own.a + begin * row_words + from * rows * Arch::kRowWords, b, panel_words,
@@ -187,11 +188,14 @@ int64_t product_loop(const LinearBlock& block, int64_t repeats, void* scratch) {
   const auto row = [&](int64_t r) { return static_cast<const T*>(block.x) + r * block.x_stride; };
   pack_rows<Arch>(row, rows, block, own.a, own.row_scales);
   const int64_t units = ceil_div(block.in_features, Arch::kPerUnit);
+  const int64_t panel_words = chunks_of<Arch>(block.in_features) * kChunk * kPanel;
+  const int64_t vectors = Arch::vectors_at_once(rows, block.out_features);
   typename Arch::State state;
   for (int64_t i = 0; i < repeats; ++i) {
-    Arch::product(state, rows, 2, own.a, block.parts[0], 0, units, own.c, kPanel, false);
+    Arch::product(state, rows, vectors, own.a, block.parts[0], panel_words, units, own.c,
+                  vectors * 16, false);
   }
-  return rows;
+  return rows * vectors * 16;
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 #include <immintrin.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -327,12 +328,31 @@ inline __m512 cvtepi32_ps(__m512i a) {
   const auto x = bits<Ints>(a);
   return each([&](int i) { return static_cast<float>(x[i]); });
 }
-inline __m128i cvtsepi32_epi8(__m512i a) {
-  const auto x = bits<Ints>(a);
-  int8_t out[16];
-  for (int i = 0; i < 16; ++i)
-    out[i] = static_cast<int8_t>(x[i] < -128 ? -128 : x[i] > 127 ? 127 : x[i]);
-  return bits<__m128i>(out);
+inline int saturated(int x, int most) {
+  return x < -most - 1 ? -most - 1 : x > most ? most : x;
+}
+inline __m512i packs_epi32(__m512i a, __m512i b) {
+  const auto x = bits<Ints>(a), y = bits<Ints>(b);
+  Halves out;
+  for (int i = 0; i < 32; ++i) {
+    const int lane = i / 8 * 4 + i % 4;
+    out[i] = static_cast<int16_t>(saturated((i / 4 % 2 ? y : x)[lane], 32767));
+  }
+  return bits<__m512i>(out);
+}
+inline __m512i packs_epi16(__m512i a, __m512i b) {
+  const auto x = bits<Halves>(a), y = bits<Halves>(b);
+  std::array<int8_t, 64> out;
+  for (int i = 0; i < 64; ++i) {
+    const int lane = i / 16 * 8 + i % 8;
+    out[static_cast<std::size_t>(i)] =
+        static_cast<int8_t>(saturated((i / 8 % 2 ? y : x)[lane], 127));
+  }
+  return bits<__m512i>(out);
+}
+inline __m512i permutexvar_epi32(__m512i index, __m512i a) {
+  const auto at = bits<Ints>(index), x = bits<Ints>(a);
+  return each_int([&](int i) { return x[at[i] & 15]; });
 }
 inline __m512i and_si512(__m512i a, __m512i b) { return a & b; }
 inline __m512i or_si512(__m512i a, __m512i b) { return a | b; }
@@ -561,7 +581,11 @@ inline void half_mask_storeu_epi16(void *p, __mmask16 mask, __m256i a) {
 #define _mm512_xor_si512 emulated::xor_si512
 #undef _mm512_cvtepi32_ps
 #define _mm512_cvtepi32_ps emulated::cvtepi32_ps
-#undef _mm512_cvtsepi32_epi8
-#define _mm512_cvtsepi32_epi8 emulated::cvtsepi32_epi8
+#undef _mm512_packs_epi32
+#define _mm512_packs_epi32 emulated::packs_epi32
+#undef _mm512_packs_epi16
+#define _mm512_packs_epi16 emulated::packs_epi16
+#undef _mm512_permutexvar_epi32
+#define _mm512_permutexvar_epi32 emulated::permutexvar_epi32
 #undef _tile_dpbssd
 #define _tile_dpbssd emulated::tile_dot_int8

@@ -181,13 +181,13 @@ def test_some_queries_need_positions_under_a_mask() -> None:
 
 
 def test_the_product_loop_counts_its_operations_and_checks_its_operands() -> None:
-    x, weight = torch.randn(40, 48), torch.randn(32, 48)
+    x, weight = torch.randn(40, 48), torch.randn(64, 48)
     packed = OPS.pack_weight(weight)
     once = OPS.product_loop(x, packed, 1)
     assert once > 0
     assert once % (2 * 48 * 32) == 0
     assert OPS.product_loop(x, packed, 3) == 3 * once
-    with pytest.raises(RuntimeError, match=r"must be a weight \[32, 48\]"):
+    with pytest.raises(RuntimeError, match=r"must be a weight \[64, 48\]"):
         OPS.product_loop(x, OPS.pack_weight(weight[:, :47]), 1)
     with pytest.raises(RuntimeError, match="needs rows"):
         OPS.product_loop(x, packed, 0)
