@@ -42,6 +42,20 @@ Tensor pack_weight(Tensor weight) {
   return packed;
 }
 
+Tensor pack_transposed(Tensor x) {
+  const DType dtype = dtype_of(x, "pack_transposed", "x");
+  require_matrix(x, "pack_transposed", "x");
+  const int64_t depth = x.size(0), columns = x.size(1);
+  require(depth > 0 && columns > 0, "pack_transposed: x must not be empty, got shape ",
+          shape_of(x));
+  const int64_t bytes = beit3_fast::cpu::packed_bytes(dtype, columns, depth);
+  const int64_t shape[] = {bytes / static_cast<int64_t>(x.element_size())};
+  Tensor packed = torch::stable::new_empty(x, {shape, 1});
+  beit3_fast::cpu::pack_transposed(torch_pool(), dtype, x.const_data_ptr(), x.stride(0), columns,
+                                   depth, packed.mutable_data_ptr());
+  return packed;
+}
+
 Tensor quantize_weight(Tensor weight) {
   const DType dtype = dtype_of(weight, "quantize_weight", "weight");
   require_matrix(weight, "quantize_weight", "weight");
@@ -327,6 +341,7 @@ std::string cpu_isa() { return beit3_fast::cpu::isa_name(beit3_fast::cpu::isa())
 STABLE_TORCH_LIBRARY(beit3_fast, m) {
   m.def("cpu_isa() -> str");
   m.def("pack_weight(Tensor weight) -> Tensor");
+  m.def("pack_transposed(Tensor x) -> Tensor");
   m.def("quantize_weight(Tensor weight) -> Tensor");
   m.def("unpack_weight(Tensor packed, int out_features, int in_features) -> Tensor");
   m.def("product_loop(Tensor x, Tensor packed, int repeats) -> int");
@@ -341,6 +356,7 @@ STABLE_TORCH_LIBRARY(beit3_fast, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(beit3_fast, CPU, m) {
   m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("pack_transposed", TORCH_BOX(&pack_transposed));
   m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
   m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
   m.impl("product_loop", TORCH_BOX(&product_loop));

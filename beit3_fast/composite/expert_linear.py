@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +43,10 @@ def expert_linear(
         )
         return y.new_zeros(x.shape[0], y.shape[1]).index_copy(0, rows, y)
     parts = []
-    for expert, weight in enumerate(weights):
-        part = x[bounds[expert] : bounds[expert + 1]]
+    # One split, whose gradient is one concatenation; that of a slice would be as large as x, for each expert.
+    sizes = [stop - start for start, stop in pairwise(bounds)]
+    ranges = x.split(sizes) if len(weights) > 1 else (x,)
+    for expert, (weight, part) in enumerate(zip(weights, ranges, strict=True)):
         if norm_weights:
             part = layer_norm(part, norm_weights[expert], norm_biases[expert], eps)
         bias = biases[expert] if biases else None
@@ -88,6 +92,16 @@ def _prepacks(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+class Products(NamedTuple):
+    """The two products of a gradient: ``times(dy, w)`` = dy w, and ``outer(dy, x)`` = dy^T x."""
+
+    times: Callable[[Tensor, Tensor], Tensor]
+    outer: Callable[[Tensor, Tensor], Tensor]
+
+
+PLAIN = Products(torch.mm, lambda dy, x: dy.T @ x)
+
+
 def expert_linear_backward(
     grad: Tensor,
     x: Tensor,
@@ -99,6 +113,7 @@ def expert_linear_backward(
     bounds: Sequence[int],
     eps: float,
     activation: str,
+    products: Products = PLAIN,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Gradients of x, weights, biases, norm weights and norm biases, given that of the result [M, O].
 
@@ -124,10 +139,10 @@ def expert_linear_backward(
         if activation == "gelu":
             z = F.linear(normed, weight, biases[expert] if biases else None)
             dy = torch.ops.aten.gelu_backward(dy, z)
-        dweights.append(dy.T @ normed)
+        dweights.append(products.outer(dy, normed))
         if biases:
             dbiases.append(dy.sum(0))
-        dnormed = dy @ weight
+        dnormed = products.times(dy, weight)
         if norm_weights:
             narrow = is_narrow(operand)
             if narrow:

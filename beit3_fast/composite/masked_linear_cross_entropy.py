@@ -87,7 +87,7 @@ def masked_linear_cross_entropy_backward(
         slope, sums = slopes(own)
         if sums is not None:
             dbias[own] = sums
-        dweight[own] = slope.T @ named
+        torch.mm(slope.T, named, out=dweight[own])
         dnamed += slope @ weight[own]
     dx = x.new_zeros(x.shape).index_add_(0, rows, dnamed.to(x.dtype))
     return dx, dweight, dbias

@@ -1,4 +1,5 @@
-"""The compiled CPU product as torch.compile calls it: row numbers may be symbolic, which its C++ schema cannot say."""
+"""The compiled CPU product as torch.compile calls it (row numbers may be symbolic, which its C++ schema cannot say), and
+as gradients do."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from beit3_fast.composite.expert_linear import Products
 from beit3_fast.ops import library
+from beit3_fast.ops.dispatch import rows_in_memory
 
 
 @torch.library.custom_op("beit3_fast::cpu_expert_linear", mutates_args=(), device_types="cpu")
@@ -36,3 +39,25 @@ def expert_linear(
 @expert_linear.register_fake
 def _(x: Tensor, weights: list[Tensor], *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], weights[0].shape[0])
+
+
+def _times(dy: Tensor, weight: Tensor) -> Tensor:
+    return _product(dy, weight)
+
+
+def _outer(dy: Tensor, x: Tensor) -> Tensor:
+    return _product(dy.T.contiguous(), x) if len(x) else dy.new_zeros(dy.shape[1], x.shape[1])
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] times b [K, N]."""
+    packed = torch.ops.beit3_fast.pack_transposed(rows_in_memory(b))
+    shape = b.new_empty(()).expand(b.shape[1], b.shape[0])
+    none: list[Tensor] = []
+    y = torch.ops.beit3_fast.expert_linear(
+        rows_in_memory(a), [shape], [packed], none, none, none, None, None, [0, len(a)], 0.0, "none"
+    )
+    return cast(Tensor, y)
+
+
+PRODUCTS = Products(_times, _outer)

@@ -121,9 +121,9 @@ def _cpu_slower(at: Situation) -> str | None:
     """
     if at.int8:
         return None
-    if at.autocast:
+    if at.autocast and not at.needs_grad:
         return "would keep the weights a second time, in autocast's dtype"
-    if at.needs_grad:
+    if at.needs_grad and not (at.op == "expert_linear" and at.dtype is torch.bfloat16):
         return "recomputes in the backward pass what composite keeps"
     if at.compiling and not at.packed:
         return "is opaque to torch.compile, which fuses composite"

@@ -13,14 +13,14 @@ import logging
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from beit3_fast.composite.expert_linear import PLAIN, expert_linear_backward, residual_gradient
 from beit3_fast.composite.expert_linear import expert_linear as composite_impl
-from beit3_fast.composite.expert_linear import expert_linear_backward, residual_gradient
 from beit3_fast.derived import derived, needs_grad
 from beit3_fast.ops import cpu_kernels, dispatch, library, triton_kernels
 from beit3_fast.ops.operands import Norm, Weight, check, flat
@@ -182,9 +182,16 @@ def _cpu(
         [ordered(t) for t in group]
         for group in ([_stack(bias) for bias in biases or ()], norm_weights, norm_biases)
     ]
-    residual, rows, *rest = tail
+    residual, rows, bounds, eps, activation = tail
     residual, rows = (None if t is None else ordered(t) for t in (residual, rows))
-    return op(ordered(x), stacked, packed, *vectors, residual, rows, *rest)
+    if with_grad and activation == "gelu" and x.dtype is torch.bfloat16:
+        # In two steps, the first of which is kept: the op's own gradient would compute it again.
+        y = F.gelu(op(ordered(x), stacked, packed, *vectors, None, rows, bounds, eps, "none"))
+        if residual is None:
+            return y
+        return residual + y if rows is None else y.index_add(0, rows, residual[rows])
+    y = op(ordered(x), stacked, packed, *vectors, residual, rows, bounds, eps, activation)
+    return cast(Tensor, y)
 
 
 def _triton(
@@ -274,6 +281,13 @@ def _register() -> None:
         size = torch.library.get_ctx().new_dynamic_size()
         return weight.new_empty(size, dtype=torch.int8)
 
+    @torch.library.register_fake("beit3_fast::pack_transposed")
+    def _(x: Tensor) -> Tensor:
+        depth, columns = x.shape
+        size = x.element_size()
+        chunks, panels = -(-depth * size // 64), -(-columns // _PANEL)
+        return x.new_empty((64 + panels * chunks * 64 * _PANEL) // size)
+
     @torch.library.register_fake("beit3_fast::unpack_weight")
     def _(packed: Tensor, out_features: int, in_features: int) -> Tensor:
         dtype = torch.float32 if packed.dtype is torch.int8 else packed.dtype
@@ -298,8 +312,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, rows, *parameters = ctx.saved_tensors
     weights, biases, norm_weights, norm_biases = triton_kernels.regrouped(parameters, ctx.sizes)
+    # PyTorch's fp32 products are the faster ones, its bf16 products on most CPUs are not.
+    products = cpu_kernels.PRODUCTS if x.dtype is torch.bfloat16 else PLAIN
+    bounds, eps, activation = ctx.rest
+    vectors = (biases, norm_weights, norm_biases)
     dx, *lists = expert_linear_backward(
-        grad, x, weights, biases, norm_weights, norm_biases, rows, *ctx.rest
+        grad, x, weights, *vectors, rows, bounds, eps, activation, products
     )
     dresidual = residual_gradient(grad, rows) if ctx.has_residual else None
     dweights, dbiases, dgammas, dbetas = lists

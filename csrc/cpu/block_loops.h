@@ -17,6 +17,23 @@ void pack_panel(const void* const* rows, int64_t count, int64_t depth, uint32_t*
 }
 
 template <class Arch>
+void pack_transposed(const void* x, int64_t stride, int64_t depth, int64_t columns, int64_t from,
+                     uint32_t* panel) {
+  using T = typename Arch::T;
+  // Rows lie too far apart for the hardware to foresee.
+  constexpr int64_t ahead = 16;
+  const auto row = [&](int64_t k) -> const T* {
+    return k < depth ? static_cast<const T*>(x) + k * stride : nullptr;
+  };
+  const int64_t units = chunks_of<Arch>(depth) * kChunk;
+  for (int64_t unit = 0; unit < units; ++unit, panel += kPanel) {
+    const int64_t k = unit * Arch::kPerUnit;
+    if (k + ahead < depth) __builtin_prefetch(row(k + ahead) + from, 0);
+    v_pack_rows(row(k), row(k + 1), from, columns, panel);
+  }
+}
+
+template <class Arch>
 constexpr Kernels make_kernels(const char* isa) {
   return {isa,
           linear_scratch<Arch>,
@@ -24,12 +41,19 @@ constexpr Kernels make_kernels(const char* isa) {
           attention_scratch<Arch>,
           attention_block<Arch>,
           product_loop<Arch>,
-          pack_panel<Arch>};
+          pack_panel<Arch>,
+          pack_transposed<Arch>};
 }
 
 template <class Arch>
 constexpr Kernels make_int8_kernels(const char* isa) {
-  return {isa,    linear_scratch<Arch>, linear_block<Arch>, nullptr, nullptr, product_loop<Arch>,
+  return {isa,
+          linear_scratch<Arch>,
+          linear_block<Arch>,
+          nullptr,
+          nullptr,
+          product_loop<Arch>,
+          nullptr,
           nullptr};
 }
 

@@ -92,6 +92,10 @@ struct Kernels {
   int64_t (*product_loop)(const LinearBlock& block, int64_t repeats, void* scratch);
   // One panel of B whose column j is rows[j]; columns from `count` on are zero.
   void (*pack_panel)(const void* const* rows, int64_t count, int64_t depth, uint32_t* panel);
+  // One panel of B whose depth runs over rows: columns [from, from + kPanel) of `depth` rows of x;
+  // those from `columns` on are zero.
+  void (*pack_transposed)(const void* x, int64_t stride, int64_t depth, int64_t columns,
+                          int64_t from, uint32_t* panel);
 };
 
 // Null where the translation unit was built without the instruction set.

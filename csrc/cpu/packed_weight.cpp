@@ -93,6 +93,18 @@ void pack_weight(const Pool& pool, DType dtype, const void* weight, int64_t stri
   pack(kernels(dtype), pool, dtype, weight, stride, out_features, in_features, packed);
 }
 
+void pack_transposed(const Pool& pool, DType dtype, const void* x, int64_t stride,
+                     int64_t out_features, int64_t in_features, void* packed) {
+  const Kernels& level = kernels(dtype);
+  const int64_t words = panel_words(dtype, in_features);
+  auto* const panels =
+      reinterpret_cast<uint32_t*>(put_header(dtype, out_features, in_features, packed));
+  share(pool, panel_count(out_features), [&](int64_t panel) {
+    level.pack_transposed(x, stride, in_features, out_features, panel * kPanel,
+                          panels + panel * words);
+  });
+}
+
 void pack_weight_portably(const Pool& pool, DType dtype, const void* weight, int64_t stride,
                           int64_t out_features, int64_t in_features, void* packed) {
   pack(*portable_kernels(dtype), pool, dtype, weight, stride, out_features, in_features, packed);

@@ -16,7 +16,11 @@ inline int64_t panel_count(int64_t out_features) { return (out_features + kPanel
 // `packed` needs packed_bytes(...) bytes. `stride` counts elements between rows of `weight`.
 void pack_weight(const Pool& pool, DType dtype, const void* weight, int64_t stride,
                  int64_t out_features, int64_t in_features, void* packed);
-// The same bytes by the portable kernels, at any level of instructions.
+// The weight [out_features, in_features] whose transpose lies in memory: x [in_features,
+// out_features], rows `stride` elements apart.
+void pack_transposed(const Pool& pool, DType dtype, const void* x, int64_t stride,
+                     int64_t out_features, int64_t in_features, void* packed);
+// pack_weight's bytes by the portable kernels, at any level of instructions.
 void pack_weight_portably(const Pool& pool, DType dtype, const void* weight, int64_t stride,
                           int64_t out_features, int64_t in_features, void* packed);
 // Rounds a weight of `dtype` to int8, an output channel at a time (kernels.h). A channel that holds

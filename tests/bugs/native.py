@@ -130,6 +130,20 @@ NATIVE_BUGS = (
         (f"{KERNELS}::test_cached_attention",),
     ),
     Bug(
+        "packed-transposed-pairs-of-one-row",
+        "csrc/cpu/block_loops.h",
+        "v_pack_rows(row(k), row(k + 1), from, columns, panel);",
+        "v_pack_rows(row(k), row(k), from, columns, panel);",
+        (f"{KERNELS}::test_a_transposed_weight_is_packed_to_the_same_bytes",),
+    ),
+    Bug(
+        "cpu-gradient-of-a-weight-from-other-rows",
+        "beit3_fast/ops/cpu_kernels.py",
+        "_product(dy.T.contiguous(), x)",
+        "_product(dy.T.contiguous(), x.roll(1, 0))",
+        (f"{LINEAR}::test_gradients",),
+    ),
+    Bug(
         "cached-attention-sample-check-off-by-one",
         "csrc/attention_ops.cpp",
         "call.samples[s] < k.size(0)",

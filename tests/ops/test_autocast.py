@@ -110,6 +110,16 @@ def test_auto_keeps_no_second_copy_of_the_weights() -> None:
     assert "a second time" in dict(dispatch.choose(at).rejected)["cpu"] or not library.available()
 
 
+def test_training_in_autocast_takes_the_compiled_products() -> None:
+    """Their copies of the weights live as long as a step, as those of autocast itself do."""
+    x, call = operands(True)
+    with lowered():
+        at = dispatch.situation("expert_linear", [x.requires_grad_(), *call["weights"]])
+    assert (at.autocast, at.needs_grad, at.dtype) == (True, True, BF16)
+    fast = library.available() and library.cpu_isa() != "portable"
+    assert dispatch.choose(at).impl == ("cpu" if fast else "composite")
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @torch.no_grad()
 def test_a_model_computes_in_the_lower_precision(impl: str) -> None:

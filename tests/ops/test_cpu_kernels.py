@@ -198,6 +198,15 @@ def test_shared_attention(size: tuple[int, int], mask: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_transposed_weight_is_packed_to_the_same_bytes(dtype: str) -> None:
+    for rows, columns in [(1, 1), (33, 7), (7, 33), (64, 96), (100, 61)]:
+        wide = torch.randn(columns, rows + 3).to(DTYPES[dtype])
+        wide[:, -1] = math.nan
+        ours = OPS.pack_transposed(wide[:, 2:-1])
+        assert torch.equal(ours, OPS.pack_weight(wide[:, 2:-1].T.contiguous())), (rows, columns)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [64, 88, 7, 1, 130])
 def test_cached_attention(width: int, dtype: str) -> None:
     for keys, queries, samples in [(1, 1, [0]), (37, 3, [2, 0]), (200, 6, [1]), (16, 5, [0, 1, 2])]:

@@ -17,10 +17,12 @@ if not library.available():
 
 OPS = torch.ops.beit3_fast
 REGISTERED = {
+    "cached_attention",
     "cpu_expert_linear",
     "expert_linear",
     "masked_linear_cross_entropy",
     "masked_linear_cross_entropy_backward",
+    "pack_transposed",
     "pack_weight",
     "patch_embedding",
     "quantize_weight",
@@ -85,6 +87,7 @@ LINEAR: dict[str, dict[str, Any]] = {
         "residual": False,
         "activation": "none",
     },
+    "gradients, bf16": {"grad": True, "dtype": torch.bfloat16, "activation": "none"},
     "gathered": {"grad": True, "rows": True},
     "bf16, packed": {"dtype": torch.bfloat16, "packed": True},
     "packed": {"packed": True, "rows": True},
@@ -116,6 +119,8 @@ def test_pack_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
     packed = OPS.pack_weight(weight)
     torch.library.opcheck(OPS.unpack_weight.default, (packed, *shape))
     assert torch.equal(OPS.unpack_weight(packed, *shape), weight)
+    torch.library.opcheck(OPS.pack_transposed.default, (weight,))
+    assert torch.equal(OPS.pack_transposed(weight.T.contiguous()), packed)
     torch.library.opcheck(OPS.quantize_weight.default, (weight,))
     torch.library.opcheck(OPS.unpack_weight.default, (OPS.quantize_weight(weight), *shape))
 
@@ -172,6 +177,14 @@ ATTENTION: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ATTENTION)
 def test_shared_attention(name: str) -> None:
     torch.library.opcheck(OPS.shared_attention.default, attention_arguments(**ATTENTION[name]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cached_attention(dtype: torch.dtype) -> None:
+    q, (k, v) = draw(2, 3, 16, dtype=dtype), draw(2, 4, 9, 16, dtype=dtype)[:, :, :7]
+    import_module("beit3_fast.ops.shared_attention")._cached_op()
+    arguments = (q, k, v, torch.rand(2, 3, 7) < 0.5, torch.tensor([3, 0]), 2, 0.3)
+    torch.library.opcheck(OPS.cached_attention.default, arguments)
 
 
 @pytest.mark.parametrize("name", ATTENTION)
