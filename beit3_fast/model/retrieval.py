@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from beit3_fast.config import BEiT3Config
 from beit3_fast.errors import ShapeError
+from beit3_fast.model.contrastive_loss import contrastive_loss
 from beit3_fast.model.task import BEiT3Task, text_of_all
 
 
@@ -54,7 +55,8 @@ class BEiT3ForRetrieval(BEiT3Task):
             raise ShapeError(
                 "the contrastive loss needs an image and a text; pass only_infer=True for one of them"
             )
-        return contrastive_loss(vision, language, self.logit_scale.exp()), vision, language
+        loss = contrastive_loss(vision, language, self.logit_scale.exp(), impl=self.beit3.impl)
+        return loss, vision, language
 
     def _pooling_head(self, kind: str) -> Callable[[Tensor], Tensor] | None:
         return None if kind == "pair" else partial(self._unit, kind)
@@ -62,17 +64,3 @@ class BEiT3ForRetrieval(BEiT3Task):
     def _unit(self, kind: str, rows: Tensor) -> Tensor:
         head = self.vision_head if kind == "image" else self.language_head
         return F.normalize(head(rows), dim=-1)
-
-
-def contrastive_loss(vision: Tensor, language: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric cross entropy between matching rows of [B, C] embeddings, over the batches of all ranks."""
-    all_vision, all_language, first = vision, language, 0
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.nn.functional import all_gather
-
-        first = torch.distributed.get_rank() * vision.shape[0]
-        all_vision, all_language = torch.cat(all_gather(vision)), torch.cat(all_gather(language))
-    labels = torch.arange(vision.shape[0], device=vision.device) + first
-    to_text = F.cross_entropy(scale * vision @ all_language.T, labels)
-    to_image = F.cross_entropy(scale * language @ all_vision.T, labels)
-    return (to_text + to_image) / 2

@@ -10,6 +10,7 @@ from bugs.native import NATIVE_BUGS
 from bugs.ops import OPS_BUGS
 from bugs.pretraining import PRETRAINING_BUGS
 from bugs.product import PRODUCT_BUGS
+from bugs.tuning import TUNING_BUGS
 
 __all__ = ["BUGS", "Bug"]
 
@@ -20,5 +21,6 @@ BUGS = (
     *PRODUCT_BUGS,
     *KERNELS_BUGS,
     *PRETRAINING_BUGS,
+    *TUNING_BUGS,
     *NATIVE_BUGS,
 )
