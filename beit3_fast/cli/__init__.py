@@ -19,6 +19,7 @@ from beit3_fast.cli.embed import EMBED
 from beit3_fast.cli.info import INFO, environment
 from beit3_fast.cli.pretrain import PRETRAIN, WORLD
 from beit3_fast.cli.search import SEARCH
+from beit3_fast.cli.tokenizer import TOKENIZE_IMAGES, TRAIN_TOKENIZER
 from beit3_fast.cli.verify import VERIFY
 from beit3_fast.errors import Beit3FastError
 
@@ -37,6 +38,8 @@ COMMANDS = {
     "embed": EMBED,
     "pretrain": PRETRAIN,
     "world": WORLD,
+    "train-tokenizer": TRAIN_TOKENIZER,
+    "tokenize-images": TOKENIZE_IMAGES,
 }
 
 
