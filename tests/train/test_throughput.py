@@ -21,7 +21,6 @@ from beit3_fast.train import MaskedDataModelling, TrainOptions, read_log
 from beit3_fast.train import throughput as speed
 from beit3_fast.train.throughput import Throughput
 
-
 REFERENCE = "reference"
 
 
