@@ -16,6 +16,7 @@ from beit3_fast.cli.classify import CLASSIFY
 from beit3_fast.cli.command import Command, version_of
 from beit3_fast.cli.convert import CONVERT
 from beit3_fast.cli.embed import EMBED
+from beit3_fast.cli.finetune import FINETUNE, REPORT
 from beit3_fast.cli.info import INFO, environment
 from beit3_fast.cli.pretrain import PRETRAIN, WORLD
 from beit3_fast.cli.search import SEARCH
@@ -37,6 +38,8 @@ COMMANDS = {
     "search": SEARCH,
     "embed": EMBED,
     "pretrain": PRETRAIN,
+    "finetune": FINETUNE,
+    "report": REPORT,
     "world": WORLD,
     "train-tokenizer": TRAIN_TOKENIZER,
     "tokenize-images": TOKENIZE_IMAGES,

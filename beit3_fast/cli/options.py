@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,30 @@ def add_model(parser: argparse.ArgumentParser, example: str, *, tokenizer: bool)
         help="inputs at a time (default: %(default)s)",
     )
     add_runtime(group)
+
+
+def run_options(parser: argparse.ArgumentParser, example: str, options: Callable[[], str]) -> None:
+    """--config, --out, --quiet, --json and --options, what ``options`` says: what the commands that train share."""
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help=f"the recipe, see {example}"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FOLDER",
+        help="where the run goes on, if it was begun there",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+    class Show(argparse.Action):
+        def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+            print(options())
+            parser.exit()
+
+    parser.add_argument(
+        "--options", action=Show, nargs=0, help="every option of a recipe and its default"
+    )
 
 
 def add_runtime(group: argparse._ActionsContainer) -> None:

@@ -7,29 +7,23 @@ import json
 from pathlib import Path
 
 from beit3_fast.cli.command import Command
-from beit3_fast.cli.options import positive
+from beit3_fast.cli.options import positive, run_options
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE",
-        help="the recipe, see examples/tokenizer_world.toml",
-    )
-    parser.add_argument(
-        "--out",
-        required=True,
-        metavar="FOLDER",
-        help="where the run goes on, if it was begun there",
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    run_options(parser, "examples/tokenizer_world.toml", _options)
+
+
+def _options() -> str:
+    from beit3_fast.train.option_text import option_text
+    from beit3_fast.train.tokenizer_recipe import SECTIONS, TokenizerRecipe
+
+    return option_text(TokenizerRecipe, SECTIONS)
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from beit3_fast.checkpoint.atomic import replacing
     from beit3_fast.train import train
+    from beit3_fast.train.report import run_facts, write_report
     from beit3_fast.train.tokenizer_recipe import read_tokenizer_recipe
     from beit3_fast.train.tokenizer_score import score_tokenizer
 
@@ -45,7 +39,7 @@ def _train(arguments: argparse.Namespace) -> int:
         out,
         progress=not arguments.quiet,
     )
-    report = {"folder": str(out), "steps": done.step, "skipped": done.skipped, "loss": done.loss}
+    report = run_facts(out, done)
     lines = [f"{out}: {done.step} steps, {done.skipped} skipped"]
     if not done.complete:
         lines[0] += f" of {recipe.train.steps}; the same call goes on"
@@ -57,8 +51,7 @@ def _train(arguments: argparse.Namespace) -> int:
             f"{score.used:.1%} of the codes used, perplexity {score.perplexity:.1f}"
         )
     if done.complete:
-        with replacing(out / "report.json") as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
+        write_report(out, report)
     print(json.dumps(report) if arguments.json else "\n".join(lines))
     return 0
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from beit3_fast.data.augment import Augment
 from beit3_fast.data.images import load_image, preprocess_image
-from beit3_fast.data.masking import sample_generator
+from beit3_fast.data.masking import sample_generator, sample_order
 from beit3_fast.data.presets import ImagePreset
 from beit3_fast.errors import ConfigError, InputError
 
@@ -66,7 +64,7 @@ class ImageData:
         images = []
         for place in range(number * self.batch_size, (number + 1) * self.batch_size):
             epoch, within = divmod(place, len(self.paths))
-            index = int(_order(self.seed, epoch, len(self.paths))[within])
+            index = int(sample_order(len(self.paths), self.seed, _ORDER, epoch)[within])
             image = load_image(self.paths[index], background=self.preset.background)
             view = self.augment(image, sample_generator(self.seed, _VIEW, epoch, index))
             images.append(preprocess_image(view, self.pixels, self.preset))
@@ -85,8 +83,3 @@ class ImageData:
             self.augment,
         )
         return hashlib.sha256(repr(made_of).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-@lru_cache(maxsize=8)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return sample_generator(seed, _ORDER, epoch).permutation(count)

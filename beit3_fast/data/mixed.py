@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from os import PathLike
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +16,13 @@ from beit3_fast.data.codes_of_files import CodesOfFiles
 from beit3_fast.data.images import load_image, preprocess_image
 from beit3_fast.data.index_files import KINDS, IndexRow, read_index
 from beit3_fast.data.masked_batch import MaskedBatch, MaskedSample, masked_batch
-from beit3_fast.data.masking import Masking, mask_patches, mask_words, sample_generator
+from beit3_fast.data.masking import (
+    Masking,
+    mask_patches,
+    mask_words,
+    sample_generator,
+    sample_order,
+)
 from beit3_fast.data.processor import Processor
 from beit3_fast.data.tokenizer import segments
 from beit3_fast.errors import ConfigError, InputError
@@ -97,7 +101,9 @@ class MixedData:
             count = getattr(self.mix, kind)
             for place in range(number * count, (number + 1) * count):
                 epoch, within = divmod(place, len(rows))
-                index = int(_order(self.seed, KINDS.index(kind), epoch, len(rows))[within])
+                index = int(
+                    sample_order(len(rows), self.seed, _ORDER, KINDS.index(kind), epoch)[within]
+                )
                 samples.append(self._sample(kind, rows[index], epoch, index))
         return masked_batch(self._with_codes(samples))
 
@@ -164,9 +170,3 @@ class MixedData:
             return list(samples)
         codes = iter(self.visual_tokens(torch.stack(images)))
         return [s if s.image is None else s._replace(codes=next(codes)) for s in samples]
-
-
-@lru_cache(maxsize=8)
-def _order(seed: int, kind: int, epoch: int, count: int) -> np.ndarray:
-    """The order of ``count`` samples in an epoch."""
-    return sample_generator(seed, _ORDER, kind, epoch).permutation(count)

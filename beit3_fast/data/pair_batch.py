@@ -21,6 +21,11 @@ class PairBatch:
         """B."""
         return len(self.image)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text."""
+        return (~self.padding).sum(1).tolist()
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PairBatch:
         """A copy on ``device``, images in ``dtype``."""
         return PairBatch(

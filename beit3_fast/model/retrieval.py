@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3_fast.config import BEiT3Config
+from beit3_fast.data.pair_batch import PairBatch
 from beit3_fast.errors import ShapeError
 from beit3_fast.model.contrastive_loss import contrastive_loss
 from beit3_fast.model.task import BEiT3Task, text_of_all
+from beit3_fast.model.work import Work, embedding_work, encoder_work, linear_work, training_work
 
 
 class BEiT3ForRetrieval(BEiT3Task):
@@ -57,6 +59,15 @@ class BEiT3ForRetrieval(BEiT3Task):
             )
         loss = contrastive_loss(vision, language, self.logit_scale.exp(), impl=self.beit3.impl)
         return loss, vision, language
+
+    def work(self, batch: PairBatch) -> Work:
+        """What a training step on the batch needs at least; of the loss no more than the two heads."""
+        config, count = self.config, batch.num_samples
+        width, read = config.embed_dim, [1] * count
+        forward = encoder_work(config, config.num_vision_tokens, [0] * count, read=read)
+        forward += encoder_work(config, 0, batch.lengths, read=read)
+        forward += linear_work(2 * count, width, width)
+        return training_work(embedding_work(config, count), forward)
 
     def _pooling_head(self, kind: str) -> Callable[[Tensor], Tensor] | None:
         return None if kind == "pair" else partial(self._unit, kind)

@@ -104,7 +104,7 @@ class TokenizerRecipe:
         return ImageData(paths, own.batch_size, pixels, tokenizer.preset, seed, augment)
 
 
-_SECTIONS: dict[str, Any] = {
+SECTIONS: dict[str, Any] = {
     "teacher": TeacherOptions,
     "data": Images,
     "held_out": Images,
@@ -118,7 +118,7 @@ def read_tokenizer_recipe(path: str | PathLike[str]) -> TokenizerRecipe:
     """A recipe from a TOML file. Raises ConfigError for what cannot be read or is not known, with what is."""
     path = Path(path)
     made = read_sections(
-        path, read_tables(path), _SECTIONS, "vqkd_encoder_base_decoder_3x768x12_clip"
+        path, read_tables(path), SECTIONS, "vqkd_encoder_base_decoder_3x768x12_clip"
     )
     if "teacher" not in made:
         raise ConfigError(f"{path}: a tokenizer learns from a teacher; add a section [teacher]")

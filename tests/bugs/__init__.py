@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bugs.bug import Bug
 from bugs.files import FILES_BUGS
+from bugs.finetuning import FINETUNING_BUGS
 from bugs.kernels import KERNELS_BUGS
 from bugs.model import MODEL_BUGS
 from bugs.native import NATIVE_BUGS
@@ -21,6 +22,7 @@ BUGS = (
     *PRODUCT_BUGS,
     *KERNELS_BUGS,
     *PRETRAINING_BUGS,
+    *FINETUNING_BUGS,
     *TUNING_BUGS,
     *NATIVE_BUGS,
 )
