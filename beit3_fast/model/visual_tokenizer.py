@@ -91,12 +91,13 @@ VISUAL_TOKENIZERS = {
 
 
 class Distilled(NamedTuple):
-    """``features`` [B, patches, teacher_dim], predicted from the codes; ``codes`` int64 [B, patches]; ``commitment``: the mean
-    squared distance between the encoder's outputs and their codes."""
+    """``features`` [B, patches, teacher_dim], predicted from the codes; ``codes`` int64 [B, patches], of ``num_codes``;
+    ``commitment``: the mean squared distance between the encoder's outputs and their codes."""
 
     features: Tensor
     codes: Tensor
     commitment: Tensor
+    num_codes: int
 
 
 class VisualTokenizer(nn.Module):
@@ -126,7 +127,8 @@ class VisualTokenizer(nn.Module):
         quantized = self.quantize(rows.flatten(0, 1))
         grid = quantized.rows.view(batch, side, side, dim).permute(0, 3, 1, 2)
         features = self.decode_task_layer(self.decoder(grid.to(images.dtype)))
-        return Distilled(features, quantized.codes.view(batch, patches), quantized.loss)
+        codes = quantized.codes.view(batch, patches)
+        return Distilled(features, codes, quantized.loss, self.config.num_codes)
 
     @torch.no_grad()
     def tokenize(self, images: Tensor) -> Tensor:

@@ -57,8 +57,7 @@ class VisualTokenizerDistillation:
         share = batch.num_samples / totals["images"]
         reconstruction = (1 - cosine).mean() * share
         commitment = made.commitment * share
-        quantize = model.get_submodule("quantize")
-        used = made.codes.unique().numel() / int(quantize.num_codes)
+        used = made.codes.unique().numel() / made.num_codes
         terms = {
             "reconstruction": reconstruction.detach(),
             "commitment": commitment.detach(),

@@ -134,7 +134,7 @@ def test_images_of_another_size() -> None:
         create_visual_tokenizer("vqkd_tiny", pixels=3)
 
 
-def test_no_code_depends_on_autocast() -> None:
+def test_autocast_spares_the_codebook() -> None:
     own = tokenizer()
     with torch.autocast("cpu", torch.bfloat16):
         assert own(pictures()).commitment.dtype == torch.float32

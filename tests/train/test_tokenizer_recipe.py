@@ -124,16 +124,23 @@ def test_codes_by_command(begun: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 @needs_toml
 def test_pretraining_on_codes(begun: Path, tmp_path: Path) -> None:
-    call = ["pretrain", "--config", str(begun / "codes.toml"), "--quiet", "--out"]
-    assert cli.main([*call, str(tmp_path / "kept")]) == 0
-    assert not (tmp_path / "kept/codes.safetensors").exists()
     live = PRETRAIN.replace("cache = ", "tokenizer = ").replace(
         "codes.safetensors", "tokenizer/model.safetensors"
     )
     (begun / "live.toml").write_text(live)
-    assert cli.main([*call[:2], str(begun / "live.toml"), *call[3:], str(tmp_path / "live")]) == 0
-    losses = [[line["loss"] for line in read_log(tmp_path / run)] for run in ("kept", "live")]
-    assert losses[0] == losses[1]
+    made = []
+    for name in ("codes.toml", "live.toml"):
+        recipe = read_recipe(begun / name)
+        made.append(recipe.make_data(recipe.make_model(), tmp_path))
+    assert not (tmp_path / "codes.safetensors").exists()
+    assert isinstance(made[0].visual_tokens, CodeFile)
+    assert isinstance(made[1].visual_tokens, VisualTokens)
+    for number in range(3):
+        assert torch.equal(made[0][number].codes, made[1][number].codes)
+    assert made[0].identity == made[1].identity
+    call = ["pretrain", "--config", str(begun / "codes.toml"), "--quiet", "--out"]
+    assert cli.main([*call, str(tmp_path / "run")]) == 0
+    assert len(read_log(tmp_path / "run")) == 2
 
 
 @needs_toml

@@ -46,7 +46,7 @@ def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_learns_what_the_teacher_sees(world: Path, tmp_path: Path) -> None:
-    options = replace(OPTIONS, steps=60, lr=3e-3, warmup_steps=5, ema_decay=None, accumulation=1)
+    options = replace(OPTIONS, steps=48, lr=3e-3, warmup_steps=5, ema_decay=None, accumulation=1)
     own = tokenizer(revive_below=0.2, decay=0.9)
     teach(world, tmp_path, options, own, data=images(world, 10))
     lines = read_log(tmp_path)
