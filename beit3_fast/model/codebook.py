@@ -29,9 +29,10 @@ class Quantized(NamedTuple):
 
 
 class _Embedding(nn.Module):
-    """``cluster_size`` and ``embed_avg`` are in published files and are not read."""
+    """``cluster_size`` (of the first codes) and ``embed_avg`` are in published files and are not read."""
 
     weight: Tensor
+    cluster_size: Tensor
     initted: Tensor
 
     def __init__(self, num_codes: int, code_dim: int) -> None:

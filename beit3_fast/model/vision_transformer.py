@@ -113,8 +113,9 @@ class VisionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
         for token in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(token, std=_STD)
+        blocks = [block for block in self.blocks if isinstance(block, _Block)]
         with torch.no_grad():
-            for number, block in enumerate(self.blocks, 1):
+            for number, block in enumerate(blocks, 1):
                 for linear in (block.attn.proj, block.mlp.fc2):
                     linear.weight.div_(math.sqrt(2 * number))
 

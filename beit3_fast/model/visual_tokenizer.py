@@ -153,8 +153,9 @@ class VisualTokenizer(nn.Module):
     def _encode(self, images: Tensor) -> Tensor:
         """Rows [B, patches, code_dim] in the head's dtype, also under autocast: near a border a rounding is another code."""
         rows = self.encoder(images)
+        dtype = next(self.encode_task_layer.parameters()).dtype
         with torch.autocast(images.device.type, enabled=False):
-            return self.encode_task_layer(rows.to(self.encode_task_layer[2].weight.dtype))
+            return self.encode_task_layer(rows.to(dtype))
 
 
 def create_visual_tokenizer(
@@ -205,12 +206,12 @@ def _config(
                 f"unknown visual tokenizer {given!r}; known are {list(VISUAL_TOKENIZERS)}"
             )
         return VISUAL_TOKENIZERS[given]
-    if given is None and source is None:
-        raise ConfigError(
-            f"a visual tokenizer needs a name, one of {list(VISUAL_TOKENIZERS)}, or a checkpoint"
-        )
     values = given
-    if given is None and source is not None:
+    if values is None:
+        if source is None:
+            raise ConfigError(
+                f"a visual tokenizer needs a name, one of {list(VISUAL_TOKENIZERS)}, or a checkpoint"
+            )
         values = source.config
         if values is None:
             return _by_shapes(source)
@@ -251,8 +252,8 @@ def _by_shapes(source: Checkpoint) -> VisualTokenizerConfig:
 
 
 def _head(width: int, out: int) -> nn.Sequential:
-    head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, out))
-    for linear in (head[0], head[2]):
+    first, last = nn.Linear(width, width), nn.Linear(width, out)
+    for linear in (first, last):
         nn.init.trunc_normal_(linear.weight, std=_STD)
         nn.init.zeros_(linear.bias)
-    return head
+    return nn.Sequential(first, nn.Tanh(), last)

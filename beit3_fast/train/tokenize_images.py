@@ -203,5 +203,5 @@ class _Job:
         return TokenizeReport(len(names), skipped, resumed, kept.unique().numel())
 
 
-def _batches(numbers: range, size: int) -> list[range]:
-    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+def _batches(numbers: range, size: int) -> list[list[int]]:
+    return [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
