@@ -74,10 +74,6 @@ class CodeFile:
             )
         return self.codes[row].long()
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Raises InputError: pixels do not tell which file they are of."""
-        raise InputError(f"{self.path} has codes of files, not of pixels")
-
     def save(self) -> None:
         """Write the file, whole or not at all. Raises CheckpointError."""
         facts = {

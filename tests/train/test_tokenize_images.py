@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_continuation import at_call, child
-from tokenizer_runs import PIXELS, images, teach, tokenizer
+from tokenizer_runs import PIXELS, teach, tokenizer
 from train_cases import data
 
 from beit3_fast.data import Augment
@@ -45,7 +45,6 @@ def test_the_codes_of_a_folder(taught: VisualTokenizer, world: Path, tmp_path: P
     assert read.codes.shape == (len(paths), 36)
     assert (read.num_codes, read.grid_size, read.preset) == (24, (6, 6), "square")
     assert report.used == read.codes.unique().numel() > 2
-    batch = images(world, 4)
     pixels = torch.stack([jobs._Images(paths, PIXELS, "square")[n] for n in (0, 7)])  # type: ignore[misc]
     expected = taught.tokenize(pixels)
     assert torch.equal(torch.stack([read.of_file(paths[n]) for n in (0, 7)]), expected)
@@ -53,8 +52,6 @@ def test_the_codes_of_a_folder(taught: VisualTokenizer, world: Path, tmp_path: P
     assert not list(tmp_path.glob(".*partial*"))
     with pytest.raises(InputError, match=r"has no codes of 'elsewhere\.png'; run beit3-fast tok"):
         read.of_file("elsewhere.png")
-    with pytest.raises(InputError, match="has codes of files, not of pixels"):
-        read(batch[0].images)
 
 
 def test_a_killed_job_goes_on(
