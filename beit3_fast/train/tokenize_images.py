@@ -63,9 +63,13 @@ def tokenize_images(
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be a positive integer, got {batch_size!r}")
+    if Path(out).suffix.lower() != ".safetensors":
+        raise ConfigError(f"codes are written to a .safetensors file, got {os.fspath(out)!r}")
     job = _Job(VisualTokens(tokenizer), list_images(sources), Path(out))
     if job.out.exists():
-        return job.done_before()
+        report = job.done_before()
+        shutil.rmtree(job.folder, ignore_errors=True)
+        return report
     with held(job.folder):
         resumed = job.begin()
         bar = Progress(len(job.paths), resumed, progress)
@@ -186,21 +190,19 @@ class _Job:
             raise InputError(
                 f"none of the {len(codes)} images can be used, the first is {self.paths[0]!r}"
             )
-        kept = torch.from_numpy(codes[good])
-        names = [name for name, is_good in zip(self.names, good, strict=True) if is_good]
-        tokens = self.tokens
-        CodeFile(
-            self.out,
-            kept,
-            names,
-            tokens.num_codes,
-            tokens.grid_size,
-            tokens.preset,
-            tokens.identity,
-            self.digest,
-        ).save()
-        skipped = len(self.names) - len(names)
-        return TokenizeReport(len(names), skipped, resumed, kept.unique().numel())
+        made = CodeFile(
+            path=self.out,
+            codes=torch.from_numpy(codes[good]),
+            images=[name for name, is_good in zip(self.names, good, strict=True) if is_good],
+            num_codes=self.tokens.num_codes,
+            grid_size=self.tokens.grid_size,
+            preset=self.tokens.preset,
+            tokenizer=self.tokens.identity,
+            job=self.digest,
+        )
+        made.save()
+        skipped = len(self.names) - len(made.images)
+        return TokenizeReport(len(made.images), skipped, resumed, made.codes.unique().numel())
 
 
 def _batches(numbers: range, size: int) -> list[list[int]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beit3_fast.checkpoint import safetensors_file
-from beit3_fast.checkpoint.atomic import replacing
+from beit3_fast.checkpoint import read_checkpoint, save_checkpoint
 from beit3_fast.data import Processor
 from beit3_fast.data.presets import ImagePreset
 from beit3_fast.errors import CheckpointError, ConfigError, InputError
 from beit3_fast.model.visual_tokenizer import VisualTokenizer, create_visual_tokenizer
 
 _FORMAT = "beit3_fast codes 1"
+_FACTS = ("num_codes", "grid_size", "preset", "tokenizer", "job")
 
 
 class VisualTokens:
@@ -38,27 +40,23 @@ class VisualTokens:
         return self.tokenizer.tokenize(images.to(device)).to(images.device)
 
 
+@dataclass(frozen=True, eq=False)
 class CodeFile:
-    """Codes of image files, one safetensors file: ``codes`` int16 or int32 [N, patches], and the N paths as counted from its
-    own folder. It knows the codes of files, not of what is cut from them. ``tokenizer`` is its identity, ``job`` a digest of the
-    images that were asked for, of which some may not have been readable."""
+    """Codes of image files, one safetensors file: ``codes`` int16 or int32 [N, patches] of the N ``images``, whose paths count from
+    its own folder. It knows the codes of files, not of what is cut from them.
 
-    def __init__(
-        self,
-        path: str | PathLike[str],
-        codes: Tensor,
-        images: list[str],
-        num_codes: int,
-        grid_size: tuple[int, int],
-        preset: str,
-        tokenizer: str,
-        job: str,
-    ) -> None:
-        self.path = Path(path)
-        self.codes, self.images = codes, images
-        self.num_codes, self.grid_size, self.preset = num_codes, grid_size, preset
-        self.tokenizer, self.job = tokenizer, job
-        self._rows = {self._place(name): row for row, name in enumerate(images)}
+    ``num_codes``, ``grid_size`` and ``preset`` (of images) are the tokenizer's, ``tokenizer`` is its identity; ``job``: a digest of
+    the images that were asked for, of which some may not have been readable.
+    """
+
+    path: Path
+    codes: Tensor
+    images: list[str]
+    num_codes: int
+    grid_size: tuple[int, int]
+    preset: str
+    tokenizer: str
+    job: str
 
     @property
     def identity(self) -> str:
@@ -76,50 +74,29 @@ class CodeFile:
 
     def save(self) -> None:
         """Write the file, whole or not at all. Raises CheckpointError."""
-        facts = {
-            "num_codes": self.num_codes,
-            "grid_size": self.grid_size,
-            "preset": self.preset,
-            "tokenizer": self.tokenizer,
-            "job": self.job,
-        }
         names = json.dumps(self.images, ensure_ascii=False).encode("utf-8", "surrogatepass")
         state = {
             "codes": self.codes,
             "images": torch.frombuffer(bytearray(names), dtype=torch.uint8),
         }
-        metadata = {"format": "pt", "content": _FORMAT, "facts": json.dumps(facts)}
-        try:
-            with replacing(self.path) as file:
-                safetensors_file.write(file, state, metadata)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.path}: {error}") from error
+        facts = json.dumps({name: getattr(self, name) for name in _FACTS})
+        save_checkpoint(state, self.path, metadata={"content": _FORMAT, "facts": facts})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> CodeFile:
         """Read what ``save`` wrote. Raises CheckpointError for another or a damaged file."""
-        path = Path(path)
-        try:
-            with path.open("rb") as file:
-                size = path.stat().st_size
-                if size < 8:
-                    raise CheckpointError("it is too short to hold codes")
-                state, metadata = safetensors_file.read(file, size, verify=True)
-            if metadata.get("content") != _FORMAT or set(state) != {"codes", "images"}:
-                raise CheckpointError("it holds no codes; beit3-fast tokenize-images makes them")
-            images = json.loads(state["images"].numpy().tobytes().decode("utf-8", "surrogatepass"))
-            facts = json.loads(metadata["facts"])
-            facts["grid_size"] = tuple(facts["grid_size"])
-            return cls(path, state["codes"], images, **facts)
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: cannot be read: {error.strerror or error}; beit3-fast tokenize-images makes such a file"
-            ) from error
-        except (CheckpointError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: {error}") from error
+        read = read_checkpoint(path)
+        if read.metadata.get("content") != _FORMAT:
+            raise CheckpointError(f"{path}: holds no codes; beit3-fast tokenize-images makes them")
+        names = read.state["images"].numpy().tobytes().decode("utf-8", "surrogatepass")
+        facts = json.loads(read.metadata["facts"])
+        facts["grid_size"] = tuple(facts["grid_size"])
+        return cls(Path(path), read.state["codes"], json.loads(names), **facts)
 
-    def _place(self, name: str) -> str:
-        return os.path.abspath(self.path.parent / name)
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        folder = self.path.parent
+        return {os.path.abspath(folder / name): row for row, name in enumerate(self.images)}
 
 
 def visual_tokens_for(

@@ -14,6 +14,7 @@ from test_continuation import at_call, child
 from tokenizer_runs import PIXELS, teach, tokenizer
 from train_cases import data
 
+from beit3_fast.checkpoint import save_checkpoint
 from beit3_fast.data import Augment
 from beit3_fast.data.image_files import list_images
 from beit3_fast.data.mixed import Mix
@@ -114,12 +115,16 @@ def test_images_that_cannot_be_read(
         make(taught, tmp_path / "empty", tmp_path / "none.safetensors")
 
 
-def test_files_that_are_no_codes(world: Path, tmp_path: Path) -> None:
+def test_files_that_are_no_codes(taught: VisualTokenizer, world: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
         CodeFile.load(tmp_path / "nothing.safetensors")
-    (tmp_path / "short").write_bytes(b"abc")
-    with pytest.raises(CheckpointError, match="too short"):
-        CodeFile.load(tmp_path / "short")
+    save_checkpoint(taught, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="holds no codes; beit3-fast tokenize-images makes"):
+        CodeFile.load(tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"written to a \.safetensors file, got"):
+        make(taught, world / "images", tmp_path / "codes.bin")
+    with pytest.raises(ConfigError, match="batch_size must be a positive integer"):
+        make(taught, world / "images", tmp_path / "codes.safetensors", batch_size=0)
 
 
 def test_masked_data_takes_the_codes_of_its_files(
