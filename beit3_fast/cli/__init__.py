@@ -20,6 +20,7 @@ from beit3_fast.cli.finetune import FINETUNE, REPORT
 from beit3_fast.cli.info import INFO, environment
 from beit3_fast.cli.pretrain import PRETRAIN, WORLD
 from beit3_fast.cli.search import SEARCH
+from beit3_fast.cli.tokenizer import TOKENIZE_IMAGES, TRAIN_TOKENIZER
 from beit3_fast.cli.verify import VERIFY
 from beit3_fast.errors import Beit3FastError
 
@@ -40,6 +41,8 @@ COMMANDS = {
     "finetune": FINETUNE,
     "report": REPORT,
     "world": WORLD,
+    "train-tokenizer": TRAIN_TOKENIZER,
+    "tokenize-images": TOKENIZE_IMAGES,
 }
 
 

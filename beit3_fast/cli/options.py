@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from beit3_fast.errors import ConfigError, InputError
+from beit3_fast.errors import ConfigError
 
 
 def add_model(parser: argparse.ArgumentParser, example: str, *, tokenizer: bool) -> None:
@@ -119,21 +119,11 @@ def check_model_name(name: str) -> None:
 
 def image_paths(arguments: Sequence[str]) -> list[str]:
     """The files that are named, and the image files of folders, sorted. Raises InputError for an empty folder."""
-    from beit3_fast.data.images import IMAGE_SUFFIXES
+    from beit3_fast.data.image_files import images_of_folder
 
     paths: list[str] = []
     for argument in arguments:
-        if not Path(argument).is_dir():
-            paths.append(argument)
-            continue
-        found = sorted(
-            str(path) for path in Path(argument).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-        )
-        if not found:
-            raise InputError(
-                f"the folder {argument!r} has no image files ({', '.join(IMAGE_SUFFIXES)}); name the files"
-            )
-        paths += found
+        paths += images_of_folder(argument) if Path(argument).is_dir() else [argument]
     return paths
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from beit3_fast.data.augment import Augment
+from beit3_fast.data.codes_of_files import CodesOfFiles
 from beit3_fast.data.images import load_image, preprocess_image
 from beit3_fast.data.index_files import KINDS, IndexRow, read_index
 from beit3_fast.data.masked_batch import MaskedBatch, MaskedSample, masked_batch
@@ -52,7 +53,8 @@ class MixedData:
     place in that order: neither depends on how many processes prepare batches or where a run was continued.
 
     ``sources``: official index files (or lists of them) by kind, "image", "text" and "pair", for each kind in ``mix``;
-    ``processor`` has a tokenizer where there are texts; ``visual_tokens``: images [B, 3, H, W] -> codes int64 [B, patches];
+    ``processor`` has a tokenizer where there are texts; ``visual_tokens``: images [B, 3, H, W] -> codes int64 [B, patches], or a
+    ``CodesOfFiles``, which is asked for each file and cannot go with ``augment``;
     ``patch_size`` is the model's; ``augment`` changes images, none by default. Raises ConfigError and InputError for what does not fit or cannot be read.
     """
 
@@ -88,6 +90,10 @@ class MixedData:
             raise ConfigError("texts need a processor with a tokenizer, whose <mask> is used")
         if (mix.image or mix.pair) and visual_tokens is None:
             raise ConfigError("images need visual_tokens, such as a PatchCodes")
+        if isinstance(visual_tokens, CodesOfFiles) and self.augment != Augment():
+            raise ConfigError(
+                "codes of files are not those of changed images; leave augment out, or have a tokenizer make the codes"
+            )
 
     def __getitem__(self, number: int) -> MaskedBatch:
         samples = []
@@ -136,6 +142,8 @@ class MixedData:
             )
             view = self.augment(image, sample_generator(self.seed, _VIEW, *place))
             fields["image"] = preprocess_image(view, processor.image_size, processor.preset)
+            if isinstance(self.visual_tokens, CodesOfFiles):
+                fields["codes"] = self.visual_tokens.of_file(row.image)
             fields["hidden_patches"] = mask_patches(
                 self.grid, patches, luck, self.masking.min_block, self.masking.max_aspect
             )
@@ -155,6 +163,8 @@ class MixedData:
         return MaskedSample(**fields)
 
     def _with_codes(self, samples: Sequence[MaskedSample]) -> list[MaskedSample]:
+        if isinstance(self.visual_tokens, CodesOfFiles):
+            return list(samples)
         images = [sample.image for sample in samples if sample.image is not None]
         if not images or self.visual_tokens is None:
             return list(samples)

@@ -21,6 +21,7 @@ from beit3_fast.model import BEiT3ForPretraining, create_model
 from beit3_fast.train.objective import MaskedDataModelling
 from beit3_fast.train.options import TrainOptions
 from beit3_fast.train.recipe_file import read_sections, read_tables
+from beit3_fast.train.visual_tokens import visual_tokens_for
 
 # Ids of the official tokenizer, whose models have a few embeddings more.
 _OFFICIAL_IDS = 64002
@@ -55,9 +56,13 @@ class Sources:
 
 @dataclass(frozen=True)
 class Codes:
-    """``[codes]``: visual tokens by k-means over the patches of ``images`` images, see ``data.patch_codes``."""
+    """``[codes]``: visual tokens by k-means over the patches of ``images`` images, see ``data.patch_codes``; or by ``tokenizer``, the
+    file of a visual tokenizer; or from ``cache``, a file of ``tokenize-images``, which is the fastest. Files count from the recipe's
+    folder. With both the codes must be that tokenizer's."""
 
     images: int = 300
+    tokenizer: str | None = None
+    cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,11 @@ class Recipe:
         name = self.data.tokenizer
         return None if name is None else Tokenizer(self.folder / name)
 
-    def _codes(self, model: Any, sources: dict[str, list[Path]], out: Path) -> PatchCodes:
+    def _codes(self, model: Any, sources: dict[str, list[Path]], out: Path) -> Any:
+        if self.codes.tokenizer is not None or self.codes.cache is not None:
+            return visual_tokens_for(
+                model, self._processor(model), self.folder, self.codes.tokenizer, self.codes.cache
+            )
         kept, patch = out / "codes.safetensors", model.config.patch_size
         if kept.exists():
             return PatchCodes(read_checkpoint(kept).state["centres"], patch)

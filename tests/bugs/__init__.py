@@ -11,7 +11,7 @@ from bugs.native import NATIVE_BUGS
 from bugs.ops import OPS_BUGS
 from bugs.pretraining import PRETRAINING_BUGS
 from bugs.product import PRODUCT_BUGS
-from bugs.tuning import TUNING_BUGS
+from bugs.visual_tokens import VISUAL_TOKENS_BUGS
 
 __all__ = ["BUGS", "Bug"]
 
@@ -23,6 +23,6 @@ BUGS = (
     *KERNELS_BUGS,
     *PRETRAINING_BUGS,
     *FINETUNING_BUGS,
-    *TUNING_BUGS,
+    *VISUAL_TOKENS_BUGS,
     *NATIVE_BUGS,
 )
