@@ -47,7 +47,7 @@ help:
 	@echo "make bench       environment, then bench/run.py; BENCH_ARGS='--quick' for the short one, '--help' for the options"
 	@echo "make bench-baselines  installs OpenVINO, NNCF and ONNX Runtime; then BENCH_ARGS='--runtimes ...' or '--full' compares with them"
 	@echo "make gpu         on a machine with a GPU: parity, races, sanitizer, benchmark, one folder of results; GPU_ARGS='--device cpu --dry-run' without one"
-	@echo "make demo        draws a small world, pretrains a tiny model on it, fine-tunes it, and writes DEMO/report.html (at most 20 minutes on two cores)"
+	@echo "make demo        draws a small world, pretrains a tiny model on it, fine-tunes it, and writes DEMO/report.html"
 	@echo "make test-full   the tests with the long matrices"
 	@echo "make planted-bugs  bugs planted in a copy, one at a time: does the gate catch them? (half an hour; BUGS_ARGS='--list')"
 	@echo "make build       environment and compiled ops only"

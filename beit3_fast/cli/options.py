@@ -51,7 +51,7 @@ def run_options(parser: argparse.ArgumentParser, example: str, options: Callable
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
     class Show(argparse.Action):
-        def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
             print(options())
             parser.exit()
 

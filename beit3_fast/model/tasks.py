@@ -231,7 +231,8 @@ class BEiT3ForVisualQuestionAnswering(BEiT3Task):
 
     def work(self, batch: PairBatch) -> Work:
         """What a training step on the batch needs at least."""
-        config, last = self.config, self.head[-1]
+        config = self.config
+        last: Any = self.head[-1]
         width, read = config.embed_dim, [1] * batch.num_samples
         forward = encoder_work(config, config.num_vision_tokens, batch.lengths, read=read)
         forward += linear_work(batch.num_samples, width, width, 2 * width, last.out_features)

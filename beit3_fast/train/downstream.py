@@ -47,7 +47,11 @@ def _image_id(entry: dict[str, Any]) -> int:
 
 
 def _pairs_alone(model: Any) -> Collate:
-    return lambda batch, targets: batch
+    return _without_targets
+
+
+def _without_targets(batch: PairBatch, targets: Sequence[Any]) -> PairBatch:
+    return batch
 
 
 def _with_scores(model: Any) -> Collate:
