@@ -16,9 +16,7 @@ from beit3_fast.errors import ShapeError
 from beit3_fast.ops import masked_linear_cross_entropy
 
 
-def contrastive_loss(
-    vision: Tensor, language: Tensor, scale: Tensor, *, impl: str = "auto"
-) -> Tensor:
+def contrastive_loss(vision: Tensor, language: Tensor, scale: Tensor) -> Tensor:
     """Symmetric cross-entropy (InfoNCE) of ``scale`` * vision @ language.T, whose matches are on the diagonal.
 
     vision and language [N, C], of unit length, floating-point; ``scale`` a scalar. Where torch.distributed is initialised, with
@@ -38,7 +36,7 @@ def contrastive_loss(
         all_vision, all_language, first = _of_all_ranks(vision, language)
         rows = torch.arange(len(vision), device=vision.device)
         to_text, to_image = (
-            masked_linear_cross_entropy(scale * own, others, None, rows, rows + first, impl=impl)
+            masked_linear_cross_entropy(scale * own, others, None, rows, rows + first)
             for own, others in ((vision, all_language), (language, all_vision))
         )
         return (to_text + to_image) / 2

@@ -57,8 +57,7 @@ class BEiT3ForRetrieval(BEiT3Task):
             raise ShapeError(
                 "the contrastive loss needs an image and a text; pass only_infer=True for one of them"
             )
-        loss = contrastive_loss(vision, language, self.logit_scale.exp(), impl=self.beit3.impl)
-        return loss, vision, language
+        return contrastive_loss(vision, language, self.logit_scale.exp()), vision, language
 
     def work(self, batch: PairBatch) -> Work:
         """What a training step on the batch needs at least; of the loss no more than the two heads."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from forked_ranks import on_ranks
 from torch import Tensor
 
 from beit3_fast.model.codebook import Codebook
@@ -122,27 +121,15 @@ def test_rows_that_are_not_finite_teach_nothing() -> None:
 def test_two_processes_keep_one_codebook(tmp_path: Path) -> None:
     rows = drawn(80)
 
-    def follow(rank: int) -> None:
-        dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=rank, world_size=2)
+    def follow(rank: int) -> list[dict[str, Tensor]]:
         own = begun(revive_below=0.0)
         own(rows[rank::2])
         torch.manual_seed(rank)
         fresh = Codebook(CODES, DIM).train()
         fresh(rows[: 30 + rank])
-        torch.save([own.state_dict(), fresh.state_dict()], tmp_path / f"{rank}.pt")
-        dist.destroy_process_group()
+        return [own.state_dict(), fresh.state_dict()]
 
-    processes = []
-    for rank in range(2):
-        process = os.fork()
-        if not process:
-            try:
-                follow(rank)
-            finally:
-                os._exit(0)
-        processes.append(process)
-    assert [os.waitpid(process, 0)[1] for process in processes] == [0, 0]
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = on_ranks(2, tmp_path, follow)
     for one, other in zip(first, second, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
     assert float(first[1]["embedding.cluster_size"].sum()) == 61

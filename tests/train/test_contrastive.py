@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from contrastive_ranks import N, batch, features, gradients, on_two_ranks, retrieval_model
+from contrastive_ranks import N, batch, features, gradients, half, retrieval_model
+from forked_ranks import on_ranks
 from torch import Tensor
 
 from beit3_fast.composite import masked_linear_cross_entropy as slices
@@ -22,8 +23,8 @@ def formula(vision: Tensor, language: Tensor, scale: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_two_ranks(tmp_path_factory.mktemp("ranks"))
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return on_ranks(2, tmp_path_factory.mktemp("ranks"), half)
 
 
 @pytest.mark.parametrize(("logits", "thinnest"), [(1 << 24, 256), (1, 3), (1, 1)])
