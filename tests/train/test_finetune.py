@@ -23,6 +23,7 @@ from beit3_fast.errors import ConfigError
 from beit3_fast.train import TrainOptions, read_finetuning, read_log, read_recipe
 from beit3_fast.train.downstream import DOWNSTREAM
 from beit3_fast.train.question_answering import QuestionAnswering, answer_accuracy
+from beit3_fast.train.tokenizer_recipe import read_tokenizer_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -222,6 +223,9 @@ def test_presets_have_the_published_numbers(path: Path) -> None:
     if stage == "pretrain":
         pretraining = read_recipe(path)
         options, batch = pretraining.train, sum(vars(pretraining.mix).values())
+    elif stage == "tokenizer":
+        distillation = read_tokenizer_recipe(path)
+        options, batch = distillation.train, distillation.data.batch_size
     else:
         recipe = read_finetuning(path)
         options, batch = recipe.train, recipe.data.batch_size
@@ -229,6 +233,7 @@ def test_presets_have_the_published_numbers(path: Path) -> None:
     expected = {
         "pretrain": (6144, 1e-3, 1.0, 0.05),
         "contrastive": (16384, 3e-5, 0.95, 0.05),
+        "tokenizer": (512, 2e-4, 1.0, 1e-4),
         "vqa": (128, {"base": 3e-5, "large": 2e-5}.get(size), 1.0, 0.01),
         "retrieval": (
             3072,
@@ -244,6 +249,7 @@ def test_presets_have_the_published_numbers(path: Path) -> None:
 def test_presets_there_are() -> None:
     stems = {path.stem for path in PRESETS}
     assert {f"pretrain_{size}" for size in ("base", "large", "giant")} <= stems
+    assert "tokenizer_base" in stems
     for stage in ("contrastive", "vqa", "retrieval_coco", "retrieval_flickr30k"):
         assert {f"{stage}_base", f"{stage}_large"} <= stems
     own = read_finetuning(EXAMPLES / "recipes/vqa_base.toml")
