@@ -68,12 +68,12 @@ class Codebook(nn.Module):
         return _nearest(F.normalize(rows.to(own.dtype), dim=-1), own)
 
     def forward(self, rows: Tensor) -> Quantized:
-        """Quantise rows fp32 [R, D] of any length; in training mode the codes then follow them.
+        """Quantise rows [R, D] of any length, in the codes' dtype; in training mode the codes then follow them.
 
         The first rows that it is shown in training place the codes. Under torch.distributed all processes keep one codebook,
         that of the rows of all. Rows that are not finite teach nothing.
         """
-        z = F.normalize(rows, dim=-1)
+        z = F.normalize(rows.to(self.embedding.weight.dtype), dim=-1)
         if self.training and not bool(self.embedding.initted):
             self._begin(z.detach())
         codes = _nearest(z.detach(), self.embedding.weight)
@@ -130,10 +130,11 @@ def _agree(*tensors: Tensor) -> None:
 
 
 def _nearest(z: Tensor, codes: Tensor) -> Tensor:
-    """[R] by [R, D] of unit length; ties go to the first code."""
+    """[R] by [R, D] of unit length, never in half precision; ties go to the first code."""
     bias = codes.square().sum(1) / -2
     step = max(1, _SIMILARITIES // len(codes))
-    return torch.cat([F.linear(part, codes, bias).argmax(1) for part in z.split(step)])
+    with torch.autocast(z.device.type, enabled=False):
+        return torch.cat([F.linear(part, codes, bias).argmax(1) for part in z.split(step)])
 
 
 def _kmeans(z: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,13 @@ VISUAL_TOKENS_BUGS = (
         (f"{CODEBOOK}::test_rows_that_are_not_finite_teach_nothing",),
     ),
     Bug(
+        "codebook-looks-up-in-half-precision",
+        "beit3_fast/model/codebook.py",
+        "with torch.autocast(z.device.type, enabled=False):",
+        "with torch.autocast(z.device.type, enabled=torch.is_autocast_enabled('cpu')):",
+        (f"{CODEBOOK}::test_autocast_changes_no_code",),
+    ),
+    Bug(
         "tokenizer-gives-the-bias-to-the-keys",
         "beit3_fast/model/vision_transformer.py",
         "(attn.q_bias, attn.k_bias, attn.v_bias)",

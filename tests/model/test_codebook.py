@@ -77,6 +77,16 @@ def test_only_training_teaches() -> None:
     assert not torch.equal(own.embedding.weight, before["embedding.weight"])
 
 
+def test_autocast_changes_no_code() -> None:
+    own, rows = Codebook(500, DIM).eval(), drawn(300)
+    own.embedding.weight.copy_(unit(drawn(500, 1)))
+    codes = own.nearest(rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(own.nearest(rows), codes)
+        assert torch.equal(own(rows).codes, codes)
+    assert own(rows.bfloat16()).rows.dtype == torch.float32
+
+
 def test_the_first_rows_place_the_codes() -> None:
     centres = unit(drawn(CODES, 3))
     rows = (centres[:, None] + 0.01 * drawn(CODES * 30, 4).view(CODES, 30, DIM)).flatten(0, 1)
