@@ -132,7 +132,7 @@ def _pairs(
 def _filled_text(
     text: Tensor, covered: Tensor, words: Iterator[int], true: Iterator[int], tokenizer: Tokenizer
 ) -> str:
-    """The sentence; a hidden piece stands in brackets as predicted, with the right one behind it where it is another."""
+    """The sentence; a hidden piece stands in brackets as predicted, and the right one behind it where it is another."""
     parts = []
     for token, is_hidden in list(zip(text.tolist(), covered.tolist(), strict=True))[1:-1]:
         if not is_hidden:
@@ -140,7 +140,7 @@ def _filled_text(
             continue
         guess, right = _piece(next(words), tokenizer), next(true)
         own = _piece(right, tokenizer)
-        parts.append(f"[{guess}]" if guess == own else f"[{guess}/{own}]")
+        parts.append(f"[{guess}]" if guess == own else f"[{guess} (right: {own})]")
     return " ".join(parts)
 
 

@@ -40,7 +40,7 @@ def write_report(folder: Path, report: Mapping[str, Any], examples: Sequence[Exa
         file.write((json.dumps(report, indent=1) + "\n").encode())
     if not _can_draw():
         return
-    _draw_curves(folder / CURVES, {term: {"": own} for term, own in _curves(folder).items()})
+    _draw_curves(folder / CURVES, {term: {"": own} for term, own in curves(folder).items()})
     if examples:
         _draw_examples(folder / EXAMPLES, examples)
     write_page(folder / PAGE, [folder])
@@ -55,7 +55,7 @@ def write_page(path: Path, folders: Sequence[Path]) -> Path:
     if len(folders) > 1 and _can_draw():
         together: dict[str, dict[str, list[tuple[int, float]]]] = {}
         for folder in folders:
-            for term, own in _curves(folder).items():
+            for term, own in curves(folder).items():
                 together.setdefault(term, {})[names[folder]] = own
         pictures = [path.with_suffix(".png")]
         _draw_curves(pictures[0], together)
@@ -110,17 +110,19 @@ def _image(page: Path, picture: Path) -> str:
     return f'<img src="{escape(os.path.relpath(picture, page.parent))}" alt="">'
 
 
-def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Steps and values of each term of the loss, smoothed."""
     lines = read_log(folder)
     terms = dict.fromkeys(key for line in lines for key in line if key not in _BESIDE)
-    curves = {}
+    found = {}
     for term in terms:
         own = [(line["step"], line[term]) for line in lines if line.get(term) is not None]
         width = max(1, int(len(own) * _SMOOTH))
-        parts = [own[start : start + width] for start in range(0, len(own), width)]
-        curves[term] = [(part[-1][0], sum(v for _, v in part) / len(part)) for part in parts]
-    return curves
+        # A short last part would end the curve in noise, so the last is the longest.
+        starts = range(0, len(own) - width + 1, width)
+        parts = [own[a:b] for a, b in zip(starts, [*starts[1:], len(own)], strict=True)]
+        found[term] = [(part[-1][0], sum(v for _, v in part) / len(part)) for part in parts]
+    return found
 
 
 def _can_draw() -> bool:

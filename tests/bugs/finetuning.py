@@ -48,6 +48,13 @@ FINETUNING_BUGS = (
         (f"{THROUGHPUT}::test_counted_work_of_a_step_is_three_forwards_but_the_pixels",),
     ),
     Bug(
+        "curves-end-in-one-step",
+        "beit3_fast/train/report.py",
+        "starts = range(0, len(own) - width + 1, width)",
+        "starts = range(0, len(own), width)",
+        (f"{REPORT}::test_every_point_of_a_curve_is_the_mean_of_as_many_steps",),
+    ),
+    Bug(
         "examples-paint-the-wrong-patch",
         "beit3_fast/train/examples.py",
         "top, left = place // columns * high, place % columns * wide",

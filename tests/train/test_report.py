@@ -22,7 +22,7 @@ from beit3_fast.data.question_batch import answer_scores, question_batch
 from beit3_fast.model.pretraining import Predictions
 from beit3_fast.train.downstream import DOWNSTREAM
 from beit3_fast.train.examples import COUNT, Example, filled_in, found_images, given_answers
-from beit3_fast.train.report import write_report
+from beit3_fast.train.report import curves, write_report
 
 
 def finished(folder: Path, figures: dict[str, Any], losses: list[float]) -> Path:
@@ -54,6 +54,14 @@ def test_a_page_about_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (np.abs(red - [200, 0, 0]).sum(2) < 30).sum() > 1000
     assert cli.main(["report", str(tmp_path), "--out", str(page)]) == 1
     assert "is written when a run of pretrain or finetune ends" in capsys.readouterr().err
+
+
+def test_every_point_of_a_curve_is_the_mean_of_as_many_steps(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "one", {}, [1.0, 3.0] * 90 + [100.0])
+    points = curves(folder)["image"]
+    assert points[0] == (3, pytest.approx(5 / 3))
+    assert points[-1] == (181, pytest.approx((3.0 + 1.0 + 3.0 + 100.0) / 4))
+    assert len(points) == 60
 
 
 def test_without_matplotlib_the_figures_are_left(
@@ -96,7 +104,7 @@ def test_hidden_patches_and_words_are_filled_in(world: Path) -> None:
     words = batch.text_lengths[0] - 2
     assert len(examples[0].text.split()) >= words
     assert examples[0].text.count("[") == int(batch.hidden_words[: words + 2].sum())
-    assert sum(example.text.count("/") for example in examples[:2]) <= 1, "one word is wrong"
+    assert sum(example.text.count("right:") for example in examples[:2]) <= 1, "one word is wrong"
     assert filled_in(own, data(world, Mix(image=1, text=1))) == []
 
 
