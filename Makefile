@@ -47,7 +47,7 @@ help:
 	@echo "make bench       environment, then bench/run.py; BENCH_ARGS='--quick' for the short one, '--help' for the options"
 	@echo "make bench-baselines  installs OpenVINO, NNCF and ONNX Runtime; then BENCH_ARGS='--runtimes ...' or '--full' compares with them"
 	@echo "make gpu         on a machine with a GPU: parity, races, sanitizer, benchmark, one folder of results; GPU_ARGS='--device cpu --dry-run' without one"
-	@echo "make demo        draws a small world, pretrains a tiny model on it (minutes on a CPU) and says what it learned; DEMO=folder"
+	@echo "make demo        draws a small world, pretrains a tiny model on it, fine-tunes it, and writes DEMO/report.html"
 	@echo "make test-full   the tests with the long matrices"
 	@echo "make planted-bugs  bugs planted in a copy, one at a time: does the gate catch them? (half an hour; BUGS_ARGS='--list')"
 	@echo "make build       environment and compiled ops only"
@@ -75,12 +75,23 @@ bench: build
 bench-baselines: build .venv/.stamp-bench-full
 	@echo "== ready: make bench BENCH_ARGS=--full, or BENCH_ARGS='--runtimes beit3_fast torchscale openvino', and so on"
 
-# A world to learn in, and a tiny model that does; what is there is kept, so a run that was stopped goes on.
+# A world to learn in, a tiny model that does, and what it is then good for; what is there is kept, so a run that was stopped
+# goes on. A run takes one core: its figures do not depend on how many there are.
+DEMO_RUNS := run vqa vqa_scratch retrieval retrieval_scratch
 demo: build
-	@echo "== demo in $(DEMO): the world, then pretraining"
-	@$(BIN)/beit3-fast world $(DEMO)/world
-	@cp examples/pretrain_world.toml $(DEMO)/
-	@$(BIN)/beit3-fast pretrain --config $(DEMO)/pretrain_world.toml --out $(DEMO)/run
+	@echo "== demo in $(DEMO): the world, then $(DEMO_RUNS), $(JOBS) at a time"
+	@$(BIN)/beit3-fast world $(DEMO)/world --scenes 4000
+	@cp examples/pretrain_world.toml examples/finetune_world_*.toml $(DEMO)/
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j $(JOBS) $(DEMO_RUNS:%=$(DEMO)/%/report.json)
+	@$(BIN)/beit3-fast report $(DEMO_RUNS:%=$(DEMO)/%) --out $(DEMO)/report.html
+
+demo_run = $(BIN)/beit3-fast $(1) --out $(DEMO)/$* 2>&1 | sed -u 's/^/$*: /'
+$(DEMO)/run/report.json: $(DEMO)/%/report.json:
+	@$(call demo_run,pretrain --config $(DEMO)/pretrain_world.toml)
+$(DEMO)/vqa/report.json $(DEMO)/retrieval/report.json: $(DEMO)/%/report.json: | $(DEMO)/run/report.json
+	@$(call demo_run,finetune --config $(DEMO)/finetune_world_$*.toml)
+$(DEMO)/vqa_scratch/report.json $(DEMO)/retrieval_scratch/report.json: $(DEMO)/%/report.json:
+	@$(call demo_run,finetune --from-scratch --config $(DEMO)/finetune_world_$(*:_scratch=).toml)
 
 gpu: build
 	@echo "== on a GPU: bench/gpu.py $(GPU_ARGS)"

@@ -12,8 +12,9 @@ from beit3_fast.config import BEiT3Config
 from beit3_fast.data import MaskedBatch, MaskedSample, masked_batch
 from beit3_fast.data.masked_batch import TERMS
 from beit3_fast.data.masking import Masking, mask_patches, mask_words, sample_generator
+from beit3_fast.model.pretraining import masked_work
+from beit3_fast.model.work import Work
 from bench.inputs import SCENES, photo_batch, text_batch
-from bench.roofline import Work, embedding_work, encoder_work, linear_work
 
 CODES = 8192
 _SENTENCES = 4  # of a text that stands alone
@@ -74,22 +75,7 @@ def step_loss(losses: dict[str, Tensor]) -> Tensor:
 
 def mixed_work(config: BEiT3Config, inputs: dict[str, Tensor]) -> Work:
     """Forward and backward; in the last layer only hidden rows, which alone reach a head."""
-    batch, tokens, width = len(inputs["images"]), config.num_vision_tokens, config.embed_dim
-    read = {name: own.sum(1).tolist() for name, own in inputs.items() if name.endswith("_hidden")}
-    lengths = {name: (~inputs[f"{name}_padding"]).sum(1).tolist() for name in ("captions", "texts")}
-    both = [a + b for a, b in zip(read["pair_images_hidden"], read["captions_hidden"], strict=True)]
-    patches = sum(read["images_hidden"]) + sum(read["pair_images_hidden"])
-    words = sum(read["captions_hidden"]) + sum(read["texts_hidden"])
-    forward = (
-        encoder_work(config, tokens, [0] * batch, read=read["images_hidden"])
-        + encoder_work(config, tokens, lengths["captions"], read=both)
-        + encoder_work(config, 0, lengths["texts"], read=read["texts_hidden"])
-        + linear_work(patches, width, CODES)
-        + linear_work(words, width, config.vocab_size)
-    )
-    # Backward is two products for each one of forward; pixels need no gradient.
-    pixels = embedding_work(config, 2 * batch)
-    return pixels + pixels + forward + forward + forward
+    return masked_work(config, batch_of(inputs), CODES)
 
 
 def _told(sample: int) -> list[str]:

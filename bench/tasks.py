@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3_fast.config import BEiT3Config
+from beit3_fast.model.work import Work, embedding_work, encoder_work, linear_work
 from bench import pretraining
 from bench.inputs import EOS, SCENES, photo_batch, text_batch
-from bench.roofline import Work, embedding_work, encoder_work, linear_work
 
 Inputs = dict[str, Tensor]
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from beit3_fast.config import SIZES, BEiT3Config
 from beit3_fast.errors import ConfigError
-from bench.roofline import Work
+from beit3_fast.model.work import Work
 from bench.tasks import TASKS, Inputs, Task
 
 

@@ -52,6 +52,11 @@ FOREIGN_HEADS = {
 Pretraining files carry the masked-language and masked-image heads, contrastively tuned ones the contrastive head.
 """
 
+TEACHER = re.compile(r"(teacher_model|scaling_layer|loss)\..*")
+"""What files of a visual tokenizer carry of its training: the teacher, and how images were scaled for it."""
+
+_CODEBOOK = "quantize.embedding.weight"
+
 FINAL_NORM = re.compile(r"(^|.*\.)encoder\.layer_norm\..*")
 """Absent in classification and question-answering models (``normalize_output=False``), present in pretraining files."""
 
@@ -148,6 +153,7 @@ class Wanted:
         names = list(names)
         parts = {part for name in names for part in name.split(".")}
         self._branches = {branch for branch, marks in _BRANCH_MARKS.items() if parts & marks}
+        self._codebook = _CODEBOOK in names
         self._final_norm = any(FINAL_NORM.fullmatch(name) for name in names)
         self._heads = {
             head
@@ -163,6 +169,8 @@ class Wanted:
                 return f"the model has no {branch} branch"
         if _EXPERT in parts and len(self._branches) == 1:
             return "the model has one branch and so no vision-language experts"
+        if self._codebook and TEACHER.fullmatch(name):
+            return "the tokenizer's teacher is not part of it"
         if FINAL_NORM.fullmatch(name) and not self._final_norm:
             return "the model has no final LayerNorm"
         for head, pattern in FOREIGN_HEADS.items():

@@ -16,9 +16,11 @@ from beit3_fast.cli.classify import CLASSIFY
 from beit3_fast.cli.command import Command, version_of
 from beit3_fast.cli.convert import CONVERT
 from beit3_fast.cli.embed import EMBED
+from beit3_fast.cli.finetune import FINETUNE, REPORT
 from beit3_fast.cli.info import INFO, environment
 from beit3_fast.cli.pretrain import PRETRAIN, WORLD
 from beit3_fast.cli.search import SEARCH
+from beit3_fast.cli.tokenizer import TOKENIZE_IMAGES, TRAIN_TOKENIZER
 from beit3_fast.cli.verify import VERIFY
 from beit3_fast.errors import Beit3FastError
 
@@ -36,7 +38,11 @@ COMMANDS = {
     "search": SEARCH,
     "embed": EMBED,
     "pretrain": PRETRAIN,
+    "finetune": FINETUNE,
+    "report": REPORT,
     "world": WORLD,
+    "train-tokenizer": TRAIN_TOKENIZER,
+    "tokenize-images": TOKENIZE_IMAGES,
 }
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from beit3_fast.errors import ConfigError, InputError
+from beit3_fast.errors import ConfigError
 
 
 def add_model(parser: argparse.ArgumentParser, example: str, *, tokenizer: bool) -> None:
@@ -34,6 +34,30 @@ def add_model(parser: argparse.ArgumentParser, example: str, *, tokenizer: bool)
         help="inputs at a time (default: %(default)s)",
     )
     add_runtime(group)
+
+
+def run_options(parser: argparse.ArgumentParser, example: str, options: Callable[[], str]) -> None:
+    """--config, --out, --quiet, --json and --options, what ``options`` says: what the commands that train share."""
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help=f"the recipe, see {example}"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FOLDER",
+        help="where the run goes on, if it was begun there",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+    class Show(argparse.Action):
+        def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+            print(options())
+            parser.exit()
+
+    parser.add_argument(
+        "--options", action=Show, nargs=0, help="every option of a recipe and its default"
+    )
 
 
 def add_runtime(group: argparse._ActionsContainer) -> None:
@@ -95,21 +119,11 @@ def check_model_name(name: str) -> None:
 
 def image_paths(arguments: Sequence[str]) -> list[str]:
     """The files that are named, and the image files of folders, sorted. Raises InputError for an empty folder."""
-    from beit3_fast.data.images import IMAGE_SUFFIXES
+    from beit3_fast.data.image_files import images_of_folder
 
     paths: list[str] = []
     for argument in arguments:
-        if not Path(argument).is_dir():
-            paths.append(argument)
-            continue
-        found = sorted(
-            str(path) for path in Path(argument).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-        )
-        if not found:
-            raise InputError(
-                f"the folder {argument!r} has no image files ({', '.join(IMAGE_SUFFIXES)}); name the files"
-            )
-        paths += found
+        paths += images_of_folder(argument) if Path(argument).is_dir() else [argument]
     return paths
 
 

@@ -7,36 +7,31 @@ import json
 from pathlib import Path
 
 from beit3_fast.cli.command import Command
-from beit3_fast.cli.options import positive
+from beit3_fast.cli.options import positive, run_options
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE",
-        help="the recipe, see examples/pretrain_world.toml",
-    )
-    parser.add_argument(
-        "--out",
-        required=True,
-        metavar="FOLDER",
-        help="where the run goes on, if it was begun there",
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    run_options(parser, "examples/pretrain_world.toml", _options)
+
+
+def _options() -> str:
+    from beit3_fast.train.option_text import option_text
+    from beit3_fast.train.recipe import SECTIONS, Recipe
+
+    return option_text(Recipe, SECTIONS)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from beit3_fast.train import evaluate, read_recipe, train
-    from beit3_fast.train.report import write_report
+    from beit3_fast.train.examples import filled_in
+    from beit3_fast.train.report import run_facts, write_report
 
     recipe, out = read_recipe(arguments.config), Path(arguments.out)
     model = recipe.make_model()
     data = recipe.make_data(model, out)
     held_out = recipe.make_held_out(model, data)
     done = train(model, data, recipe.loss, recipe.train, out, progress=not arguments.quiet)
-    report = {"folder": str(out), "steps": done.step, "skipped": done.skipped, "loss": done.loss}
+    report = run_facts(out, done)
     lines = [f"{out}: {done.step} steps, {done.skipped} skipped"]
     if not done.complete:
         lines[0] += f" of {recipe.train.steps}; the same call goes on"
@@ -48,7 +43,7 @@ def _run(arguments: argparse.Namespace) -> int:
             for term, own in scores.items()
         ]
     if done.complete:
-        write_report(out, report)
+        write_report(out, report, [] if held_out is None else filled_in(model, held_out))
     print(json.dumps(report) if arguments.json else "\n".join(lines))
     return 0
 
@@ -66,11 +61,16 @@ def _world_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", type=positive, default=4000, metavar="N")
     parser.add_argument("--pixels", type=positive, default=64, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--digits",
+        action="store_true",
+        help="scikit-learn's handwritten digits, too: real images with captions",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def _draw(arguments: argparse.Namespace) -> int:
-    from beit3_fast.data.world import WorldSize, write_world
+    from beit3_fast.data.world import WorldSize, write_digits, write_world
 
     size = WorldSize(
         train=arguments.scenes,
@@ -82,7 +82,11 @@ def _draw(arguments: argparse.Namespace) -> int:
     folder = write_world(arguments.folder, size, arguments.seed)
     scenes = size.train + size.val + size.test
     report = {"folder": str(folder), "scenes": scenes, "texts": size.texts}
-    print(json.dumps(report) if arguments.json else f"{folder}: {scenes} scenes")
+    said = f"{folder}: {scenes} scenes"
+    if arguments.digits:
+        report["digits"] = write_digits(folder, size.pixels, arguments.seed)
+        said += f", {report['digits']} handwritten digits"
+    print(json.dumps(report) if arguments.json else said)
     return 0
 
 

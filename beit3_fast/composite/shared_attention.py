@@ -42,9 +42,13 @@ def shared_attention(
     if isinstance(mask, str) and (q.device.type != "cpu" or torch.compiler.is_compiling()):
         return padded_attention(q, k, v, keys, queries, num_heads, scale, mask)
     vision_parts, text_parts = [], []
-    for sample in range(keys.batch_size):
-        own_q = _heads(q, queries, sample, num_heads)
-        own_k, own_v = (_heads(t, keys, sample, num_heads) for t in (k, v))
+    samples = zip(
+        _heads(q, queries, num_heads),
+        _heads(k, keys, num_heads),
+        _heads(v, keys, num_heads),
+        strict=True,
+    )
+    for sample, (own_q, own_k, own_v) in enumerate(samples):
         visible = None
         if mask != "bidirectional" if isinstance(mask, str) else True:
             visible = sample_mask(mask, keys, queries, sample)
@@ -52,9 +56,9 @@ def shared_attention(
         o = o[0].transpose(0, 1).flatten(1)  # [Nq, C]
         if visible is not None:
             o = torch.where(visible.any(dim=1, keepdim=True), o, 0.0)
-        split = queries.vision_lengths[sample]
-        vision_parts.append(o[:split])
-        text_parts.append(o[split:])
+        vision, text = o.split([queries.vision_lengths[sample], queries.text_lengths[sample]])
+        vision_parts.append(vision)
+        text_parts.append(text)
     if not vision_parts:
         return q.clone()
     return torch.cat(vision_parts + text_parts)
@@ -196,16 +200,20 @@ def _places(layout: TokenLayout, keys: TokenLayout | None = None) -> tuple[Tenso
     return layout.positions[rows] + text * full_vision, text
 
 
-def _heads(rows: Tensor, layout: TokenLayout, sample: int, num_heads: int) -> Tensor:
-    """[1, H, N, D]: the rows of one packed sample, vision first, by head."""
-    vision, text = layout.segments(sample)
-    if layout.text_lengths[sample] == 0:
-        own = rows[vision]
-    elif layout.vision_lengths[sample] == 0:
-        own = rows[text]
-    else:
-        own = torch.cat([rows[vision], rows[text]])
-    return own.unflatten(1, (num_heads, rows.shape[1] // num_heads)).transpose(0, 1).unsqueeze(0)
+def _heads(rows: Tensor, layout: TokenLayout, num_heads: int) -> list[Tensor]:
+    """[1, H, N, D]: the rows of each packed sample, vision first, by head.
+
+    One split, whose gradient is one concatenation; that of a slice would be as large as all rows, for each sample.
+    """
+    parts = rows.split([*layout.vision_lengths, *layout.text_lengths])
+    samples = []
+    for vision, text in zip(parts[: layout.batch_size], parts[layout.batch_size :], strict=True):
+        present = [part for part in (vision, text) if len(part)]
+        own = present[0] if len(present) == 1 else torch.cat([vision, text])
+        samples.append(
+            own.unflatten(1, (num_heads, rows.shape[1] // num_heads)).transpose(0, 1).unsqueeze(0)
+        )
+    return samples
 
 
 def shared_attention_backward(
@@ -222,9 +230,13 @@ def shared_attention_backward(
     """Gradients of q, k and v, given that of the result [Rq, C]; everything is recomputed in fp32."""
     compute = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for sample in range(keys.batch_size):
-        own_q, own_grad = (_heads(t, queries, sample, num_heads)[0].to(compute) for t in (q, grad))
-        own_k, own_v = (_heads(t, keys, sample, num_heads)[0].to(compute) for t in (k, v))
+    samples = zip(
+        *(_heads(t.to(compute), queries, num_heads) for t in (q, grad)),
+        *(_heads(t.to(compute), keys, num_heads) for t in (k, v)),
+        strict=True,
+    )
+    for sample, parts in enumerate(samples):
+        own_q, own_grad, own_k, own_v = (part[0] for part in parts)
         visible = sample_mask(mask, keys, queries, sample)
         scores = (own_q @ own_k.transpose(1, 2) * scale).masked_fill(~visible, float("-inf"))
         weights = scores.softmax(dim=-1).nan_to_num(0.0)  # [H, Nq, Nk]; no visible key: all zero

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from beit3_fast.errors import InputError
+
+T = TypeVar("T")
 
 KINDS = ("image", "text", "pair")
 
@@ -24,8 +27,18 @@ def read_index(path: str | PathLike[str], kind: str) -> list[IndexRow]:
 
     A line of two images is two rows of kind "image". Raises InputError for a file or a line that cannot be used, naming it.
     """
-    path = Path(path)
+    folder = Path(path).parent
     rows: list[IndexRow] = []
+    for images, text in read_entries(path, lambda entry: images_and_text(entry, kind)):
+        places = [str(folder / image) for image in images]
+        rows += [IndexRow(place, text) for place in places] if places else [IndexRow(None, text)]
+    return rows
+
+
+def read_entries(path: str | PathLike[str], make: Callable[[Any], T]) -> list[T]:
+    """What ``make`` makes of each line of JSON. Raises InputError, naming file and line, where a line cannot be used."""
+    path = Path(path)
+    made: list[T] = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -34,12 +47,10 @@ def read_index(path: str | PathLike[str], kind: str) -> list[IndexRow]:
         if not line.strip():
             continue
         try:
-            images, text = images_and_text(json.loads(line), kind)
+            made.append(make(json.loads(line)))
         except (InputError, ValueError, RecursionError) as error:
             raise InputError(f"line {number} of {str(path)!r} cannot be used ({error})") from error
-        places = [str(path.parent / image) for image in images]
-        rows += [IndexRow(place, text) for place in places] if places else [IndexRow(None, text)]
-    return rows
+    return made
 
 
 def images_and_text(entry: Any, kind: str) -> tuple[list[str], str | tuple[int, ...] | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -86,6 +87,12 @@ def sample_generator(seed: int, *place: int) -> np.random.Generator:
     """Random numbers of one sample: the same for the same ``seed`` and ``place`` (non-negative integers: which source,
     epoch, number), whatever was drawn elsewhere and in whichever process."""
     return np.random.default_rng([seed, *place])
+
+
+@lru_cache(maxsize=8)
+def sample_order(count: int, seed: int, *place: int) -> np.ndarray:
+    """int64 [count]: the order of ``count`` samples, which ``seed`` and ``place`` (which source, epoch) decide."""
+    return sample_generator(seed, *place).permutation(count)
 
 
 def mask_patches(

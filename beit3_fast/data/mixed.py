@@ -5,19 +5,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from os import PathLike
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from beit3_fast.data.augment import Augment
+from beit3_fast.data.codes_of_files import CodesOfFiles
 from beit3_fast.data.images import load_image, preprocess_image
 from beit3_fast.data.index_files import KINDS, IndexRow, read_index
 from beit3_fast.data.masked_batch import MaskedBatch, MaskedSample, masked_batch
-from beit3_fast.data.masking import Masking, mask_patches, mask_words, sample_generator
+from beit3_fast.data.masking import (
+    Masking,
+    mask_patches,
+    mask_words,
+    sample_generator,
+    sample_order,
+)
 from beit3_fast.data.processor import Processor
 from beit3_fast.data.tokenizer import segments
 from beit3_fast.errors import ConfigError, InputError
@@ -48,7 +53,8 @@ class MixedData:
     place in that order: neither depends on how many processes prepare batches or where a run was continued.
 
     ``sources``: official index files (or lists of them) by kind, "image", "text" and "pair", for each kind in ``mix``;
-    ``processor`` has a tokenizer where there are texts; ``visual_tokens``: images [B, 3, H, W] -> codes int64 [B, patches];
+    ``processor`` has a tokenizer where there are texts; ``visual_tokens``: images [B, 3, H, W] -> codes int64 [B, patches], or a
+    ``CodesOfFiles``, which is asked for each file and cannot go with ``augment``;
     ``patch_size`` is the model's; ``augment`` changes images, none by default. Raises ConfigError and InputError for what does not fit or cannot be read.
     """
 
@@ -57,7 +63,7 @@ class MixedData:
         sources: Mapping[str, Any],
         mix: Mix,
         processor: Processor,
-        visual_tokens: Callable[[Tensor], Tensor] | None,
+        visual_tokens: Callable[[Tensor], Tensor] | CodesOfFiles | None,
         patch_size: int,
         masking: Masking | None = None,
         seed: int = 0,
@@ -84,6 +90,10 @@ class MixedData:
             raise ConfigError("texts need a processor with a tokenizer, whose <mask> is used")
         if (mix.image or mix.pair) and visual_tokens is None:
             raise ConfigError("images need visual_tokens, such as a PatchCodes")
+        if isinstance(visual_tokens, CodesOfFiles) and self.augment != Augment():
+            raise ConfigError(
+                "codes of files are not those of changed images; leave augment out, or have a tokenizer make the codes"
+            )
 
     def __getitem__(self, number: int) -> MaskedBatch:
         samples = []
@@ -91,7 +101,9 @@ class MixedData:
             count = getattr(self.mix, kind)
             for place in range(number * count, (number + 1) * count):
                 epoch, within = divmod(place, len(rows))
-                index = int(_order(self.seed, KINDS.index(kind), epoch, len(rows))[within])
+                index = int(
+                    sample_order(len(rows), self.seed, _ORDER, KINDS.index(kind), epoch)[within]
+                )
                 samples.append(self._sample(kind, rows[index], epoch, index))
         return masked_batch(self._with_codes(samples))
 
@@ -130,6 +142,8 @@ class MixedData:
             )
             view = self.augment(image, sample_generator(self.seed, _VIEW, *place))
             fields["image"] = preprocess_image(view, processor.image_size, processor.preset)
+            if isinstance(self.visual_tokens, CodesOfFiles):
+                fields["codes"] = self.visual_tokens.of_file(row.image)
             fields["hidden_patches"] = mask_patches(
                 self.grid, patches, luck, self.masking.min_block, self.masking.max_aspect
             )
@@ -149,14 +163,10 @@ class MixedData:
         return MaskedSample(**fields)
 
     def _with_codes(self, samples: Sequence[MaskedSample]) -> list[MaskedSample]:
+        if isinstance(self.visual_tokens, CodesOfFiles):
+            return list(samples)
         images = [sample.image for sample in samples if sample.image is not None]
         if not images or self.visual_tokens is None:
             return list(samples)
         codes = iter(self.visual_tokens(torch.stack(images)))
         return [s if s.image is None else s._replace(codes=next(codes)) for s in samples]
-
-
-@lru_cache(maxsize=8)
-def _order(seed: int, kind: int, epoch: int, count: int) -> np.ndarray:
-    """The order of ``count`` samples in an epoch."""
-    return sample_generator(seed, _ORDER, kind, epoch).permutation(count)

@@ -1,4 +1,4 @@
-"""The slim model: embeddings, encoder, the five released tasks, pretraining, and the names they go by."""
+"""The slim model: embeddings, encoder, the five released tasks, pretraining and its visual tokenizer, and their names."""
 
 from beit3_fast.model.beit3 import BEiT3, Encoded
 from beit3_fast.model.captioning import BEiT3ForCaptioning
@@ -10,8 +10,15 @@ from beit3_fast.model.tasks import (
     BEiT3ForVisualQuestionAnswering,
     BEiT3ForVisualReasoning,
 )
+from beit3_fast.model.visual_tokenizer import (
+    VISUAL_TOKENIZERS,
+    VisualTokenizer,
+    VisualTokenizerConfig,
+    create_visual_tokenizer,
+)
 
 __all__ = [
+    "VISUAL_TOKENIZERS",
     "BEiT3",
     "BEiT3ForCaptioning",
     "BEiT3ForImageClassification",
@@ -20,6 +27,9 @@ __all__ = [
     "BEiT3ForVisualQuestionAnswering",
     "BEiT3ForVisualReasoning",
     "Encoded",
+    "VisualTokenizer",
+    "VisualTokenizerConfig",
     "create_model",
+    "create_visual_tokenizer",
     "list_models",
 ]

@@ -5,6 +5,7 @@ Official pretraining files carry both heads as ``mlm_head`` and ``mim_head``; th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from beit3_fast.data import MaskedBatch
 from beit3_fast.data.masked_batch import TERMS
 from beit3_fast.errors import ConfigError
 from beit3_fast.model.task import BEiT3Task
+from beit3_fast.model.work import Work, embedding_work, encoder_work, linear_work, training_work
 from beit3_fast.ops import masked_linear_cross_entropy
 
 NUM_CODES = 8192
@@ -68,6 +70,10 @@ class BEiT3ForPretraining(BEiT3Task):
         true = _by_term(batch, batch.codes, batch.words)
         return {term: Predictions(likeliest[term], true[term]) for term in TERMS}
 
+    def work(self, batch: MaskedBatch) -> Work:
+        """What a training step on the batch needs at least."""
+        return masked_work(self.config, batch, self._head("mim_head").out_features)
+
     def _hidden_rows(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
         """Output rows [Mv, C] of the hidden patches and [Mt, C] of the hidden words."""
         hidden, read_vision = batch.hidden_patches, None
@@ -115,6 +121,29 @@ class BEiT3ForPretraining(BEiT3Task):
                 f"this model has no {name}; create it with modalities=('vision', 'text')"
             )
         return head
+
+
+def masked_work(config: BEiT3Config, batch: MaskedBatch, num_codes: int) -> Work:
+    """Of a training step on a batch: in the last layer only hidden rows, which alone reach a head."""
+    tokens, pairs = config.num_vision_tokens, batch.num_pairs
+    patches = _counts(batch.hidden_patches, [tokens - 1] * (batch.num_images + pairs))
+    words = _counts(batch.hidden_words, batch.text_lengths)
+    both = [a + b for a, b in zip(patches[batch.num_images :], words[:pairs], strict=True)]
+    forward = (
+        encoder_work(config, tokens, [0] * batch.num_images, read=patches[: batch.num_images])
+        + encoder_work(config, tokens, batch.text_lengths[:pairs], read=both)
+        + encoder_work(config, 0, batch.text_lengths[pairs:], read=words[pairs:])
+        + linear_work(sum(patches), config.embed_dim, num_codes)
+        + linear_work(sum(words), config.embed_dim, config.vocab_size)
+    )
+    return training_work(embedding_work(config, batch.num_images + pairs), forward)
+
+
+def _counts(hidden: Tensor | None, lengths: Sequence[int]) -> list[int]:
+    """How many places of each sample are hidden; ``lengths`` are those of the samples."""
+    if hidden is None:
+        return []
+    return [int(part.sum()) for part in hidden.flatten().split(list(lengths))]
 
 
 def _by_term(batch: MaskedBatch, vision: Tensor, text: Tensor) -> dict[str, Tensor]:

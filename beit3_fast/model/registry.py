@@ -59,7 +59,7 @@ _SIZES_AND_PIXELS = {
     "vqav2": (("base", 384), ("base", 480), ("large", 384), ("large", 480), ("large", 768)),
     "captioning": (("base", 224), ("base", 480), ("large", 224), ("large", 480)),
     "retrieval": (("base", 224), ("base", 384), ("large", 224), ("large", 384)),
-    "pretraining": (("base", 224), ("large", 224)),
+    "pretraining": (("base", 224), ("large", 224), ("giant", 224)),
 }
 
 
@@ -67,7 +67,8 @@ def _entrypoints() -> dict[str, tuple[str, int, str | None]]:
     names: dict[str, tuple[str, int, str | None]] = {}
     for task, variants in _SIZES_AND_PIXELS.items():
         for size, pixels in variants:
-            names[f"beit3_{size}_patch16_{pixels}_{task}"] = (size, pixels, task)
+            patch = SIZES[size].patch_size
+            names[f"beit3_{size}_patch{patch}_{pixels}_{task}"] = (size, pixels, task)
     for task in TASKS:
         names[f"beit3_tiny_patch16_32_{task}"] = ("tiny", 32, task)
     for size, pixels in (("tiny", 32), ("base", 224), ("large", 224), ("giant", 224)):

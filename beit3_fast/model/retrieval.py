@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3_fast.config import BEiT3Config
+from beit3_fast.data.pair_batch import PairBatch
 from beit3_fast.errors import ShapeError
+from beit3_fast.model.contrastive_loss import contrastive_loss
 from beit3_fast.model.task import BEiT3Task, text_of_all
+from beit3_fast.model.work import Work, embedding_work, encoder_work, linear_work, training_work
 
 
 class BEiT3ForRetrieval(BEiT3Task):
@@ -56,23 +59,18 @@ class BEiT3ForRetrieval(BEiT3Task):
             )
         return contrastive_loss(vision, language, self.logit_scale.exp()), vision, language
 
+    def work(self, batch: PairBatch) -> Work:
+        """What a training step on the batch needs at least; of the loss no more than the two heads."""
+        config, count = self.config, batch.num_samples
+        width, read = config.embed_dim, [1] * count
+        forward = encoder_work(config, config.num_vision_tokens, [0] * count, read=read)
+        forward += encoder_work(config, 0, batch.lengths, read=read)
+        forward += linear_work(2 * count, width, width)
+        return training_work(embedding_work(config, count), forward)
+
     def _pooling_head(self, kind: str) -> Callable[[Tensor], Tensor] | None:
         return None if kind == "pair" else partial(self._unit, kind)
 
     def _unit(self, kind: str, rows: Tensor) -> Tensor:
         head = self.vision_head if kind == "image" else self.language_head
         return F.normalize(head(rows), dim=-1)
-
-
-def contrastive_loss(vision: Tensor, language: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric cross entropy between matching rows of [B, C] embeddings, over the batches of all ranks."""
-    all_vision, all_language, first = vision, language, 0
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.nn.functional import all_gather
-
-        first = torch.distributed.get_rank() * vision.shape[0]
-        all_vision, all_language = torch.cat(all_gather(vision)), torch.cat(all_gather(language))
-    labels = torch.arange(vision.shape[0], device=vision.device) + first
-    to_text = F.cross_entropy(scale * vision @ all_language.T, labels)
-    to_image = F.cross_entropy(scale * language @ all_vision.T, labels)
-    return (to_text + to_image) / 2

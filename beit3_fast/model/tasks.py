@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from beit3_fast.config import BEiT3Config
 from beit3_fast.data import Processor
 from beit3_fast.data.labels import labels_for
+from beit3_fast.data.pair_batch import PairBatch
 from beit3_fast.errors import ConfigError, InputError, ShapeError
 from beit3_fast.model.drop_path import without_drop_path
 from beit3_fast.model.guess import Guess, best, check_top_k
@@ -27,6 +28,7 @@ from beit3_fast.model.inputs import (
     text_tensors,
 )
 from beit3_fast.model.task import BEiT3Task, text_of_all
+from beit3_fast.model.work import Work, embedding_work, encoder_work, linear_work, training_work
 
 
 class BEiT3ForImageClassification(BEiT3Task):
@@ -226,6 +228,15 @@ class BEiT3ForVisualQuestionAnswering(BEiT3Task):
             logits = self.head(self.pooler(encoded.vision()))
             out += best(logits.float().sigmoid(), top_k, names)
         return out
+
+    def work(self, batch: PairBatch) -> Work:
+        """What a training step on the batch needs at least."""
+        config = self.config
+        last: Any = self.head[-1]
+        width, read = config.embed_dim, [1] * batch.num_samples
+        forward = encoder_work(config, config.num_vision_tokens, batch.lengths, read=read)
+        forward += linear_work(batch.num_samples, width, width, 2 * width, last.out_features)
+        return training_work(embedding_work(config, batch.num_samples), forward)
 
     def _pooling_head(self, kind: str) -> Callable[[Tensor], Tensor] | None:
         return self.pooler if kind == "pair" else None

@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from beit3_fast.checkpoint.atomic import mend, replacing
-from beit3_fast.errors import CheckpointError
+from beit3_fast.errors import CheckpointError, ConfigError
 
 NAME = "log.jsonl"
 
 
 class Log:
-    """Appends to ``folder``/log.jsonl what was not written before: lines past ``step`` are dropped, half a line too."""
+    """Appends to ``folder``/log.jsonl what was not written before: lines past ``step`` are dropped, half a line too.
 
-    def __init__(self, folder: Path, step: int) -> None:
+    With ``tensorboard`` every number goes to ``folder``/tensorboard, too. Raises ConfigError where that is not installed.
+    """
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool = False) -> None:
+        self._board = _board(folder / "tensorboard", step) if tensorboard else None
         self.path = folder / NAME
         if self.path.exists():
             kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= step]
@@ -39,15 +43,32 @@ class Log:
             raise CheckpointError(
                 f"{self.path}: cannot be written: {error.strerror or error}{mend(error)}; checkpoints are unchanged"
             ) from error
+        if self._board is not None:
+            for key, value in plain.items():
+                if key != "step" and isinstance(value, (int, float)):
+                    self._board.add_scalar(key, value, line["step"])
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the files."""
         self._file.close()
+        if self._board is not None:
+            self._board.close()
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's log."""
     return [json.loads(line) for line in _whole_lines(folder / NAME)]
+
+
+def _board(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            f"tensorboard = true needs the package tensorboard ({error}); pip install tensorboard, or leave it out: "
+            f"{NAME} has the same numbers"
+        ) from error
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -28,6 +28,7 @@ from beit3_fast.train.checkpoints import Checkpoints
 from beit3_fast.train.log import Log
 from beit3_fast.train.optimizer import Optimizer
 from beit3_fast.train.options import TrainOptions
+from beit3_fast.train.throughput import Throughput
 
 _FORM = "beit3_fast run 1"
 
@@ -105,7 +106,8 @@ class _Run:
 
     def go(self, shown: bool) -> TrainReport:
         options = self.options
-        log = Log(self.root, self.step)
+        log = Log(self.root, self.step, options.tensorboard)
+        throughput = Throughput(self.model, options)
         bar = Progress(options.steps, self.step, shown)
         batches = self._batches()
         self.model.train()
@@ -115,11 +117,10 @@ class _Run:
                     start = time.perf_counter()
                     micro = [next(batches) for _ in range(options.accumulation)]
                     line = self._do(micro)
-                    samples = sum(batch.num_samples for batch in micro)
-                    line["samples_per_s"] = samples / (time.perf_counter() - start)
+                    line |= throughput.of(micro, time.perf_counter() - start)
                     if self.step % options.log_every == 0 or self.step == options.steps:
                         log.write(line)
-                    bar.say(f"loss {line['loss']:.3f}")
+                    bar.say(f"loss {line['loss']:.3f}, {throughput.said(line)}")
                     bar.add(1, 0 if line["lr"] is not None else 1)
                     if self.step % options.save_every == 0 and self.step < options.steps:
                         self._save()

@@ -13,6 +13,7 @@ from beit3_fast.errors import ConfigError
 from beit3_fast.train.options import TrainOptions
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
+_HEAD = "head."
 _FIRST = ("cls_token", "mask_token", "pos_embed")
 
 
@@ -28,7 +29,7 @@ def parameter_groups(model: nn.Module, options: TrainOptions) -> list[dict[str, 
     """Groups for an optimizer, each with ``lr_scale``, ``weight_decay`` and the ``names`` of its parameters.
 
     Not decayed: vectors and scalars, biases, and what ``model.no_weight_decay()`` names. A layer's rate is
-    layer_decay ** (layers above it). Raises ConfigError for a model without parameters to train.
+    layer_decay ** (layers above it); that of ``head`` is multiplied with ``head_lr_scale``, too. Raises ConfigError for a model without parameters to train.
     """
     layers: Any = getattr(model, "get_num_layers", None)
     if layers is None and options.layer_decay != 1.0:
@@ -37,18 +38,20 @@ def parameter_groups(model: nn.Module, options: TrainOptions) -> list[dict[str, 
         )
     num_layers = 0 if layers is None else layers()
     exempt: Any = getattr(model, "no_weight_decay", set)()
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    groups: dict[tuple[int, bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         layer = layer_of(name, num_layers)
         decays = parameter.dim() > 1 and not name.endswith(".bias") and name not in exempt
+        in_head = name.startswith(_HEAD)
+        scale = options.layer_decay ** (num_layers + 1 - layer)
         group = groups.setdefault(
-            (layer, decays),
+            (layer, decays, in_head),
             {
                 "params": [],
                 "names": [],
-                "lr_scale": options.layer_decay ** (num_layers + 1 - layer),
+                "lr_scale": scale * (options.head_lr_scale if in_head else 1.0),
                 "weight_decay": options.weight_decay if decays else 0.0,
             },
         )

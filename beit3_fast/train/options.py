@@ -11,7 +11,7 @@ from beit3_fast.errors import ConfigError
 PRECISIONS = ("float32", "bfloat16")
 
 # What may differ between a run and its continuation without changing a weight.
-_FREE = ("save_every", "keep", "log_every", "workers")
+_FREE = ("save_every", "keep", "log_every", "workers", "tensorboard", "peak_tflops")
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,13 @@ class TrainOptions:
     """Defaults are the paper's, for its 6,144 samples a step.
 
     ``steps``: optimizer steps in all. ``lr`` is reached after ``warmup_steps``, linearly, and falls to ``min_lr`` by a cosine.
-    ``layer_decay``: factor of the rate from each layer to the one below (1: none). ``clip_grad``: largest norm of the
-    gradient, None for any. ``accumulation``: micro-batches of a step. ``ema_decay``: of a second set of weights, averaged over
+    ``layer_decay``: factor of the rate from each layer to the one below (1: none); ``head_lr_scale``: factor of the rate of
+    what is named ``head`` (the official 20 of question answering; there it needs a layer_decay of 1). ``clip_grad``: largest norm of the
+    gradient, None (in TOML inf) for any. ``accumulation``: micro-batches of a step. ``ema_decay``: of a second set of weights, averaged over
     steps; None for none. ``precision``: "bfloat16" runs the model under autocast. ``max_skipped``: so many steps in a row may be
     skipped because a loss or gradient is not finite. ``save_every``: steps between checkpoints, of which the last ``keep``
-    stay. ``log_every``: steps between lines of the log. ``workers``: processes that prepare batches, 0 for none.
+    stay. ``log_every``: steps between lines of the log; ``tensorboard``: the same for TensorBoard, in the folder's
+    ``tensorboard``. ``peak_tflops``: what the device can do at most, for the MFU; None measures a bare matrix product. ``workers``: processes that prepare batches, 0 for none.
     Raises ConfigError for values that make no sense.
     """
 
@@ -35,6 +37,7 @@ class TrainOptions:
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     layer_decay: float = 1.0
+    head_lr_scale: float = 1.0
     clip_grad: float | None = 3.0
     accumulation: int = 1
     ema_decay: float | None = None
@@ -44,6 +47,8 @@ class TrainOptions:
     save_every: int = 1000
     keep: int = 2
     log_every: int = 1
+    tensorboard: bool = False
+    peak_tflops: float | None = None
     workers: int = 0
 
     def __post_init__(self) -> None:
@@ -59,12 +64,15 @@ class TrainOptions:
         if len(self.betas) != 2 or not all(_is_number(b) and b < 1 for b in self.betas):
             raise ConfigError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         object.__setattr__(self, "betas", tuple(self.betas))
-        for name in ("clip_grad", "ema_decay"):
+        for name in ("clip_grad", "ema_decay", "peak_tflops"):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and value > 0):
+            free = value is None or (name == "clip_grad" and value == math.inf)
+            if not free and not (_is_number(value) and value > 0):
                 raise ConfigError(f"{name} must be None or a positive number, got {value!r}")
         if self.ema_decay is not None and self.ema_decay >= 1:
             raise ConfigError(f"ema_decay must be below 1, got {self.ema_decay!r}")
+        if not isinstance(self.tensorboard, bool):
+            raise ConfigError(f"tensorboard must be true or false, got {self.tensorboard!r}")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
 

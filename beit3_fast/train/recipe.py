@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,8 @@ from beit3_fast.errors import ConfigError
 from beit3_fast.model import BEiT3ForPretraining, create_model
 from beit3_fast.train.objective import MaskedDataModelling
 from beit3_fast.train.options import TrainOptions
+from beit3_fast.train.recipe_file import read_sections, read_tables
+from beit3_fast.train.visual_tokens import visual_tokens_for
 
 # Ids of the official tokenizer, whose models have a few embeddings more.
 _OFFICIAL_IDS = 64002
@@ -56,9 +56,13 @@ class Sources:
 
 @dataclass(frozen=True)
 class Codes:
-    """``[codes]``: visual tokens by k-means over the patches of ``images`` images, see ``data.patch_codes``."""
+    """``[codes]``: visual tokens by k-means over the patches of ``images`` images, see ``data.patch_codes``; or by ``tokenizer``, the
+    file of a visual tokenizer; or from ``cache``, a file of ``tokenize-images``, which is the fastest. Files count from the recipe's
+    folder. With both the codes must be that tokenizer's."""
 
     images: int = 300
+    tokenizer: str | None = None
+    cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,7 @@ class Recipe:
         name, checkpoint = options.pop("name", None), options.pop("checkpoint", None)
         tokenizer = self._tokenizer()
         if tokenizer is not None:
-            ids = tokenizer.vocab_size
-            official = ids == _OFFICIAL_IDS
-            options.setdefault("vocab_size", BEiT3Config().vocab_size if official else ids)
+            options.setdefault("vocab_size", embeddings_for(tokenizer))
         torch.manual_seed(self.train.seed)
         model: Any = create_model(name, **options)
         if not isinstance(model, BEiT3ForPretraining):
@@ -123,7 +125,11 @@ class Recipe:
         name = self.data.tokenizer
         return None if name is None else Tokenizer(self.folder / name)
 
-    def _codes(self, model: Any, sources: dict[str, list[Path]], out: Path) -> PatchCodes:
+    def _codes(self, model: Any, sources: dict[str, list[Path]], out: Path) -> Any:
+        if self.codes.tokenizer is not None or self.codes.cache is not None:
+            return visual_tokens_for(
+                model, self._processor(model), self.folder, self.codes.tokenizer, self.codes.cache
+            )
         kept, patch = out / "codes.safetensors", model.config.patch_size
         if kept.exists():
             return PatchCodes(read_checkpoint(kept).state["centres"], patch)
@@ -140,7 +146,13 @@ class Recipe:
         return codes
 
 
-_SECTIONS: dict[str, Any] = {
+def embeddings_for(tokenizer: Tokenizer) -> int:
+    """Rows of the text embedding: a tokenizer's ids, and the few unused ones of the official models."""
+    ids = tokenizer.vocab_size
+    return BEiT3Config().vocab_size if ids == _OFFICIAL_IDS else ids
+
+
+SECTIONS: dict[str, Any] = {
     "data": Sources,
     "held_out": Sources,
     "mix": Mix,
@@ -155,32 +167,5 @@ _SECTIONS: dict[str, Any] = {
 def read_recipe(path: str | PathLike[str]) -> Recipe:
     """A recipe from a TOML file. Raises ConfigError for what cannot be read or is not known, with what is."""
     path = Path(path)
-    try:
-        toml = import_module("tomllib")
-    except ModuleNotFoundError:
-        raise ConfigError("a recipe needs Python 3.11 or newer, which can read TOML") from None
-    try:
-        content = toml.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the recipe {str(path)!r} cannot be read ({error})") from error
-    known = ["model", *_SECTIONS]
-    made: dict[str, Any] = {}
-    for name, table in content.items():
-        if name not in known or not isinstance(table, dict):
-            raise ConfigError(f"{path}: expected sections {known}, got {name!r}")
-        if name == "model":
-            made[name] = table
-            continue
-        fields = [f.name for f in dataclasses.fields(_SECTIONS[name])]
-        unknown = [key for key in table if key not in fields]
-        if unknown:
-            raise ConfigError(f"{path}: [{name}] has no field {unknown[0]!r}; it has {fields}")
-        try:
-            made[name] = _SECTIONS[name](**table)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: [{name}] {error}") from error
-    if "name" not in made.get("model", {}):
-        raise ConfigError(
-            f'{path}: [model] needs a name, such as "beit3_base_patch16_224_pretraining"'
-        )
-    return Recipe(path.parent, **made)
+    example = "beit3_base_patch16_224_pretraining"
+    return Recipe(path.parent, **read_sections(path, read_tables(path), SECTIONS, example))

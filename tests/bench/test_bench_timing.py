@@ -9,14 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from beit3_fast.config import SIZES
+from beit3_fast.model.work import Product, encoder_work, linear_work
 from beit3_fast.timing import Effort, interleave, quantiles, rates, speed_ups
-from bench.roofline import (
-    BareProducts,
-    Product,
-    encoder_work,
-    linear_work,
-    measure_ceilings,
-)
+from bench.roofline import BareProducts, measure_ceilings
 from bench.torchscale_heads import MODELS
 from bench.workloads import parse_workload, step
 

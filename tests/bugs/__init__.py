@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from bugs.bug import Bug
 from bugs.files import FILES_BUGS
+from bugs.finetuning import FINETUNING_BUGS
 from bugs.kernels import KERNELS_BUGS
 from bugs.model import MODEL_BUGS
 from bugs.native import NATIVE_BUGS
 from bugs.ops import OPS_BUGS
 from bugs.pretraining import PRETRAINING_BUGS
 from bugs.product import PRODUCT_BUGS
+from bugs.visual_tokens import VISUAL_TOKENS_BUGS
 
 __all__ = ["BUGS", "Bug"]
 
@@ -20,5 +22,7 @@ BUGS = (
     *PRODUCT_BUGS,
     *KERNELS_BUGS,
     *PRETRAINING_BUGS,
+    *FINETUNING_BUGS,
+    *VISUAL_TOKENS_BUGS,
     *NATIVE_BUGS,
 )

@@ -157,13 +157,6 @@ MODEL_BUGS = (
         (f"{TASKS}::test_image_classification",),
     ),
     Bug(
-        "tasks-labels-of-the-first-rank",
-        "beit3_fast/model/retrieval.py",
-        "torch.distributed.get_rank() * vision.shape[0]",
-        "torch.distributed.get_rank()",
-        (f"{TASKS}::test_the_contrastive_loss_meets_the_batches_of_all_ranks",),
-    ),
-    Bug(
         "tasks-decoding-positions-put-right",
         "beit3_fast/model/captioning.py",
         "torch.arange(length, length + new, device=device)[None]",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,15 @@ from beit3_fast.data.world import (
     Thing,
     WorldSize,
     caption,
+    digits,
     draw_scene,
     question,
     render,
     statement,
+    write_digits,
     write_world,
 )
+from beit3_fast.data.world.digits import WORDS
 from beit3_fast.data.world.files import CAPTIONS, CLASSES, QUESTIONS
 from beit3_fast.data.world.language import ANSWERS, NUMBERS, relation
 from beit3_fast.data.world.scene import COLOURS, GROUNDS
@@ -221,3 +225,45 @@ def test_boxes_and_masks(world: Path) -> None:
             assert runs[y : y + height, x : x + width].sum() == annotation["area"]
             merged[runs == 1] = annotation["category_id"]
         assert np.array_equal(merged, semantic)
+
+
+def test_real_digits_with_captions(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="holds no world"):
+        write_digits(tmp_path)
+    folder = tmp_path / "world"
+    folder.mkdir()
+    (folder / "world.spm").write_bytes((world / "world.spm").read_bytes())
+    real = digits._load()
+    # Fewer than there are, so that the test is quick; more than are held out.
+    monkeypatch.setattr(digits, "HELD_OUT", 12)
+    monkeypatch.setattr(digits, "_load", lambda: (real[0][:50], real[1][:50]))
+    assert write_digits(folder, pixels=48, seed=2) == 50
+    tokenizer = Tokenizer(folder / "world.spm")
+    seen: dict[bytes, str] = {}
+    counts = {}
+    for split in ("train", "val", "test"):
+        told = rows(folder, f"digits_retrieval.{split}.jsonl")
+        counts[split] = len({row["image_path"] for row in told})
+        for row in told:
+            picture = np.asarray(Image.open(folder / row["image_path"]))
+            assert picture.shape == (48, 48, 3)
+            assert seen.setdefault(picture.tobytes(), split) == split, "no digit is in two splits"
+            said = tokenizer.decode(row["text_segment"]).split()
+            (word,) = set(said) & set(WORDS)
+            small = np.asarray(
+                Image.fromarray(picture).convert("L").resize((8, 8), Image.Resampling.BOX)
+            )
+            nearest = np.abs(real[0][:50] * 255 / 16 - small).mean((1, 2)).argmin()
+            assert WORDS[real[1][nearest]] == word
+    assert counts == {"train": 26, "val": 12, "test": 12}
+    labels = [row["label"] for row in rows(folder, "digits.val.index.jsonl")]
+    said = [tokenizer.decode(r["text_segment"]) for r in rows(folder, "digits_retrieval.val.jsonl")]
+    assert all(WORDS[label] in text for label, text in zip(labels, said[::2], strict=True))
+
+
+def test_digits_need_scikit_learn(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ConfigError, match="pip install scikit-learn"):
+        write_digits(world)

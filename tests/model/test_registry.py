@@ -51,6 +51,7 @@ OURS = {
     "beit3_base_patch16_224",
     "beit3_large_patch16_224",
     "beit3_giant_patch14_224",
+    "beit3_giant_patch14_224_pretraining",
     *(
         f"beit3_tiny_patch16_32_{task}"
         for task in (

@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.nn.functional
 import torch.nn.functional as F
 from model_cases import TINY, backbone, images, need, padding, task_model, texts
 from torch import Tensor
 
 import beit3_fast.model.encoder as encoder_module
 from beit3_fast.errors import ConfigError, ShapeError
-from beit3_fast.model.retrieval import contrastive_loss
 from beit3_fast.parity import assert_parity, model_parity
 
 IMPLS = ("composite", "cpu", "auto")
@@ -112,24 +110,6 @@ def test_retrieval(impl: str) -> None:
     near(only_language, language)
     for embedding in (only_vision, only_language):
         torch.testing.assert_close(embedding.norm(dim=1), torch.ones(3))
-
-
-def test_the_contrastive_loss_meets_the_batches_of_all_ranks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Two samples a rank: the loss of the second rank is that of the last two rows against all four."""
-    vision, language = (F.normalize(torch.randn(4, 8), dim=-1) for _ in range(2))
-    gathered = iter((vision, language))
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    monkeypatch.setattr(
-        torch.distributed.nn.functional, "all_gather", lambda own: next(gathered).split(2)
-    )
-    scores = 5.0 * vision @ language.T
-    to_text = -scores.log_softmax(1).diagonal()[2:].mean()
-    to_image = -scores.log_softmax(0).diagonal()[2:].mean()
-    loss = contrastive_loss(vision[2:], language[2:], torch.tensor(5.0))
-    near(loss, (to_text + to_image) / 2)
 
 
 def seq2seq(tokens: int) -> Tensor:

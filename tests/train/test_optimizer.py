@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from train_cases import OPTIONS, model
+from train_cases import OPTIONS, config, model
 
 from beit3_fast.errors import ConfigError
+from beit3_fast.model import BEiT3ForVisualQuestionAnswering
 from beit3_fast.train import TrainOptions
 from beit3_fast.train.average import Average
 from beit3_fast.train.optimizer import Optimizer, parameter_groups
@@ -119,3 +120,12 @@ def test_the_average_follows_slowly() -> None:
 def test_options_that_make_no_sense(field: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainOptions(**{field: value})
+
+
+def test_heads_may_learn_faster(world: Any) -> None:
+    own = BEiT3ForVisualQuestionAnswering(config(world, normalize_output=False), 5)
+    groups = parameter_groups(own, TrainOptions(layer_decay=0.5, head_lr_scale=20.0))
+    found = {n: g["lr_scale"] for g in groups for n in g["names"]}
+    assert found["head.0.weight"] == found["head.3.bias"] == 20.0
+    assert found["pooler.dense.weight"] == 1.0, "as in the official recipe"
+    assert found["beit3.encoder.layers.1.ffn.A.fc1.weight"] == 0.5

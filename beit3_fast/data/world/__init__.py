@@ -4,6 +4,7 @@ Scenes, pixels, sentences, questions, boxes and masks follow from a seed and a n
 the official tasks have their files.
 """
 
+from beit3_fast.data.world.digits import write_digits
 from beit3_fast.data.world.files import WorldSize, write_world
 from beit3_fast.data.world.language import Question, Statement, caption, question, statement
 from beit3_fast.data.world.scene import Rendering, Scene, Thing, draw_scene, render
@@ -20,5 +21,6 @@ __all__ = [
     "question",
     "render",
     "statement",
+    "write_digits",
     "write_world",
 ]

@@ -1,0 +1,116 @@
+"""What a forward or a training step needs at least, counted, not measured.
+
+The multiplications and additions that the answer needs, with no padded rows, and in the last layer only the rows that the
+task's head reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from beit3_fast.config import BEiT3Config
+
+
+@dataclass(frozen=True)
+class Product:
+    """[rows, width] times the transpose of [out, width], `times` times, each with weights of its own."""
+
+    rows: int
+    width: int
+    out: int
+    times: int = 1
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of all of them."""
+        return 2.0 * self.rows * self.width * self.out * self.times
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an answer needs at least.
+
+    products: the products with weights.
+    attention: floating-point operations of attention's two products, which have no weights.
+    """
+
+    products: tuple[Product, ...] = ()
+    attention: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of all of it."""
+        return sum(product.flops for product in self.products) + self.attention
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.products + other.products, self.attention + other.attention)
+
+
+def embedding_work(config: BEiT3Config, images: int) -> Work:
+    """The patch projection of `images` images."""
+    rows = images * (config.num_vision_tokens - 1)
+    return Work((Product(rows, config.in_chans * config.patch_size**2, config.embed_dim),))
+
+
+def encoder_work(
+    config: BEiT3Config,
+    vision: int,
+    texts: Sequence[int],
+    *,
+    read: Sequence[int] | None = None,
+    seq2seq: bool = False,
+) -> Work:
+    """The encoder for samples of `vision` image tokens and a text each.
+
+    Queries, keys and values are one product, and the rows of each expert another one. In the last layer
+    the rows that the head reads are taken together, whichever expert they belong to.
+
+    Args:
+        vision: image tokens of every sample, 0 without an image.
+        texts: real text tokens of each sample, 0 without a text.
+        read: how many rows of each sample the head reads after the last layer; None means all.
+        seq2seq: text sees the image and earlier text, the image sees only itself.
+    """
+    width, ffn, layers = config.embed_dim, config.ffn_dim, config.num_layers
+    attention = 0.0
+    for i, text in enumerate(texts):
+        tokens = vision + text
+        last_rows = tokens if read is None else read[i]
+        if seq2seq:
+            # A head that reads rows of a captioning model reads text rows: the mean of what they see.
+            scores = vision * vision + text * vision + text * (text + 1) // 2
+            last_scores = (
+                scores if read is None else last_rows * (vision + (text + 1) / 2 if text else 0)
+            )
+        else:
+            scores, last_scores = tokens * tokens, last_rows * tokens
+        attention += 4.0 * width * ((layers - 1) * scores + last_scores)
+
+    experts = [rows for rows in (vision * len(texts), sum(texts)) if rows]
+    products = []
+    whole = layers if read is None else layers - 1
+    for rows in experts:
+        products += [
+            Product(rows, width, 3 * width, whole),
+            Product(rows, width, width, whole),
+            Product(rows, width, ffn, whole),
+            Product(rows, ffn, width, whole),
+        ]
+    if read is not None:
+        products += [Product(rows, width, 2 * width) for rows in experts]
+        last = sum(read)
+        products += [Product(last, width, width, 2)]
+        products += [Product(last, width, ffn), Product(last, ffn, width)]
+    return Work(tuple(products), attention)
+
+
+def linear_work(rows: int, *widths: int) -> Work:
+    """A chain of linear layers on `rows` rows: ``linear_work(8, 768, 3129)`` is one of 768 to 3129."""
+    return Work(tuple(Product(rows, a, b) for a, b in pairwise(widths)))
+
+
+def training_work(pixels: Work, forward: Work) -> Work:
+    """Forward and backward, which is two products for each one of forward; pixels need no gradient."""
+    return pixels + pixels + forward + forward + forward

@@ -1,0 +1,55 @@
+"""TOML files whose sections are dataclasses: every field by its Python name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from importlib import import_module
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from beit3_fast.errors import ConfigError
+
+
+def read_tables(path: str | PathLike[str]) -> dict[str, Any]:
+    """What a TOML file says, as dictionaries. Raises ConfigError for what cannot be read."""
+    path = Path(path)
+    try:
+        toml = import_module("tomllib")
+    except ModuleNotFoundError:
+        raise ConfigError("a recipe needs Python 3.11 or newer, which can read TOML") from None
+    try:
+        return toml.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the recipe {str(path)!r} cannot be read ({error})") from error
+
+
+def read_sections(
+    path: Path, tables: Mapping[str, Any], sections: Mapping[str, Any], example: str
+) -> dict[str, Any]:
+    """The tables as objects of the ``sections``' dataclasses; ``[model]`` stays a dictionary and needs a name.
+
+    Raises ConfigError for a section or a field that is not known, with those that are, and where there is no name, with
+    ``example``.
+    """
+    known = ["model", *sections]
+    made: dict[str, Any] = {}
+    for name, table in tables.items():
+        if name not in known or not isinstance(table, dict):
+            raise ConfigError(f"{path}: expected sections {known}, got {name!r}")
+        made[name] = table if name == "model" else _section(path, name, sections[name], table)
+    if not isinstance(made.get("model", {}).get("name"), str):
+        raise ConfigError(f'{path}: [model] needs a name, such as "{example}"')
+    return made
+
+
+def _section(path: Path, name: str, make: Any, table: dict[str, Any]) -> Any:
+    fields = [own.name for own in dataclasses.fields(make)]
+    unknown = [key for key in table if key not in fields]
+    if unknown:
+        raise ConfigError(f"{path}: [{name}] has no field {unknown[0]!r}; it has {fields}")
+    try:
+        return make(**table)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: [{name}] {error}") from error

@@ -1,0 +1,67 @@
+"""How fast a run is: samples a second, and which share of what the device can do at most the model makes use of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from beit3_fast.train.options import TrainOptions
+
+# Side of a square product that comes near the most a device can do, and how often it is timed.
+_SIDE = {"cpu": 1024, "cuda": 8192}
+_TIMES = 4
+
+
+class Throughput:
+    """Measures steps. The MFU (model FLOPs utilisation) is the work that the model's ``work`` counts, without what is computed
+    again for checkpointing, by the time of a step and by ``options.peak_tflops`` or a bare matrix product."""
+
+    def __init__(self, model: nn.Module, options: TrainOptions) -> None:
+        self._work = getattr(model, "work", None)
+        self._peak: float | None = None
+        if self._work is not None:
+            place = next(model.parameters()).device
+            dtype = getattr(torch, options.precision)
+            given = options.peak_tflops
+            self._peak = measured_peak(place, dtype) if given is None else given * 1e12
+
+    def of(self, micro: Sequence[Any], seconds: float) -> dict[str, float]:
+        """``samples_per_s`` of a step of these micro-batches, and ``mfu`` in [0, 1] where the model counts its work."""
+        found = {"samples_per_s": sum(batch.num_samples for batch in micro) / seconds}
+        if self._work is not None and self._peak is not None:
+            flops = sum(self._work(batch).flops for batch in micro)
+            found["mfu"] = flops / seconds / self._peak
+        return found
+
+    @staticmethod
+    def said(line: Mapping[str, Any]) -> str:
+        """The same for people."""
+        rate = f"{line['samples_per_s']:.1f} samples/s"
+        return f"{rate}, MFU {line['mfu']:.1%}" if "mfu" in line else rate
+
+
+@lru_cache(maxsize=8)
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of a few square matrix products."""
+    side = _SIDE.get(device.type, _SIDE["cpu"])
+    # The model's random numbers are those of the run, which must not depend on what is measured.
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(side, side, generator=draw).to(device, dtype) for _ in range(2))
+    least = float("inf")
+    for _ in range(_TIMES):
+        _wait(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        _wait(device)
+        least = min(least, time.perf_counter() - start)
+    return 2 * side**3 / least
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,71 @@
+"""Mistakes in fine-tuning, and in what a run says about itself."""
+
+from __future__ import annotations
+
+from bugs.bug import FINETUNE, OPTIMIZER, PAIRED, REPORT, THROUGHPUT, WORLD, Bug
+
+FINETUNING_BUGS = (
+    Bug(
+        "answers-cost-their-mean",
+        "beit3_fast/train/question_answering.py",
+        'reduction="sum")',
+        'reduction="mean")',
+        (f"{FINETUNE}::test_questions_cost_what_the_official_engine_counts",),
+    ),
+    Bug(
+        "accuracy-counts-any-score-as-right",
+        "beit3_fast/train/question_answering.py",
+        "float(own.scores.gather(1, logits.argmax(1, keepdim=True)).sum())",
+        "float(own.scores.gather(1, logits.argmax(1, keepdim=True)).ceil().sum())",
+        (f"{FINETUNE}::test_accuracy_is_the_score_of_the_likeliest_answer",),
+    ),
+    Bug(
+        "held-out-images-are-augmented",
+        "beit3_fast/data/paired.py",
+        "if views is not None:",
+        "if True:",
+        (f"{PAIRED}::test_views_change_with_the_epoch_but_held_out_images_do_not",),
+    ),
+    Bug(
+        "fine-tuning-forgets-the-checkpoint",
+        "beit3_fast/train/finetune.py",
+        "if checkpoint is None:",
+        "if checkpoint is None or True:",
+        (f"{FINETUNE}::test_the_checkpoint_s_weights_are_the_first",),
+    ),
+    Bug(
+        "heads-learn-no-faster",
+        "beit3_fast/train/optimizer.py",
+        "options.head_lr_scale if in_head else 1.0",
+        "1.0",
+        (f"{OPTIMIZER}::test_heads_may_learn_faster",),
+    ),
+    Bug(
+        "work-of-a-step-is-that-of-a-forward",
+        "beit3_fast/model/work.py",
+        "pixels + pixels + forward + forward + forward",
+        "pixels + forward",
+        (f"{THROUGHPUT}::test_counted_work_of_a_step_is_three_forwards_but_the_pixels",),
+    ),
+    Bug(
+        "curves-end-in-one-step",
+        "beit3_fast/train/report.py",
+        "starts = range(0, len(own) - width + 1, width)",
+        "starts = range(0, len(own), width)",
+        (f"{REPORT}::test_every_point_of_a_curve_is_the_mean_of_as_many_steps",),
+    ),
+    Bug(
+        "examples-paint-the-wrong-patch",
+        "beit3_fast/train/examples.py",
+        "top, left = place // columns * high, place % columns * wide",
+        "top, left = place % columns * high, place // columns * wide",
+        (f"{REPORT}::test_hidden_patches_and_words_are_filled_in",),
+    ),
+    Bug(
+        "digits-are-trained-on-and-held-out",
+        "beit3_fast/data/world/digits.py",
+        '"train": 2 * HELD_OUT}',
+        '"train": HELD_OUT}',
+        (f"{WORLD}::test_real_digits_with_captions",),
+    ),
+)
