@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from beit3_fast.cli.command import Command
 from beit3_fast.cli.options import positive
+
+if TYPE_CHECKING:
+    from beit3_fast.train.processes import Processes
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,14 +32,28 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from beit3_fast.train.processes import joined
+
+    with joined() as processes:
+        return _pretrain(arguments, processes)
+
+
+def _pretrain(arguments: argparse.Namespace, processes: Processes) -> int:
+    from beit3_fast.checkpoint import load_checkpoint
     from beit3_fast.train import evaluate, read_recipe, train
     from beit3_fast.train.report import write_report
 
     recipe, out = read_recipe(arguments.config), Path(arguments.out)
     model = recipe.make_model()
-    data = recipe.make_data(model, out)
-    held_out = recipe.make_held_out(model, data)
+    data = processes.lead_first(lambda: recipe.make_data(model, out))
     done = train(model, data, recipe.loss, recipe.train, out, progress=not arguments.quiet)
+    if not processes.leads:
+        return 0
+    if done.complete and processes.size > 1:
+        # What was trained may lie in parts.
+        model = recipe.make_model()
+        load_checkpoint(model, out / "model.safetensors")
+    held_out = recipe.make_held_out(model, data)
     report = {"folder": str(out), "steps": done.step, "skipped": done.skipped, "loss": done.loss}
     lines = [f"{out}: {done.step} steps, {done.skipped} skipped"]
     if not done.complete:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from beit3_fast.checkpoint import read_checkpoint
 from beit3_fast.config import SIZES, BEiT3Config
 from beit3_fast.data import Masking, Processor, Tokenizer, preprocess_image
 from beit3_fast.data.mixed import Mix, MixedData
 from beit3_fast.data.patch_codes import PatchCodes
 from beit3_fast.data.world import WorldSize, write_world
 from beit3_fast.model import BEiT3ForPretraining
-from beit3_fast.train import MaskedDataModelling, TrainOptions, TrainReport, train
+from beit3_fast.train import MaskedDataModelling, TrainOptions, TrainReport, read_log, train
 
 CODES, PIXELS, PATCH = 16, 48, 8
 # 10 scenes: an epoch of images ends within a micro-batch of three.
@@ -95,3 +96,14 @@ def run(
         progress=False,
         **settings,
     )
+
+
+CURVE = ("step", "loss", "image", "pair_image", "pair_text", "text", "lr", "grad_norm", "skipped")
+
+
+def curve(folder: Path) -> list[tuple[Any, ...]]:
+    return [tuple(line[key] for key in CURVE) for line in read_log(folder)]
+
+
+def weights(folder: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    return read_checkpoint(folder / f"{name}.safetensors").state
