@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import torch
 from ranks import on_ranks
 from torch import nn
-from train_cases import OPTIONS, curve, data, run, small, weights
+from train_cases import OPTIONS, Watched, assert_close, curve, data, run, small, weights
 
 from beit3_fast import derived
 from beit3_fast.data.mixed import Mix
@@ -38,37 +37,6 @@ class Uneven:
 
     def __getitem__(self, number: int) -> Any:
         return self.kinds[number % 2][number // 2]
-
-
-class Watched(MaskedDataModelling):
-    """Does ``what(call)`` before each micro-batch, counted from 1."""
-
-    def __init__(self, what: Callable[[int], Any], spoil: tuple[int, ...] = ()) -> None:
-        super().__init__()
-        object.__setattr__(self, "state", [0, what, spoil])
-
-    def __repr__(self) -> str:
-        return repr(MaskedDataModelling())
-
-    def __call__(self, model: nn.Module, batch: Any, totals: Any) -> Any:
-        state: list[Any] = self.state  # type: ignore[attr-defined]
-        state[0] += 1
-        state[1](state[0])
-        loss, terms = super().__call__(model, batch, totals)
-        return (loss * float("nan") if state[0] in state[2] else loss), terms
-
-
-def assert_close(folder: Path, whole: Path) -> None:
-    """The same run but for the order in which numbers are added."""
-    ours, theirs = curve(folder), curve(whole)
-    assert len(ours) == len(theirs)
-    for own, expected in zip(ours, theirs, strict=True):
-        assert own == pytest.approx(expected, rel=1e-5)
-    for name in ("model", "average"):
-        own_state, state = weights(folder, name), weights(whole, name)
-        assert own_state.keys() == state.keys()
-        for key, tensor in state.items():
-            torch.testing.assert_close(own_state[key], tensor, rtol=1e-4, atol=2e-6, msg=key)
 
 
 def equal(own: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -107,3 +109,34 @@ def curve(folder: Path) -> list[tuple[Any, ...]]:
 
 def weights(folder: Path, name: str = "model") -> dict[str, torch.Tensor]:
     return read_checkpoint(folder / f"{name}.safetensors").state
+
+
+class Watched(MaskedDataModelling):
+    """Does ``what(call)`` before each micro-batch, counted from 1."""
+
+    def __init__(self, what: Callable[[int], Any], spoil: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        object.__setattr__(self, "state", [0, what, spoil])
+
+    def __repr__(self) -> str:
+        return repr(MaskedDataModelling())
+
+    def __call__(self, model: nn.Module, batch: Any, totals: Any) -> Any:
+        state: list[Any] = self.state  # type: ignore[attr-defined]
+        state[0] += 1
+        state[1](state[0])
+        loss, terms = super().__call__(model, batch, totals)
+        return (loss * float("nan") if state[0] in state[2] else loss), terms
+
+
+def assert_close(folder: Path, whole: Path) -> None:
+    """The same run but for the order in which numbers are added."""
+    ours, theirs = curve(folder), curve(whole)
+    assert len(ours) == len(theirs)
+    for own, expected in zip(ours, theirs, strict=True):
+        assert own == pytest.approx(expected, rel=1e-5)
+    for name in ("model", "average"):
+        own_state, state = weights(folder, name), weights(whole, name)
+        assert own_state.keys() == state.keys()
+        for key, tensor in state.items():
+            torch.testing.assert_close(own_state[key], tensor, rtol=1e-4, atol=2e-6, msg=key)
