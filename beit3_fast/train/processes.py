@@ -21,6 +21,10 @@ T = TypeVar("T")
 # What the libraries below torch.distributed say where a connection ends.
 _LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "socket")
 
+# A DistributedDataParallel that is the last to hold its group frees it with the interpreter locked, and can wait forever for a
+# thread that needs the interpreter.
+_groups: list[Any] = []
+
 
 class Processes:
     """``size`` processes, of which this one is ``rank``. Every method is to be called by all of them, in one order."""
@@ -97,6 +101,7 @@ def joined() -> Iterator[Processes]:
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        _groups.append(dist.group.WORLD)
     processes = Processes()
     try:
         yield processes
