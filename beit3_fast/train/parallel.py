@@ -93,7 +93,7 @@ class Sharded(Engine):
         for name, module in (*units, ("", model)):
             fully_shard(module, mesh=mesh, mp_policy=policy)
             module.register_forward_pre_hook(
-                lambda module, _, prefix=name and f"{name}.": self._gathered(module, prefix)
+                lambda module, _, name=name: self._gathered(module, name)
             )
         self.sharded: Any = model
         self.sharded.set_reduce_scatter_unused_params(True)
@@ -122,11 +122,12 @@ class Sharded(Engine):
                 parameter.grad = None
         self._used.clear()
 
-    def _gathered(self, module: nn.Module, prefix: str) -> None:
+    def _gathered(self, module: nn.Module, name_of_module: str) -> None:
         """The whole weights of a unit are in memory: the same tensors as in the last step, with other values."""
         forget(module)
-        for name, parameter in module.named_parameters(prefix.rstrip(".")):
-            if name not in self._watched and not isinstance(parameter, DTensor):
+        for name, parameter in module.named_parameters(name_of_module):
+            trained = parameter.requires_grad and not isinstance(parameter, DTensor)
+            if trained and name not in self._watched:
                 self._watched.add(name)
                 parameter.register_post_accumulate_grad_hook(
                     lambda _, name=name: self._used.add(name)
@@ -182,7 +183,9 @@ def local(tensor: Tensor) -> Tensor:
 
 def _check_shardable(model: nn.Module) -> None:
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
-        raise ConfigError(f'parallel = "fsdp2" needs PyTorch 2.13, this is {torch.__version__}')
+        raise ConfigError(
+            f'parallel = "fsdp2" needs a newer PyTorch, such as 2.13, this is {torch.__version__}'
+        )
     scalars = [name for name, parameter in model.named_parameters() if not parameter.dim()]
     if scalars:
         raise ConfigError(

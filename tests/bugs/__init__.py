@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bugs.bug import Bug
+from bugs.distributed import DISTRIBUTED_BUGS
 from bugs.files import FILES_BUGS
 from bugs.kernels import KERNELS_BUGS
 from bugs.model import MODEL_BUGS
@@ -20,5 +21,6 @@ BUGS = (
     *PRODUCT_BUGS,
     *KERNELS_BUGS,
     *PRETRAINING_BUGS,
+    *DISTRIBUTED_BUGS,
     *NATIVE_BUGS,
 )

@@ -54,7 +54,8 @@ def one(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_two_ranks_are_one(engine: str, world: Path, one: Path, tmp_path: Path) -> None:
-    options = replace(THREE, parallel=engine)
+    again = {"ddp": "ffn", "fsdp2": "layer"}[engine]
+    options = replace(THREE, parallel=engine, checkpoint_activations=again)
     images = replace(options, steps=1, weight_decay=1.0)
 
     def work(_: int) -> Any:
