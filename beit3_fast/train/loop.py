@@ -221,7 +221,7 @@ class _Run:
         loader: DataLoader[Any] = DataLoader(
             self.data,  # type: ignore[arg-type]
             batch_size=None,
-            sampler=numbers,  # type: ignore[arg-type]
+            sampler=numbers,
             num_workers=options.workers,
             persistent_workers=False,
             # Else the loader would draw from the numbers that belong to the model.

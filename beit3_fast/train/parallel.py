@@ -29,7 +29,8 @@ class Engine:
     """One process. ``model`` has the parameters, ``called`` is what the objective calls."""
 
     def __init__(self, model: nn.Module, options: TrainOptions, processes: Processes) -> None:
-        self.model = self.called = model
+        self.model = model
+        self.called: Any = model
         self.device = next(model.parameters()).device
         self.processes = processes
         self.half = options.precision == "bfloat16"
@@ -91,12 +92,11 @@ class Sharded(Engine):
         mesh = init_device_mesh(self.device.type, (processes.size,))
         units = [(name, own) for name, own in model.named_modules() if isinstance(own, Layer)]
         for name, module in (*units, ("", model)):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+            self.called = fully_shard(module, mesh=mesh, mp_policy=policy)
             module.register_forward_pre_hook(
                 lambda module, _, name=name: self._gathered(module, name)
             )
-        self.sharded: Any = model
-        self.sharded.set_reduce_scatter_unused_params(True)
+        self.called.set_reduce_scatter_unused_params(True)
         self._parameters = dict(model.named_parameters())
 
     def moved(self, batch: Any) -> Any:
@@ -109,7 +109,7 @@ class Sharded(Engine):
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         """See Engine."""
-        self.sharded.set_requires_gradient_sync(last)
+        self.called.set_requires_gradient_sync(last)
         return nullcontext()
 
     def settle(self) -> None:

@@ -77,7 +77,12 @@ class Processes:
         if self.size == 1:
             return
         path = folder / f".shared-{secrets.token_hex(6)}"
-        name = self.lead(lambda: path.touch() or path.name)
+
+        def leave() -> str:
+            path.touch()
+            return path.name
+
+        name = self.lead(leave)
         (seen,) = self.sums({"seen": (folder / name).exists()})
         if self.leads:
             path.unlink(missing_ok=True)
