@@ -30,7 +30,7 @@ FOUR = replace(OPTIONS, steps=4, accumulation=4, warmup_steps=1, save_every=100)
 @pytest.mark.full
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_saved_on_four_ranks(engine: str, world: Path, tmp_path: Path) -> None:
-    """Stopped on four ranks, a run goes on on four, bit for bit, on two and on one."""
+    """Stopped on four ranks, a run goes on on four, bit for bit, on two with the other engine, and on one."""
     options = replace(FOUR, parallel=engine)
     run(world, tmp_path / "one process", FOUR)
 
@@ -41,20 +41,21 @@ def test_saved_on_four_ranks(engine: str, world: Path, tmp_path: Path) -> None:
 
         return run(world, tmp_path / "stopped", options, objective=Watched(terminate))
 
-    def resumed(folder: Path, _: int) -> Any:
-        return run(world, folder, options)
+    def resumed(folder: Path, its_engine: str, _: int) -> Any:
+        return run(world, folder, replace(options, parallel=its_engine))
 
     assert {own.step for own in on_ranks(4, tmp_path / "ranks", stopped)} == {2}
     parts = list((tmp_path / "stopped/step-00000002").glob("*.distcp"))
     assert len(parts) == 4
-    for size in (4, 2, 1):
+    other = {"ddp": "fsdp2", "fsdp2": "ddp"}[engine]
+    for size, its_engine in ((4, engine), (2, other), (1, engine)):
         folder = tmp_path / f"on {size}"
         shutil.copytree(tmp_path / "stopped", folder)
-        go_on = partial(resumed, folder)
+        go_on = partial(resumed, folder, its_engine)
         reports = on_ranks(size, tmp_path / f"ranks {size}", go_on)
         assert {own.resumed for own in reports} == {2}
         assert_close(folder, tmp_path / "one process")
-    on_ranks(4, tmp_path / "ranks of all", partial(resumed, tmp_path / "whole"))
+    on_ranks(4, tmp_path / "ranks of all", partial(resumed, tmp_path / "whole", engine))
     assert curve(tmp_path / "on 4") == curve(tmp_path / "whole")
     ours, theirs = weights(tmp_path / "on 4"), weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
