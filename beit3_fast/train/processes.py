@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed as dist
 
-from beit3_fast.embed.ranks import started_by_torchrun
 from beit3_fast.errors import Beit3FastError, CheckpointError, TrainingError
+from beit3_fast.torchrun import started_by_torchrun
 
 T = TypeVar("T")
 
