@@ -32,6 +32,20 @@ DISTRIBUTED_BUGS = (
         (_ONE,),
     ),
     Bug(
+        "fsdp2-clips-by-the-norm-of-its-part",
+        _PARALLEL,
+        "get_total_norm([p.grad for",
+        "get_total_norm([local(p.grad) for",
+        (_ONE,),
+    ),
+    Bug(
+        "fsdp2-keeps-what-was-packed-of-old-weights",
+        _PARALLEL,
+        "        forget(module)",
+        "        pass",
+        (f"{RANKS}::test_weights_that_are_gathered_anew_are_packed_anew",),
+    ),
+    Bug(
         "drop-path-depends-on-the-rank",
         "beit3_fast/train/loop.py",
         "_seed(options.seed, number)",

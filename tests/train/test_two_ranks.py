@@ -24,7 +24,8 @@ from beit3_fast.train.checkpoints import Checkpoints
 from beit3_fast.train.optimizer import Optimizer
 from beit3_fast.train.processes import Processes, joined
 
-THREE = replace(OPTIONS, steps=3, save_every=2, warmup_steps=1)
+# The norms are about 2.5.
+THREE = replace(OPTIONS, steps=3, save_every=2, warmup_steps=1, clip_grad=1.0)
 
 
 class Uneven:
@@ -155,7 +156,6 @@ def test_a_disk_that_is_full_for_one_rank(world: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "run").glob(".step*"))
 
 
-@pytest.mark.full
 def test_weights_that_are_gathered_anew_are_packed_anew(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
