@@ -28,4 +28,4 @@ class InputError(Beit3FastError, ValueError):
 
 
 class TrainingError(Beit3FastError, RuntimeError):
-    """Training cannot go on: the loss is not a number, again and again."""
+    """Training cannot go on: the loss is not a number, again and again, or another process of the run is gone."""

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "beit3_fast"
 
 # From the ground. A unit may import itself and whatever lies on a lower floor.
 FLOORS = (
-    ("errors", "kernels", "progress"),
+    ("errors", "kernels", "progress", "torchrun"),
     ("derived",),
     ("layout", "config", "parity", "timing"),
     ("padded_layout",),

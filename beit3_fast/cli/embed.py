@@ -56,8 +56,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from beit3_fast.data import Processor
     from beit3_fast.embed import ENGINES, FORMATS, KINDS, OUTPUTS, embed_dataset
-    from beit3_fast.embed.ranks import rank_here
     from beit3_fast.model import create_model
+    from beit3_fast.torchrun import rank_here
 
     check_model_name(arguments.model)
     # before the checkpoint is read, which takes longest
@@ -109,7 +109,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _device(name: str) -> str:
     """Under torchrun every process has a GPU of its own, unless one is named."""
-    from beit3_fast.embed.ranks import started_by_torchrun
+    from beit3_fast.torchrun import started_by_torchrun
 
     if name == "cuda" and started_by_torchrun():
         return f"cuda:{os.environ['LOCAL_RANK']}"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from beit3_fast.cli.command import Command
 from beit3_fast.cli.options import run_options
+
+if TYPE_CHECKING:
+    from beit3_fast.train.processes import Processes
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +33,15 @@ def _options() -> str:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from beit3_fast.train.processes import joined
+
+    with joined() as processes:
+        return _finetune(arguments, processes)
+
+
+def _finetune(arguments: argparse.Namespace, processes: Processes) -> int:
     from beit3_fast.train import read_finetuning, train
+    from beit3_fast.train.parallel import read_again
     from beit3_fast.train.report import run_facts, write_report
 
     recipe, out = read_finetuning(arguments.config), Path(arguments.out)
@@ -41,9 +52,13 @@ def _run(arguments: argparse.Namespace) -> int:
     if loaded is not None:
         new = sorted({*loaded.missing, *loaded.mismatched})
         begun = f"from {loaded.source}; begins anew: {', '.join(new) or 'nothing'}"
-    data, held_out = recipe.make_data(model), recipe.make_held_out(model)
+    data = recipe.make_data(model)
     options = recipe.options(data)
     done = train(model, data, recipe.loss, options, out, progress=not arguments.quiet)
+    if not processes.leads:
+        return 0
+    model = read_again(model, lambda: recipe.make_model()[0], out, done, processes)
+    held_out = recipe.make_held_out(model)
     report: dict[str, Any] = {**run_facts(out, done), "begun": begun}
     lines = [f"{out}: {done.step} steps, {done.skipped} skipped, {begun}"]
     if not done.complete:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from beit3_fast.cli.command import Command
 from beit3_fast.cli.options import positive, run_options
+
+if TYPE_CHECKING:
+    from beit3_fast.train.processes import Processes
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,15 +26,26 @@ def _options() -> str:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from beit3_fast.train.processes import joined
+
+    with joined() as processes:
+        return _pretrain(arguments, processes)
+
+
+def _pretrain(arguments: argparse.Namespace, processes: Processes) -> int:
     from beit3_fast.train import evaluate, read_recipe, train
     from beit3_fast.train.examples import filled_in
+    from beit3_fast.train.parallel import read_again
     from beit3_fast.train.report import run_facts, write_report
 
     recipe, out = read_recipe(arguments.config), Path(arguments.out)
     model = recipe.make_model()
-    data = recipe.make_data(model, out)
-    held_out = recipe.make_held_out(model, data)
+    data = processes.lead_first(lambda: recipe.make_data(model, out))
     done = train(model, data, recipe.loss, recipe.train, out, progress=not arguments.quiet)
+    if not processes.leads:
+        return 0
+    model = read_again(model, recipe.make_model, out, done, processes)
+    held_out = recipe.make_held_out(model, data)
     report = run_facts(out, done)
     lines = [f"{out}: {done.step} steps, {done.skipped} skipped"]
     if not done.complete:

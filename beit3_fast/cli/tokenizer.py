@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from beit3_fast.cli.command import Command
 from beit3_fast.cli.options import positive, run_options
+
+if TYPE_CHECKING:
+    from beit3_fast.train.processes import Processes
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +26,15 @@ def _options() -> str:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from beit3_fast.train.processes import joined
+
+    with joined() as processes:
+        return _train_tokenizer(arguments, processes)
+
+
+def _train_tokenizer(arguments: argparse.Namespace, processes: Processes) -> int:
     from beit3_fast.train import train
+    from beit3_fast.train.parallel import read_again
     from beit3_fast.train.report import run_facts, write_report
     from beit3_fast.train.tokenizer_recipe import read_tokenizer_recipe
     from beit3_fast.train.tokenizer_score import score_tokenizer
@@ -30,7 +42,7 @@ def _train(arguments: argparse.Namespace) -> int:
     recipe, out = read_tokenizer_recipe(arguments.config), Path(arguments.out)
     teacher = recipe.make_teacher()
     tokenizer = recipe.make_tokenizer(teacher)
-    data, held_out = recipe.make_data(tokenizer), recipe.make_held_out(tokenizer)
+    data = recipe.make_data(tokenizer)
     done = train(
         tokenizer,
         data,
@@ -39,6 +51,10 @@ def _train(arguments: argparse.Namespace) -> int:
         out,
         progress=not arguments.quiet,
     )
+    if not processes.leads:
+        return 0
+    tokenizer = read_again(tokenizer, lambda: recipe.make_tokenizer(teacher), out, done, processes)
+    held_out = recipe.make_held_out(tokenizer)
     report = run_facts(out, done)
     lines = [f"{out}: {done.step} steps, {done.skipped} skipped"]
     if not done.complete:

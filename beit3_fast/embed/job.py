@@ -16,7 +16,7 @@ from torch import Tensor
 from beit3_fast.checkpoint.lock import held
 from beit3_fast.data import Processor
 from beit3_fast.embed.manifest import Manifest
-from beit3_fast.embed.ranks import Ranks, started_by_torchrun
+from beit3_fast.embed.ranks import Ranks
 from beit3_fast.embed.ray_actors import check_ray, make_with_ray
 from beit3_fast.embed.shards import check_format
 from beit3_fast.embed.sources import Blob, Item, digest_of, list_items
@@ -24,6 +24,7 @@ from beit3_fast.embed.work import EmbedReport, Engine, Work, encode, make_local
 from beit3_fast.errors import ConfigError, InputError
 from beit3_fast.model.embeddings import Embeddings
 from beit3_fast.progress import Progress
+from beit3_fast.torchrun import started_by_torchrun
 
 OUTPUTS = ("pooled", "cls")
 ENGINES = ("auto", "local", "torchrun", "ray")

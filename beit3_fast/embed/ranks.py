@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
@@ -18,16 +17,6 @@ from beit3_fast.embed.work import Bar, EmbedReport, Engine, Work
 # Ranks wait for each other as long as a shard takes. Where one fails, torchrun ends the others.
 _PATIENCE = timedelta(days=30)
 _calls = itertools.count()
-
-
-def started_by_torchrun() -> bool:
-    """Whether this is one of several processes that torchrun started."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def rank_here() -> int:
-    """This process's number under torchrun, else 0."""
-    return int(os.environ["RANK"]) if started_by_torchrun() else 0
 
 
 class Ranks:

@@ -196,7 +196,7 @@ class EncoderForward:
                 mask=plan.mask,
                 drop_path_rates=structure.drop_path_rates(),
                 hidden_states=states,
-                checkpoint_activations=structure.checkpointed,
+                recompute=["layer"] * len(encoder.layers) if structure.checkpointed else (),
                 impl=self.impl,
             )
             out = plan.packing.unpack(rows)

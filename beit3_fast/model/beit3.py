@@ -244,7 +244,7 @@ class BEiT3(Embeddings, Capturable):
             read=read,
             drop_path_rates=rates,
             hidden_states=hidden,
-            checkpoint_activations=self.training and self.encoder.checkpoint_activations,
+            recompute=self.encoder.recompute if self.training else (),
             impl=self.impl,
         )
 

@@ -26,6 +26,14 @@ from beit3_fast.padded_layout import PaddedLayout
 _ROWS_AT_ONCE = 2048
 
 
+class Layer(nn.Module):
+    """A layer that ``encode_rows`` calls as a module, so that FSDP2, which hooks into such calls, can shard it."""
+
+    def forward(self, x: Tensor, layout: TokenLayout, **options: Any) -> Tensor:
+        """``run_layer`` of this layer."""
+        return run_layer(self, x, layout, **options)
+
+
 class Route(NamedTuple):
     """The experts of a module in row order, and the row ranges that they own."""
 
@@ -53,6 +61,15 @@ def route(module: nn.Module, layout: TokenLayout) -> Route:
     return Route([children.get("A", children.get("B"))], layout.expert_bounds("A"))
 
 
+def run_layer(
+    layer: Any, x: Tensor, layout: TokenLayout, recompute: str = "none", **options: Any
+) -> Tensor:
+    """``encoder_layer``, the backward pass of which computes the "layer" or its "ffn" again instead of keeping it."""
+    if recompute == "layer" and torch.is_grad_enabled():
+        return checkpoint(encoder_layer, layer, x, layout, use_reentrant=False, **options)
+    return encoder_layer(layer, x, layout, recompute_ffn=recompute == "ffn", **options)
+
+
 def encoder_layer(
     layer: Any,
     x: Tensor,
@@ -61,6 +78,7 @@ def encoder_layer(
     mask: str | Tensor = "bidirectional",
     read: Selection | None = None,
     kept: Draws = (None, None),
+    recompute_ffn: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """x [R, C] -> [R, C], or [Rq, C] for the rows that ``read`` names.
@@ -77,6 +95,8 @@ def encoder_layer(
         x = residual + y * first.of_rows(own)
     else:
         x = _attention_of_some(layer, x, layout, residual, own, mask, first, impl)
+    if recompute_ffn and torch.is_grad_enabled():
+        return checkpoint(feed_forward, layer, x, own, impl, second, use_reentrant=False)
     return feed_forward(layer, x, own, impl, second)
 
 
@@ -258,14 +278,14 @@ def encode_rows(
     read: Selection | None = None,
     drop_path_rates: Sequence[float] = (),
     hidden_states: list[Tensor] | None = None,
-    checkpoint_activations: bool = False,
+    recompute: Sequence[str] = (),
     impl: str = "auto",
 ) -> Tensor:
     """All layers and the output LayerNorm on packed rows x [R, C].
 
     With ``read`` only the rows that it names are computed in the last layer; the result is then [Rq, C].
     ``hidden_states`` collects x and every layer's output (all rows). ``drop_path_rates`` has one rate a layer;
-    empty means none (evaluation).
+    empty means none (evaluation). ``recompute`` says of each layer what ``run_layer`` computes again; empty means nothing.
     """
     if (
         hidden_states is None
@@ -290,12 +310,11 @@ def encode_rows(
             "mask": mask,
             "read": early,
             "kept": kept[index] if kept else (None, None),
+            "recompute": recompute[index] if recompute else "none",
             "impl": impl,
         }
-        if checkpoint_activations and torch.is_grad_enabled():
-            x = checkpoint(encoder_layer, layer, x, layout, use_reentrant=False, **options)
-        else:
-            x = encoder_layer(layer, x, layout, **options)
+        own_call = isinstance(layer, Layer)
+        x = layer(x, layout, **options) if own_call else run_layer(layer, x, layout, **options)
         if hidden_states is not None:
             hidden_states.append(x)
     if read is not None and x.shape[0] != read.layout.num_rows:

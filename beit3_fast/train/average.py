@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from beit3_fast.train.parallel import local
+
 
 class Average:
     """Exponential moving average of a model's parameters: shadow = decay * shadow + (1 - decay) * weight."""
@@ -19,7 +21,7 @@ class Average:
     def update(self, model: nn.Module) -> None:
         """Take in the weights after a step."""
         for name, parameter in model.named_parameters():
-            self.shadow[name].lerp_(parameter, 1 - self.decay)
+            local(self.shadow[name]).lerp_(local(parameter), 1 - self.decay)
 
     def state(self) -> dict[str, Tensor]:
         """The tensors themselves, under the parameters' names."""

@@ -1,6 +1,7 @@
 """Checkpoints of a run: folders that appear whole or not at all, written by torch.distributed.checkpoint.
 
-A folder is written under a name that nobody reads, brought to the disk and renamed, so a process may die at any moment. Its
+A folder is written under a name that nobody reads, brought to the disk and renamed, so a process may die at any moment. Each
+process writes its parts; any number of processes reads them. The folder's
 ``.metadata`` is a pickle, as PyTorch has it: go on only with runs that you trust. (The weights at the end are saved as
 safetensors.)
 """
@@ -11,7 +12,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +21,23 @@ from torch.distributed import checkpoint as dcp
 
 from beit3_fast.checkpoint.atomic import mend, sync_folder
 from beit3_fast.errors import CheckpointError
+from beit3_fast.train.processes import Processes, is_lost
 
 _PREFIX, _PARTIAL = "step-", ".partial"
 _FACTS = "run.json"
 
 
 class Checkpoints:
-    """The checkpoints in a folder, the last ``keep`` of which stay. What killed processes left is swept at the start."""
+    """The checkpoints in a folder, the last ``keep`` of which stay. What killed processes left is swept at the start.
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    All processes of a run make one, save and load together; rank 0 alone sweeps, names and removes.
+    """
+
+    def __init__(self, folder: Path, keep: int, processes: Processes | None = None) -> None:
         self.folder = folder
         self.keep = keep
-        for path in folder.glob(f".{_PREFIX}*{_PARTIAL}"):
-            shutil.rmtree(path, ignore_errors=True)
-        self._prune()
+        self.processes = processes or Processes()
+        self.processes.lead(self._sweep)
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending."""
@@ -42,29 +47,33 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any], facts: Mapping[str, Any]) -> None:
         """Write nested tensors ``state`` and ``facts`` for JSON. Raises CheckpointError; older ones are then as they were."""
         target, partial = self._path(step), self._partial(step)
+
+        def begin() -> None:
+            with _explained(target):
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+
+        def finish() -> None:
+            with _explained(target):
+                _write_facts(partial / _FACTS, {"step": step, **facts})
+                sync_folder(partial)
+                if not target.exists():
+                    os.rename(partial, target)
+                sync_folder(self.folder)
+            self._prune()
+
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            _quietly(
-                dcp.save,
-                state,
-                storage_writer=dcp.FileSystemWriter(partial, sync_files=True),
-            )
-            with (partial / _FACTS).open("w") as file:
-                json.dump({"step": step, **facts}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            sync_folder(partial)
-            if not target.exists():
-                os.rename(partial, target)
-            sync_folder(self.folder)
-        except OSError as error:
-            raise CheckpointError(
-                f"{target}: cannot be written: {error.strerror or error}{mend(error)}; older checkpoints are unchanged"
-            ) from error
+            self.processes.lead(begin)
+            with _explained(target):
+                _quietly(
+                    dcp.save,
+                    state,
+                    storage_writer=dcp.FileSystemWriter(partial, sync_files=True),
+                )
+            self.processes.lead(finish)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        self._prune()
+            if self.processes.leads:
+                shutil.rmtree(partial, ignore_errors=True)
 
     def facts(self, step: int) -> dict[str, Any]:
         """The facts of a checkpoint. Raises CheckpointError."""
@@ -85,10 +94,17 @@ class Checkpoints:
         try:
             _quietly(dcp.load, state, storage_reader=dcp.FileSystemReader(path))
         except Exception as error:
+            if self.processes.size > 1 and is_lost(error):
+                raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise CheckpointError(
                 f"{path} cannot be read ({reason}); {self._instead(step)}"
             ) from error
+
+    def _sweep(self) -> None:
+        for path in self.folder.glob(f".{_PREFIX}*{_PARTIAL}"):
+            shutil.rmtree(path, ignore_errors=True)
+        self._prune()
 
     def _prune(self) -> None:
         for old in self.steps()[: -self.keep]:
@@ -109,6 +125,23 @@ class Checkpoints:
         return "there is no older one; give another folder to begin anew"
 
 
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: cannot be written: {error.strerror or error}{mend(error)}; older checkpoints are unchanged"
+        ) from error
+
+
+def _write_facts(path: Path, facts: Mapping[str, Any]) -> None:
+    with path.open("w") as file:
+        json.dump(facts, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _quietly(call: Any, state: dict[str, Any], **options: Any) -> None:
     """Run what may be told that it is alone. Raises the first failure itself, which PyTorch wraps in a BaseException."""
     with warnings.catch_warnings():
@@ -116,4 +149,14 @@ def _quietly(call: Any, state: dict[str, Any], **options: Any) -> None:
         try:
             call(state, **options)
         except dcp.CheckpointException as error:
-            raise next(iter(error.failures.values()))[0] from error
+            failure = next(iter(error.failures.values()))[0]
+            raise _of_the_system(failure) or failure from error
+
+
+def _of_the_system(error: BaseException) -> OSError | None:
+    """The error of the system behind one of torch.save's, which complains of the file that it could not end."""
+    while not isinstance(error, OSError):
+        if error.__context__ is None:
+            return None
+        error = error.__context__
+    return error

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -22,25 +21,36 @@ from beit3_fast.checkpoint import save_checkpoint
 from beit3_fast.checkpoint.atomic import replacing
 from beit3_fast.checkpoint.lock import held
 from beit3_fast.errors import ConfigError, TrainingError
+from beit3_fast.model.parameters import Encoder
 from beit3_fast.progress import Progress
 from beit3_fast.train.average import Average
 from beit3_fast.train.checkpoints import Checkpoints
 from beit3_fast.train.log import Log
 from beit3_fast.train.optimizer import Optimizer
 from beit3_fast.train.options import TrainOptions
+from beit3_fast.train.parallel import clip, engine_for, own_numbers, whole
+from beit3_fast.train.processes import Processes, joined
+from beit3_fast.train.stop import Stop
 from beit3_fast.train.throughput import Throughput
 
-_FORM = "beit3_fast run 1"
+_FORM = "beit3_fast run 2"
 
 
 class Data(Protocol):
-    """``data[n]`` is micro-batch n, of which n alone decides: a dataclass with ``to(device)`` and ``num_samples``."""
+    """``data[n]`` is micro-batch n, of which n alone decides: a dataclass with ``to(device)`` and ``num_samples``.
+
+    With "fsdp2" in bfloat16 it is called as ``to(device, dtype)``, dtype for what goes into the model.
+    """
 
     def __getitem__(self, number: int) -> Any: ...
 
 
 class Objective(Protocol):
-    """What is minimised: see ``train.objective.MaskedDataModelling``."""
+    """What is minimised: see ``train.objective.MaskedDataModelling``.
+
+    ``totals`` are the sums of ``counts`` over the step's micro-batches in all processes; what a call returns for each of
+    them, added, is the step's loss. ``model`` is to be called, not looked into: it may be wrapped.
+    """
 
     def counts(self, batch: Any) -> Mapping[str, int]: ...
 
@@ -72,53 +82,76 @@ def train(
 ) -> TrainReport:
     """Train ``model`` in place, and go on where an earlier call with the same arguments stopped or was killed.
 
+    Under torchrun all processes call it with the same arguments and share each step's micro-batches; ``options.parallel``
+    says how. After "fsdp2" the model has a part of the weights in each process; the whole ones are in the folder.
+
     ``folder`` gets checkpoints, ``log.jsonl`` (a line a step) and at the end ``model.safetensors``, and
     ``average.safetensors`` with ``ema_decay``. What was interrupted ends with the same weights and log, bit for bit on a CPU
-    with the same number of threads. PyTorch's random numbers are seeded with ``options.seed``. SIGTERM saves after the running
-    step and returns.
+    with the same number of threads and processes. PyTorch's random numbers are seeded with ``options.seed`` and the number of
+    the micro-batch. SIGTERM to any process saves after the running step, and all return.
 
     A step whose loss or gradient is not finite changes nothing; after ``options.max_skipped`` in a row its
-    micro-batches are saved as ``bad-step-N.pt`` and TrainingError is raised. Raises ConfigError where the folder holds another
-    run, CheckpointError where it cannot be read or written.
+    micro-batches are saved as ``bad-step-N.pt`` (``bad-step-N.rank-R.pt``) and TrainingError is raised, which also tells that
+    another process is gone. Raises ConfigError where the folder holds another run or processes cannot share the work,
+    CheckpointError where the folder cannot be read or written.
     """
     root = Path(folder)
-    with held(root):
-        run = _Run(model, data, objective, options, root)
-        return run.go(progress)
+    with joined() as processes, _held(root, processes):
+        run = _Run(model, data, objective, options, root, processes)
+        return run.go(progress and processes.leads)
+
+
+@contextmanager
+def _held(root: Path, processes: Processes) -> Iterator[None]:
+    """Keep other runs out of the folder."""
+    with ExitStack() as stack:
+        processes.lead(lambda: stack.enter_context(held(root)))
+        processes.check_shared(root)
+        yield
 
 
 class _Run:
     def __init__(
-        self, model: nn.Module, data: Data, objective: Objective, options: TrainOptions, root: Path
+        self,
+        model: nn.Module,
+        data: Data,
+        objective: Objective,
+        options: TrainOptions,
+        root: Path,
+        processes: Processes,
     ) -> None:
         self.model, self.data, self.objective, self.options = model, data, objective, options
-        self.root = root
-        self.device = next(model.parameters()).device
+        self.root, self.processes = root, processes
+        own_numbers(0, options.accumulation, processes)
+        _set_recompute(model, options.checkpoint_activations)
+        self.engine = engine_for(model, options, processes)
         self.optimizer = Optimizer(model, options)
         self.average = None if options.ema_decay is None else Average(model, options.ema_decay)
-        self.checkpoints = Checkpoints(root, options.keep)
+        self.checkpoints = Checkpoints(root, options.keep, processes)
         self.step = self.skipped = self.in_a_row = 0
         self.loss: float | None = None
-        torch.manual_seed(options.seed)
-        if steps := self.checkpoints.steps():
+        if steps := processes.lead(self.checkpoints.steps):
             self._resume(steps[-1])
         self.resumed = self.step
 
     def go(self, shown: bool) -> TrainReport:
         options = self.options
-        log = Log(self.root, self.step, options.tensorboard)
-        throughput = Throughput(self.model, options)
+        log = Log(self.root, self.step, options.tensorboard) if self.processes.leads else None
+        throughput = Throughput(self.model, options, self.processes.size)
         bar = Progress(options.steps, self.step, shown)
         batches = self._batches()
         self.model.train()
         try:
-            with _Stop() as stop:
-                while self.step < options.steps and not stop.asked:
+            with Stop() as stop:
+                while self.step < options.steps:
                     start = time.perf_counter()
-                    micro = [next(batches) for _ in range(options.accumulation)]
-                    line = self._do(micro)
-                    line |= throughput.of(micro, time.perf_counter() - start)
-                    if self.step % options.log_every == 0 or self.step == options.steps:
+                    micro = [next(batches) for _ in self._numbers(self.step)]
+                    totals, told = self._agree(micro, throughput.done(micro), stop)
+                    if told["stop"]:
+                        break
+                    line = self._do(micro, totals)
+                    line |= throughput.of(told, time.perf_counter() - start)
+                    if log and (self.step % options.log_every == 0 or self.step == options.steps):
                         log.write(line)
                     bar.say(f"loss {line['loss']:.3f}, {throughput.said(line)}")
                     bar.add(1, 0 if line["lr"] is not None else 1)
@@ -126,40 +159,41 @@ class _Run:
                         self._save()
         finally:
             bar.close()
-            log.close()
+            if log:
+                log.close()
         if self.step > self.resumed:
             self._save()
         complete = self.step == options.steps
         if complete:
-            save_checkpoint(self.model, self.root / "model.safetensors")
-            if self.average is not None:
-                own = {**self.model.state_dict(), **self.average.shadow}
-                facts = {
-                    key: getattr(self.model, key, None) for key in ("name", "config", "preset")
-                }
-                save_checkpoint(own, self.root / "average.safetensors", **facts)
+            self._write_weights()
         return TrainReport(self.step, self.skipped, self.resumed, self.loss, complete)
 
-    def _do(self, micro: list[Any]) -> dict[str, Any]:
+    def _agree(self, micro: list[Any], done: Mapping[str, float], stop: Stop) -> list[Counter[str]]:
+        """What is counted in the step's micro-batches, and what is done with them and who wants to stop, over all processes."""
+        counts: Counter[str] = Counter()
+        for batch in micro:
+            counts.update(self.objective.counts(batch))
+        return self.processes.sums(counts, {**done, "stop": int(stop.asked)})
+
+    def _do(self, micro: list[Any], totals: Counter[str]) -> dict[str, Any]:
         """One step; its line of the log."""
-        options = self.options
-        totals: Counter[str] = Counter()
-        for batch in micro:
-            totals.update(self.objective.counts(batch))
+        options, engine = self.options, self.engine
         self.optimizer.adamw.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=self.device)
-        terms: Counter[str] = Counter()
-        for batch in micro:
-            with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"
-            ):
-                share, own = self.objective(self.model, batch.to(self.device), totals)
-            share.backward()
+        loss = torch.zeros((), device=engine.device)
+        own_terms: Counter[str] = Counter()
+        for number, batch in zip(self._numbers(self.step), micro, strict=True):
+            _seed(options.seed, number)
+            with engine.micro_batch(last=batch is micro[-1]):
+                with engine.precision():
+                    share, own = self.objective(engine.called, engine.moved(batch), totals)
+                engine.backward(share)
             loss += share.detach()
-            terms.update({name: float(value) for name, value in own.items()})
+            own_terms.update({name: float(value) for name, value in own.items()})
+        engine.settle()
         limit = float("inf") if options.clip_grad is None else options.clip_grad
-        norm = float(nn.utils.clip_grad_norm_(self.optimizer.parameters, limit))
-        self.loss = float(loss)
+        norm = clip(self.optimizer.parameters, limit)
+        terms, told = self.processes.sums(own_terms, {"loss": float(loss)})
+        self.loss = told["loss"]
         rate = None
         if math.isfinite(self.loss) and math.isfinite(norm):
             rate = self.optimizer.step(self.step)
@@ -183,7 +217,8 @@ class _Run:
 
     def _batches(self) -> Iterator[Any]:
         options = self.options
-        numbers = range(self.step * options.accumulation, options.steps * options.accumulation)
+        steps = range(self.step, options.steps)
+        numbers = (number for step in steps for number in self._numbers(step))
         loader: DataLoader[Any] = DataLoader(
             self.data,  # type: ignore[arg-type]
             batch_size=None,
@@ -195,8 +230,12 @@ class _Run:
         )
         return iter(loader)
 
+    def _numbers(self, step: int) -> range:
+        return own_numbers(step, self.options.accumulation, self.processes)
+
     def _give_up(self, micro: list[Any], norm: float) -> None:
-        path = self.root / f"bad-step-{self.step + 1}.pt"
+        own = f".rank-{self.processes.rank}" if self.processes.size > 1 else ""
+        path = self.root / f"bad-step-{self.step + 1}{own}.pt"
         with replacing(path) as file:
             torch.save([asdict(batch) for batch in micro], file)
         raise TrainingError(
@@ -206,17 +245,27 @@ class _Run:
         )
 
     def _state(self) -> dict[str, Any]:
-        """All tensors of a checkpoint, in place; random numbers are a copy."""
+        """All tensors of a checkpoint, in place."""
         state: dict[str, Any] = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state(),
-            "random": {"cpu": torch.get_rng_state()},
         }
-        if self.device.type == "cuda":
-            state["random"]["cuda"] = torch.cuda.get_rng_state(self.device)
         if self.average is not None:
             state["average"] = self.average.state()
         return state
+
+    def _write_weights(self) -> None:
+        """The run's result, whole, for anyone to read."""
+        facts = {key: getattr(self.model, key, None) for key in ("name", "config", "preset")}
+        own = whole(self.model.state_dict(), self.processes)
+        averaged = None if self.average is None else whole(self.average.state(), self.processes)
+
+        def write() -> None:
+            save_checkpoint(own, self.root / "model.safetensors", **facts)
+            if averaged is not None:
+                save_checkpoint({**own, **averaged}, self.root / "average.safetensors", **facts)
+
+        self.processes.lead(write)
 
     def _facts(self) -> dict[str, Any]:
         """What a continuation must share."""
@@ -232,7 +281,7 @@ class _Run:
         self.checkpoints.save(self.step, self._state(), facts)
 
     def _resume(self, step: int) -> None:
-        facts = self.checkpoints.facts(step)
+        facts = self.processes.lead(lambda: self.checkpoints.facts(step))
         own = self._facts()
         other = [key for key in own if key != "options" and facts.get(key) != own[key]]
         was = facts.get("options", {})
@@ -242,34 +291,17 @@ class _Run:
                 f"{self.root} holds another run, of another {', '.join(other)}; give another folder, or the same "
                 "arguments to go on with that one"
             )
-        state = self._state()
-        self.checkpoints.load(step, state)
-        torch.set_rng_state(state["random"]["cpu"])
-        if "cuda" in state["random"]:
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        self.checkpoints.load(step, self._state())
         self.step, self.skipped, self.in_a_row = step, facts["skipped"], facts["in_a_row"]
 
 
-class _Stop:
-    """Whether SIGTERM has asked this process to end; without it the signal would end the process at once."""
+def _seed(seed: int, number: int) -> None:
+    """What is drawn in a micro-batch is a function of its number: of no process, and of no moment of a restart."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0]))
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
 
-    def __enter__(self) -> _Stop:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+def _set_recompute(model: nn.Module, what: str | int) -> None:
+    """Tell encoders what to compute again; at "none" they stay as they were made."""
+    for module in model.modules():
+        if isinstance(module, Encoder) and what != "none":
+            module.set_recompute(what)

@@ -9,9 +9,20 @@ from typing import Any
 from beit3_fast.errors import ConfigError
 
 PRECISIONS = ("float32", "bfloat16")
+PARALLEL = ("ddp", "fsdp2")
+RECOMPUTED = ("none", "ffn", "layer")
 
-# What may differ between a run and its continuation without changing a weight.
-_FREE = ("save_every", "keep", "log_every", "workers", "tensorboard", "peak_tflops")
+# What may differ between a run and its continuation: it changes no weight, or only by the order in which numbers are added.
+_FREE = (
+    "save_every",
+    "keep",
+    "log_every",
+    "workers",
+    "tensorboard",
+    "peak_tflops",
+    "parallel",
+    "checkpoint_activations",
+)
 
 
 @dataclass(frozen=True)
@@ -20,12 +31,17 @@ class TrainOptions:
 
     ``steps``: optimizer steps in all. ``lr`` is reached after ``warmup_steps``, linearly, and falls to ``min_lr`` by a cosine.
     ``layer_decay``: factor of the rate from each layer to the one below (1: none); ``head_lr_scale``: factor of the rate of
-    what is named ``head`` (the official 20 of question answering; there it needs a layer_decay of 1). ``clip_grad``: largest norm of the
-    gradient, None (in TOML inf) for any. ``accumulation``: micro-batches of a step. ``ema_decay``: of a second set of weights, averaged over
-    steps; None for none. ``precision``: "bfloat16" runs the model under autocast. ``max_skipped``: so many steps in a row may be
-    skipped because a loss or gradient is not finite. ``save_every``: steps between checkpoints, of which the last ``keep``
+    what is named ``head`` (the official 20 of question answering; there it needs a layer_decay of 1). ``clip_grad``: largest
+    norm of the gradient, None (in TOML inf) for any. ``accumulation``: micro-batches of a step, of which each process under
+    torchrun takes its share. ``ema_decay``: of a second set of weights, averaged over steps; None for none. ``precision``:
+    "bfloat16" runs the model under autocast (with "fsdp2": in bfloat16). ``max_skipped``: so many steps in a row may be skipped
+    because a loss or gradient is not finite. ``save_every``: steps between checkpoints, of which the last ``keep``
     stay. ``log_every``: steps between lines of the log; ``tensorboard``: the same for TensorBoard, in the folder's
-    ``tensorboard``. ``peak_tflops``: what the device can do at most, for the MFU; None measures a bare matrix product. ``workers``: processes that prepare batches, 0 for none.
+    ``tensorboard``. ``peak_tflops``: what a device can do at most, for the MFU; None measures a bare matrix product.
+    ``workers``: processes that prepare batches, 0 for none.
+    ``parallel``: how processes under torchrun share the work: "ddp" keeps all weights in each, "fsdp2" a part in each.
+    ``checkpoint_activations``: what the backward pass computes again to save memory: "none", the "ffn" of each layer, each
+    "layer", or every n-th layer; "none" leaves it to the model's config.
     Raises ConfigError for values that make no sense.
     """
 
@@ -50,6 +66,8 @@ class TrainOptions:
     tensorboard: bool = False
     peak_tflops: float | None = None
     workers: int = 0
+    parallel: str = "ddp"
+    checkpoint_activations: str | int = "none"
 
     def __post_init__(self) -> None:
         least = {"warmup_steps": 0, "workers": 0, "max_skipped": 0, "seed": 0}
@@ -73,8 +91,14 @@ class TrainOptions:
             raise ConfigError(f"ema_decay must be below 1, got {self.ema_decay!r}")
         if not isinstance(self.tensorboard, bool):
             raise ConfigError(f"tensorboard must be true or false, got {self.tensorboard!r}")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
+        for name, known in (("precision", PRECISIONS), ("parallel", PARALLEL)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        again = self.checkpoint_activations
+        if again not in RECOMPUTED and (type(again) is not int or again < 1):
+            raise ConfigError(
+                f"checkpoint_activations must be one of {RECOMPUTED} or an integer of at least 1, got {again!r}"
+            )
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

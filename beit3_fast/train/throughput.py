@@ -19,23 +19,31 @@ _TIMES = 4
 
 class Throughput:
     """Measures steps. The MFU (model FLOPs utilisation) is the work that the model's ``work`` counts, without what is computed
-    again for checkpointing, by the time of a step and by ``options.peak_tflops`` or a bare matrix product."""
+    again for checkpointing, by the time of a step and by ``options.peak_tflops`` or a bare matrix product on each of the
+    ``devices``."""
 
-    def __init__(self, model: nn.Module, options: TrainOptions) -> None:
+    def __init__(self, model: nn.Module, options: TrainOptions, devices: int = 1) -> None:
         self._work = getattr(model, "work", None)
         self._peak: float | None = None
         if self._work is not None:
             place = next(model.parameters()).device
             dtype = getattr(torch, options.precision)
             given = options.peak_tflops
-            self._peak = measured_peak(place, dtype) if given is None else given * 1e12
+            own = measured_peak(place, dtype) if given is None else given * 1e12
+            self._peak = own * devices
 
-    def of(self, micro: Sequence[Any], seconds: float) -> dict[str, float]:
-        """``samples_per_s`` of a step of these micro-batches, and ``mfu`` in [0, 1] where the model counts its work."""
-        found = {"samples_per_s": sum(batch.num_samples for batch in micro) / seconds}
-        if self._work is not None and self._peak is not None:
-            flops = sum(self._work(batch).flops for batch in micro)
-            found["mfu"] = flops / seconds / self._peak
+    def done(self, micro: Sequence[Any]) -> dict[str, float]:
+        """``samples`` of these micro-batches, and their ``flops`` where the model counts its work."""
+        found = {"samples": sum(batch.num_samples for batch in micro)}
+        if self._work is not None:
+            found["flops"] = sum(self._work(batch).flops for batch in micro)
+        return found
+
+    def of(self, done: Mapping[str, float], seconds: float) -> dict[str, float]:
+        """``samples_per_s`` of a step in which all devices did this, and ``mfu`` in [0, 1] where it counts work."""
+        found = {"samples_per_s": done["samples"] / seconds}
+        if self._peak is not None:
+            found["mfu"] = done["flops"] / seconds / self._peak
         return found
 
     @staticmethod

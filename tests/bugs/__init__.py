@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bugs.bug import Bug
+from bugs.distributed import DISTRIBUTED_BUGS
 from bugs.files import FILES_BUGS
 from bugs.finetuning import FINETUNING_BUGS
 from bugs.kernels import KERNELS_BUGS
@@ -24,5 +25,6 @@ BUGS = (
     *PRETRAINING_BUGS,
     *FINETUNING_BUGS,
     *VISUAL_TOKENS_BUGS,
+    *DISTRIBUTED_BUGS,
     *NATIVE_BUGS,
 )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import beit3_fast
 from beit3_fast import derived
+from beit3_fast.errors import ConfigError
 from beit3_fast.model import BEiT3, create_model
 from beit3_fast.parity import assert_parity, model_parity
 
@@ -89,11 +90,14 @@ def test_gradients_of_images_and_other_sizes() -> None:
     assert table[2:].abs().amax(1).min() > 0
 
 
+@pytest.mark.parametrize("what", ["layer", "ffn", 2])
 @pytest.mark.parametrize("form", ["released", "paper"])
-def test_activation_checkpointing_changes_nothing(form: str) -> None:
+def test_activation_checkpointing_changes_nothing(form: str, what: str | int) -> None:
     config = FORMS[form].replace(drop_path_rate=0.4)
     plain = backbone(config).train()
-    saving = BEiT3(config.replace(checkpoint_activations=True)).train()
+    saving = BEiT3(config.replace(checkpoint_activations=what == "layer")).train()
+    if what != "layer":
+        saving.encoder.set_recompute(what)
     saving.load_state_dict(plain.state_dict())
     torch.manual_seed(7)
     expected = gradients(plain)
@@ -106,10 +110,11 @@ def test_activation_checkpointing_changes_nothing(form: str) -> None:
             assert torch.equal(ours[name], gradient), name
 
 
-def test_activation_checkpointing_keeps_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = {}
-    for saving in (False, True):
-        model = randomize(BEiT3(TINY.replace(checkpoint_activations=saving, num_layers=4))).train()
+def test_activation_checkpointing_keeps_less() -> None:
+    model = randomize(BEiT3(TINY.replace(num_layers=4))).train()
+    kept: dict[str | int, int] = {}
+    for what in ("none", 2, "ffn", "layer"):
+        model.encoder.set_recompute(what)
         sizes: list[int] = []
 
         def pack(t: Tensor, sizes: list[int] = sizes) -> Tensor:
@@ -118,8 +123,19 @@ def test_activation_checkpointing_keeps_less(monkeypatch: pytest.MonkeyPatch) ->
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             mixed(model)
-        kept[saving] = sum(sizes)
-    assert kept[True] < 0.5 * kept[False]
+        kept[what] = sum(sizes)
+    assert kept["layer"] < 0.5 * kept["none"]
+    assert kept["layer"] < kept["ffn"] < 0.8 * kept["none"]
+    assert kept["layer"] < kept[2] < 0.8 * kept["none"]
+
+
+def test_layers_that_are_recomputed() -> None:
+    encoder = BEiT3(TINY.replace(num_layers=5)).encoder
+    assert encoder.recompute == ()
+    encoder.set_recompute(2)
+    assert encoder.recompute == ("none", "layer", "none", "layer", "none")
+    with pytest.raises(ConfigError, match="every 6th layer cannot be recomputed: the model has 5"):
+        encoder.set_recompute(6)
 
 
 def test_training_reduces_the_loss_as_plain_pytorch_does() -> None:

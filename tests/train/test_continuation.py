@@ -17,24 +17,13 @@ from typing import Any
 import pytest
 import torch
 from held_elsewhere import held_elsewhere
-from train_cases import OPTIONS, data, model, run, small
+from train_cases import OPTIONS, curve, data, model, run, small, weights
 
-from beit3_fast.checkpoint import read_checkpoint
 from beit3_fast.errors import CheckpointError, ConfigError
 from beit3_fast.train import MaskedDataModelling, TrainOptions, checkpoints, loop, read_log
 from beit3_fast.train.checkpoints import Checkpoints
 from beit3_fast.train.log import Log
 from beit3_fast.train.optimizer import Optimizer
-
-CURVE = ("step", "loss", "image", "pair_image", "pair_text", "text", "lr", "grad_norm", "skipped")
-
-
-def curve(folder: Path) -> list[tuple[Any, ...]]:
-    return [tuple(line[key] for key in CURVE) for line in read_log(folder)]
-
-
-def weights(folder: Path, name: str = "model") -> dict[str, torch.Tensor]:
-    return read_checkpoint(folder / f"{name}.safetensors").state
 
 
 def assert_same(folder: Path, whole: Path, moment: str = "") -> None:

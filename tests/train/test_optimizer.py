@@ -115,6 +115,9 @@ def test_the_average_follows_slowly() -> None:
         ("clip_grad", 0.0, "clip_grad must be None or a positive"),
         ("ema_decay", 1.0, "ema_decay must be below 1"),
         ("precision", "float16", "precision must be one of"),
+        ("parallel", "fsdp", "parallel must be one of"),
+        ("checkpoint_activations", 0, "checkpoint_activations must be one of .* or an integer"),
+        ("checkpoint_activations", True, "checkpoint_activations must be one of .* or an integer"),
     ],
 )
 def test_options_that_make_no_sense(field: str, value: Any, message: str) -> None:

@@ -81,7 +81,7 @@ def test_the_peak_is_measured_once_and_draws_no_number_of_the_run(
     speed.measured_peak.cache_clear()
     speed.measured_peak(torch.device("cpu"), torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
-    assert Throughput(torch.nn.Linear(1, 1), TrainOptions()).of([], 1.0) == {"samples_per_s": 0.0}
+    assert Throughput(torch.nn.Linear(1, 1), TrainOptions()).done([]) == {"samples": 0}
     speed.measured_peak.cache_clear()
 
 

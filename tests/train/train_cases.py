@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
+from beit3_fast.checkpoint import read_checkpoint
 from beit3_fast.config import SIZES, BEiT3Config
 from beit3_fast.data import Masking, Processor, Tokenizer, preprocess_image
 from beit3_fast.data.mixed import Mix, MixedData
 from beit3_fast.data.patch_codes import PatchCodes
 from beit3_fast.data.world import WorldSize, write_world
 from beit3_fast.model import BEiT3ForPretraining
-from beit3_fast.train import MaskedDataModelling, TrainOptions, TrainReport, train
+from beit3_fast.train import MaskedDataModelling, TrainOptions, TrainReport, read_log, train
 
 CODES, PIXELS, PATCH = 16, 48, 8
 # 10 scenes: an epoch of images ends within a micro-batch of three.
@@ -95,3 +98,45 @@ def run(
         progress=False,
         **settings,
     )
+
+
+CURVE = ("step", "loss", "image", "pair_image", "pair_text", "text", "lr", "grad_norm", "skipped")
+
+
+def curve(folder: Path) -> list[tuple[Any, ...]]:
+    return [tuple(line[key] for key in CURVE) for line in read_log(folder)]
+
+
+def weights(folder: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    return read_checkpoint(folder / f"{name}.safetensors").state
+
+
+class Watched(MaskedDataModelling):
+    """Does ``what(call)`` before each micro-batch, counted from 1."""
+
+    def __init__(self, what: Callable[[int], Any], spoil: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        object.__setattr__(self, "state", [0, what, spoil])
+
+    def __repr__(self) -> str:
+        return repr(MaskedDataModelling())
+
+    def __call__(self, model: nn.Module, batch: Any, totals: Any) -> Any:
+        state: list[Any] = self.state  # type: ignore[attr-defined]
+        state[0] += 1
+        state[1](state[0])
+        loss, terms = super().__call__(model, batch, totals)
+        return (loss * float("nan") if state[0] in state[2] else loss), terms
+
+
+def assert_close(folder: Path, whole: Path) -> None:
+    """The same run but for the order in which numbers are added."""
+    ours, theirs = curve(folder), curve(whole)
+    assert len(ours) == len(theirs)
+    for own, expected in zip(ours, theirs, strict=True):
+        assert own == pytest.approx(expected, rel=1e-5)
+    for name in ("model", "average"):
+        own_state, state = weights(folder, name), weights(whole, name)
+        assert own_state.keys() == state.keys()
+        for key, tensor in state.items():
+            torch.testing.assert_close(own_state[key], tensor, rtol=1e-4, atol=2e-6, msg=key)
