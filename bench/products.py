@@ -33,6 +33,7 @@ from beit3_fast.retrieval import Recall, recall
 from beit3_fast.timing import Effort, interleave, quantiles, speed_ups
 from bench.baselines import fill, our_entrypoint
 from bench.conversion import load
+from bench.decode_step import measure_decode_step
 from bench.inputs import SCENES, photo_batch, photo_files, text_batch, words_to_ids
 from bench.official_captioning import official_captions
 from bench.torchscale_heads import MODELS
@@ -51,6 +52,7 @@ class Product:
     official: Callable[[], Any]
     difference: Callable[[Any, Any], str]
     against: str = "the released procedure"
+    details: Callable[[], dict[str, float]] = dict
 
 
 def models(task: str, size: str, pixels: int, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -99,6 +101,7 @@ def captioning(arguments: argparse.Namespace) -> Product:
         ),
         lambda: official_captions(official, images, mask, arguments.beams, length),
         difference,
+        details=lambda: measure_decode_step(ours, images, arguments.beams, arguments.tokens, mask),
     )
 
 
@@ -254,6 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "threads": torch.get_num_threads(),
         "seconds": {name: asdict(quantiles(own)) for name, own in samples.items()},
         "speed_up": asdict(ratio),
+        **product.details(),
     }
     if arguments.json:
         print(json.dumps(report, indent=2))
@@ -262,6 +266,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f"{product.name}: {ratio.p50:.2f}x as fast as {product.against} ({ours:.2f} s against {official:.2f} s)"
         )
+        if "of_floor" in report:
+            print(
+                f"a step: {report['step_ms']} ms, {report['of_floor']} times its memory floor of {report['floor_ms']} ms "
+                f"(reading at {report['read_gbps']} GB/s)"
+            )
     return 0
 
 

@@ -27,6 +27,7 @@ def test_a_report(product: str, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["product"].startswith(f"{product}/tiny/32")
     assert report["speed_up"]["p50"] > 0
+    assert ("of_floor" in report) == (product == "caption")
     assert products.main([*CALLS[product], *TINY]) == 0
     assert "x as fast as the " in capsys.readouterr().out
 
