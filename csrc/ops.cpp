@@ -28,33 +28,23 @@ using namespace beit3_fast::operands;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Tensor pack_weight(Tensor weight) {
-  const DType dtype = dtype_of(weight, "pack_weight", "weight");
-  require_matrix(weight, "pack_weight", "weight");
-  const int64_t rows = weight.size(0), columns = weight.size(1);
-  require(rows > 0 && columns > 0, "pack_weight: weight must not be empty, got shape ",
-          shape_of(weight));
-  const int64_t bytes = beit3_fast::cpu::packed_bytes(dtype, rows, columns);
-  const int64_t shape[] = {bytes / static_cast<int64_t>(weight.element_size())};
-  Tensor packed = torch::stable::new_empty(weight, {shape, 1});
-  beit3_fast::cpu::pack_weight(torch_pool(), dtype, weight.const_data_ptr(), weight.stride(0), rows,
-                               columns, packed.mutable_data_ptr());
+// A matrix as packed weight [out, in], or as the one that it is the transpose of.
+Tensor packed_from(const Tensor& x, bool transposed, const char* op, const char* name) {
+  const DType dtype = dtype_of(x, op, name);
+  require_matrix(x, op, name);
+  const int64_t out = x.size(transposed ? 1 : 0), in = x.size(transposed ? 0 : 1);
+  require(out > 0 && in > 0, op, ": ", name, " must not be empty, got shape ", shape_of(x));
+  const int64_t bytes = beit3_fast::cpu::packed_bytes(dtype, out, in);
+  const int64_t shape[] = {bytes / static_cast<int64_t>(x.element_size())};
+  Tensor packed = torch::stable::new_empty(x, {shape, 1});
+  const auto pack = transposed ? beit3_fast::cpu::pack_transposed : beit3_fast::cpu::pack_weight;
+  pack(torch_pool(), dtype, x.const_data_ptr(), x.stride(0), out, in, packed.mutable_data_ptr());
   return packed;
 }
 
-Tensor pack_transposed(Tensor x) {
-  const DType dtype = dtype_of(x, "pack_transposed", "x");
-  require_matrix(x, "pack_transposed", "x");
-  const int64_t depth = x.size(0), columns = x.size(1);
-  require(depth > 0 && columns > 0, "pack_transposed: x must not be empty, got shape ",
-          shape_of(x));
-  const int64_t bytes = beit3_fast::cpu::packed_bytes(dtype, columns, depth);
-  const int64_t shape[] = {bytes / static_cast<int64_t>(x.element_size())};
-  Tensor packed = torch::stable::new_empty(x, {shape, 1});
-  beit3_fast::cpu::pack_transposed(torch_pool(), dtype, x.const_data_ptr(), x.stride(0), columns,
-                                   depth, packed.mutable_data_ptr());
-  return packed;
-}
+Tensor pack_weight(Tensor weight) { return packed_from(weight, false, "pack_weight", "weight"); }
+
+Tensor pack_transposed(Tensor x) { return packed_from(x, true, "pack_transposed", "x"); }
 
 Tensor quantize_weight(Tensor weight) {
   const DType dtype = dtype_of(weight, "quantize_weight", "weight");

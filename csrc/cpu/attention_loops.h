@@ -71,11 +71,14 @@ inline void pack_keys_values(const AttentionBlock& block, const AttentionScratch
   }
 }
 
-// Scores of keys that a query does not see become -inf.
-inline void hide(float* scores, const unsigned char* seen, int64_t keys) {
+// Scores of keys that a query does not see become -inf; whether it sees any.
+inline bool hide(float* scores, const unsigned char* seen, int64_t keys) {
+  unsigned char any = 0;
   for (int64_t key = 0; key < keys; ++key) {
+    any |= seen[key];
     scores[key] = seen[key] != 0 ? scores[key] : -__builtin_inff();
   }
+  return any != 0;
 }
 
 template <class T>
@@ -189,11 +192,11 @@ void attention_block(const AttentionBlock& block, void* scratch) {
     multiply<Arch>(state, rows, s.q, s.keys, most, key_panel_words, depth_units, s.scores, keys);
     float tops[Arch::kTileRows], sums[Arch::kTileRows];
     for (int64_t r = 0; r < rows; ++r) {
-      if (block.seen != nullptr) {
-        hide(s.scores + r * keys, block.seen + (begin + r) * all_keys, visible[r]);
+      if (block.seen != nullptr &&
+          !hide(s.scores + r * keys, block.seen + (begin + r) * all_keys, visible[r])) {
+        visible[r] = 0;
       }
       tops[r] = largest(s.scores + r * keys, visible[r]);
-      if (tops[r] == -__builtin_inff()) visible[r] = 0;
     }
     for (int64_t r = 0; r < rows; ++r) {
       sums[r] = soften<Arch>(s.scores + r * keys, visible[r], most, tops[r], factor,
