@@ -63,7 +63,7 @@ class MixedData:
         sources: Mapping[str, Any],
         mix: Mix,
         processor: Processor,
-        visual_tokens: Callable[[Tensor], Tensor] | None,
+        visual_tokens: Callable[[Tensor], Tensor] | CodesOfFiles | None,
         patch_size: int,
         masking: Masking | None = None,
         seed: int = 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ class QuestionBatch(PairBatch):
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> QuestionBatch:
         """A copy on ``device``, images in ``dtype``."""
         moved = super().to(device, dtype)
-        return QuestionBatch(*_values(moved), self.scores.to(device, non_blocking=True))
+        return QuestionBatch(*_values(moved), scores=self.scores.to(device, non_blocking=True))
 
 
 def answer_scores(entry: dict[str, Any]) -> tuple[tuple[int, float], ...]:
@@ -53,8 +53,8 @@ def question_batch(
                     f"a question has answer {label}, but the model only 0 to {answers - 1}; set [model] num_classes"
                 )
             scores[row, label] = score
-    return QuestionBatch(*_values(batch), scores)
+    return QuestionBatch(*_values(batch), scores=scores)
 
 
-def _values(batch: PairBatch) -> list[Tensor]:
-    return [getattr(batch, field.name) for field in fields(PairBatch)]
+def _values(batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
+    return batch.image, batch.tokens, batch.padding
