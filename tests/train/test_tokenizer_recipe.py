@@ -244,4 +244,4 @@ def test_tokens_are_frozen(begun: Path) -> None:
     own = VisualTokens(read_tokenizer_recipe(EXAMPLE).make_tokenizer(lambda _: torch.zeros(1, 3)))  # type: ignore[arg-type]
     assert not own.tokenizer.training
     assert own.identity == own.tokenizer.identity()
-    assert own(torch.zeros(1, 3, 48, 48)).shape == (1, 36)
+    assert own(torch.zeros(1, 3, 48, 48)).shape == (1, 9)

@@ -47,7 +47,7 @@ from beit3_fast.data.world.scene import (
 from beit3_fast.errors import ConfigError
 
 CAPTIONS = 2
-QUESTIONS = 3
+QUESTIONS = 8
 SPLITS = ("train", "val", "test")
 CLASSES = tuple(f"{NUMBERS[n]} on {g}" for g in GROUNDS for n in range(1, MOST_THINGS + 1))
 
