@@ -19,6 +19,16 @@ using beit3_fast::cpu::Mask;
 using beit3_fast::cpu::SharedAttention;
 using namespace beit3_fast::operands;
 
+void require_heads(int64_t num_heads, int64_t width, const char* op) {
+  require(num_heads > 0 && width > 0 && width % num_heads == 0, op, ": ", num_heads,
+          " heads do not divide a width of ", width);
+}
+
+void require_scale(double scale, const char* op) {
+  require(std::isfinite(scale) && scale >= 0.0, op, ": scale must be finite and not negative, got ",
+          scale);
+}
+
 // [B + 1] offsets that start at 0 and never decrease.
 const int32_t* take_offsets(const Tensor& t, int64_t batch, const char* name) {
   constexpr const char* op = "shared_attention";
@@ -65,13 +75,11 @@ Tensor shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor c
   require_matrix(k, op, "k");
   require_matrix(v, op, "v");
   const int64_t width = q.size(1);
-  require(num_heads > 0 && width > 0 && width % num_heads == 0, op, ": ", num_heads,
-          " heads do not divide a width of ", width);
+  require_heads(num_heads, width, op);
   require(k.size(1) == width && v.size(1) == width && k.size(0) == v.size(0), op,
           ": k and v must have the same rows and the width ", width, " of q, got ", shape_of(k),
           " and ", shape_of(v));
-  require(std::isfinite(scale) && scale >= 0.0, op, ": scale must be finite and not negative, got ",
-          scale);
+  require_scale(scale, op);
   if (mask == "bidirectional") {
     call.mask = Mask::kBidirectional;
   } else if (mask == "seq2seq") {
@@ -150,8 +158,7 @@ Tensor cached_attention(Tensor q, Tensor k, Tensor v, Tensor seen, Tensor sample
   call.sequences = q.size(0);
   call.queries = q.size(1);
   const int64_t width = q.size(2);
-  require(num_heads > 0 && width > 0 && width % num_heads == 0, op, ": ", num_heads,
-          " heads do not divide a width of ", width);
+  require_heads(num_heads, width, op);
   require_cache(k, q, "k");
   require_cache(v, q, "v");
   require(k.size(0) == v.size(0) && k.size(1) == v.size(1), op,
@@ -170,8 +177,7 @@ Tensor cached_attention(Tensor q, Tensor k, Tensor v, Tensor seen, Tensor sample
     require(call.samples[s] >= 0 && call.samples[s] < k.size(0), op, ": samples[", s, "] is ",
             call.samples[s], ", but there are ", k.size(0), " samples");
   }
-  require(std::isfinite(scale) && scale >= 0.0, op, ": scale must be finite and not negative, got ",
-          scale);
+  require_scale(scale, op);
 
   Tensor out = torch::stable::empty_like(q);
   if (q.numel() == 0) return out;

@@ -71,12 +71,13 @@ inline void pack_keys_values(const AttentionBlock& block, const AttentionScratch
   }
 }
 
-// Scores of keys that a query does not see become -inf; whether it sees any.
-inline bool hide(float* scores, const unsigned char* seen, int64_t keys) {
+// Scales the scores of keys that a query sees and makes the others -inf, which no scale of zero may
+// meet; whether it sees any.
+inline bool hide(float* scores, const unsigned char* seen, int64_t keys, float scale) {
   unsigned char any = 0;
   for (int64_t key = 0; key < keys; ++key) {
     any |= seen[key];
-    scores[key] = seen[key] != 0 ? scores[key] : -__builtin_inff();
+    scores[key] = seen[key] != 0 ? scores[key] * scale : -__builtin_inff();
   }
   return any != 0;
 }
@@ -162,7 +163,7 @@ void attention_block(const AttentionBlock& block, void* scratch) {
   const int64_t key_panel_words = chunks_of<Arch>(block.head_dim) * kChunk * kPanel;
   const int64_t value_panel_words = chunks_of<Arch>(keys) * kChunk * kPanel;
   const int64_t columns = ceil_div(block.head_dim, kPanel) * kPanel;
-  const float factor = block.scale * 1.44269504088896341f;
+  const float factor = (block.seen != nullptr ? 1.0f : block.scale) * 1.44269504088896341f;
 
   const int64_t queries = block.end - block.begin;
   const int64_t tiles = ceil_div(queries, Arch::kTileRows);
@@ -192,8 +193,8 @@ void attention_block(const AttentionBlock& block, void* scratch) {
     multiply<Arch>(state, rows, s.q, s.keys, most, key_panel_words, depth_units, s.scores, keys);
     float tops[Arch::kTileRows], sums[Arch::kTileRows];
     for (int64_t r = 0; r < rows; ++r) {
-      if (block.seen != nullptr &&
-          !hide(s.scores + r * keys, block.seen + (begin + r) * all_keys, visible[r])) {
+      if (block.seen != nullptr && !hide(s.scores + r * keys, block.seen + (begin + r) * all_keys,
+                                         visible[r], block.scale)) {
         visible[r] = 0;
       }
       tops[r] = largest(s.scores + r * keys, visible[r]);

@@ -217,6 +217,10 @@ def test_cached_attention(width: int, dtype: str) -> None:
             result = op_parity(ours, plain, truth)
             assert result.passed, result.reason
             assert not ours[0, 0].any()
+        case.scale = 0.0  # the mean of what is seen
+        plain, truth = (case.formula(t) for t in (DTYPES[dtype], torch.float64))
+        result = op_parity(case.run(), plain, truth)
+        assert result.passed, result.reason
 
 
 def test_what_is_not_given_of_a_cache_may_be_anything() -> None:
