@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beit3_fast.cli.command import Command
-from beit3_fast.cli.options import run_options
+from beit3_fast.cli.options import on_processes, run_options
 
 if TYPE_CHECKING:
     from beit3_fast.train.processes import Processes
@@ -30,13 +30,6 @@ def _options() -> str:
 
     losses = {f"loss, of _{name}": own.objective for name, own in DOWNSTREAM.items()}
     return option_text(FineTuning, {**SECTIONS, **losses})
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    from beit3_fast.train.processes import joined
-
-    with joined() as processes:
-        return _finetune(arguments, processes)
 
 
 def _finetune(arguments: argparse.Namespace, processes: Processes) -> int:
@@ -93,7 +86,7 @@ FINETUNE = Command(
     summary="Fine-tune for retrieval or question answering; goes on where it stopped.",
     example="beit3-fast finetune --config examples/finetune_world_vqa.toml --out vqa/",
     arguments=_arguments,
-    run=_run,
+    run=on_processes(_finetune),
 )
 
 REPORT = Command(

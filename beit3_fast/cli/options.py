@@ -7,9 +7,12 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from beit3_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from beit3_fast.train.processes import Processes
 
 
 def add_model(parser: argparse.ArgumentParser, example: str, *, tokenizer: bool) -> None:
@@ -58,6 +61,20 @@ def run_options(parser: argparse.ArgumentParser, example: str, options: Callable
     parser.add_argument(
         "--options", action=Show, nargs=0, help="every option of a recipe and its default"
     )
+
+
+def on_processes(
+    work: Callable[[argparse.Namespace, Processes], int],
+) -> Callable[[argparse.Namespace], int]:
+    """A command that torchrun may start on several processes."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        from beit3_fast.train.processes import joined
+
+        with joined() as processes:
+            return work(arguments, processes)
+
+    return run
 
 
 def add_runtime(group: argparse._ActionsContainer) -> None:

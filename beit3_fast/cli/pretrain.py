@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from beit3_fast.cli.command import Command
-from beit3_fast.cli.options import positive, run_options
+from beit3_fast.cli.options import on_processes, positive, run_options
 
 if TYPE_CHECKING:
     from beit3_fast.train.processes import Processes
@@ -23,13 +23,6 @@ def _options() -> str:
     from beit3_fast.train.recipe import SECTIONS, Recipe
 
     return option_text(Recipe, SECTIONS)
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    from beit3_fast.train.processes import joined
-
-    with joined() as processes:
-        return _pretrain(arguments, processes)
 
 
 def _pretrain(arguments: argparse.Namespace, processes: Processes) -> int:
@@ -109,7 +102,7 @@ PRETRAIN = Command(
     summary="Pretrain by masked data modelling on images, texts and pairs; goes on where it stopped.",
     example="beit3-fast pretrain --config examples/pretrain_world.toml --out run/",
     arguments=_arguments,
-    run=_run,
+    run=on_processes(_pretrain),
 )
 
 WORLD = Command(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from beit3_fast.cli.command import Command
-from beit3_fast.cli.options import positive, run_options
+from beit3_fast.cli.options import on_processes, positive, run_options
 
 if TYPE_CHECKING:
     from beit3_fast.train.processes import Processes
@@ -23,13 +23,6 @@ def _options() -> str:
     from beit3_fast.train.tokenizer_recipe import SECTIONS, TokenizerRecipe
 
     return option_text(TokenizerRecipe, SECTIONS)
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    from beit3_fast.train.processes import joined
-
-    with joined() as processes:
-        return _train_tokenizer(arguments, processes)
 
 
 def _train_tokenizer(arguments: argparse.Namespace, processes: Processes) -> int:
@@ -134,7 +127,7 @@ TRAIN_TOKENIZER = Command(
     summary="Train a visual tokenizer (VQ-KD) against a teacher; goes on where it stopped.",
     example="beit3-fast train-tokenizer --config examples/tokenizer_world.toml --out tokenizer/",
     arguments=_train_arguments,
-    run=_train,
+    run=on_processes(_train_tokenizer),
 )
 
 TOKENIZE_IMAGES = Command(

@@ -22,7 +22,7 @@ from beit3_fast.model.registry import TASKS
 from beit3_fast.train.downstream import DOWNSTREAM, Downstream
 from beit3_fast.train.options import TrainOptions
 from beit3_fast.train.recipe import embeddings_for
-from beit3_fast.train.recipe_file import read_sections, read_tables
+from beit3_fast.train.recipe_file import names_of, read_sections, read_tables
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class FineTuning:
         return None if name is None else read_labels(self.folder / name)
 
     def _rows(self, index: str | Sequence[str]) -> list[PairedRow]:
-        names = [index] if isinstance(index, str) else index
+        names = names_of(index, "index", "an index file")
         return [row for name in names for row in read_paired(self.folder / name, self.task.target)]
 
     def _paired(
@@ -189,8 +189,5 @@ def _task_name(model: dict[str, Any]) -> str:
 
 
 def _check_index(index: Any) -> None:
-    names = [index] if isinstance(index, str) else index
-    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
-        raise ConfigError(f"index must be an index file or a list of them, got {index!r}")
-    if not names:
+    if not names_of(index, "index", "an index file"):
         raise ConfigError("index must name an official index file, got none")

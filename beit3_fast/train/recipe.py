@@ -20,7 +20,7 @@ from beit3_fast.errors import ConfigError
 from beit3_fast.model import BEiT3ForPretraining, create_model
 from beit3_fast.train.objective import MaskedDataModelling
 from beit3_fast.train.options import TrainOptions
-from beit3_fast.train.recipe_file import read_sections, read_tables
+from beit3_fast.train.recipe_file import names_of, read_sections, read_tables
 from beit3_fast.train.visual_tokens import visual_tokens_for
 
 # Ids of the official tokenizer, whose models have a few embeddings more.
@@ -44,14 +44,8 @@ class Sources:
 
     def under(self, folder: Path) -> dict[str, list[Path]]:
         """The index files by kind. Raises ConfigError for what is no list of names."""
-        found = {}
-        for kind in KINDS:
-            names: Any = getattr(self, kind)
-            names = [names] if isinstance(names, str) else names
-            if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
-                raise ConfigError(f"{kind} must be an index file or a list of them, got {names!r}")
-            found[kind] = [folder / name for name in names]
-        return found
+        own = {kind: names_of(getattr(self, kind), kind, "an index file") for kind in KINDS}
+        return {kind: [folder / name for name in names] for kind, names in own.items()}
 
 
 @dataclass(frozen=True)

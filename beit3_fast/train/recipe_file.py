@@ -44,6 +44,14 @@ def read_sections(
     return made
 
 
+def names_of(value: Any, field: str, what: str) -> list[str]:
+    """What a field names: one ``what`` or a list of them. Raises ConfigError for anything else."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{field} must be {what} or a list of them, got {value!r}")
+    return list(names)
+
+
 def _section(path: Path, name: str, make: Any, table: dict[str, Any]) -> Any:
     fields = [own.name for own in dataclasses.fields(make)]
     unknown = [key for key in table if key not in fields]

@@ -22,7 +22,7 @@ from beit3_fast.model.visual_tokenizer import (
 )
 from beit3_fast.train.distillation import VisualTokenizerDistillation
 from beit3_fast.train.options import TrainOptions
-from beit3_fast.train.recipe_file import read_sections, read_tables
+from beit3_fast.train.recipe_file import names_of, read_sections, read_tables
 from beit3_fast.train.teachers import Teacher, TeacherOptions
 
 
@@ -39,9 +39,7 @@ class Images:
 
     def under(self, folder: Path) -> list[str]:
         """Paths of the images. Raises ConfigError for what is no list of names, InputError where there are none."""
-        names: Any = [self.images] if isinstance(self.images, str) else self.images
-        if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
-            raise ConfigError(f"images must be a file, a folder or a list of them, got {names!r}")
+        names = names_of(self.images, "images", "a file, a folder")
         return list_images([folder / name for name in names])
 
 
