@@ -72,6 +72,9 @@ def specimens(name: str) -> Iterator[Specimen]:
     with recorded(moments.row_statistics_kernel) as launches:
         moments.row_statistics(torch.empty(_ROWS, 3072, dtype=torch.bfloat16))
     yield Specimen("row_statistics", "3072 features", launches[0], False, False, 1)
+    with recorded(moments.join_kernel) as launches:
+        moments.joined(moments.RowStatistics(torch.empty(_ROWS, 96, 2), 64), 6144)
+    yield Specimen("join", "96 parts", launches[0], False, False, 1)
     for shape_class in _kernels("_tiles").CLASSES["shared_attention"]:
         yield from _attention(shape_class, name)
     for shape_class in _kernels("_tiles").CLASSES["masked_linear_cross_entropy"]:
@@ -92,7 +95,8 @@ def _linear(shape_class: str, name: str) -> Iterator[Specimen]:
     x, residual, z = (torch.empty(_ROWS, width, dtype=dtype) for width in (768, 3072, 3072))
     vectors = torch.empty(2, 3072)
     folded = linear.FoldedWeights(torch.empty(2, 3072, 768, dtype=dtype), vectors, vectors)
-    statistics = moments.RowStatistics(torch.empty(_ROWS, 6, 2), 128)
+    # As many parts as the kernel takes, from 48 columns each.
+    statistics = moments.RowStatistics(torch.empty(_ROWS, 16, 2), 48)
     options = {"statistics": statistics, "tile": tile}
     for gathered in (None, torch.empty(_ROWS, dtype=torch.int64)):
         for keeps, kept in (("", None), (", z kept", z)):

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from beit3_fast.ops import triton_kernels
 from beit3_fast.timing import Effort, interleave, speed_ups, synchronizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +34,7 @@ GAIN = 1.02
 # Relative rms between the results of two tiles that compute the same.
 SAME = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 EFFORT, DRY_EFFORT = Effort(2, 20, 0.2, 200), Effort(0, 1, 0.0, 1)
-# Values that are tried (for the ops of a layer; a head is small beside them) for the fields of a tile; the others stay as they are shipped.
+# Values that are tried for the fields of a tile; the others stay as they are shipped.
 SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
     "expert_linear": {
         "block_m": (64, 128),
@@ -42,7 +43,7 @@ SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
         "tma": (False, True),
-        "slices": (2, 4),
+        "slices": (1, 2, 4),
         "per_sm": (1, 2),
     },
     "shared_attention": {
@@ -52,8 +53,15 @@ SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
         "num_stages": (1, 2, 3),
         "whole": (0, 224),
     },
+    "masked_linear_cross_entropy": {
+        "block_m": (32, 64, 128),
+        "block_n": (32, 64, 128, 256),
+        "block_k": (32, 64),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
 }
-DRY_SPACE = {"expert_linear": {"block_k": (16, 32)}, "shared_attention": {"block_k": (16, 32)}}
+DRY_SPACE = {op: {"block_k": (16, 32)} for op in SPACE}
 # Rows of two experts, features in and out: the products of base and large. Few rows: text, and one image.
 LINEAR = {
     "many rows": ((50_432, 0, 768, 3072), (50_432, 512, 3072, 768), (25_216, 512, 1024, 3072)),
@@ -70,6 +78,8 @@ ATTENTION = {
     "backward": ((197, 0, 128, 12, 64), (901, 12, 32, 12, 64)),
     "fp32 backward": ((197, 16, 16, 12, 64),),
 }
+# Masked rows, features, classes: the heads of text and of image tokens.
+HEAD = ((9_600, 768, 64_010), (20_000, 768, 8_192), (9_600, 1024, 64_010))
 Call = Callable[[Any], list[Tensor]]
 
 
@@ -86,19 +96,25 @@ def candidates(op: str, shipped: Any, dry_run: bool, architecture: str) -> Itera
     space = (DRY_SPACE if dry_run else SPACE)[op]
     for values in product(*space.values()):
         tile = shipped._replace(**dict(zip(space, values, strict=True)))
-        if op == "expert_linear":
-            if tile.tma and architecture not in ("sm_90", "sm_100"):
-                continue
-            # A thread has no room for a larger part of a tile of sums, nor for half a warp's.
-            per_thread = tile.block_m * tile.block_n // (32 * tile.num_warps)
-            if not 16 <= per_thread <= 128 or tile.block_n // tile.slices < 32:
-                continue
-            if tile.per_sm > 1 and per_thread > 64:
-                continue
-        elif tile.whole and not shipped.whole:
-            continue  # for short samples only
-        if tile != shipped:
+        if tile != shipped and _fits(op, tile, shipped, architecture):
             yield tile
+
+
+def _fits(op: str, tile: Any, shipped: Any, architecture: str) -> bool:
+    if op == "shared_attention":
+        # Whole rows of scores are for short samples only.
+        return bool(shipped.whole) or not tile.whole
+    # A thread has no room for a larger part of a tile of sums.
+    per_thread = tile.block_m * tile.block_n // (32 * tile.num_warps)
+    if not 16 <= per_thread <= 128:
+        return False
+    if op != "expert_linear":
+        return True
+    if tile.tma and architecture not in ("sm_90", "sm_100"):
+        return False
+    # Slices are as wide as the parts of the statistics.
+    sliced = tile.block_n // tile.slices == triton_kernels.STATISTICS_WIDTH
+    return sliced and (tile.per_sm == 1 or per_thread <= 64)
 
 
 def linear_calls(shape_class: str, device: str, dry_run: bool) -> list[Call]:
@@ -117,7 +133,9 @@ def _linear_call(kernels: Any, draw: Callable[..., Tensor], *shape: int) -> Call
     vectors = [[draw(size) for _ in range(2)] for size in (out, inner, inner)]
     folded = kernels.fold(weights, *vectors)
     arguments = (x, folded, residual, None, (0, first, first + second), 1e-5, "gelu")
-    return lambda tile: [kernels.expert_linear(*arguments, tile=tile)[0]]
+    # As within a layer: the op before has left the statistics, and the op behind wants some.
+    options = {"statistics": kernels.row_statistics(x), "with_statistics": True}
+    return lambda tile: [kernels.expert_linear(*arguments, **options, tile=tile)[0]]
 
 
 def _weights_call(draw: Callable[..., Tensor], *shape: int) -> Call:
@@ -155,6 +173,36 @@ def _attention_call(
     done, grad = kernels.shared_attention(q, k, v, *rest, with_lse=True), draw(rows, heads * width)
     saved = (grad, q, k, v, done.o, done.lse)
     return lambda tile: list(backward.shared_attention_backward(*saved, *rest, tile=tile))
+
+
+def head_calls(shape_class: str, device: str, dry_run: bool) -> list[Call]:
+    """masked_linear_cross_entropy: the losses, and the slopes of a slice of the classes, at each shape."""
+    shapes = ((19, 24, 70),) if dry_run else HEAD
+    return [_head_call(_draw(shape_class, device), device, *shape) for shape in shapes]
+
+
+def _head_call(
+    draw: Callable[..., Tensor], device: str, count: int, features: int, classes: int
+) -> Call:
+    kernels = import_module("beit3_fast.kernels.masked_linear_cross_entropy")
+    x, weight, bias = draw(count, features), draw(classes, features) / 8, draw(classes)
+    rows = torch.arange(count, device=device)
+    operands, grad = (x, weight, bias, rows, rows % classes), torch.ones(count, device=device)
+    _, peaks = kernels.losses(*operands, 0.1)
+    part = slice(0, min(classes, 8_192))
+
+    def call(tile: Any) -> list[Tensor]:
+        slope, _ = kernels.slopes(grad, *operands, peaks, 0.1, part, tile=tile)
+        return [kernels.losses(*operands, 0.1, tile=tile)[0], slope]
+
+    return call
+
+
+MAKE: dict[str, Callable[[str, str, bool], list[Call]]] = {
+    "expert_linear": linear_calls,
+    "shared_attention": attention_calls,
+    "masked_linear_cross_entropy": head_calls,
+}
 
 
 def _draw(shape_class: str, device: str) -> Callable[..., Tensor]:
@@ -199,15 +247,12 @@ def tune(classes: list[str], device: str, dry_run: bool, out: Path, record: Path
     content = json.loads((tiles.FOLDER / f"{architecture}.json").read_text(encoding="utf-8"))
     tried: dict[str, list[dict[str, Any]]] = {}
     for op, names in tiles.CLASSES.items():
-        if op not in SPACE:
-            continue
         tile_type = import_module(f"beit3_fast.kernels.{op}").Tile
-        make = linear_calls if op == "expert_linear" else attention_calls
         for name in names:
             if classes and name not in classes:
                 continue
             shipped = tile_type(**content["tiles"][op][name])
-            calls = make(name, device, dry_run)
+            calls = MAKE[op](name, device, dry_run)
             effort = DRY_EFFORT if dry_run else EFFORT
             trials = [
                 attempt(calls, shipped, tile, device, effort)

@@ -17,9 +17,20 @@ class RowStatistics(NamedTuple):
     width: int
 
 
+# More of them beside a tile of sums do not fit into registers: they are joined in front of the product.
+MOST_PARTS = 16
+
+
 @triton.jit
 def moments(parts_ptr, rows, num_parts, width, K, eps, PARTS: tl.constexpr):
-    """Mean and reciprocal deviation of rows, from the moments of their parts (Chan's combination)."""
+    """Mean and reciprocal deviation of rows, from the moments of their parts."""
+    mean, squares = _joined(parts_ptr, rows, num_parts, width, K, PARTS)
+    return mean, 1.0 / tl.sqrt_rn(squares / K + eps)
+
+
+@triton.jit
+def _joined(parts_ptr, rows, num_parts, width, K, PARTS: tl.constexpr):
+    """Mean and sum of squared deviations of rows, from those of their parts (Chan's combination)."""
     part = tl.arange(0, PARTS)
     real = part < num_parts
     count = tl.where(real, tl.minimum(K - part * width, width), 0).to(tl.float32)
@@ -28,8 +39,48 @@ def moments(parts_ptr, rows, num_parts, width, K, eps, PARTS: tl.constexpr):
     squares = tl.load(at + 1, mask=real[None, :], other=0.0)
     mean = tl.sum(means * (count / K)[None, :], 1)
     shift = means - mean[:, None]
-    variance = tl.sum(squares + shift * shift * count[None, :], 1) / K
-    return mean, 1.0 / tl.sqrt_rn(variance + eps)
+    return mean, tl.sum(squares + shift * shift * count[None, :], 1)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def join_kernel(
+    parts_ptr,  # fp32 [M, T, 2]
+    joined_ptr,  # fp32 [M, 1, 2]
+    num_rows,  # M
+    num_parts,  # T
+    width,
+    K,
+    BLOCK_R: tl.constexpr,
+    PARTS: tl.constexpr,  # a power of two that holds T
+):
+    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    real = row < num_rows
+    row = tl.minimum(row, num_rows - 1)
+    mean, squares = _joined(parts_ptr, row, num_parts, width, K, PARTS)
+    tl.store(joined_ptr + row * 2, mean, mask=real)
+    tl.store(joined_ptr + row * 2 + 1, squares, mask=real)
+
+
+def joined(statistics: RowStatistics, features: int) -> RowStatistics:
+    """The statistics of rows of ``features`` columns in one part each where they have more than MOST_PARTS."""
+    count, num_parts, _ = statistics.parts.shape
+    if num_parts <= MOST_PARTS:
+        return statistics
+    whole = statistics.parts.new_empty(count, 1, 2)
+    parts = triton.next_power_of_2(num_parts)
+    block_r = max(1, 2048 // parts)
+    if count:
+        join_kernel[(triton.cdiv(count, block_r),)](
+            statistics.parts,
+            whole,
+            count,
+            num_parts,
+            statistics.width,
+            features,
+            BLOCK_R=block_r,
+            PARTS=parts,
+        )
+    return RowStatistics(whole, features)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

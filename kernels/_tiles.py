@@ -13,6 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+# Columns of a part of the statistics that expert_linear leaves, whatever its tile: the shape of what an op returns must
+# not depend on the number of rows, by which tiles are chosen.
+STATISTICS_WIDTH = 64
 FOLDER = Path(__file__).with_name("tiles")
 ARCHITECTURES = ("interpreter", "sm_80", "sm_90", "sm_100")
 CLASSES = {
@@ -54,7 +57,20 @@ def read(name: str) -> dict[str, dict[str, dict[str, int]]]:
                     raise ValueError(
                         f"{path}: {key} of {op}, {shape_class!r} must be a power of two, got {value!r}"
                     )
+    _check_slices(path, tiles["expert_linear"])
     return tiles
+
+
+def _check_slices(path: Path, classes: dict[str, dict[str, int]]) -> None:
+    for name, tile in classes.items():
+        if "weights" in name or "block_n" not in tile:
+            continue
+        columns, slices = tile["block_n"], tile.get("slices", 1)
+        if columns != STATISTICS_WIDTH * slices:
+            raise ValueError(
+                f"{path}: slices of expert_linear, {name!r} must be {STATISTICS_WIDTH} columns wide, got "
+                f"{slices} of {columns} columns"
+            )
 
 
 @cache

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from beit3_fast.kernels._row_statistics import RowStatistics, moments, row_statistics
+from beit3_fast.kernels._row_statistics import RowStatistics, joined, moments, row_statistics
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -44,7 +44,8 @@ class FoldedWeights(NamedTuple):
 class Tile(NamedTuple):
     """How a launch is cut: a tile of the result, its step along K, and the row tiles that share columns in a turn.
 
-    ``slices`` (1, 2 or 4): column slices of a tile that are finished one after the other. ``tma``: loads by the
+    ``slices`` (1, 2 or 4): column slices of a tile that are finished one after the other; in the files they are as wide
+    as the parts of the statistics. ``tma``: loads by the
     tensor memory accelerator (sm_90 and newer) where rows are contiguous and begin at multiples of 16 bytes.
     ``per_sm``: programs that share a multiprocessor.
     """
@@ -294,10 +295,11 @@ def expert_linear(
     width = tile.block_n // tile.slices
     if with_statistics:
         shape = (x.shape[0], triton.cdiv(out, width), 2)
-        y_parts = torch.zeros(shape, dtype=torch.float32, device=x.device)
-    if folded.sums is not None and statistics is None:
-        statistics = row_statistics(x, rows)
-    parts, part_width = statistics if folded.sums is not None and statistics else (None, 0)
+        y_parts = allocate(shape, dtype=torch.float32)
+    parts, part_width = None, 0
+    if folded.sums is not None:
+        given = row_statistics(x, rows) if statistics is None else joined(statistics, features)
+        parts, part_width = given
     num_parts = 0 if parts is None else parts.shape[1]
     tma = tile.tma and rows is None and all(map(_fits_tma, (x, folded.weights)))
     for e, own in expert_groups(bounds):

@@ -18,7 +18,12 @@ from beit3_fast.layout import TokenLayout
 from beit3_fast.model.batch import embed_padded
 from beit3_fast.model.embedding import text_rows
 from beit3_fast.model.encoder import attend, layer_norm, project
-from beit3_fast.ops import cached_attention, expert_linear, shared_attention
+from beit3_fast.ops import (
+    Measured,
+    cached_attention,
+    expert_linear,
+    measured_shared_attention,
+)
 
 # Images are encoded as many at a time as give about this number of rows, see model/encoder.py.
 _ROWS_AT_ONCE = 2048
@@ -83,7 +88,7 @@ class CaptionDecoder:
         )
         seen[:, :, self.num_vision :] = self.seen[:, :, :stop].repeat(1, 2, 1)
         seen[:, width + own, self.num_vision + used + width + own] = True
-        x = self._embed(words)
+        x = Measured(self._embed(words))
         layout = TokenLayout.from_lengths([0] * batch, [2 * width] * batch, self.device)
         if self.pairs:
             layout = replace(layout, text_only=0)
@@ -94,7 +99,8 @@ class CaptionDecoder:
             q = q.unflatten(0, (batch, 2 * width))
             if index == last:
                 q, seen = q[:, width:], seen[:, width:]
-                x = x.unflatten(0, (batch, 2 * width))[:, width:].flatten(0, 1)
+                rows = torch.arange(2 * batch * width, device=self.device).view(batch, -1)
+                x = x.select(rows[:, width:].flatten())
                 layout = replace(layout, text_lengths=(width,) * batch)
             o = cached_attention(
                 q,
@@ -105,12 +111,13 @@ class CaptionDecoder:
                 samples=self.samples,
                 impl=self.impl,
             )
-            x = attend(layer, o.flatten(0, 1), x, layout, self.impl)
+            x = attend(layer, o.flatten(0, 1), x.rows, layout, self.impl)
         self.steps, self.used = self.steps + 1, self.used + width
+        asking = x.rows
         if self.encoder.layer_norm is not None:
-            x = layer_norm(self.encoder.layer_norm, x, layout)
-        head = self.model.mlm_head
-        logits = expert_linear(x, [head.weight], [head.bias], bounds=(0, len(x)), impl=self.impl)
+            asking = layer_norm(self.encoder.layer_norm, asking, layout)
+        head, bounds = self.model.mlm_head, (0, len(asking))
+        logits = expert_linear(asking, [head.weight], [head.bias], bounds=bounds, impl=self.impl)
         return logits.unflatten(0, (batch, width))
 
     def _embed(self, words: Tensor) -> Tensor:
@@ -124,7 +131,7 @@ class CaptionDecoder:
     def _encode(self, images: Tensor, first: int) -> None:
         """Fill the caches of the samples from ``first`` on with the keys and values of ``images``."""
         embedded = embed_padded(self.model.beit3, images, None)
-        x, layout = embedded.rows, embedded.layout
+        x, layout = Measured(embedded.rows), embedded.layout
         if self.pairs:
             layout = replace(layout, image_only=0)
         samples = slice(first, first + len(images))
@@ -136,8 +143,8 @@ class CaptionDecoder:
             q, k, v = project(layer, x, layout, "qkv", self.impl)
             self._write(index, samples, 0, self.num_vision, k, v)
             heads = layer.self_attn.num_heads
-            o = shared_attention(q, k, v, layout, num_heads=heads, impl=self.impl)
-            x = attend(layer, o, x, layout, self.impl)
+            o = measured_shared_attention(q, k, v, layout, num_heads=heads, impl=self.impl)
+            x = attend(layer, o, x.rows, layout, self.impl)
 
     def _write(
         self, layer: int, samples: slice | list[int], start: int, new: int, k: Tensor, v: Tensor

@@ -1,14 +1,16 @@
 """The Multiway Transformer on packed rows: every layer is five calls of two ops.
 
-``encoder_layer`` and ``encode_rows`` read parameters by their official names only, so they run the modules
+Rows go from op to op with the statistics that the op left which wrote them (``Measured``): the LayerNorm in front of
+the next product need not read them. ``encoder_layer`` and ``encode_rows`` read parameters by their official names only, so they run the modules
 of model/parameters.py and torchscale's own modules alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,14 @@ from beit3_fast.derived import needs_grad
 from beit3_fast.errors import ShapeError
 from beit3_fast.layout import Part, Selection, TokenLayout
 from beit3_fast.model.drop_path import Draws, Kept, draw, touch
-from beit3_fast.ops import Norm, expert_linear, shared_attention
+from beit3_fast.ops import (
+    Measured,
+    Norm,
+    expert_linear,
+    measured,
+    measured_expert_linear,
+    measured_shared_attention,
+)
 from beit3_fast.padded_layout import PaddedLayout
 
 # Of base width: 9 MB of queries, keys and values and 13 MB of hidden activations in bf16.
@@ -29,7 +38,7 @@ _ROWS_AT_ONCE = 2048
 class Layer(nn.Module):
     """A layer that ``encode_rows`` calls as a module, so that FSDP2, which hooks into such calls, can shard it."""
 
-    def forward(self, x: Tensor, layout: TokenLayout, **options: Any) -> Tensor:
+    def forward(self, x: Measured, layout: TokenLayout, **options: Any) -> Measured:
         """``run_layer`` of this layer."""
         return run_layer(self, x, layout, **options)
 
@@ -62,17 +71,18 @@ def route(module: nn.Module, layout: TokenLayout) -> Route:
 
 
 def run_layer(
-    layer: Any, x: Tensor, layout: TokenLayout, recompute: str = "none", **options: Any
-) -> Tensor:
+    layer: Any, x: Measured, layout: TokenLayout, recompute: str = "none", **options: Any
+) -> Measured:
     """``encoder_layer``, the backward pass of which computes the "layer" or its "ffn" again instead of keeping it."""
     if recompute == "layer" and torch.is_grad_enabled():
-        return checkpoint(encoder_layer, layer, x, layout, use_reentrant=False, **options)
+        done = checkpoint(encoder_layer, layer, x, layout, use_reentrant=False, **options)
+        return cast(Measured, done)
     return encoder_layer(layer, x, layout, recompute_ffn=recompute == "ffn", **options)
 
 
 def encoder_layer(
     layer: Any,
-    x: Tensor,
+    x: Measured,
     layout: TokenLayout,
     *,
     mask: str | Tensor = "bidirectional",
@@ -80,44 +90,46 @@ def encoder_layer(
     kept: Draws = (None, None),
     recompute_ffn: bool = False,
     impl: str = "auto",
-) -> Tensor:
+) -> Measured:
     """x [R, C] -> [R, C], or [Rq, C] for the rows that ``read`` names.
 
     ``kept``: what drop path leaves of the attention and of the feed-forward branch.
     """
     own = layout if read is None else read.layout
-    residual = x if read is None else x[read.rows]
+    queries = x if read is None else x.select(read.rows)
+    residual = queries.rows
     first, second = kept
     if first is None:
-        x = _attention(layer, x, layout, residual, own, mask, residual, impl)
+        x = _attention(layer, x, layout, queries, own, mask, residual, impl)
     elif first.samples is None:
-        y = _attention(layer, x, layout, residual, own, mask, None, impl)
-        x = residual + y * first.of_rows(own)
+        y = _attention(layer, x, layout, queries, own, mask, None, impl)
+        x = Measured(residual + y.rows * first.of_rows(own))
     else:
-        x = _attention_of_some(layer, x, layout, residual, own, mask, first, impl)
+        x = Measured(_attention_of_some(layer, x.rows, layout, residual, own, mask, first, impl))
     if recompute_ffn and torch.is_grad_enabled():
-        return checkpoint(feed_forward, layer, x, own, impl, second, use_reentrant=False)
+        done = checkpoint(feed_forward, layer, x, own, impl, second, use_reentrant=False)
+        return cast(Measured, done)
     return feed_forward(layer, x, own, impl, second)
 
 
 def _attention(
     layer: Any,
-    x: Tensor,
+    x: Measured,
     layout: TokenLayout,
-    queries: Tensor,
+    queries: Measured,
     own: TokenLayout,
     mask: str | Tensor,
     residual: Tensor | None,
     impl: str,
-) -> Tensor:
+) -> Measured:
     """The first half of a layer for the rows ``queries`` [Rq, C] of x [R, C]; the residual is added where given."""
     attention = layer.self_attn
     if own is layout:
         q, k, v = project(layer, x, layout, "qkv", impl)
     else:
         k, v = project(layer, x, layout, "kv", impl)
-        q = _linear(queries, attention.q_proj, own, layer.self_attn_layer_norm, impl=impl)
-    o = shared_attention(
+        q = _linear(queries, attention.q_proj, own, layer.self_attn_layer_norm, None, impl).rows
+    o = measured_shared_attention(
         q,
         k,
         v,
@@ -143,15 +155,19 @@ def _attention_of_some(
     """``_attention`` without the samples that drop path drops, added to ``queries``."""
     assert kept.samples is not None
     if all(kept.samples):
-        return kept.add(queries, _attention(layer, x, layout, queries, own, mask, None, impl), None)
+        every = _attention(layer, Measured(x), layout, Measured(queries), own, mask, None, impl)
+        return kept.add(queries, every.rows, None)
     inside = layout.keep(kept.samples)
     inside_own = inside if own is layout else own.keep(kept.samples)
     y = queries
     if any(kept.samples):
-        some = x.index_select(0, inside.rows)
-        asking = some if own is layout else queries.index_select(0, inside_own.rows)
-        y = _attention(layer, some, inside.layout, asking, inside_own.layout, mask, None, impl)
-        y = kept.add(queries, y, inside_own.rows)
+        some = Measured(x.index_select(0, inside.rows))
+        asking = some
+        if own is not layout:
+            asking = Measured(queries.index_select(0, inside_own.rows))
+        rest = (asking, inside_own.layout, mask, None, impl)
+        branch = _attention(layer, some, inside.layout, *rest).rows
+        y = kept.add(queries, branch, inside_own.rows)
     attention = layer.self_attn
     keys = (layer.self_attn_layer_norm, attention.k_proj, attention.v_proj)
     rows = (attention.q_proj, attention.inner_attn_ln, attention.out_proj)
@@ -161,7 +177,7 @@ def _attention_of_some(
 
 
 def project(
-    layer: Any, x: Tensor, layout: TokenLayout, names: str, impl: str
+    layer: Any, x: Tensor | Measured, layout: TokenLayout, names: str, impl: str
 ) -> tuple[Tensor, ...]:
     """LayerNorm and the projections that ``names`` spells ("qkv" or "kv"), in one product: [R, C] each."""
     attention = layer.self_attn
@@ -177,7 +193,9 @@ def project(
     ).chunk(len(names), dim=1)
 
 
-def attend(layer: Any, o: Tensor, residual: Tensor, layout: TokenLayout, impl: str) -> Tensor:
+def attend(
+    layer: Any, o: Tensor | Measured, residual: Tensor, layout: TokenLayout, impl: str
+) -> Measured:
     """The rest of a layer after its attention o [R, C], without drop path."""
     attention = layer.self_attn
     x = _linear(o, attention.out_proj, layout, attention.inner_attn_ln, residual, impl)
@@ -185,27 +203,31 @@ def attend(layer: Any, o: Tensor, residual: Tensor, layout: TokenLayout, impl: s
 
 
 def feed_forward(
-    layer: Any, x: Tensor, layout: TokenLayout, impl: str, kept: Kept | None = None
-) -> Tensor:
+    layer: Any, x: Tensor | Measured, layout: TokenLayout, impl: str, kept: Kept | None = None
+) -> Measured:
     """The second half of a layer: x + fc2(LN(gelu(fc1(LN(x))))), x [R, C]."""
+    x = measured(x)
     if kept is None:
-        return _feed_forward(layer, x, layout, x, impl)
+        return _feed_forward(layer, x, layout, x.rows, impl)
     if kept.samples is None:
-        return x + _feed_forward(layer, x, layout, None, impl) * kept.of_rows(layout)
+        branch = _feed_forward(layer, x, layout, None, impl).rows
+        return Measured(x.rows + branch * kept.of_rows(layout))
     if all(kept.samples):
-        return kept.add(x, _feed_forward(layer, x, layout, None, impl), None)
+        branch = _feed_forward(layer, x, layout, None, impl).rows
+        return Measured(kept.add(x.rows, branch, None))
     inside = layout.keep(kept.samples)
-    y = x
+    y = x.rows
     if any(kept.samples):
-        y = _feed_forward(layer, x.index_select(0, inside.rows), inside.layout, None, impl)
-        y = kept.add(x, y, inside.rows)
+        some = Measured(x.rows.index_select(0, inside.rows))
+        branch = _feed_forward(layer, some, inside.layout, None, impl).rows
+        y = kept.add(x.rows, branch, inside.rows)
     uses = [(module, layout, inside.layout) for module in (layer.final_layer_norm, layer.ffn)]
-    return touch(y, uses, route)
+    return Measured(touch(y, uses, route))
 
 
 def _feed_forward(
-    layer: Any, x: Tensor, layout: TokenLayout, residual: Tensor | None, impl: str
-) -> Tensor:
+    layer: Any, x: Measured, layout: TokenLayout, residual: Tensor | None, impl: str
+) -> Measured:
     experts = route(layer.ffn, layout)
     norm = _norm(layer.final_layer_norm, layout)
     h = _experts_linear(
@@ -220,28 +242,28 @@ def _feed_forward(
 
 
 def _linear(
-    x: Tensor,
+    x: Tensor | Measured,
     linear: nn.Module,
     layout: TokenLayout,
     norm: nn.Module | None,
-    residual: Tensor | None = None,
-    impl: str = "auto",
-) -> Tensor:
+    residual: Tensor | None,
+    impl: str,
+) -> Measured:
     experts = route(linear, layout)
     inner = None if norm is None else _norm(norm, layout)
     return _experts_linear(x, experts.modules, experts.bounds, inner, None, residual, impl)
 
 
 def _experts_linear(
-    x: Tensor,
+    x: Tensor | Measured,
     linears: list[Any],
     bounds: tuple[int, ...],
     norm: Norm | None,
     activation: str | None,
     residual: Tensor | None,
     impl: str,
-) -> Tensor:
-    return expert_linear(
+) -> Measured:
+    return measured_expert_linear(
         x,
         [linear.weight for linear in linears],
         [linear.bias for linear in linears],
@@ -304,6 +326,7 @@ def encode_rows(
     kept = draw(drop_path_rates, x, layout, skip)
     if hidden_states is not None:
         hidden_states.append(x)
+    state = Measured(x)
     for index, layer in enumerate(encoder.layers):
         early = read if index == last and hidden_states is None else None
         options: dict[str, Any] = {
@@ -314,9 +337,11 @@ def encode_rows(
             "impl": impl,
         }
         own_call = isinstance(layer, Layer)
-        x = layer(x, layout, **options) if own_call else run_layer(layer, x, layout, **options)
+        run = layer if own_call else partial(run_layer, layer)
+        state = run(state, layout, **options)
         if hidden_states is not None:
-            hidden_states.append(x)
+            hidden_states.append(state.rows)
+    x = state.rows
     if read is not None and x.shape[0] != read.layout.num_rows:
         x = x[read.rows]
     own = layout if read is None else read.layout

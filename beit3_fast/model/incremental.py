@@ -128,6 +128,6 @@ def _layer(
     o = o.transpose(1, 2).reshape(x.shape[0], -1)
     x = linear(o, [attention.out_proj], attention.inner_attn_ln, residual=x)
     if rows is None:
-        return feed_forward(layer, x, layout, impl)
-    packed = feed_forward(layer, x[rows], layout, impl)
+        return feed_forward(layer, x, layout, impl).rows
+    packed = feed_forward(layer, x[rows], layout, impl).rows
     return torch.empty_like(packed).index_copy(0, rows, packed)

@@ -23,7 +23,7 @@ from beit3_fast.composite.expert_linear import PLAIN, expert_linear_backward, re
 from beit3_fast.composite.expert_linear import expert_linear as composite_impl
 from beit3_fast.derived import derived, needs_grad
 from beit3_fast.ops import cpu_kernels, dispatch, library, triton_kernels
-from beit3_fast.ops.operands import Norm, Weight, check, flat
+from beit3_fast.ops.operands import Measured, Norm, Weight, check, flat, measured
 from beit3_fast.ops.packed_weight import PackedWeight
 from beit3_fast.reference.expert_linear import expert_linear as reference_impl
 
@@ -31,7 +31,7 @@ logger = logging.getLogger("beit3_fast")
 
 
 def expert_linear(
-    x: Tensor,
+    x: Tensor | Measured,
     weights: Sequence[Weight],
     biases: Sequence[Weight] | None = None,
     *,
@@ -52,9 +52,41 @@ def expert_linear(
     is computed and returned in its dtype, LayerNorm in that of its parameters, the residual added in its own.
 
     Differentiable in every tensor argument but ``rows``. Raises ShapeError for operands that do not fit,
-    ConfigError and KernelUnavailable for ``impl``.
+    ConfigError and KernelUnavailable for ``impl``. A ``Measured`` x brings the statistics that LayerNorm needs.
     """
-    check(x, weights, biases, bounds, norm, activation, residual, rows)
+    return _run(x, weights, biases, bounds, norm, activation, residual, rows, impl, False).rows
+
+
+def measured_expert_linear(
+    x: Tensor | Measured,
+    weights: Sequence[Weight],
+    biases: Sequence[Weight] | None = None,
+    *,
+    bounds: Sequence[int],
+    norm: Norm | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    rows: Tensor | None = None,
+    impl: str = "auto",
+) -> Measured:
+    """As ``expert_linear``; the result has its row statistics where the implementation leaves them ("triton" does)."""
+    return _run(x, weights, biases, bounds, norm, activation, residual, rows, impl, True)
+
+
+def _run(
+    x: Tensor | Measured,
+    weights: Sequence[Weight],
+    biases: Sequence[Weight] | None,
+    bounds: Sequence[int],
+    norm: Norm | None,
+    activation: str | None,
+    residual: Tensor | None,
+    rows: Tensor | None,
+    impl: str,
+    measure: bool,
+) -> Measured:
+    x, parts, width = measured(x)
+    check(x, parts, width, weights, biases, bounds, norm, activation, residual, rows)
     used = [e for e in range(len(weights)) if bounds[e] < bounds[e + 1]] or [0]
     if len(used) < len(weights):
         weights = [weights[e] for e in used]
@@ -73,16 +105,19 @@ def expert_linear(
     if int8 and (choice.impl != "cpu" or at.needs_grad):
         _warn_of_int8(dict(choice.rejected).get("cpu", "has no gradients of int8 products"))
     if at.autocast and choice.impl in ("cpu", "triton"):
-        return _lowered(x, weights, biases, bounds, norm, activation, residual, rows, choice.impl)
+        lowered = (weights, biases, bounds, norm, activation, residual, rows, choice.impl)
+        return Measured(_lowered(x, *lowered))
     tail = (residual, rows, tuple(bounds), eps, activation or "none")
     if choice.impl == "cpu":
-        return _cpu(x, weights, biases, norm_weights, norm_biases, tail, at.needs_grad)
+        return Measured(_cpu(x, weights, biases, norm_weights, norm_biases, tail, at.needs_grad))
     if choice.impl == "triton":
-        return _triton(x, weights, biases, norm_weights, norm_biases, tail, at.needs_grad)
+        vectors = (biases, norm_weights, norm_biases)
+        given = Measured(x, parts, width)
+        return _triton(given, weights, *vectors, tail, at.needs_grad, measure)
     run = reference_impl if choice.impl == "reference" else composite_impl
     stacked = [_stack(weight) for weight in weights]
     stacked_biases = [_stack(bias) for bias in biases or ()]
-    return run(x, stacked, stacked_biases, norm_weights, norm_biases, *tail)
+    return Measured(run(x, stacked, stacked_biases, norm_weights, norm_biases, *tail))
 
 
 def _lowered(
@@ -195,14 +230,15 @@ def _cpu(
 
 
 def _triton(
-    x: Tensor,
+    x: Measured,
     weights: Sequence[Weight],
     biases: Sequence[Weight] | None,
     norm_weights: Sequence[Tensor],
     norm_biases: Sequence[Tensor],
     tail: tuple[Any, ...],
     with_grad: bool,
-) -> Tensor:
+    measure: bool,
+) -> Measured:
     groups = [weight if isinstance(weight, tuple) else (weight,) for weight in weights]
     apart = not with_grad and len({len(parts) for parts in groups}) == 1
     if apart:
@@ -213,11 +249,24 @@ def _triton(
     residual = None if residual is None else dispatch.rows_in_memory(residual)
     stacked_biases = [_stack(bias) for bias in biases or ()]
     vectors = (stacked_biases, list(norm_weights), list(norm_biases))
-    x = dispatch.rows_in_memory(x)
-    y, _ = triton_kernels.expert_linear(
-        x, stacked, parts, *vectors, residual, rows, list(bounds), *rest, with_grad
+    given = x.parts if norm_weights else None
+    # Where GELU's operand is kept for the backward pass, the kernel leaves no statistics beside it.
+    measure = measure and not (with_grad and rest[-1] == "gelu")
+    y, _, left = triton_kernels.expert_linear(
+        dispatch.rows_in_memory(x.rows),
+        given,
+        x.width,
+        stacked,
+        parts,
+        *vectors,
+        residual,
+        rows,
+        list(bounds),
+        *rest,
+        with_grad,
+        measure,
     )
-    return y
+    return Measured(y, left, triton_kernels.STATISTICS_WIDTH) if measure else Measured(y)
 
 
 # Columns of a panel of packed weights (csrc/cpu/kernels.h): equal parts of whole panels can lie apart.

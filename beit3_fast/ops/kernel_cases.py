@@ -37,10 +37,11 @@ _LONG = ((270,), (10,), 1, 64, "causal")
 
 
 def expert_linear(dtype: torch.dtype, device: str) -> dict[str, Parity]:
-    """The product with LayerNorm, bias, GELU and residual."""
+    """The product with LayerNorm, bias, GELU and residual, and the row statistics that it leaves."""
     parities = {}
     for name, *results in _linear(dtype, device, with_grad=False):
-        parities[name] = op_parity(*(own["y"] for own in results))
+        for part in results[0]:
+            parities[f"{part}, {name}"] = op_parity(*(own[part] for own in results))
     return parities
 
 
@@ -55,10 +56,12 @@ def expert_linear_backward(dtype: torch.dtype, device: str) -> dict[str, Parity]
 
 
 def shared_attention(dtype: torch.dtype, device: str) -> dict[str, Parity]:
-    """The forward pass."""
+    """The forward pass, and the row statistics that it leaves."""
     parities = {}
-    for lengths, mask, ours, plain, truth in _attention(dtype, device, with_grad=False):
-        parities[f"{mask}, {lengths}"] = op_parity(ours[0], plain[0], truth[0])
+    for lengths, mask, *results in _attention(dtype, device, with_grad=False):
+        for place, name in enumerate(("o", "statistics")):
+            own = (result[place] for result in results)
+            parities[f"{name}, {mask}, {lengths}"] = op_parity(*own)
     return parities
 
 
@@ -145,17 +148,24 @@ def _linear(dtype: torch.dtype, device: str, *, with_grad: bool) -> list[Any]:
         rows = torch.randperm(count + 2, generator=generator)[:count] if with_rows else None
         rest = (list(bounds), 1e-5, "gelu")
 
-        def kernel(own: _Product, rows: Any = rows, rest: Any = rest) -> Tensor:
-            x, weights, *others = own
+        def kernel(own: _Product, rows: Any = rows, rest: Any = rest) -> tuple[Tensor, Tensor]:
+            x, *others = own
             moved = None if rows is None else rows.to(device)
-            y, _ = triton_kernels.expert_linear(x, weights, [], *others, moved, *rest, with_grad)
-            return cast(Tensor, y)
+            # With statistics of x, as an op before would have left them, and without.
+            given = moments(x.detach(), 24) if rows is None else None
+            options = (moved, *rest, with_grad, not with_grad)
+            y, _, left = triton_kernels.expert_linear(
+                x, given, 24, others[0], [], *others[1:], *options
+            )
+            return y, left
 
-        def plain(own: _Product, rows: Any = rows, rest: Any = rest) -> Tensor:
-            return composite_linear.expert_linear(*own, rows, *rest)
+        def plain(own: _Product, rows: Any = rows, rest: Any = rest) -> tuple[Tensor, Tensor]:
+            y = composite_linear.expert_linear(*own, rows, *rest)
+            return y, moments(y.detach(), triton_kernels.STATISTICS_WIDTH)
 
-        def formula(own: _Product, rows: Any = rows, rest: Any = rest) -> Tensor:
-            return linear_formula.expert_linear(*own, rows, *rest)
+        def formula(own: _Product, rows: Any = rows, rest: Any = rest) -> tuple[Tensor, Tensor]:
+            y = linear_formula.expert_linear(*own, rows, *rest)
+            return y, moments(y.detach(), triton_kernels.STATISTICS_WIDTH)
 
         moved = here.map(lambda t: t.to(device))
         found = [
@@ -167,12 +177,26 @@ def _linear(dtype: torch.dtype, device: str, *, with_grad: bool) -> list[Any]:
     return results
 
 
+def moments(x: Tensor, width: int) -> Tensor:
+    """Mean and sum of squared deviations of each ``width`` columns of the rows [M, C], [M, T, 2] in fp32 or fp64."""
+    wide = x if x.dtype is torch.float64 else x.float()
+    means = [part.mean(1) for part in wide.split(width, dim=1)]
+    squares = [part.var(1, correction=0) * part.shape[1] for part in wide.split(width, dim=1)]
+    return torch.stack([torch.stack(means, 1), torch.stack(squares, 1)], dim=2)
+
+
 def _product_gradients(
-    product: Callable[[_Product], Tensor], operands: _Product, seed: Tensor, with_grad: bool
+    product: Callable[[_Product], tuple[Tensor, Tensor]],
+    operands: _Product,
+    seed: Tensor,
+    with_grad: bool,
 ) -> dict[str, Tensor]:
     own = operands.map(lambda t: t.detach().requires_grad_(with_grad))
-    found = {"y": product(own)}
-    if with_grad:
+    y, left = product(own)
+    found = {"y": y}
+    if not with_grad:
+        found["statistics"] = left
+    else:
         names = [
             f"{field}[{place}]"
             for field, group in own._asdict().items()
@@ -193,24 +217,26 @@ class _Call(NamedTuple):
     mask: str
 
 
-def _kernel(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
+def _kernel(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
     own, *rest = call
     longest = own.longest
     where = (own.cu_vision, own.cu_text, None, None, None, longest, longest)
-    o: Tensor = triton_kernels.shared_attention(q, k, v, *where, *rest)[0]
-    return o
+    o, _, left = triton_kernels.shared_attention(q, k, v, *where, *rest, True)
+    return o, left
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
-    return composite_attention.shared_attention(q, k, v, call.layout, *call)
+def _plain(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+    o = composite_attention.shared_attention(q, k, v, call.layout, *call)
+    return o, moments(o.detach(), q.shape[1] // call.heads)
 
 
-def _formula(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
-    return attention_formula.shared_attention(q, k, v, call.layout, *call)
+def _formula(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+    o = attention_formula.shared_attention(q, k, v, call.layout, *call)
+    return o, moments(o.detach(), q.shape[1] // call.heads)
 
 
 def _attention(dtype: torch.dtype, device: str, *, with_grad: bool) -> list[Any]:
-    """Lengths, mask, and for kernel, plain PyTorch and formula: o, and with gradients dq, dk, dv."""
+    """Lengths, mask, and for kernel, plain PyTorch and formula: o, and dq, dk, dv or the statistics of o."""
     draw, results = _Draw(torch.Generator().manual_seed(0), dtype), []
     # As above; the backward pass has one class for all lengths.
     more = () if with_grad or dtype == torch.float32 else (_LONG,)
@@ -232,16 +258,16 @@ def _attention(dtype: torch.dtype, device: str, *, with_grad: bool) -> list[Any]
 
 
 def _with_gradients(
-    attention: Callable[[Tensor, Tensor, Tensor, _Call], Tensor],
+    attention: Callable[[Tensor, Tensor, Tensor, _Call], tuple[Tensor, Tensor]],
     operands: list[Tensor],
     call: _Call,
     seed: Tensor,
     with_grad: bool,
 ) -> list[Tensor]:
     q, k, v = (t.detach().requires_grad_(with_grad) for t in operands)
-    o = attention(q, k, v, call)
-    gradients = torch.autograd.grad(o, (q, k, v), seed) if with_grad else ()
-    return [t.detach().cpu() for t in (o, *gradients)]
+    o, left = attention(q, k, v, call)
+    others = torch.autograd.grad(o, (q, k, v), seed) if with_grad else (left,)
+    return [t.detach().cpu() for t in (o, *others)]
 
 
 def _head(dtype: torch.dtype, device: str, *, with_grad: bool) -> list[dict[str, Tensor]]:

@@ -24,6 +24,28 @@ class Norm(NamedTuple):
     eps: float = 1e-5
 
 
+class Measured(NamedTuple):
+    """Rows [M, C] and, where the op that wrote them left them, their statistics: a LayerNorm need not read them first.
+
+    ``parts`` fp32 [M, T, 2]: mean and sum of squared deviations of each ``width`` columns of a row, the last part
+    having what is left. They are those of the rows as stored and are trusted: rows that change must lose them.
+    """
+
+    rows: Tensor
+    parts: Tensor | None = None
+    width: int = 0
+
+    def select(self, rows: Tensor) -> Measured:
+        """The rows that ``rows`` int64 [R] names."""
+        parts = None if self.parts is None else self.parts[rows]
+        return Measured(self.rows[rows], parts, self.width)
+
+
+def measured(x: Tensor | Measured) -> Measured:
+    """The rows with their statistics, or without if they come bare."""
+    return x if isinstance(x, Measured) else Measured(x)
+
+
 def flat(weights: Sequence[Weight]) -> list[Tensor]:
     """All tensors of a list of weights."""
     return [part for w in weights for part in (w if isinstance(w, tuple) else (w,))]
@@ -38,6 +60,8 @@ def shape(weight: Weight) -> tuple[int, ...]:
 
 def check(
     x: Tensor,
+    parts: Tensor | None,
+    width: int,
     weights: Sequence[Weight],
     biases: Sequence[Weight] | None,
     bounds: Sequence[int],
@@ -54,6 +78,8 @@ def check(
         raise ShapeError(
             f"x must be a floating-point tensor [M, I], got {x.dtype} of shape {tuple(x.shape)}"
         )
+    if parts is not None:
+        _check_parts(parts, width, x)
     _check_tensors("weights", weights)
     if biases is not None:
         _check_tensors("biases", biases)
@@ -111,6 +137,16 @@ def check(
     if residual is not None and tuple(residual.shape) != (x.shape[0], out):
         raise ShapeError(
             f"residual must have shape [M, O] = [{x.shape[0]}, {out}], got {list(residual.shape)}"
+        )
+
+
+def _check_parts(parts: Tensor, width: int, x: Tensor) -> None:
+    count, features = x.shape
+    expected = (count, -(-features // max(width, 1)), 2)
+    if width < 1 or parts.dtype != torch.float32 or tuple(parts.shape) != expected:
+        raise ShapeError(
+            f"the statistics of x {[count, features]} in parts of {width} columns must be float32 "
+            f"{list(expected)}, got {parts.dtype} of shape {list(parts.shape)}"
         )
 
 

@@ -27,6 +27,7 @@ from beit3_fast.composite.shared_attention import shared_attention_backward, vis
 from beit3_fast.errors import ShapeError
 from beit3_fast.layout import TokenLayout
 from beit3_fast.ops import dispatch, library, triton_kernels
+from beit3_fast.ops.operands import Measured
 from beit3_fast.padded_layout import PaddedLayout, padding_is_masked
 from beit3_fast.reference.shared_attention import cached_attention as reference_cached
 from beit3_fast.reference.shared_attention import shared_attention as reference_impl
@@ -58,6 +59,37 @@ def shared_attention(
     Differentiable in q, k and v. Raises ShapeError for operands that do not fit, ConfigError and
     KernelUnavailable for ``impl``.
     """
+    return _run(q, k, v, layout, num_heads, scale, mask, queries, impl, False).rows
+
+
+def measured_shared_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TokenLayout,
+    *,
+    num_heads: int,
+    scale: float | None = None,
+    mask: str | Tensor = "bidirectional",
+    queries: TokenLayout | None = None,
+    impl: str = "auto",
+) -> Measured:
+    """As ``shared_attention``; the result has its row statistics where the implementation leaves them ("triton" does)."""
+    return _run(q, k, v, layout, num_heads, scale, mask, queries, impl, True)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TokenLayout,
+    num_heads: int,
+    scale: float | None,
+    mask: str | Tensor,
+    queries: TokenLayout | None,
+    impl: str,
+    measure: bool,
+) -> Measured:
     queries = layout if queries is None else queries
     _check(q, k, v, layout, queries, num_heads, scale, mask)
     masked = isinstance(mask, Tensor) or padding_is_masked(layout)
@@ -68,22 +100,12 @@ def shared_attention(
     if lower is not None and choice.impl != "reference":
         q, k, v = (t.to(lower) for t in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
-            return shared_attention(
-                q,
-                k,
-                v,
-                layout,
-                num_heads=num_heads,
-                scale=scale,
-                mask=mask,
-                queries=queries,
-                impl=choice.impl,
-            )
+            return _run(q, k, v, layout, num_heads, scale, mask, queries, choice.impl, measure)
     if scale is None:
         scale = (q.shape[1] // num_heads) ** -0.5
     if choice.impl == "cpu":
         selected = queries is not layout
-        return _op()(
+        y: Tensor = _op()(
             *(dispatch.rows_in_memory(t) for t in (q, k, v)),
             layout.cu_vision,
             layout.cu_text,
@@ -94,9 +116,10 @@ def shared_attention(
             scale,
             mask,
         )
+        return Measured(y)
     if choice.impl == "triton":
         selected = queries is not layout
-        o, _ = triton_kernels.shared_attention(
+        o, _, parts = triton_kernels.shared_attention(
             *(dispatch.rows_in_memory(t) for t in (q, k, v)),
             layout.cu_vision,
             layout.cu_text,
@@ -108,13 +131,14 @@ def shared_attention(
             num_heads,
             scale,
             mask,
+            measure,
         )
-        return o
+        return Measured(o, parts, q.shape[1] // num_heads) if measure else Measured(o)
     if choice.impl != "reference":
-        return composite_impl(q, k, v, layout, queries, num_heads, scale, mask)
+        return Measured(composite_impl(q, k, v, layout, queries, num_heads, scale, mask))
     if isinstance(layout, PaddedLayout) and layout.valid is not None:
         mask = visible_places(layout, layout, mask)
-    return reference_impl(q, k, v, layout, queries, num_heads, scale, mask)
+    return Measured(reference_impl(q, k, v, layout, queries, num_heads, scale, mask))
 
 
 def cached_attention(

@@ -16,6 +16,7 @@ from beit3_fast.composite.expert_linear import residual_gradient
 from beit3_fast.composite.masked_linear_cross_entropy import masked_linear_cross_entropy_backward
 from beit3_fast.derived import derived
 from beit3_fast.errors import KernelUnavailable
+from beit3_fast.kernels._tiles import STATISTICS_WIDTH
 
 _CAPABILITY = (8, 0)
 
@@ -63,6 +64,8 @@ def obstacle(device: str, dtype: torch.dtype) -> str | None:
 @torch.library.custom_op("beit3_fast::triton_expert_linear", mutates_args=())
 def expert_linear(
     x: Tensor,
+    x_parts: Tensor | None,
+    x_width: int,
     weights: list[Tensor],
     parts: list[Tensor],
     biases: list[Tensor],
@@ -74,31 +77,57 @@ def expert_linear(
     eps: float,
     activation: str,
     keep: bool,
-) -> tuple[Tensor, Tensor]:
+    measure: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """As ``beit3_fast.reference.expert_linear``; where there are ``parts``, equally many for each weight and stacked
     along O, the weights give only their shape. With ``keep`` and GELU the second result is what GELU was taken of,
-    [M, O], for the backward pass; else it is empty."""
+    [M, O], for the backward pass; else it is empty. With ``measure`` the third has the row statistics of the first,
+    fp32 [M, T, 2]; else it is empty. ``x_parts``: those of x, in parts of ``x_width`` columns."""
     kernels = _kernels("expert_linear", x.device.type)
     folded = _folded(weights, parts, biases, norm_weights, norm_biases)
     # Rows that ``rows`` does not name are zero.
     allocate = x.new_empty if rows is None else x.new_zeros
     z = allocate(_kept_shape(x, weights, activation, keep))
     done = kernels.expert_linear(
-        x, folded, residual, rows, bounds, eps, activation, z=z if z.numel() else None
+        x,
+        folded,
+        residual,
+        rows,
+        bounds,
+        eps,
+        activation,
+        statistics=None if x_parts is None else _statistics(x_parts, x_width),
+        with_statistics=measure,
+        z=z if z.numel() else None,
     )
-    return done[0], z
+    y, left = done
+    if left is None:
+        return y, z, x.new_empty(_left_shape(y, measure), dtype=torch.float32)
+    return y, z, left.parts
 
 
 @expert_linear.register_fake
-def _(x: Tensor, weights: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
-    activation, keep = rest[-2:]
-    shape = _kept_shape(x, weights, activation, keep)
-    return x.new_empty(x.shape[0], weights[0].shape[0]), x.new_empty(shape)
+def _(
+    x: Tensor, x_parts: Tensor | None, x_width: int, weights: list[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    activation, keep, measure = rest[-3:]
+    y = x.new_empty(x.shape[0], weights[0].shape[0])
+    z = x.new_empty(_kept_shape(x, weights, activation, keep))
+    return y, z, x.new_empty(_left_shape(y, measure), dtype=torch.float32)
 
 
 def _kept_shape(x: Tensor, weights: list[Tensor], activation: str, keep: bool) -> tuple[int, int]:
     out = weights[0].shape[0]
     return (x.shape[0], out) if keep and activation == "gelu" else (0, out)
+
+
+def _left_shape(y: Tensor, measure: bool) -> tuple[int, int, int]:
+    rows, features = y.shape
+    return (rows if measure else 0, -(-features // STATISTICS_WIDTH), 2)
+
+
+def _statistics(parts: Tensor, width: int) -> Any:
+    return _import("_row_statistics").RowStatistics(parts.contiguous(), width)
 
 
 def _folded(
@@ -160,17 +189,17 @@ def _(grad: Tensor, x: Tensor, *groups: Any) -> list[Tensor]:
     return [own.new_empty(own.shape) for own in operands]
 
 
-def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weights, parts, biases, norm_weights, norm_biases, residual, rows, *rest = inputs
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, _, weights, parts, biases, norm_weights, norm_biases, residual, rows, *rest = inputs
     ctx.sizes = [len(group) for group in (weights, biases, norm_weights, norm_biases)]
     ctx.num_parts, ctx.has_residual = len(parts), residual is not None
-    ctx.bounds, ctx.eps, activation, keep = rest
+    ctx.bounds, ctx.eps, activation, keep, _ = rest
     ctx.kept = keep or activation != "gelu"
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, rows, output[1], *weights, *biases, *norm_weights, *norm_biases)
 
 
-def _linear_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+def _linear_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     if not ctx.kept:
         raise RuntimeError(
             "triton_expert_linear: a gradient needs what keep=True keeps; beit3_fast.ops asks for it"
@@ -181,7 +210,8 @@ def _linear_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     dweights, dbiases, dgammas, dbetas = regrouped(gradients, ctx.sizes)
     dresidual = residual_gradient(grad, rows) if ctx.has_residual else None
     parts = [None] * ctx.num_parts
-    return dx, dweights, parts, dbiases, dgammas, dbetas, dresidual, *[None] * 5
+    vectors = (dbiases, dgammas, dbetas)
+    return dx, None, None, dweights, parts, *vectors, dresidual, *[None] * 6
 
 
 def regrouped(flat: list[Tensor], sizes: list[int]) -> list[list[Tensor]]:
@@ -208,20 +238,30 @@ def shared_attention(
     num_heads: int,
     scale: float,
     mask: str,
-) -> tuple[Tensor, Tensor]:
-    """o [Rq, C] and log-sum-exp fp32 [Rq, H]; ``longest``: most keys and most queries of a sample."""
+    measure: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o [Rq, C], log-sum-exp fp32 [Rq, H], with ``measure`` the row statistics of o in parts of one head, fp32
+    [Rq, H, 2] (else empty); ``longest``: most keys and most queries of a sample."""
     kernels = _kernels("shared_attention", q.device.type)
     keys, queries = _segments(
         cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q, longest, longest_q
     )
-    done = kernels.shared_attention(q, k, v, keys, queries, num_heads, scale, mask, with_lse=True)
-    return done.o, done.lse
+    options = {"with_lse": True, "with_statistics": measure}
+    done = kernels.shared_attention(q, k, v, keys, queries, num_heads, scale, mask, **options)
+    if done.statistics is None:
+        return done.o, done.lse, done.lse.new_empty(0, num_heads, 2)
+    return done.o, done.lse, done.statistics.parts
 
 
 @shared_attention.register_fake
-def _(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    num_heads = arguments[-3]
-    return q.new_empty(q.shape), q.new_empty((q.shape[0], num_heads), dtype=torch.float32)
+def _(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    num_heads, *_, measure = arguments[-4:]
+    rows = q.shape[0]
+    lse, parts = (
+        q.new_empty(shape, dtype=torch.float32)
+        for shape in ((rows, num_heads), (rows if measure else 0, num_heads, 2))
+    )
+    return q.new_empty(q.shape), lse, parts
 
 
 @torch.library.custom_op("beit3_fast::triton_shared_attention_backward", mutates_args=())
@@ -258,14 +298,16 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.longest, ctx.longest_q, ctx.num_heads, ctx.scale, ctx.mask = inputs
-    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.longest, ctx.longest_q, ctx.num_heads, ctx.scale, ctx.mask, _ = inputs
+    o, lse, parts = output
+    ctx.mark_non_differentiable(lse, parts)
+    ctx.save_for_backward(*tensors[:3], o, lse, *tensors[3:])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     numbers = (ctx.longest, ctx.longest_q, ctx.num_heads, ctx.scale, ctx.mask)
-    return (*_shared_attention_backward(grad, *ctx.saved_tensors, *numbers), *[None] * 10)
+    return (*_shared_attention_backward(grad, *ctx.saved_tensors, *numbers), *[None] * 11)
 
 
 shared_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -63,6 +63,7 @@ def test_the_code_of_every_kernel(architecture: str) -> None:
     assert {own["kernel"] for own in found} == {
         "expert_linear",
         "finish",
+        "join",
         "key_gradient",
         "masked_linear_cross_entropy loss",
         "masked_linear_cross_entropy slope",

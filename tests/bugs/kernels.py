@@ -27,6 +27,29 @@ KERNELS_BUGS = (
         (f"{TRITON_GRADIENTS}::test_gradients",),
     ),
     Bug(
+        "triton-statistics-of-the-rows-before-they-are-rounded",
+        "kernels/expert_linear.py",
+        "        y = tl.where(real_column[None, :], y.to(tl.float32), 0.0)\n",
+        "        y = tl.where(real_column[None, :], acc, 0.0)\n",
+        ("tests/ops/test_triton_expert_linear.py::test_statistics_are_those_of_the_stored_rows",),
+    ),
+    Bug(
+        "statistics-of-other-rows-than-those-that-are-read",
+        "beit3_fast/ops/operands.py",
+        "parts = None if self.parts is None else self.parts[rows]",
+        "parts = None if self.parts is None else self.parts[: len(rows)]",
+        ("tests/ops/test_expert_linear.py::test_selected_rows_keep_their_statistics",),
+    ),
+    Bug(
+        "statistics-stay-behind-drop-path",
+        "beit3_fast/model/encoder.py",
+        "return Measured(kept.add(x.rows, branch, None))",
+        "return x._replace(rows=kept.add(x.rows, branch, None))",
+        (
+            "tests/ops/test_triton_model.py::test_drop_path_changes_the_rows_and_drops_their_statistics",
+        ),
+    ),
+    Bug(
         "triton-padding-of-the-vocabulary-counts",
         "kernels/masked_linear_cross_entropy.py",
         '        z = tl.where((column < V)[None, :], z, float("-inf"))\n',

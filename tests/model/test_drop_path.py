@@ -14,6 +14,7 @@ from beit3_fast.layout import TokenLayout
 from beit3_fast.model import BEiT3
 from beit3_fast.model import encoder as encoder_module
 from beit3_fast.model.drop_path import Draws, Kept, draw
+from beit3_fast.ops import Measured
 
 RATE = 0.4
 
@@ -163,14 +164,18 @@ def test_the_same_seed_multiplies_or_skips_alike(monkeypatch: pytest.MonkeyPatch
 def test_rows_of_dropped_samples_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = backbone(TINY.replace(drop_path_rate=RATE, num_layers=1)).train()
     seen: list[int] = []
-    real = encoder_module.expert_linear
+    real = encoder_module.measured_expert_linear, encoder_module.expert_linear
 
-    def counted(x: Tensor, *args: Any, **options: Any) -> Tensor:
-        seen.append(len(x))
-        return real(x, *args, **options)
+    def counted(call: Any) -> Any:
+        def counting(x: Measured, *args: Any, **options: Any) -> Any:
+            seen.append(len(x.rows))
+            return call(x, *args, **options)
+
+        return counting
 
     monkeypatch.setattr(encoder_module, "draw", given([[True] * 4, [True] * 4], True))
-    monkeypatch.setattr(encoder_module, "expert_linear", counted)
+    for name, call in zip(("measured_expert_linear", "expert_linear"), real, strict=True):
+        monkeypatch.setattr(encoder_module, name, counted(call))
     model.encode(images(4))
     whole = list(seen)
     seen.clear()

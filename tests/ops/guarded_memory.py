@@ -92,6 +92,7 @@ def check_expert_linear(kernels: Any, side: str) -> None:
         index = guarded(torch.randperm(total)[:count], side) if rows else None
         folded = kernels.FoldedWeights(own["weights"], own["sums"], own["biases"])
         tile = kernels.Tile(16, 16, 32, 2, 4, 1)
+        parts = guarded(torch.rand(total, -(-features // 3), 2), side)
         with guarded_results(side):
             y, _ = kernels.expert_linear(
                 own["x"],
@@ -101,6 +102,7 @@ def check_expert_linear(kernels: Any, side: str) -> None:
                 bounds,
                 1e-5,
                 "gelu",
+                statistics=None if rows else kernels.RowStatistics(parts, 3),
                 with_statistics=True,
                 tile=tile,
             )

@@ -20,7 +20,8 @@ from linear_cases import (
 from op_cases import DTYPES, IMPLS, TARGETS, assert_near, need
 from torch import Tensor
 
-from beit3_fast.ops import Norm, expert_linear
+from beit3_fast.errors import ShapeError
+from beit3_fast.ops import Measured, Norm, expert_linear
 from beit3_fast.parity import op_parity
 
 GRADIENT_TARGETS = [target for target in TARGETS if target[0] != "reference"]
@@ -328,3 +329,32 @@ def test_the_operands_are_only_read(impl: str) -> None:
         run_linear(operands, case, impl)
     for name, leaf in operands.leaves().items():
         assert torch.equal(leaf, before[name]), name
+
+
+def test_selected_rows_keep_their_statistics() -> None:
+    rows = torch.tensor([3, 0])
+    x = Measured(torch.randn(4, 6), torch.randn(4, 2, 2), 3)
+    chosen = x.select(rows)
+    assert torch.equal(chosen.rows, x.rows[rows])
+    assert chosen.parts is not None
+    assert x.parts is not None
+    assert torch.equal(chosen.parts, x.parts[rows])
+    assert chosen.width == 3
+    assert Measured(x.rows).select(rows).parts is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "width", "dtype"),
+    [
+        ((4, 3, 2), 3, torch.float32),
+        ((3, 2, 2), 3, torch.float32),
+        ((4, 2, 2), 3, torch.float64),
+        ((4, 6, 2), 0, torch.float32),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused(
+    shape: tuple[int, ...], width: int, dtype: torch.dtype
+) -> None:
+    x = Measured(torch.randn(4, 6), torch.randn(shape, dtype=dtype), width)
+    with pytest.raises(ShapeError, match="statistics of x"):
+        expert_linear(x, [torch.randn(5, 6)], bounds=(0, 4))

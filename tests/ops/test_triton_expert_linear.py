@@ -94,7 +94,7 @@ def test_statistics_are_those_of_the_stored_rows(dtype: str, shape: str, with_ro
 
 
 @pytest.mark.parametrize("dtype", DTYPE_NAMES)
-@pytest.mark.parametrize("width", [7, 32, 100])
+@pytest.mark.parametrize("width", [3, 7, 32, 100])
 @pytest.mark.parametrize("shift", [0.0, 50.0])
 def test_statistics_of_the_op_before_give_the_same_rows(
     dtype: str, width: int, shift: float

@@ -158,10 +158,12 @@ def test_what_the_forward_pass_keeps() -> None:
     x, weight, bias = draw(5, 16), draw(24, 16), draw(24)
 
     def call(x: Tensor, activation: str, keep: bool) -> tuple[Tensor, Tensor]:
+        """The result, and what is kept."""
         lists: tuple[list[Tensor], ...] = ([weight], [], [bias], [], [])
-        rest: tuple[Any, ...] = (None, None, [0, 5], 0.0, activation, keep)
-        kept: tuple[Tensor, Tensor] = triton_kernels.expert_linear(x, *lists, *rest)
-        return kept
+        rest: tuple[Any, ...] = (None, None, [0, 5], 0.0, activation, keep, False)
+        y, z, left = triton_kernels.expert_linear(x, None, 0, *lists, *rest)
+        assert not left.numel()
+        return y, z
 
     _, z = call(x, "gelu", True)
     torch.testing.assert_close(z, x @ weight.T + bias, rtol=1e-5, atol=1e-5)

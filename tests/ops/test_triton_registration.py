@@ -10,7 +10,12 @@ from torch import Tensor
 from triton_cases import DEVICE
 
 from beit3_fast.layout import TokenLayout
-from beit3_fast.ops import Norm, expert_linear, shared_attention
+from beit3_fast.ops import (
+    Norm,
+    expert_linear,
+    measured_expert_linear,
+    measured_shared_attention,
+)
 
 OPS = torch.ops.beit3_fast
 
@@ -40,6 +45,8 @@ def test_opcheck_expert_linear(grad: bool, rows: bool) -> None:
     vectors = [[draw(size, grad=grad) for _ in range(2)] for size in (8, 24, 24)]
     arguments = (
         draw(total, 24, grad=grad),
+        draw(total, 3, 2).abs(),
+        8,
         weights,
         [] if grad else [part for weight in weights for part in weight.chunk(2)],
         *vectors,
@@ -49,10 +56,11 @@ def test_opcheck_expert_linear(grad: bool, rows: bool) -> None:
         1e-5,
         "gelu",
         grad,
+        not grad,
     )
     torch.library.opcheck(OPS.triton_expert_linear.default, arguments)
     if grad:
-        x, weights, _, *vectors, _, index, bounds, eps, _, _ = arguments
+        x, _, _, weights, _, *vectors, _, index, bounds, eps, _, _, _ = arguments
         z = draw(total, 8)
         backward = (draw(total, 8), x, weights, *vectors, z, index, bounds, eps)
         torch.library.opcheck(OPS.triton_expert_linear_backward.default, detached(backward))
@@ -69,7 +77,7 @@ def test_opcheck_shared_attention(grad: bool, selected: bool) -> None:
         rows, own = layout.select("first", "all")
         q = draw(len(rows), 16, grad=grad)
         chosen = (own.cu_vision, own.cu_text, own.positions, layout.longest, own.longest)
-    arguments = (q, k, v, layout.cu_vision, layout.cu_text, *chosen, 2, 0.3, "seq2seq")
+    arguments = (q, k, v, layout.cu_vision, layout.cu_text, *chosen, 2, 0.3, "seq2seq", selected)
     torch.library.opcheck(OPS.triton_shared_attention.default, arguments)
 
 
@@ -83,20 +91,23 @@ def test_opcheck_masked_linear_cross_entropy() -> None:
 
 
 def test_one_graph_and_the_same_numbers_under_torch_compile() -> None:
-    """Two linears around an attention, forward and backward, with no break."""
+    """Two linears around an attention, forward and backward, with no break; statistics go from op to op."""
     layout = TokenLayout.from_lengths((5, 3), (2, 4), DEVICE)
     bounds = layout.expert_bounds("AB")
-    first = [draw(48, 16, grad=True) for _ in range(2)]
+    first, last = ([draw(size, 16, grad=True) for _ in range(2)] for size in (48, 16))
     norm = Norm([draw(16) for _ in range(2)], [draw(16) for _ in range(2)])
 
     def block(x: Tensor) -> Tensor:
         qkv = expert_linear(x, first, bounds=bounds, norm=norm, impl="triton")
         q, k, v = qkv.chunk(3, dim=1)
-        return shared_attention(q, k, v, layout, num_heads=2, mask="seq2seq", impl="triton")
+        options: dict[str, Any] = {"num_heads": 2, "mask": "seq2seq", "impl": "triton"}
+        o = measured_shared_attention(q, k, v, layout, **options)
+        y = measured_expert_linear(o, last, bounds=bounds, norm=norm, impl="triton")
+        return expert_linear(y, last, bounds=bounds, norm=norm, impl="triton")
 
     def run(call: Any, x: Tensor) -> list[Tensor]:
         y = call(x)
-        return [y, *torch.autograd.grad(y.square().sum(), [x, *first])]
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *first, *last])]
 
     x = draw(layout.num_rows, 16, grad=True)
     expected = run(block, x)

@@ -53,6 +53,10 @@ def spoil_key(content: Any) -> None:
     content["tiles"]["expert_linear"]["fp32"]["block_z"] = 64
 
 
+def spoil_slices(content: Any) -> None:
+    content["tiles"]["expert_linear"]["many rows"]["slices"] = 2
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -61,6 +65,7 @@ def spoil_key(content: Any) -> None:
         (spoil_class, "huge"),
         (spoil_number, "power of two"),
         (spoil_key, "block_z"),
+        (spoil_slices, "64 columns wide, got 2 of 256"),
     ],
 )
 def test_a_spoiled_file_says_what_is_wrong(
