@@ -67,7 +67,6 @@ def _weights(model: Any) -> int:
 def _cache(decoder: CaptionDecoder) -> int:
     """Bytes of all keys and values that the last step saw."""
     seen = decoder.num_vision + decoder.used
-    return sum(
-        own.shape[0] * seen * own.shape[2] * own.element_size()
-        for own in (*decoder.keys, *decoder.values)
-    )
+    table = decoder.model.beit3.text_embed.weight
+    row = 2 * table.shape[1] * table.element_size()
+    return sum(cache.num_samples * seen * row for cache in decoder.caches)

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cpu/cached_attention.h"
+#include "cpu/packed_keys.h"
 #include "cpu/shared_attention.h"
 #include "operands.h"
 
@@ -140,16 +141,68 @@ Tensor shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor c
 }
 
 // Samples and rows of a cache may lie apart, the numbers of a row may not.
-void require_cache(const Tensor& t, const Tensor& q, const char* name) {
+void require_cache(const Tensor& t, const Tensor& like, const char* op, const char* name) {
+  require_same_type(t, like, op, name);
+  require(t.dim() == 3 && t.size(2) == like.size(2) && (t.numel() == 0 || t.stride(2) == 1), op,
+          ": ", name, " must be [B, N, ", like.size(2),
+          "] with stride 1 in its last dimension, got shape ", shape_of(t));
+}
+
+void require_pair(const Tensor& k, const Tensor& v, const char* op) {
+  require(k.size(0) == v.size(0) && k.size(1) == v.size(1), op,
+          ": k and v must have the same shape, got ", shape_of(k), " and ", shape_of(v));
+}
+
+Tensor pack_keys(Tensor k, Tensor v, int64_t num_heads) {
+  constexpr const char* op = "pack_keys";
+  beit3_fast::cpu::KeysToPack call;
+  call.dtype = dtype_of(k, op, "k");
+  require(k.dim() == 3, op, ": k must be [B, N, C], got shape ", shape_of(k));
+  require_heads(num_heads, k.size(2), op);
+  require_cache(k, k, op, "k");
+  require_cache(v, k, op, "v");
+  require_pair(k, v, op);
+  call.k = k.const_data_ptr();
+  call.v = v.const_data_ptr();
+  call.k_sample = k.stride(0);
+  call.k_stride = k.stride(1);
+  call.v_sample = v.stride(0);
+  call.v_stride = v.stride(1);
+  call.samples = k.size(0);
+  call.keys = k.size(1);
+  call.num_heads = num_heads;
+  call.head_dim = k.size(2) / num_heads;
+  const int64_t words = beit3_fast::cpu::packed_head_words(call.dtype, call.keys, call.head_dim);
+  const int64_t shape[] = {call.samples, num_heads,
+                           words * 4 / static_cast<int64_t>(k.element_size())};
+  Tensor packed = torch::stable::new_empty(k, {shape, 3});
+  beit3_fast::cpu::pack_keys(torch_pool(), call, static_cast<uint32_t*>(packed.mutable_data_ptr()));
+  return packed;
+}
+
+// Keys that pack_keys packed, as many as `keys`, for each of `samples` samples or more.
+void take_prefix(const Tensor& prefix, const Tensor& q, int64_t keys, int64_t samples,
+                 CachedAttention& call) {
   constexpr const char* op = "cached_attention";
-  require_same_type(t, q, op, name);
-  require(t.dim() == 3 && t.size(2) == q.size(2) && (t.numel() == 0 || t.stride(2) == 1), op, ": ",
-          name, " must be [B, N, ", q.size(2), "] with stride 1 in its last dimension, got shape ",
-          shape_of(t));
+  require_same_type(prefix, q, op, "prefix");
+  require(keys > 0, op, ": prefix_keys must be positive, got ", keys);
+  const int64_t size = static_cast<int64_t>(q.element_size());
+  const int64_t words = beit3_fast::cpu::packed_head_words(call.dtype, keys, call.head_dim);
+  require(prefix.dim() == 3 && prefix.size(0) == samples && prefix.size(1) == call.num_heads &&
+              prefix.size(2) * size == words * 4 && prefix.stride(2) == 1 &&
+              prefix.stride(1) == prefix.size(2),
+          op, ": prefix must be [", samples, ", ", call.num_heads, ", ", words * 4 / size,
+          "] as pack_keys packs ", keys, " keys, got shape ", shape_of(prefix));
+  call.prefix = static_cast<const uint32_t*>(prefix.const_data_ptr());
+  call.prefix_sample = prefix.stride(0) * size / 4;
+  call.prefix_keys = keys;
+  require(reinterpret_cast<uintptr_t>(call.prefix) % 64 == 0 && call.prefix_sample % 16 == 0, op,
+          ": prefix must begin at a cache line");
 }
 
 Tensor cached_attention(Tensor q, Tensor k, Tensor v, Tensor seen, Tensor samples,
-                        int64_t num_heads, double scale) {
+                        int64_t num_heads, double scale, std::optional<Tensor> prefix,
+                        int64_t prefix_keys) {
   constexpr const char* op = "cached_attention";
   CachedAttention call;
   call.dtype = dtype_of(q, op, "q");
@@ -159,10 +212,9 @@ Tensor cached_attention(Tensor q, Tensor k, Tensor v, Tensor seen, Tensor sample
   call.queries = q.size(1);
   const int64_t width = q.size(2);
   require_heads(num_heads, width, op);
-  require_cache(k, q, "k");
-  require_cache(v, q, "v");
-  require(k.size(0) == v.size(0) && k.size(1) == v.size(1), op,
-          ": k and v must have the same shape, got ", shape_of(k), " and ", shape_of(v));
+  require_cache(k, q, op, "k");
+  require_cache(v, q, op, "v");
+  require_pair(k, v, op);
   call.keys = k.size(1);
   require(seen.is_cpu() && seen.scalar_type() == ScalarType::Bool && seen.is_contiguous() &&
               seen.dim() == 3 && seen.size(0) == call.sequences && seen.size(1) == call.queries &&
@@ -178,6 +230,9 @@ Tensor cached_attention(Tensor q, Tensor k, Tensor v, Tensor seen, Tensor sample
             call.samples[s], ", but there are ", k.size(0), " samples");
   }
   require_scale(scale, op);
+  call.num_heads = num_heads;
+  call.head_dim = width / num_heads;
+  if (prefix.has_value()) take_prefix(*prefix, q, prefix_keys, k.size(0), call);
 
   Tensor out = torch::stable::empty_like(q);
   if (q.numel() == 0) return out;
@@ -189,9 +244,10 @@ Tensor cached_attention(Tensor q, Tensor k, Tensor v, Tensor seen, Tensor sample
   call.k_stride = k.stride(1);
   call.v_sample = v.stride(0);
   call.v_stride = v.stride(1);
-  call.seen = static_cast<const unsigned char*>(seen.const_data_ptr());
-  call.num_heads = num_heads;
-  call.head_dim = width / num_heads;
+  // Not null where there are no keys but packed ones: null says that every key is seen.
+  static constexpr unsigned char nothing = 0;
+  call.seen = &nothing;
+  if (call.keys > 0) call.seen = static_cast<const unsigned char*>(seen.const_data_ptr());
   call.scale = static_cast<float>(scale);
   beit3_fast::cpu::cached_attention(torch_pool(), call);
   return out;
@@ -206,10 +262,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(beit3_fast, m) {
       "str mask) -> Tensor");
   m.def(
       "cached_attention(Tensor q, Tensor k, Tensor v, Tensor seen, Tensor samples, int num_heads, "
-      "float scale) -> Tensor");
+      "float scale, Tensor? prefix=None, int prefix_keys=0) -> Tensor");
+  m.def("pack_keys(Tensor k, Tensor v, int num_heads) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(beit3_fast, CPU, m) {
   m.impl("shared_attention", TORCH_BOX(&shared_attention));
   m.impl("cached_attention", TORCH_BOX(&cached_attention));
+  m.impl("pack_keys", TORCH_BOX(&pack_keys));
 }

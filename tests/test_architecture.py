@@ -29,7 +29,7 @@ FLOORS = (
     ("__main__",),
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
-CPU_OPS = ("expert_linear", "patch_embedding", "shared_attention")
+CPU_OPS = ("cached_attention", "expert_linear", "patch_embedding", "shared_attention")
 OPS_HELPERS = {
     "__init__",
     "cpu_kernels",

@@ -9,9 +9,15 @@ import torch
 from torch import Tensor
 
 from beit3_fast.data import Processor
-from beit3_fast.errors import Beit3FastError, ConfigError, InputError, ShapeError
+from beit3_fast.errors import (
+    Beit3FastError,
+    ConfigError,
+    InputError,
+    KernelUnavailable,
+    ShapeError,
+)
 from beit3_fast.model import create_model
-from beit3_fast.ops import cached_attention
+from beit3_fast.ops import PackedKeys, cached_attention, library, pack_keys
 
 NAME = "beit3_tiny_patch16_32_captioning"
 image = torch.zeros(1, 3, 32, 32)
@@ -47,6 +53,8 @@ ATTENTION: list[tuple[dict[str, Any], str]] = [
     ({"seen": seen.long()}, r"seen must be bool \[S, n, N\] = \[2, 3, 5\].*got torch.int64"),
     ({"seen": seen[:, :, :4]}, r"of shape \[2, 3, 4\]"),
     ({"impl": "fast"}, "impl must be 'auto' or one of.*'fast'"),
+    ({"prefix": cache}, "prefix must come from pack_keys, got Tensor"),
+    ({"prefix": PackedKeys(cache, 5)}, r"prefix must hold 5 keys for each of 4 samples, 2 heads"),
 ]
 
 
@@ -55,6 +63,32 @@ ATTENTION: list[tuple[dict[str, Any], str]] = [
 def test_cached_attention(impl: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(Beit3FastError, match=message):
         attention(**({"impl": impl} | changes))
+
+
+KEYS: list[tuple[dict[str, Any], str]] = [
+    ({"k": None}, "k must be a tensor, got NoneType"),
+    ({"k": cache[0]}, r"k must be a floating-point tensor \[S, n, H \* D\].*shape \[5, 8\]"),
+    ({"v": cache[:3]}, r"v must have shape .* got \[3, 5, 8\]"),
+    ({"num_heads": 3}, "num_heads = 3"),
+    ({"k": cache[:, :0], "v": cache[:, :0]}, r"at least one key, got .* \[4, 0, 8\]"),
+    ({"k": cache.double(), "v": cache.double()}, "float32 or bfloat16 CPU tensor.*float64"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), KEYS)
+def test_pack_keys(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
+        pack_keys(**({"k": cache, "v": cache, "num_heads": 2} | changes))
+
+
+def test_packed_keys_are_for_the_compiled_kernels() -> None:
+    if not library.available():
+        pytest.skip(f"the library {library.why_unavailable()}")
+    prefix = pack_keys(cache, cache, num_heads=2)
+    assert attention(prefix=prefix, impl="cpu").shape == q.shape
+    for impl in ("composite", "reference"):
+        with pytest.raises(KernelUnavailable, match="only impl='cpu' reads packed keys"):
+            attention(prefix=prefix, impl=impl)
 
 
 OPTIONS: list[tuple[dict[str, Any], str]] = [

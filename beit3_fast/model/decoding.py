@@ -1,7 +1,7 @@
 """Decoding captions: keys and values of an image are computed once, all its captions are queries against them.
 
-One cache a layer holds, for every image, the image's keys and behind them those of every word that any of its captions
-ever took, in the order of the steps. A caption is the set of words that it sees: choosing beams rearranges a small
+One cache a layer (``caption_cache.py``) holds, for every image, the image's keys and behind them those of every word that
+any of its captions ever took, in the order of the steps. A caption is the set of words that it sees: choosing beams rearranges a small
 bool table and no key. A step brings two rows a caption, the last word and a mask token that stands for the next; the
 mask token's keys are overwritten by the next step.
 """
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from beit3_fast.layout import TokenLayout
 from beit3_fast.model.batch import embed_padded
+from beit3_fast.model.caption_cache import LayerCache, make_cache
 from beit3_fast.model.embedding import text_rows
 from beit3_fast.model.encoder import attend, layer_norm, project
 from beit3_fast.ops import (
     Measured,
-    cached_attention,
     expert_linear,
     measured_shared_attention,
 )
@@ -48,8 +48,7 @@ class CaptionDecoder:
         self.num_vision = grid[0] * grid[1] + 1
         # BOS, max_words - 1 steps' words of every caption, and the last step's mask tokens.
         self.words = 1 + max_words * width
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.caches: list[LayerCache] = []
         step = max(1, _ROWS_AT_ONCE // self.num_vision)
         for start in range(0, len(images), step):
             self._encode(images[start : start + step], start)
@@ -73,9 +72,8 @@ class CaptionDecoder:
             self.samples = tuple(self.samples[index] for index in inputs.tolist())
             return
         self.samples = tuple(range(len(inputs)))
-        for layer in range(len(self.keys)):
-            self.keys[layer] = self.keys[layer][inputs]
-            self.values[layer] = self.values[layer][inputs]
+        for cache in self.caches:
+            cache.keep(inputs)
 
     def _step(self, words: Tensor) -> Tensor:
         batch, width = words.shape
@@ -83,11 +81,8 @@ class CaptionDecoder:
         own = torch.arange(width, device=self.device)
         self.seen[:, own, used + own] = True
         # Rows: the words of all captions, then their mask tokens; each mask token sees what its word sees, and itself.
-        seen = torch.ones(
-            batch, 2 * width, self.num_vision + stop, dtype=torch.bool, device=self.device
-        )
-        seen[:, :, self.num_vision :] = self.seen[:, :, :stop].repeat(1, 2, 1)
-        seen[:, width + own, self.num_vision + used + width + own] = True
+        seen = self.seen[:, :, :stop].repeat(1, 2, 1)
+        seen[:, width + own, used + width + own] = True
         x = Measured(self._embed(words))
         layout = TokenLayout.from_lengths([0] * batch, [2 * width] * batch, self.device)
         if self.pairs:
@@ -95,22 +90,14 @@ class CaptionDecoder:
         last = len(self.encoder.layers) - 1
         for index, layer in enumerate(self.encoder.layers):
             q, k, v = project(layer, x, layout, "qkv", self.impl)
-            self._write(index, list(self.samples), self.num_vision + used, 2 * width, k, v)
+            self.caches[index].write_words(list(self.samples), used, k, v)
             q = q.unflatten(0, (batch, 2 * width))
             if index == last:
                 q, seen = q[:, width:], seen[:, width:]
                 rows = torch.arange(2 * batch * width, device=self.device).view(batch, -1)
                 x = x.select(rows[:, width:].flatten())
                 layout = replace(layout, text_lengths=(width,) * batch)
-            o = cached_attention(
-                q,
-                self.keys[index][:, : self.num_vision + stop],
-                self.values[index][:, : self.num_vision + stop],
-                seen,
-                num_heads=layer.self_attn.num_heads,
-                samples=self.samples,
-                impl=self.impl,
-            )
+            o = self.caches[index].attend(q, seen, self.samples)
             x = attend(layer, o.flatten(0, 1), x.rows, layout, self.impl)
         self.steps, self.used = self.steps + 1, self.used + width
         asking = x.rows
@@ -138,21 +125,18 @@ class CaptionDecoder:
         for index, layer in enumerate(self.encoder.layers):
             if index == len(self.encoder.layers) - 1:
                 k, v = project(layer, x, layout, "kv", self.impl)
-                self._write(index, samples, 0, self.num_vision, k, v)
+                self._cache(index, k).write_image(samples, k, v)
                 return
             q, k, v = project(layer, x, layout, "qkv", self.impl)
-            self._write(index, samples, 0, self.num_vision, k, v)
+            self._cache(index, k).write_image(samples, k, v)
             heads = layer.self_attn.num_heads
             o = measured_shared_attention(q, k, v, layout, num_heads=heads, impl=self.impl)
             x = attend(layer, o, x.rows, layout, self.impl)
 
-    def _write(
-        self, layer: int, samples: slice | list[int], start: int, new: int, k: Tensor, v: Tensor
-    ) -> None:
-        """Put ``new`` keys and values a sample, [S * new, C] each, at the places from ``start`` on."""
-        if layer == len(self.keys):
-            shape = (self.num_samples, self.num_vision + self.words, k.shape[1])
-            self.keys.append(k.new_empty(shape))
-            self.values.append(v.new_empty(shape))
-        for cache, rows in ((self.keys[layer], k), (self.values[layer], v)):
-            cache[samples, start : start + new] = rows.unflatten(0, (-1, new))
+    def _cache(self, layer: int, rows: Tensor) -> LayerCache:
+        """The cache of a layer, which is made when its first keys ``rows`` [R, C] are there."""
+        if layer == len(self.caches):
+            heads = self.encoder.layers[layer].self_attn.num_heads
+            shape = (self.num_samples, self.num_vision, self.words)
+            self.caches.append(make_cache(rows, shape, heads, self.impl))
+        return self.caches[layer]

@@ -3,13 +3,18 @@
 Two of a layer, one in front of the layers (images become rows), one behind them (the loss of a head).
 """
 
+from beit3_fast.ops.cached_attention import (
+    PackedKeys,
+    cached_attention,
+    pack_keys,
+    reads_packed_keys,
+)
 from beit3_fast.ops.expert_linear import expert_linear, measured_expert_linear
 from beit3_fast.ops.masked_linear_cross_entropy import masked_linear_cross_entropy
 from beit3_fast.ops.operands import Measured, Norm, measured
 from beit3_fast.ops.patch_embedding import patch_embedding
 from beit3_fast.ops.shared_attention import (
     MASKS,
-    cached_attention,
     measured_shared_attention,
     shared_attention,
 )
@@ -18,12 +23,15 @@ __all__ = [
     "MASKS",
     "Measured",
     "Norm",
+    "PackedKeys",
     "cached_attention",
     "expert_linear",
     "masked_linear_cross_entropy",
     "measured",
     "measured_expert_linear",
     "measured_shared_attention",
+    "pack_keys",
     "patch_embedding",
+    "reads_packed_keys",
     "shared_attention",
 ]

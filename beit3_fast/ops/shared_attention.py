@@ -9,19 +9,15 @@ Rows are packed (``TokenLayout``): no padding, no mask tensor. Masks are structu
 - "causal": every query sees keys up to itself in the order vision, text.
 
 A bool tensor is accepted as well and takes PyTorch's own attention, one sample at a time.
-
-``cached_attention`` is the same softmax for decoding: a few new rows against keys that are kept from call to call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from beit3_fast.composite.shared_attention import cached_attention as composite_cached
 from beit3_fast.composite.shared_attention import shared_attention as composite_impl
 from beit3_fast.composite.shared_attention import shared_attention_backward, visible_places
 from beit3_fast.errors import ShapeError
@@ -29,7 +25,6 @@ from beit3_fast.layout import TokenLayout
 from beit3_fast.ops import dispatch, library, triton_kernels
 from beit3_fast.ops.operands import Measured
 from beit3_fast.padded_layout import PaddedLayout, padding_is_masked
-from beit3_fast.reference.shared_attention import cached_attention as reference_cached
 from beit3_fast.reference.shared_attention import shared_attention as reference_impl
 
 MASKS = ("bidirectional", "seq2seq", "causal")
@@ -141,50 +136,10 @@ def _run(
     return Measured(reference_impl(q, k, v, layout, queries, num_heads, scale, mask))
 
 
-def cached_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seen: Tensor,
-    *,
-    num_heads: int,
-    samples: Sequence[int] | None = None,
-    scale: float | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    """Attend from the new rows of S sequences to cached keys: beams of a caption are rows of one sequence.
-
-    q [S, n, C]; k and v [B, N, C], views of a longer cache are fine; ``seen`` bool [S, n, N], True where a row may
-    look; sequence s reads cache sample ``samples[s]`` (default: s, with S = B), so that finished sequences leave
-    without their cache being copied. ``scale`` defaults to D ** -0.5. Returns [S, n, C]; a row that sees no key gives
-    zeros. "reference", "composite" and "cpu" compute it. Differentiable in q, k and v but for "cpu". Raises
-    ShapeError for operands that do not fit, ConfigError and KernelUnavailable for ``impl``.
-    """
-    _check_cached(q, k, v, seen, samples, num_heads, scale)
-    if scale is None:
-        scale = (q.shape[2] // num_heads) ** -0.5
-    at = dispatch.situation("cached_attention", [q, k, v], mask_tensor=True)
-    choice = dispatch.choose(at, impl)
-    own = range(len(k)) if samples is None else samples
-    if choice.impl == "cpu":
-        lower = dispatch.autocast_dtype(q) or q.dtype
-        q, k, v = (dispatch.rows_in_memory(t.to(lower)) for t in (q, k, v))
-        chosen = torch.tensor(own, dtype=torch.int64)
-        y: Tensor = _cached_op()(q.contiguous(), k, v, seen.contiguous(), chosen, num_heads, scale)
-        return y
-    run = reference_cached if choice.impl == "reference" else composite_cached
-    return run(q, k, v, seen, own, num_heads, scale)
-
-
 def _op() -> Any:
     """The compiled op, with its shape function and gradient registered."""
     _register()
     return torch.ops.beit3_fast.shared_attention.default
-
-
-def _cached_op() -> Any:
-    _register()
-    return torch.ops.beit3_fast.cached_attention.default
 
 
 @library.once
@@ -192,7 +147,6 @@ def _register() -> None:
     library.load()
 
     @torch.library.register_fake("beit3_fast::shared_attention")
-    @torch.library.register_fake("beit3_fast::cached_attention")
     def _(q: Tensor, *_: Any) -> Tensor:
         return q.new_empty(q.shape)
 
@@ -271,7 +225,7 @@ def _check(
     for name, own in (("layout", layout), ("queries", queries)):
         if not isinstance(own, TokenLayout):
             raise ShapeError(f"{name} must be a TokenLayout, got {type(own).__name__}")
-    _check_numbers(num_heads, scale)
+    check_numbers(num_heads, scale)
     if q.dim() != 2 or num_heads < 1 or q.shape[1] % num_heads:
         raise ShapeError(
             f"q must have shape [Rq, H * D] with H = num_heads = {num_heads}, got {list(q.shape)}"
@@ -310,60 +264,9 @@ def _check(
         )
 
 
-def _check_numbers(num_heads: int, scale: float | None) -> None:
+def check_numbers(num_heads: int, scale: float | None) -> None:
+    """Raises ShapeError for what is no number of heads or no scale."""
     if not isinstance(num_heads, int):
         raise ShapeError(f"num_heads must be an integer, got {num_heads!r}")
     if scale is not None and not (isinstance(scale, (float, int)) and 0 <= scale < float("inf")):
         raise ShapeError(f"scale must be a number, finite and not negative, got {scale!r}")
-
-
-def _check_cached(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seen: Tensor,
-    samples: Sequence[int] | None,
-    num_heads: int,
-    scale: float | None,
-) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("seen", seen)):
-        if not isinstance(tensor, Tensor):
-            raise ShapeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    _check_numbers(num_heads, scale)
-    if (
-        q.dim() != 3
-        or not q.dtype.is_floating_point
-        or num_heads < 1
-        or not q.shape[2]
-        or q.shape[2] % num_heads
-    ):
-        raise ShapeError(
-            f"q must be a floating-point tensor [S, n, H * D] with H = num_heads = {num_heads}, "
-            f"got {q.dtype} of shape {list(q.shape)}"
-        )
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dim() != 3 or tensor.shape != k.shape or tensor.shape[2] != q.shape[2]:
-            raise ShapeError(
-                f"{name} must have shape [B, N, C] with C = {q.shape[2]}, k and v alike, got {list(tensor.shape)}"
-            )
-        if tensor.dtype != q.dtype or tensor.device != q.device:
-            raise ShapeError(
-                f"{name} must have q's dtype and device ({q.dtype}, {q.device}), "
-                f"got {tensor.dtype}, {tensor.device}"
-            )
-    own = range(len(k)) if samples is None else samples
-    if (
-        not isinstance(own, (list, tuple, range))
-        or len(own) != len(q)
-        or not all(isinstance(sample, int) and 0 <= sample < len(k) for sample in own)
-    ):
-        raise ShapeError(
-            f"samples must name a cache sample, 0 to {len(k) - 1}, for each of the {len(q)} sequences, "
-            f"got {samples!r}"
-        )
-    expected = (*q.shape[:2], k.shape[1])
-    if seen.dtype != torch.bool or tuple(seen.shape) != expected or seen.device != q.device:
-        raise ShapeError(
-            f"seen must be bool [S, n, N] = {list(expected)} on {q.device}, "
-            f"got {seen.dtype} of shape {list(seen.shape)} on {seen.device}"
-        )

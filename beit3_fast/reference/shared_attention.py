@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -89,7 +87,7 @@ def shared_attention(
         vision_q, text_q = queries.segments(sample)
         own_q = torch.cat([q[vision_q], q[text_q]]).to(compute).unflatten(1, (num_heads, -1))
         visible = sample_mask(mask, keys, queries, sample)  # [Nq, Nk]
-        o = _attend(own_q, own_k, own_v, visible, scale)
+        o = attend(own_q, own_k, own_v, visible, scale)
         split = queries.vision_lengths[sample]
         vision_parts.append(o[:split])
         text_parts.append(o[split:])
@@ -98,31 +96,7 @@ def shared_attention(
     return torch.cat(vision_parts + text_parts).to(q.dtype)
 
 
-def cached_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seen: Tensor,
-    samples: Sequence[int],
-    num_heads: int,
-    scale: float,
-) -> Tensor:
-    """softmax(scale Q K^T) V, sequence s against cache sample samples[s], keys where ``seen``.
-
-    q [S, n, C], k and v [B, N, C], seen bool [S, n, N] -> [S, n, C]; a query without a visible key gives zeros.
-    Computed in fp32, in fp64 for fp64 operands.
-    """
-    compute = torch.promote_types(q.dtype, torch.float32)
-    out = torch.empty_like(q)
-    for place, sample in enumerate(samples):
-        own_q, own_k, own_v = (
-            t.to(compute).unflatten(1, (num_heads, -1)) for t in (q[place], k[sample], v[sample])
-        )
-        out[place] = _attend(own_q, own_k, own_v, seen[place], scale).to(q.dtype)
-    return out
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
     """One sample: q [Nq, H, D], k and v [Nk, H, D], visible bool [Nq, Nk] -> [Nq, H * D]."""
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     scores = scores.masked_fill(~visible, float("-inf"))

@@ -9,24 +9,30 @@ struct AttentionScratch {
   uint32_t* keys;    // panels of kPanel keys, depth head_dim
   uint32_t* values;  // panels of kPanel columns, depth keys
   uint32_t* q;       // a tile of A
-  uint32_t* p;       // a tile of A, depth keys
-  float* scores;     // [kTileRows, padded keys]
+  uint32_t* p;       // a tile of A, depth places
+  float* scores;     // [kTileRows, places]: packed keys and the others, both padded
   float* out;        // [kTileRows, padded head_dim]
   int64_t used;
 };
+
+// Places of the packed keys in a row of scores: whole panels, which are whole chunks of A.
+inline int64_t places_in_front(const AttentionBlock& block) {
+  return ceil_div(block.packed_count, kPanel) * kPanel;
+}
 
 template <class Arch>
 inline AttentionScratch carve_attention(const AttentionBlock& block, void* base) {
   Carver carver(base);
   const int64_t keys = ceil_div(block.vision_keys + block.text_keys, kPanel) * kPanel;
+  const int64_t places = places_in_front(block) + keys;
   const int64_t columns = ceil_div(block.head_dim, kPanel) * kPanel;
   const int64_t units = chunks_of<Arch>(block.head_dim) * kChunk;
   AttentionScratch s;
   s.keys = carver.take<uint32_t>(keys * units);
   s.values = carver.take<uint32_t>(chunks_of<Arch>(keys) * kChunk * columns);
   s.q = carver.take<uint32_t>(Arch::kTileRows * chunks_of<Arch>(block.head_dim) * Arch::kRowWords);
-  s.p = carver.take<uint32_t>(Arch::kTileRows * chunks_of<Arch>(keys) * Arch::kRowWords);
-  s.scores = carver.take<float>(Arch::kTileRows * keys);
+  s.p = carver.take<uint32_t>(Arch::kTileRows * chunks_of<Arch>(places) * Arch::kRowWords);
+  s.scores = carver.take<float>(Arch::kTileRows * places);
   s.out = carver.take<float>(Arch::kTileRows * columns);
   s.used = carver.used();
   return s;
@@ -80,6 +86,21 @@ inline bool hide(float* scores, const unsigned char* seen, int64_t keys, float s
     scores[key] = seen[key] != 0 ? scores[key] * scale : -__builtin_inff();
   }
   return any != 0;
+}
+
+// Scores of the packed keys, scaled like the others; those of the padding behind them are -inf.
+template <class Arch>
+inline void score_packed(const AttentionBlock& block, typename Arch::State& state, int64_t rows,
+                         const AttentionScratch& s, int64_t stride) {
+  const int64_t panel = chunks_of<Arch>(block.head_dim) * kChunk * kPanel;
+  multiply<Arch>(state, rows, s.q, block.packed_keys, block.packed_count, panel,
+                 ceil_div(block.head_dim, Arch::kPerUnit), s.scores, stride);
+  const int64_t front = places_in_front(block);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* const scores = s.scores + r * stride;
+    for (int64_t key = 0; key < block.packed_count; ++key) scores[key] *= block.scale;
+    for (int64_t key = block.packed_count; key < front; ++key) scores[key] = -__builtin_inff();
+  }
 }
 
 template <class T>
@@ -159,6 +180,7 @@ void attention_block(const AttentionBlock& block, void* scratch) {
 
   const int64_t all_keys = block.vision_keys + block.text_keys;
   const int64_t keys = ceil_div(all_keys, kPanel) * kPanel;
+  const int64_t front = places_in_front(block), places = front + keys;
   const int64_t depth_units = ceil_div(block.head_dim, Arch::kPerUnit);
   const int64_t key_panel_words = chunks_of<Arch>(block.head_dim) * kChunk * kPanel;
   const int64_t value_panel_words = chunks_of<Arch>(keys) * kChunk * kPanel;
@@ -190,21 +212,33 @@ void attention_block(const AttentionBlock& block, void* scratch) {
       foresee_row(static_cast<const T*>(block.q) + query_row(block, query) * block.q_stride,
                   block.head_dim);
     }
-    multiply<Arch>(state, rows, s.q, s.keys, most, key_panel_words, depth_units, s.scores, keys);
+    multiply<Arch>(state, rows, s.q, s.keys, most, key_panel_words, depth_units, s.scores + front,
+                   places);
+    if (front > 0) score_packed<Arch>(block, state, rows, s, places);
     float tops[Arch::kTileRows], sums[Arch::kTileRows];
     for (int64_t r = 0; r < rows; ++r) {
-      if (block.seen != nullptr && !hide(s.scores + r * keys, block.seen + (begin + r) * all_keys,
-                                         visible[r], block.scale)) {
+      float* const scores = s.scores + r * places;
+      if (block.seen != nullptr &&
+          !hide(scores + front, block.seen + (begin + r) * all_keys, visible[r], block.scale)) {
         visible[r] = 0;
       }
-      tops[r] = largest(s.scores + r * keys, visible[r]);
+      visible[r] += front;
+      tops[r] = largest(scores, visible[r]);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      sums[r] = soften<Arch>(s.scores + r * keys, visible[r], most, tops[r], factor,
+      sums[r] = soften<Arch>(s.scores + r * places, visible[r], front + most, tops[r], factor,
                              s.p + r * Arch::kRowWords, chunk_words);
     }
-    multiply<Arch>(state, rows, s.p, s.values, block.head_dim, value_panel_words,
-                   ceil_div(most, Arch::kPerUnit), s.out, columns);
+    if (front > 0) {
+      multiply<Arch>(state, rows, s.p, block.packed_values, block.head_dim,
+                     chunks_of<Arch>(block.packed_count) * kChunk * kPanel,
+                     ceil_div(block.packed_count, Arch::kPerUnit), s.out, columns);
+    }
+    if (most > 0) {
+      multiply<Arch>(state, rows, s.p + chunks_of<Arch>(front) * chunk_words, s.values,
+                     block.head_dim, value_panel_words, ceil_div(most, Arch::kPerUnit), s.out,
+                     columns, front > 0);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       T* const out = static_cast<T*>(block.out) + at[r] * block.out_stride;
       const Vec share = v_set(visible[r] > 0 ? 1.0f / sums[r] : 0.0f);

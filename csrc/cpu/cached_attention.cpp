@@ -2,15 +2,19 @@
 
 #include "elements.h"
 #include "isa.h"
+#include "packed_keys.h"
 
 namespace beit3_fast::cpu {
 
 void cached_attention(const Pool& pool, const CachedAttention& op) {
   const Kernels& level = kernels(op.dtype);
   const int64_t width = op.num_heads * op.head_dim;
+  const int64_t key_words = packed_key_words(op.dtype, op.prefix_keys, op.head_dim);
+  const int64_t head_words = packed_head_words(op.dtype, op.prefix_keys, op.head_dim);
   share(pool, op.sequences * op.num_heads, [&](int64_t task) {
     thread_local Scratch scratch;
-    const int64_t s = task / op.num_heads, column = task % op.num_heads * op.head_dim;
+    const int64_t s = task / op.num_heads, head = task % op.num_heads;
+    const int64_t column = head * op.head_dim;
     const int64_t row = s * op.queries * width + column;
     AttentionBlock block{};
     block.q = elements_on(op.q, row, op.dtype);
@@ -24,6 +28,11 @@ void cached_attention(const Pool& pool, const CachedAttention& op) {
     block.vision_keys = op.keys;
     block.vision_queries = block.end = op.queries;
     block.seen = op.seen + s * op.queries * op.keys;
+    if (op.prefix != nullptr) {
+      block.packed_keys = op.prefix + op.samples[s] * op.prefix_sample + head * head_words;
+      block.packed_values = block.packed_keys + key_words;
+      block.packed_count = op.prefix_keys;
+    }
     block.scale = op.scale;
     level.attention_block(block, scratch.at_least(level.attention_scratch(block)));
   });

@@ -17,7 +17,11 @@ struct CachedAttention {
   int64_t v_sample = 0;
   int64_t v_stride = 0;
   const unsigned char* seen = nullptr;  // [S, n, N]
-  const int64_t* samples = nullptr;     // [S], the cache sample of each sequence
+  // Keys in front of those, seen by every row: [B, H, packed_head_words(...)], samples apart.
+  const uint32_t* prefix = nullptr;
+  int64_t prefix_sample = 0;
+  int64_t prefix_keys = 0;
+  const int64_t* samples = nullptr;  // [S], the cache sample of each sequence
   int64_t sequences = 0;
   int64_t queries = 0;
   int64_t keys = 0;

@@ -74,6 +74,11 @@ struct AttentionBlock {
   const int32_t* positions;  // of each query row of q inside its segment; null: its index there
   // [queries, keys] whether a query sees a key, among those that the mask lets it see; null: all
   const unsigned char* seen;
+  // Keys in front of those, which every query sees, and their values, packed as B; null: none. They
+  // come with `seen`.
+  const uint32_t* packed_keys;
+  const uint32_t* packed_values;
+  int64_t packed_count;
   int64_t begin;
   int64_t end;
   float scale;

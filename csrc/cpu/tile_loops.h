@@ -141,15 +141,16 @@ inline Tile choose_tile(int64_t rows, int64_t vectors) {
   }
 }
 
-// The first `columns` columns of B against one tile of A; c is written in whole vectors.
+// The first `columns` columns of B against one tile of A; c is written in whole vectors. With
+// `more` the products are added to it.
 template <class Arch>
 inline void multiply(typename Arch::State& state, int64_t rows, const uint32_t* a,
                      const uint32_t* b, int64_t columns, int64_t panel_words, int64_t units,
-                     float* c, int64_t c_stride) {
+                     float* c, int64_t c_stride, bool more = false) {
   for (int64_t column = 0; column < columns;) {
     const int64_t vectors = Arch::vectors_at_once(rows, columns - column);
     Arch::product(state, rows, vectors, a, b + column / kPanel * panel_words, panel_words, units,
-                  c + column, c_stride, false);
+                  c + column, c_stride, more);
     column += vectors * 16;
   }
 }

@@ -130,6 +130,27 @@ NATIVE_BUGS = (
         (f"{KERNELS}::test_cached_attention",),
     ),
     Bug(
+        "packed-keys-padding-counts",
+        "csrc/cpu/attention_loops.h",
+        "scores[key] = -__builtin_inff();\n  }\n}",
+        "scores[key] = 0.0f;\n  }\n}",
+        (f"{KERNELS}::test_cached_attention_with_packed_keys",),
+    ),
+    Bug(
+        "packed-keys-of-the-sequence-not-its-sample",
+        "csrc/cpu/cached_attention.cpp",
+        "op.prefix + op.samples[s] * op.prefix_sample",
+        "op.prefix + s * op.prefix_sample",
+        (f"{KERNELS}::test_cached_attention_with_packed_keys",),
+    ),
+    Bug(
+        "packed-values-replace-the-others",
+        "csrc/cpu/attention_loops.h",
+        "columns, front > 0);",
+        "columns, false);",
+        (f"{KERNELS}::test_cached_attention_with_packed_keys",),
+    ),
+    Bug(
         "packed-transposed-pairs-of-one-row",
         "csrc/cpu/block_loops.h",
         "v_pack_rows(row(k), row(k + 1), from, columns, panel);",

@@ -20,8 +20,9 @@ from _compat import (
 from model_cases import FORMS, randomize
 from torch import Tensor
 
-from beit3_fast.model import BEiT3ForCaptioning, captioning, decoding
+from beit3_fast.model import BEiT3ForCaptioning, caption_cache, captioning, decoding
 from beit3_fast.model.decoding import CaptionDecoder
+from beit3_fast.ops import library
 from beit3_fast.parity import assert_parity, model_parity
 from bench.official_captioning import official_captions
 
@@ -195,7 +196,7 @@ def test_where_leaving_means_moving_the_cache(beams: int, monkeypatch: pytest.Mo
         def keep(self, inputs: Tensor) -> None:
             moved.append(len(inputs))
             super().keep(inputs)
-            assert all(len(keys) == len(inputs) for keys in (*self.keys, *self.values))
+            assert {cache.num_samples for cache in self.caches} == {len(inputs)}
 
     monkeypatch.setattr("beit3_fast.generate.decoder._STEPS_BETWEEN_QUESTIONS", 1)
     monkeypatch.setattr(captioning, "CaptionDecoder", Moving)
@@ -205,19 +206,20 @@ def test_where_leaving_means_moving_the_cache(beams: int, monkeypatch: pytest.Mo
     assert moved
 
 
-def test_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("impl", ["cpu", "composite"])
+def test_what_is_computed(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each image is encoded once; a step has two rows a beam, of which one meets the vocabulary; keys stay put."""
-    model = ours(official("base", "never"))
+    if impl == "cpu" and not library.available():
+        pytest.skip(f"the library {library.why_unavailable()}")
+    model = ours(official("base", "never"), impl)
     layers, vocabulary = model.config.num_layers, model.config.vocab_size
     images: list[int] = []
     rows: list[int] = []
     heads: list[int] = []
     caches: set[int] = set()
-    linear, attention, embed = (
-        decoding.expert_linear,
-        decoding.cached_attention,
-        decoding.embed_padded,
-    )
+    packed: list[int] = []
+    linear, embed = decoding.expert_linear, decoding.embed_padded
+    attention, pack = caption_cache.cached_attention, caption_cache.pack_keys
 
     def spy_linear(x: Tensor, weights: list[Tensor], *rest: Any, **options: Any) -> Tensor:
         assert weights[0].shape[0] == vocabulary
@@ -226,20 +228,27 @@ def test_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def spy_attention(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Tensor:
         rows.append(q.shape[0] * q.shape[1])
-        caches.add(k.untyped_storage().data_ptr())
+        image = options.get("prefix")
+        caches.add((k if image is None else image.packed).untyped_storage().data_ptr())
         return attention(q, k, *rest, **options)
+
+    def spy_pack(k: Tensor, *rest: Any, **options: Any) -> Any:
+        packed.append(len(k))
+        return pack(k, *rest, **options)
 
     def spy_embed(model: Any, image: Tensor, *rest: Any) -> Any:
         images.append(len(image))
         return embed(model, image, *rest)
 
     monkeypatch.setattr(decoding, "expert_linear", spy_linear)
-    monkeypatch.setattr(decoding, "cached_attention", spy_attention)
+    monkeypatch.setattr(caption_cache, "cached_attention", spy_attention)
+    monkeypatch.setattr(caption_cache, "pack_keys", spy_pack)
     monkeypatch.setattr(decoding, "embed_padded", spy_embed)
     model.caption(photos(4), num_beams=3, max_length=7, mask_id=MASK)
     assert sum(images) == 4
     assert heads == [4, 12, 12, 12, 12]
     assert len(caches) == layers
+    assert sum(packed) == (4 * layers if impl == "cpu" else 0)
     assert rows == [8, 4] + [24, 12] * 4
 
 

@@ -203,6 +203,7 @@ class Cached:
     ) -> None:
         g = torch.Generator().manual_seed(keys)
         self.samples, self.heads, self.keys = samples, heads, keys
+        self.front = 0
         q = sharpness * randn(len(samples), queries, heads * width, generator=g)
         self.q = q.to(dtype)
         self.cache = randn(2, 3, keys + 5, heads * width + 2, generator=g).to(dtype)
@@ -217,8 +218,18 @@ class Cached:
         return self.q, k, v
 
     def run(self) -> Tensor:
-        own = torch.tensor(self.samples)
-        return OPS.cached_attention(*self.operands, self.seen, own, self.heads, self.scale)
+        own, (q, k, v) = torch.tensor(self.samples), self.operands
+        tail = (self.seen[:, :, self.front :].contiguous(), own, self.heads, self.scale)
+        if not self.front:
+            return OPS.cached_attention(q, k, v, *tail)
+        first, rest = slice(self.front), slice(self.front, None)
+        packed = OPS.pack_keys(k[:, first], v[:, first], self.heads)
+        return OPS.cached_attention(q, k[:, rest], v[:, rest], *tail, packed, self.front)
+
+    def pack(self, count: int) -> None:
+        """The first ``count`` keys come packed, and every row sees them."""
+        self.front = count
+        self.seen[:, :, :count] = True
 
     def formula(self, dtype: torch.dtype) -> Tensor:
         q, k, v = (

@@ -14,7 +14,7 @@ from torch import Tensor
 from beit3_fast.errors import KernelUnavailable
 from beit3_fast.ops import cached_attention
 from beit3_fast.parity import op_parity
-from beit3_fast.reference.shared_attention import cached_attention as formula
+from beit3_fast.reference.cached_attention import cached_attention as formula
 
 HEADS, WIDTH = 3, 48
 

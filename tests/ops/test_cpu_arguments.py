@@ -103,6 +103,8 @@ def test_shared_attention_rejects(name: str) -> None:
         OPS.shared_attention(**{**arguments, **changes})
 
 
+PREFIX = torch.randn(4, 2, 1024)
+MISPLACED = torch.randn(4 * 2 * 1024 + 1)[1:].view(4, 2, 1024)
 BAD_CACHE: dict[str, tuple[dict[str, Any], str]] = {
     "q": ({"q": torch.randn(2, 8)}, r"contiguous \[S, n, C\]"),
     "q strides": ({"q": torch.randn(2, 8, 3).transpose(1, 2)}, r"contiguous \[S, n, C\]"),
@@ -119,6 +121,12 @@ BAD_CACHE: dict[str, tuple[dict[str, Any], str]] = {
     "sample": ({"samples": torch.tensor([0, 4])}, r"samples\[1\] is 4, but there are 4"),
     "negative sample": ({"samples": torch.tensor([-1, 0])}, r"samples\[0\] is -1"),
     "scale": ({"scale": math.nan}, "scale"),
+    "prefix keys": ({"prefix_keys": 0}, "prefix_keys must be positive"),
+    "prefix of other keys": ({"prefix_keys": 40}, "as pack_keys packs 40 keys"),
+    "prefix samples": ({"prefix": PREFIX[:3]}, r"prefix must be \[4, 2, 1024\]"),
+    "prefix dtype": ({"prefix": PREFIX.bfloat16()}, "same dtype"),
+    "prefix heads": ({"prefix": PREFIX[:, :1]}, r"prefix must be \[4, 2, 1024\]"),
+    "prefix place": ({"prefix": MISPLACED}, "begin at a cache line"),
 }
 
 
@@ -132,6 +140,8 @@ def test_cached_attention_rejects(name: str) -> None:
         "samples": torch.tensor([3, 0]),
         "num_heads": 2,
         "scale": 0.5,
+        "prefix": PREFIX,
+        "prefix_keys": 7,
     }
     OPS.cached_attention(**arguments)
     with pytest.raises(RuntimeError, match=message):

@@ -223,6 +223,24 @@ def test_cached_attention(width: int, dtype: str) -> None:
         assert result.passed, result.reason
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [64, 88, 7, 1, 130])
+def test_cached_attention_with_packed_keys(width: int, dtype: str) -> None:
+    """Fewer packed keys than a panel, whole panels, and some more; none, one and many keys behind them."""
+    shapes = [(1, 1, 1), (37, 36, 3), (200, 64, 6), (40, 40, 13), (97, 33, 5)]
+    for keys, front, queries in shapes:
+        for sharpness in (1.0, 4.0):
+            case = Cached(DTYPES[dtype], keys, queries, [2, 0], 2 + 16 // width, width, sharpness)
+            case.pack(front)
+            plain, truth = (case.formula(t) for t in (DTYPES[dtype], torch.float64))
+            result = op_parity(case.run(), plain, truth)
+            assert result.passed, (keys, front, result.reason)
+        case.scale = 0.0
+        plain, truth = (case.formula(t) for t in (DTYPES[dtype], torch.float64))
+        result = op_parity(case.run(), plain, truth)
+        assert result.passed, (keys, front, result.reason)
+
+
 def test_what_is_not_given_of_a_cache_may_be_anything() -> None:
     """Not a number behind the keys that are given, and in samples that are not named, reaches no result."""
     for dtype in DTYPES.values():

@@ -182,9 +182,12 @@ def test_shared_attention(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cached_attention(dtype: torch.dtype) -> None:
     q, (k, v) = draw(2, 3, 16, dtype=dtype), draw(2, 4, 9, 16, dtype=dtype)[:, :, :7]
-    import_module("beit3_fast.ops.shared_attention")._cached_op()
+    import_module("beit3_fast.ops.cached_attention")._ops()
     arguments = (q, k, v, torch.rand(2, 3, 7) < 0.5, torch.tensor([3, 0]), 2, 0.3)
     torch.library.opcheck(OPS.cached_attention.default, arguments)
+    torch.library.opcheck(OPS.pack_keys.default, (k, v, 2))
+    packed = OPS.pack_keys(k, v, 2)
+    torch.library.opcheck(OPS.cached_attention.default, (*arguments, packed, 7))
 
 
 @pytest.mark.parametrize("name", ATTENTION)

@@ -1,0 +1,211 @@
+"""cached_attention: the softmax of shared_attention for decoding, a few new rows against keys that are kept.
+
+    o = softmax(scale q K^T) V      K, V: the keys and values that a row sees of its sequence's cache
+
+Keys that no step changes, an image's, can lie packed in front of the others: the CPU kernels then read them as they are
+stored, where otherwise every call would bring them into that order anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from beit3_fast.composite.cached_attention import cached_attention as composite_impl
+from beit3_fast.errors import KernelUnavailable, ShapeError
+from beit3_fast.ops import dispatch, library
+from beit3_fast.ops.shared_attention import check_numbers
+from beit3_fast.reference.cached_attention import cached_attention as reference_impl
+
+
+class PackedKeys(NamedTuple):
+    """Keys and values of B samples in the order in which the CPU kernels read them."""
+
+    packed: Tensor  # [B, H, L] in the dtype of the keys
+    num_keys: int  # of a sample
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    *,
+    num_heads: int,
+    samples: Sequence[int] | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+    prefix: PackedKeys | None = None,
+) -> Tensor:
+    """Attend from the new rows of S sequences to cached keys: beams of a caption are rows of one sequence.
+
+    q [S, n, C]; k and v [B, N, C], views of a longer cache are fine; ``seen`` bool [S, n, N], True where a row may
+    look; sequence s reads cache sample ``samples[s]`` (default: s, with S = B), so that finished sequences leave
+    without their cache being copied. ``scale`` defaults to D ** -0.5. Returns [S, n, C]; a row that sees no key gives
+    zeros. ``prefix``: keys in front of those, which every row sees, from ``pack_keys``; only "cpu" reads them.
+
+    "reference", "composite" and "cpu" compute it. Differentiable in q, k and v but for "cpu". Raises ShapeError for
+    operands that do not fit, ConfigError and KernelUnavailable for ``impl``.
+    """
+    _check(q, k, v, seen, samples, num_heads, scale)
+    if prefix is not None:
+        _check_prefix(prefix, q, k, num_heads)
+    if scale is None:
+        scale = (q.shape[2] // num_heads) ** -0.5
+    at = dispatch.situation("cached_attention", [q, k, v], mask_tensor=True)
+    choice = dispatch.choose(at, impl)
+    own = range(len(k)) if samples is None else samples
+    if choice.impl == "cpu":
+        lower = dispatch.autocast_dtype(q) or q.dtype
+        q, k, v = (dispatch.rows_in_memory(t.to(lower)) for t in (q, k, v))
+        chosen = torch.tensor(own, dtype=torch.int64)
+        front = (None, 0) if prefix is None else prefix
+        tail = (seen.contiguous(), chosen, num_heads, scale, *front)
+        y: Tensor = _ops().cached_attention(q.contiguous(), k, v, *tail)
+        return y
+    if prefix is not None:
+        raise KernelUnavailable(
+            f"cached_attention: only impl='cpu' reads packed keys, and {choice.impl!r} was taken: 'cpu' "
+            f"{dict(choice.rejected).get('cpu')}. Ask reads_packed_keys before packing."
+        )
+    run = reference_impl if choice.impl == "reference" else composite_impl
+    return run(q, k, v, seen, own, num_heads, scale)
+
+
+def reads_packed_keys(rows: Tensor, impl: str = "auto") -> bool:
+    """Whether ``cached_attention`` with such rows as q, k and v takes the kernels that read ``PackedKeys``."""
+    at = dispatch.situation("cached_attention", [rows], mask_tensor=True)
+    return not at.autocast and dispatch.choose(at, impl).impl == "cpu"
+
+
+def pack_keys(k: Tensor, v: Tensor, *, num_heads: int) -> PackedKeys:
+    """Pack k and v [B, N, C], fp32 or bf16 CPU tensors, C = H * D; needs the compiled library.
+
+    Raises ShapeError for operands that do not fit, KernelUnavailable where the library is missing.
+    """
+    _check_tensors(k=k, v=v)
+    check_numbers(num_heads, None)
+    _check_rows("k", k, num_heads)
+    _check_keys(k, v, k)
+    if k.device.type != "cpu" or k.dtype not in (torch.float32, torch.bfloat16) or not k.shape[1]:
+        raise ShapeError(
+            f"k must be a float32 or bfloat16 CPU tensor with at least one key, "
+            f"got {k.dtype} on {k.device} of shape {list(k.shape)}"
+        )
+    if not library.available():
+        raise KernelUnavailable(
+            f"pack_keys needs the compiled library, which {library.why_unavailable()}"
+        )
+    own = (dispatch.rows_in_memory(t.detach()) for t in (k, v))
+    return PackedKeys(_ops().pack_keys(*own, num_heads), k.shape[1])
+
+
+def _ops() -> Any:
+    """The compiled ops, with their shape functions registered."""
+    _register()
+    return torch.ops.beit3_fast
+
+
+@library.once
+def _register() -> None:
+    library.load()
+
+    @torch.library.register_fake("beit3_fast::cached_attention")
+    def _(q: Tensor, *_: Any) -> Tensor:
+        return q.new_empty(q.shape)
+
+    @torch.library.register_fake("beit3_fast::pack_keys")
+    def _(k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+        return k.new_empty(_packed_shape(k, k.shape[1], num_heads))
+
+
+# Columns of a panel, and bytes of a column in a chunk of its depth (csrc/cpu/kernels.h).
+_PANEL, _CHUNK = 32, 64
+
+
+def _packed_shape(like: Tensor, count: int, num_heads: int) -> tuple[int, int, int]:
+    """[B, H, L] of ``count`` packed keys of samples [B, N, C]."""
+    batch, _, width = like.shape
+    chunk, depth = _CHUNK // like.element_size(), width // num_heads
+    panels = ((count, depth), (depth, count))
+    size = sum(-(-columns // _PANEL) * -(-inner // chunk) for columns, inner in panels)
+    return batch, num_heads, size * chunk * _PANEL
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    samples: Sequence[int] | None,
+    num_heads: int,
+    scale: float | None,
+) -> None:
+    _check_tensors(q=q, k=k, v=v, seen=seen)
+    check_numbers(num_heads, scale)
+    _check_rows("q", q, num_heads)
+    _check_keys(k, v, q)
+    own = range(len(k)) if samples is None else samples
+    if (
+        not isinstance(own, (list, tuple, range))
+        or len(own) != len(q)
+        or not all(isinstance(sample, int) and 0 <= sample < len(k) for sample in own)
+    ):
+        raise ShapeError(
+            f"samples must name a cache sample, 0 to {len(k) - 1}, for each of the {len(q)} sequences, "
+            f"got {samples!r}"
+        )
+    expected = (*q.shape[:2], k.shape[1])
+    if seen.dtype != torch.bool or tuple(seen.shape) != expected or seen.device != q.device:
+        raise ShapeError(
+            f"seen must be bool [S, n, N] = {list(expected)} on {q.device}, "
+            f"got {seen.dtype} of shape {list(seen.shape)} on {seen.device}"
+        )
+
+
+def _check_tensors(**tensors: object) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ShapeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+
+
+def _check_rows(name: str, q: Tensor, num_heads: int) -> None:
+    if (
+        q.dim() != 3
+        or not q.dtype.is_floating_point
+        or num_heads < 1
+        or not q.shape[2]
+        or q.shape[2] % num_heads
+    ):
+        raise ShapeError(
+            f"{name} must be a floating-point tensor [S, n, H * D] with H = num_heads = {num_heads}, "
+            f"got {q.dtype} of shape {list(q.shape)}"
+        )
+
+
+def _check_keys(k: Tensor, v: Tensor, q: Tensor) -> None:
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dim() != 3 or tensor.shape != k.shape or tensor.shape[2] != q.shape[2]:
+            raise ShapeError(
+                f"{name} must have shape [B, N, C] with C = {q.shape[2]}, k and v alike, got {list(tensor.shape)}"
+            )
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ShapeError(
+                f"{name} must have q's dtype and device ({q.dtype}, {q.device}), "
+                f"got {tensor.dtype}, {tensor.device}"
+            )
+
+
+def _check_prefix(prefix: PackedKeys, q: Tensor, k: Tensor, num_heads: int) -> None:
+    if not isinstance(prefix, PackedKeys):
+        raise ShapeError(f"prefix must come from pack_keys, got {type(prefix).__name__}")
+    packed, count = prefix
+    expected = _packed_shape(k, count, num_heads)
+    if packed.dtype != q.dtype or tuple(packed.shape) != expected or packed.device != q.device:
+        raise ShapeError(
+            f"prefix must hold {count} keys for each of {len(k)} samples, {num_heads} heads and q's dtype and device "
+            f"({q.dtype}, {q.device}): {list(expected)}, got {packed.dtype} of shape {list(packed.shape)}"
+        )
