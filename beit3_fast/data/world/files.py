@@ -52,7 +52,7 @@ SPLITS = ("train", "val", "test")
 CLASSES = tuple(f"{NUMBERS[n]} on {g}" for g in GROUNDS for n in range(1, MOST_THINGS + 1))
 
 _MARK = "world.json"
-_FORM = "beit3_fast world 3"
+_FORM = "beit3_fast world 4"
 _PIECES, _TRAINING_SCENES = 200, 400
 # What random numbers are drawn for; a scene is the same whatever is said about it.
 _DRAWN, _SAID, _UNSEEN, _SPOKEN, _COMPARED = range(5)

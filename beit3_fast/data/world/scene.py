@@ -20,7 +20,7 @@ COLOURS = {
     "purple": (142, 60, 176),
     "white": (244, 244, 244),
 }
-SIZES = {"small": 0.5, "large": 0.9}
+SIZES = {"small": 0.62, "large": 0.95}
 GROUNDS = {
     "sand": (208, 180, 128),
     "grass": (112, 148, 84),
