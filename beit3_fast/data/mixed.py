@@ -78,6 +78,8 @@ class MixedData:
         self.seed = seed
         self.processor = processor
         self.visual_tokens = visual_tokens
+        # To ask for a protocol takes as long as to draw a mask.
+        self._codes_of = visual_tokens.of_file if isinstance(visual_tokens, CodesOfFiles) else None
         height, width = processor.image_size
         self.grid = height // patch_size, width // patch_size
         self.rows: dict[str, list[IndexRow]] = {}
@@ -93,7 +95,7 @@ class MixedData:
             raise ConfigError("texts need a processor with a tokenizer, whose <mask> is used")
         if (mix.image or mix.pair) and visual_tokens is None:
             raise ConfigError("images need visual_tokens, such as a PatchCodes")
-        if isinstance(visual_tokens, CodesOfFiles) and self.views.changes:
+        if self._codes_of is not None and self.views.changes:
             raise ConfigError(
                 "codes of files are not those of changed images; leave augment out, or have a tokenizer make the codes"
             )
@@ -146,8 +148,8 @@ class MixedData:
         if row.image is not None:
             luck_of_view = partial(sample_generator, self.seed, _VIEW, *place)
             fields["image"] = self.views(row.image, luck_of_view)
-            if isinstance(self.visual_tokens, CodesOfFiles):
-                fields["codes"] = self.visual_tokens.of_file(row.image)
+            if self._codes_of is not None:
+                fields["codes"] = self._codes_of(row.image)
             fields["hidden_patches"] = mask_patches(
                 self.grid, patches, luck, self.masking.min_block, self.masking.max_aspect
             )
@@ -167,10 +169,9 @@ class MixedData:
         return MaskedSample(**fields)
 
     def _with_codes(self, samples: Sequence[MaskedSample]) -> list[MaskedSample]:
-        if isinstance(self.visual_tokens, CodesOfFiles):
-            return list(samples)
         images = [sample.image for sample in samples if sample.image is not None]
-        if not images or self.visual_tokens is None:
+        if not images or self._codes_of is not None:
             return list(samples)
+        assert callable(self.visual_tokens)
         codes = iter(self.visual_tokens(torch.stack(images)))
         return [s if s.image is None else s._replace(codes=next(codes)) for s in samples]

@@ -99,4 +99,11 @@ FINETUNING_BUGS = (
         "",
         (f"{INITIAL}::test_a_checkpoint_takes_the_place_of_what_was_drawn",),
     ),
+    Bug(
+        "facts-count-colours-as-shapes",
+        "beit3_fast/data/world/language.py",
+        "count = sum(word == (t.shape if by_shape else t.colour) for t in scene.things)",
+        "count = sum(word == t.shape for t in scene.things)",
+        (f"{WORLD}::test_facts_are_true", f"{WORLD}::test_answers_are_true"),
+    ),
 )
