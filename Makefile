@@ -80,7 +80,7 @@ bench-baselines: build .venv/.stamp-bench-full
 DEMO_RUNS := run vqa vqa_scratch retrieval retrieval_scratch
 demo: build
 	@echo "== demo in $(DEMO): the world, then $(DEMO_RUNS), $(JOBS) at a time"
-	@$(BIN)/beit3-fast world $(DEMO)/world --scenes 4000
+	@$(BIN)/beit3-fast world $(DEMO)/world --scenes 4000 --pixels 48
 	@cp examples/pretrain_world.toml examples/finetune_world_*.toml $(DEMO)/
 	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j $(JOBS) $(DEMO_RUNS:%=$(DEMO)/%/report.json)
 	@$(BIN)/beit3-fast report $(DEMO_RUNS:%=$(DEMO)/%) --out $(DEMO)/report.html

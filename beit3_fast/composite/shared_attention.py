@@ -10,6 +10,9 @@ from beit3_fast.layout import TokenLayout
 from beit3_fast.padded_layout import PaddedLayout
 from beit3_fast.reference.shared_attention import sample_mask, visible_keys
 
+# Tokens of a sample up to which, on a CPU, a call for it costs more than padding it.
+_SHORT = 64
+
 
 def shared_attention(
     q: Tensor,
@@ -37,7 +40,9 @@ def shared_attention(
         return o.transpose(1, 2).reshape(batch * tokens, -1)
     if isinstance(keys, PaddedLayout) and isinstance(queries, PaddedLayout):
         return _equally_long(q, k, v, keys, queries, num_heads, scale, mask)
-    if isinstance(mask, str) and (q.device.type != "cpu" or torch.compiler.is_compiling()):
+    rigid = q.device.type != "cpu" or torch.compiler.is_compiling()
+    short = keys.longest <= _SHORT and queries.num_rows > 0
+    if isinstance(mask, str) and (rigid or short):
         return padded_attention(q, k, v, keys, queries, num_heads, scale, mask)
     vision_parts, text_parts = [], []
     samples = zip(
@@ -137,7 +142,9 @@ def padded_attention(
             earlier = ~key_text[:, None, :] | (earlier & query_text[:, :, None])
         visible = visible & earlier
     padded_q, padded_k, padded_v = (
-        t[rows].unflatten(2, (num_heads, q.shape[1] // num_heads)).transpose(1, 2)
+        t.index_select(0, rows.flatten())
+        .view(*rows.shape, num_heads, t.shape[1] // num_heads)
+        .transpose(1, 2)
         for t, rows in ((q, query_rows), (k, key_rows), (v, key_rows))
     )
     o = F.scaled_dot_product_attention(
@@ -146,7 +153,7 @@ def padded_attention(
     o = torch.where(visible.any(dim=2)[:, None, :, None], o, 0.0)  # [B, H, Nq, D]
     slots = query_valid.flatten().nonzero().flatten()
     of_row = torch.empty_like(slots).index_copy(0, query_rows.flatten()[slots], slots)
-    return o.transpose(1, 2).flatten(2).flatten(0, 1)[of_row]
+    return o.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, of_row)
 
 
 def _places(layout: TokenLayout, keys: TokenLayout | None = None) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from beit3_fast.data.augment import Augment
 from beit3_fast.data.codes_of_files import CodesOfFiles
-from beit3_fast.data.images import load_image, preprocess_image
 from beit3_fast.data.index_files import KINDS, IndexRow, read_index
 from beit3_fast.data.masked_batch import MaskedBatch, MaskedSample, masked_batch
 from beit3_fast.data.masking import (
@@ -25,6 +25,7 @@ from beit3_fast.data.masking import (
 )
 from beit3_fast.data.processor import Processor
 from beit3_fast.data.tokenizer import segments
+from beit3_fast.data.views import Views
 from beit3_fast.errors import ConfigError, InputError
 
 _ORDER, _MASK, _VIEW = range(3)
@@ -55,7 +56,8 @@ class MixedData:
     ``sources``: official index files (or lists of them) by kind, "image", "text" and "pair", for each kind in ``mix``;
     ``processor`` has a tokenizer where there are texts; ``visual_tokens``: images [B, 3, H, W] -> codes int64 [B, patches], or a
     ``CodesOfFiles``, which is asked for each file and cannot go with ``augment``;
-    ``patch_size`` is the model's; ``augment`` changes images, none by default. Raises ConfigError and InputError for what does not fit or cannot be read.
+    ``patch_size`` is the model's; ``augment`` changes images, none by default; so many of them as ``keep`` says stay in
+    memory. Raises ConfigError and InputError for what does not fit or cannot be read.
     """
 
     def __init__(
@@ -68,13 +70,16 @@ class MixedData:
         masking: Masking | None = None,
         seed: int = 0,
         augment: Augment | None = None,
+        keep: int = 0,
     ) -> None:
         self.mix = mix
-        self.augment = augment or Augment()
+        self.views = Views(processor, augment, keep)
         self.masking = masking or Masking()
         self.seed = seed
         self.processor = processor
         self.visual_tokens = visual_tokens
+        # To ask for a protocol takes as long as to draw a mask.
+        self._codes_of = visual_tokens.of_file if isinstance(visual_tokens, CodesOfFiles) else None
         height, width = processor.image_size
         self.grid = height // patch_size, width // patch_size
         self.rows: dict[str, list[IndexRow]] = {}
@@ -90,7 +95,7 @@ class MixedData:
             raise ConfigError("texts need a processor with a tokenizer, whose <mask> is used")
         if (mix.image or mix.pair) and visual_tokens is None:
             raise ConfigError("images need visual_tokens, such as a PatchCodes")
-        if isinstance(visual_tokens, CodesOfFiles) and self.augment != Augment():
+        if self._codes_of is not None and self.views.changes:
             raise ConfigError(
                 "codes of files are not those of changed images; leave augment out, or have a tokenizer make the codes"
             )
@@ -118,7 +123,14 @@ class MixedData:
             str(getattr(self.visual_tokens, "identity", "")),
             *(
                 repr(own)
-                for own in (self.mix, self.masking, self.augment, self.seed, self.grid, vocabulary)
+                for own in (
+                    self.mix,
+                    self.masking,
+                    self.views.augment,
+                    self.seed,
+                    self.grid,
+                    vocabulary,
+                )
             ),
             repr((processor.image_size, processor.max_length, processor.preset)),
             *(
@@ -134,16 +146,10 @@ class MixedData:
         patches, words = self.masking.shares(kind, luck)
         fields: dict[str, Tensor] = {}
         if row.image is not None:
-            processor = self.processor
-            image = load_image(
-                row.image,
-                background=processor.preset.background,
-                max_pixels=processor.max_pixels,
-            )
-            view = self.augment(image, sample_generator(self.seed, _VIEW, *place))
-            fields["image"] = preprocess_image(view, processor.image_size, processor.preset)
-            if isinstance(self.visual_tokens, CodesOfFiles):
-                fields["codes"] = self.visual_tokens.of_file(row.image)
+            luck_of_view = partial(sample_generator, self.seed, _VIEW, *place)
+            fields["image"] = self.views(row.image, luck_of_view)
+            if self._codes_of is not None:
+                fields["codes"] = self._codes_of(row.image)
             fields["hidden_patches"] = mask_patches(
                 self.grid, patches, luck, self.masking.min_block, self.masking.max_aspect
             )
@@ -163,10 +169,9 @@ class MixedData:
         return MaskedSample(**fields)
 
     def _with_codes(self, samples: Sequence[MaskedSample]) -> list[MaskedSample]:
-        if isinstance(self.visual_tokens, CodesOfFiles):
-            return list(samples)
         images = [sample.image for sample in samples if sample.image is not None]
-        if not images or self.visual_tokens is None:
+        if not images or self._codes_of is not None:
             return list(samples)
+        assert callable(self.visual_tokens)
         codes = iter(self.visual_tokens(torch.stack(images)))
         return [s if s.image is None else s._replace(codes=next(codes)) for s in samples]

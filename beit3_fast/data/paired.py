@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -11,12 +12,12 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 
 from beit3_fast.data.augment import Augment
-from beit3_fast.data.images import load_image, preprocess_image
 from beit3_fast.data.index_files import images_and_text, read_entries
 from beit3_fast.data.masking import sample_generator, sample_order
 from beit3_fast.data.pair_batch import PairBatch
 from beit3_fast.data.processor import Processor
 from beit3_fast.data.tokenizer import Tokenizer, segments
+from beit3_fast.data.views import Views
 from beit3_fast.errors import ConfigError, InputError
 
 B = TypeVar("B", bound=PairBatch)
@@ -54,7 +55,8 @@ class PairedData(Generic[B]):
     """``data[n]`` is micro-batch n of a run without end: ``collate`` of a PairBatch and its rows' targets.
 
     Every row comes once an epoch, in an order shuffled anew each time. ``processor`` has a tokenizer where texts are
-    sentences; ``augment`` changes images, none by default. Raises ConfigError and InputError for what does not fit.
+    sentences; ``augment`` changes images, none by default; so many of them as ``keep`` says stay in memory. Raises
+    ConfigError and InputError for what does not fit.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class PairedData(Generic[B]):
         collate: Callable[[PairBatch, Sequence[Any]], B],
         seed: int = 0,
         augment: Augment | None = None,
+        keep: int = 0,
     ) -> None:
         if type(batch_size) is not int or batch_size < 1:
             raise ConfigError(f"batch_size must be a positive integer, got {batch_size!r}")
@@ -75,7 +78,7 @@ class PairedData(Generic[B]):
         self.processor = processor
         self.collate = collate
         self.seed = seed
-        self.augment = augment or Augment()
+        self.views = Views(processor, augment, keep)
 
     def __getitem__(self, number: int) -> B:
         rows, views = [], []
@@ -99,7 +102,7 @@ class PairedData(Generic[B]):
             [(row.text, row.target) for row in self.rows],
             self.batch_size,
             self.seed,
-            self.augment,
+            self.views.augment,
             (processor.image_size, processor.max_length, processor.preset),
         )
         return hashlib.sha256(repr(made_of).encode("utf-8", "surrogatepass")).hexdigest()
@@ -108,14 +111,10 @@ class PairedData(Generic[B]):
         processor = self.processor
         images = []
         for number, row in enumerate(rows):
-            image = load_image(
-                row.image,
-                background=processor.preset.background,
-                max_pixels=processor.max_pixels,
-            )
+            luck = None
             if views is not None:
-                image = self.augment(image, sample_generator(self.seed, _VIEW, *views[number]))
-            images.append(preprocess_image(image, processor.image_size, processor.preset))
+                luck = partial(sample_generator, self.seed, _VIEW, *views[number])
+            images.append(self.views(row.image, luck))
         ids = [token_ids(row.text, processor.tokenizer) for row in rows]
         text = segments(ids, processor.max_length)
         batch = PairBatch(torch.stack(images), text["text_tokens"], text["text_padding_mask"])

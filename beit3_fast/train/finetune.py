@@ -20,6 +20,7 @@ from beit3_fast.errors import ConfigError
 from beit3_fast.model import create_model
 from beit3_fast.model.registry import TASKS
 from beit3_fast.train.downstream import DOWNSTREAM, Downstream
+from beit3_fast.train.initial import Initial
 from beit3_fast.train.options import TrainOptions
 from beit3_fast.train.recipe import embeddings_for
 from beit3_fast.train.recipe_file import names_of, read_sections, read_tables
@@ -30,7 +31,8 @@ class TaskSources:
     """``[data]``: official index files of the task, paths counted from the recipe's folder.
 
     ``tokenizer`` is a SentencePiece file, ``max_length`` the most tokens of a text, ``batch_size`` the samples of a
-    micro-batch. ``answers``: the official answer2label.txt, where the model has classes; their number is then the default
+    micro-batch. ``keep_images``: so many decoded images stay in memory, for small data without ``[augment]``.
+    ``answers``: the official answer2label.txt, where the model has classes; their number is then the default
     of ``[model] num_classes``. ``epochs`` and ``warmup_epochs``, counted in samples, take the place of ``[train]`` steps and
     warmup_steps. Raises ConfigError for values that make no sense.
     """
@@ -39,6 +41,7 @@ class TaskSources:
     tokenizer: str | None = None
     max_length: int = 64
     batch_size: int = 32
+    keep_images: int = 0
     answers: str | None = None
     epochs: float | None = None
     warmup_epochs: float = 0.0
@@ -80,6 +83,7 @@ class FineTuning:
     data: TaskSources = field(default_factory=TaskSources)
     held_out: HeldOut | None = None
     augment: Augment = field(default_factory=Augment)
+    initial: Initial = field(default_factory=Initial)
     train: TrainOptions = field(default_factory=TrainOptions)
 
     @property
@@ -106,6 +110,7 @@ class FineTuning:
             options.setdefault("num_classes", len(labels))
         torch.manual_seed(self.train.seed)
         model = create_model(name, **options)
+        self.initial.draw(model)
         if checkpoint is None:
             return model, None
         source = self.folder / checkpoint
@@ -151,7 +156,9 @@ class FineTuning:
     ) -> PairedData[Any]:
         processor = Processor.for_model(model, self._tokenizer(), max_length=self.data.max_length)
         collate = self.task.collate(model)
-        return PairedData(rows, self.data.batch_size, processor, collate, self.train.seed, augment)
+        keep = 0 if augment is None else self.data.keep_images
+        size, seed = self.data.batch_size, self.train.seed
+        return PairedData(rows, size, processor, collate, seed, augment, keep)
 
     def _tokenizer(self) -> Tokenizer | None:
         name = self.data.tokenizer
@@ -162,6 +169,7 @@ SECTIONS: dict[str, Any] = {
     "data": TaskSources,
     "held_out": HeldOut,
     "augment": Augment,
+    "initial": Initial,
     "train": TrainOptions,
 }
 """What a file may have beside ``[model]`` and the ``[loss]`` of its task."""

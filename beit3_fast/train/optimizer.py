@@ -70,16 +70,16 @@ class Optimizer:
         groups = parameter_groups(model, options)
         self.names = [name for group in groups for name in group["names"]]
         self.parameters: list[Tensor] = [p for group in groups for p in group["params"]]
-        fused = self.parameters[0].device.type == "cuda"
+        device = self.parameters[0].device
         self.adamw = torch.optim.AdamW(
             [{k: v for k, v in group.items() if k != "names"} for group in groups],
             lr=options.lr,
             betas=options.betas,
             eps=options.eps,
-            fused=fused or None,
+            fused=device.type in ("cuda", "cpu") or None,
         )
         for parameter in self.parameters:
-            step = torch.zeros((), device=parameter.device if fused else "cpu")
+            step = torch.zeros((), device=device if device.type == "cuda" else "cpu")
             self.adamw.state[parameter] = {
                 "step": step,
                 "exp_avg": torch.zeros_like(parameter),

@@ -18,6 +18,7 @@ from beit3_fast.data.mixed import Mix, MixedData
 from beit3_fast.data.patch_codes import PatchCodes
 from beit3_fast.errors import ConfigError
 from beit3_fast.model import BEiT3ForPretraining, create_model
+from beit3_fast.train.initial import Initial
 from beit3_fast.train.objective import MaskedDataModelling
 from beit3_fast.train.options import TrainOptions
 from beit3_fast.train.recipe_file import names_of, read_sections, read_tables
@@ -31,7 +32,8 @@ _OFFICIAL_IDS = 64002
 class Sources:
     """``[data]`` and ``[held_out]``: official index files by kind, paths counted from the recipe's folder.
 
-    ``tokenizer`` is a SentencePiece file and ``max_length`` the most tokens of a text; ``[held_out]`` needs neither.
+    ``tokenizer`` is a SentencePiece file and ``max_length`` the most tokens of a text; ``[held_out]`` needs neither. ``keep_images``: so
+    many decoded images stay in memory, for small data without ``[augment]``.
     ``batches``: how many of ``[held_out]`` are predicted at the end.
     """
 
@@ -40,6 +42,7 @@ class Sources:
     pair: Sequence[str] = ()
     tokenizer: str | None = None
     max_length: int = 64
+    keep_images: int = 0
     batches: int = 8
 
     def under(self, folder: Path) -> dict[str, list[Path]]:
@@ -73,6 +76,7 @@ class Recipe:
     masking: Masking = field(default_factory=Masking)
     augment: Augment = field(default_factory=Augment)
     loss: MaskedDataModelling = field(default_factory=MaskedDataModelling)
+    initial: Initial = field(default_factory=Initial)
     train: TrainOptions = field(default_factory=TrainOptions)
 
     def make_model(self) -> BEiT3ForPretraining:
@@ -86,6 +90,7 @@ class Recipe:
         model: Any = create_model(name, **options)
         if not isinstance(model, BEiT3ForPretraining):
             raise ConfigError(f"[model] name must end in _pretraining, got {name!r}")
+        self.initial.draw(model)
         if checkpoint is not None:
             load_checkpoint(model, self.folder / checkpoint, allow_missing=("mim_head", "mlm_head"))
         return model
@@ -110,7 +115,17 @@ class Recipe:
     ) -> MixedData:
         processor = self._processor(model)
         patch = model.config.patch_size
-        return MixedData(sources, self.mix, processor, codes, patch, self.masking, seed, augment)
+        return MixedData(
+            sources,
+            self.mix,
+            processor,
+            codes,
+            patch,
+            self.masking,
+            seed,
+            augment,
+            self.data.keep_images if augment else 0,
+        )
 
     def _processor(self, model: Any) -> Processor:
         return Processor.for_model(model, self._tokenizer(), max_length=self.data.max_length)
@@ -154,6 +169,7 @@ SECTIONS: dict[str, Any] = {
     "masking": Masking,
     "augment": Augment,
     "loss": MaskedDataModelling,
+    "initial": Initial,
     "train": TrainOptions,
 }
 

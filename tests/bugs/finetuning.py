@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from bugs.bug import FINETUNE, OPTIMIZER, PAIRED, REPORT, THROUGHPUT, WORLD, Bug
+from bugs.bug import (
+    FINETUNE,
+    INITIAL,
+    OPTIMIZER,
+    PAIRED,
+    REPORT,
+    THROUGHPUT,
+    VIEWS,
+    WORLD,
+    Bug,
+)
 
 FINETUNING_BUGS = (
     Bug(
@@ -21,9 +31,9 @@ FINETUNING_BUGS = (
     ),
     Bug(
         "held-out-images-are-augmented",
-        "beit3_fast/data/paired.py",
-        "if views is not None:",
-        "if True:",
+        "beit3_fast/data/views.py",
+        "if luck is not None and self.changes:",
+        "if self.changes:",
         (f"{PAIRED}::test_views_change_with_the_epoch_but_held_out_images_do_not",),
     ),
     Bug(
@@ -67,5 +77,33 @@ FINETUNING_BUGS = (
         '"train": 2 * HELD_OUT}',
         '"train": HELD_OUT}',
         (f"{WORLD}::test_real_digits_with_captions",),
+    ),
+    Bug(
+        "images-are-kept-without-end",
+        "beit3_fast/data/views.py",
+        "if len(self._kept) < self.keep:",
+        "if self.keep:",
+        (f"{VIEWS}::test_what_is_kept_is_not_read_again",),
+    ),
+    Bug(
+        "positions-of-texts-drawn-like-those-of-images",
+        "beit3_fast/train/initial.py",
+        '"B": self.text_positions}',
+        '"B": self.image_positions}',
+        (f"{INITIAL}::test_each_option_is_the_spread_of_its_weights_and_of_no_others",),
+    ),
+    Bug(
+        "fine-tuning-from-scratch-begins-officially",
+        "beit3_fast/train/finetune.py",
+        "        self.initial.draw(model)\n",
+        "",
+        (f"{INITIAL}::test_a_checkpoint_takes_the_place_of_what_was_drawn",),
+    ),
+    Bug(
+        "facts-count-colours-as-shapes",
+        "beit3_fast/data/world/language.py",
+        "count = sum(word == (t.shape if by_shape else t.colour) for t in scene.things)",
+        "count = sum(word == t.shape for t in scene.things)",
+        (f"{WORLD}::test_facts_are_true", f"{WORLD}::test_answers_are_true"),
     ),
 )

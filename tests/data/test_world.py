@@ -22,6 +22,7 @@ from beit3_fast.data.world import (
     caption,
     digits,
     draw_scene,
+    fact,
     question,
     render,
     statement,
@@ -29,7 +30,7 @@ from beit3_fast.data.world import (
     write_world,
 )
 from beit3_fast.data.world.digits import WORDS
-from beit3_fast.data.world.files import CAPTIONS, CLASSES, QUESTIONS
+from beit3_fast.data.world.files import CAPTIONS, CLASSES, FACTS, QUESTIONS
 from beit3_fast.data.world.language import ANSWERS, NUMBERS, relation
 from beit3_fast.data.world.scene import COLOURS, GROUNDS
 from beit3_fast.errors import ConfigError
@@ -156,6 +157,38 @@ def test_captions_name_every_thing() -> None:
         assert relation(scene, luck)
 
 
+def test_facts_are_true() -> None:
+    kinds = Counter[str]()
+    for scene, luck in scenes(600):
+        text = fact(scene, luck)
+        things = [(t.place, t.size, t.colour, t.shape) for t in scene.things]
+        if match := re.fullmatch(r"a (\w+) (\w+) (\w+) at the (.+)", text):
+            assert (match[4], match[1], match[2], match[3]) in things
+        elif match := re.fullmatch(r"the (.+) has a (\w+) (\w+) (\w+)", text):
+            assert match.groups() in things
+        elif match := re.fullmatch(r"there (is|are) (\w+) (.+)", text):
+            what = re.sub("cross$", "crosses", match[3])
+            count = count_in(scene, f"how many {what} are there?")
+            assert (match[1] == "is", match[2]) == (count == 1, NUMBERS[count])
+        elif match := re.fullmatch(r"the ground is (\w+)", text):
+            assert match[1] == scene.ground
+        elif match := re.fullmatch(r"the (\w+) is (\w+)", text):
+            assert [t.colour for t in scene.things if t.shape == match[1]] == [match[2]]
+        elif match := re.fullmatch(r"the (\w+ \w+) is (.+) the (\w+ \w+)", text):
+            a, b = (
+                next(t for t in scene.things if f"{t.colour} {t.shape}" == m)
+                for m in match.group(1, 3)
+            )
+            above_or_left = (a.row, a.column) < (b.row, b.column)
+            assert above_or_left is (match[2] in ("above", "left of"))
+        else:
+            assert len(scene.things) == 1
+            assert "alone" in text
+        kinds[match.re.pattern if match else "alone"] += 1
+    assert len(kinds) == 7
+    assert min(kinds.values()) > 15
+
+
 def test_the_same_seed_gives_the_same_files(world: Path, tmp_path: Path) -> None:
     again = write_world(tmp_path / "again", SIZE, seed=3)
     other = write_world(tmp_path / "other", SIZE, seed=4)
@@ -191,6 +224,9 @@ def test_the_files_of_the_official_tasks(world: Path) -> None:
             assert 3 not in row["text_segment"], "every sentence has its words"
             assert "on " in tokenizer.decode(row["text_segment"])
         assert rows(world, f"coco_captioning.{split}.jsonl") == pairs
+        facts = rows(world, f"regions.{split}.jsonl")
+        assert Counter(row["image_id"] for row in facts) == dict.fromkeys(range(count), FACTS)
+        assert all(3 not in row["text_segment"] for row in facts)
     train = rows(world, "vqa.train.jsonl") + rows(world, "vqa.trainable_val.jsonl")
     assert len(train) == 12 * QUESTIONS
     assert len({row["qid"] for row in train}) == 12 * QUESTIONS

@@ -74,6 +74,7 @@ def test_a_step_is_adamw_s(world: Any) -> None:
         [{"params": p, "weight_decay": 0.1 if p[0].dim() > 1 else 0.0} for p in decayed],
         betas=options.betas,
         eps=options.eps,
+        fused=True,
     )
     exempt = {plain.beit3.vision_embed.cls_token, plain.beit3.encoder.embed_positions.A.weight}
     for group in reference.param_groups:

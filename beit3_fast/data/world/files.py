@@ -4,6 +4,7 @@
 world.spm                                         SentencePiece model trained on the world's sentences
 images/SPLIT/NUMBER.png                           the scenes; SPLIT is train, val or test
 coco_retrieval, coco_captioning .SPLIT.jsonl      image and caption, ``CAPTIONS`` to an image
+regions.SPLIT.jsonl                               image and one of its facts in a few words, ``FACTS`` to an image
 vqa.{train,trainable_val,rest_val,test}.jsonl     image, question and answer; answer2label.txt
 nlvr2.{train,dev,test-P}.index.jsonl              two images, a statement, and whether it is true
 imagenet.{train,val}.index.jsonl                  image and class (ground and number of things); classes.txt
@@ -31,6 +32,7 @@ from beit3_fast.data.world.language import (
     ANSWERS,
     NUMBERS,
     caption,
+    fact,
     question,
     relation,
     statement,
@@ -47,15 +49,16 @@ from beit3_fast.data.world.scene import (
 from beit3_fast.errors import ConfigError
 
 CAPTIONS = 2
+FACTS = 6
 QUESTIONS = 8
 SPLITS = ("train", "val", "test")
 CLASSES = tuple(f"{NUMBERS[n]} on {g}" for g in GROUNDS for n in range(1, MOST_THINGS + 1))
 
 _MARK = "world.json"
-_FORM = "beit3_fast world 3"
+_FORM = "beit3_fast world 4"
 _PIECES, _TRAINING_SCENES = 200, 400
 # What random numbers are drawn for; a scene is the same whatever is said about it.
-_DRAWN, _SAID, _UNSEEN, _SPOKEN, _COMPARED = range(5)
+_DRAWN, _SAID, _UNSEEN, _SPOKEN, _COMPARED, _TOLD = range(6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +113,7 @@ def _write_split(
         (root / kind / name).mkdir(parents=True, exist_ok=True)
     scenes = [draw_scene(sample_generator(seed, _DRAWN, split, n)) for n in range(count)]
     captions: list[dict[str, Any]] = []
+    facts: list[dict[str, Any]] = []
     questions: list[dict[str, Any]] = []
     labelled: list[dict[str, Any]] = []
     instances = _Instances()
@@ -123,6 +127,10 @@ def _write_split(
         for _ in range(CAPTIONS):
             text = tokenizer.encode(caption(scene, luck))
             captions.append({"image_path": path, "text_segment": text, "image_id": number})
+        told = sample_generator(seed, _TOLD, split, number)
+        for _ in range(FACTS):
+            text = tokenizer.encode(fact(scene, told))
+            facts.append({"image_path": path, "text_segment": text, "image_id": number})
         for _ in range(QUESTIONS):
             asked = question(scene, luck)
             questions.append(
@@ -138,6 +146,7 @@ def _write_split(
         labelled.append({"image_path": path, "label": of_ground + len(scene.things) - 1})
     for task in ("coco_retrieval", "coco_captioning"):
         _lines(root / f"{task}.{name}.jsonl", captions)
+    _lines(root / f"regions.{name}.jsonl", facts)
     if name == "train":
         kept = len(questions) // 10
         _lines(root / "vqa.train.jsonl", questions[kept:])
@@ -249,6 +258,7 @@ def _spoken(seed: int) -> Iterator[str]:
         scene, other = draw_scene(luck), draw_scene(luck)
         asked = question(scene, luck)
         yield from (caption(scene, luck), relation(scene, luck), asked.text, asked.answer)
+        yield fact(scene, luck)
         yield statement(scene, other, luck).text
 
 

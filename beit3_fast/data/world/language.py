@@ -53,6 +53,25 @@ def relation(scene: Scene, generator: np.random.Generator) -> str:
     return f"the {_named(a)} is {_side(a, b)} the {_named(b)}"
 
 
+def fact(scene: Scene, generator: np.random.Generator) -> str:
+    """One thing that is true of a scene, in a few words: what is where, how it looks, how many there are, the ground."""
+    kind = int(generator.integers(5))
+    thing = _any(scene.things, generator)
+    if kind == 0:
+        return relation(scene, generator)
+    if kind == 1:
+        alone = sum(other.shape == thing.shape for other in scene.things) == 1
+        return f"the {thing.shape} is {thing.colour}" if alone else f"the ground is {scene.ground}"
+    if kind == 2:
+        word, what, count = _counted(scene, generator)
+        return (
+            f"there {'is' if count == 1 else 'are'} {NUMBERS[count]} {what if count != 1 else word}"
+        )
+    if generator.random() < 0.5:
+        return f"a {thing.size} {thing.colour} {thing.shape} at the {thing.place}"
+    return f"the {thing.place} has a {thing.size} {thing.colour} {thing.shape}"
+
+
 def question(scene: Scene, generator: np.random.Generator) -> Question:
     """A question at random; yes and no are equally likely where they are the answers."""
     kind = int(generator.integers(5))
@@ -62,10 +81,7 @@ def question(scene: Scene, generator: np.random.Generator) -> Question:
     if kind <= 1:
         return Question(f"what shape is at the {thing.place}?", thing.shape)
     if kind == 2:
-        by_shape = generator.random() < 0.5
-        word = _any(SHAPES if by_shape else tuple(COLOURS), generator)
-        count = sum(word == (t.shape if by_shape else t.colour) for t in scene.things)
-        what = _plural(word) if by_shape else f"{word} shapes"
+        _, what, count = _counted(scene, generator)
         return Question(f"how many {what} are there?", "zero" if count == 0 else NUMBERS[count])
     if kind == 3:
         return Question("what is the ground?", scene.ground)
@@ -93,6 +109,16 @@ def statement(left: Scene, right: Scene, generator: np.random.Generator) -> Stat
         if said.is_true is wanted:
             break
     return said
+
+
+def _counted(scene: Scene, generator: np.random.Generator) -> tuple[str, str, int]:
+    """A shape or a colour as one thing and as many, and how many there are of it."""
+    by_shape = generator.random() < 0.5
+    word = _any(SHAPES if by_shape else tuple(COLOURS), generator)
+    count = sum(word == (t.shape if by_shape else t.colour) for t in scene.things)
+    if by_shape:
+        return word, _plural(word), count
+    return f"{word} shape", f"{word} shapes", count
 
 
 def _more(left: Scene, right: Scene, generator: np.random.Generator) -> Statement:

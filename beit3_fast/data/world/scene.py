@@ -20,7 +20,7 @@ COLOURS = {
     "purple": (142, 60, 176),
     "white": (244, 244, 244),
 }
-SIZES = {"small": 0.5, "large": 0.9}
+SIZES = {"small": 0.62, "large": 0.95}
 GROUNDS = {
     "sand": (208, 180, 128),
     "grass": (112, 148, 84),
@@ -42,6 +42,8 @@ PLACES = (
     "bottom right",
 )
 MOST_THINGS = 4
+# Share of the free room that a thing may be off the middle of its cell.
+_ROOM = 0.3
 # Edges are smooth because everything is drawn this many times as large.
 _OVERSAMPLING = 4
 
@@ -152,7 +154,7 @@ def _ground(scene: Scene, pixels: int) -> np.ndarray:
 def _draw(draw: ImageDraw.ImageDraw, thing: Thing, pixels: int) -> None:
     cell = pixels / GRID
     radius = SIZES[thing.size] * cell / 2
-    room = cell / 2 - radius
+    room = _ROOM * (cell / 2 - radius)
     x = (thing.column + 0.5) * cell + thing.shift[0] * room
     y = (thing.row + 0.5) * cell + thing.shift[1] * room
     box = (x - radius, y - radius, x + radius, y + radius)

@@ -1,0 +1,47 @@
+"""How the weights of a run that begins from nothing are drawn, where the official way does not suit the model's size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from math import inf
+
+import torch
+from torch import nn
+
+from beit3_fast.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Initial:
+    """``[initial]``: standard deviations of the first weights, heads included; None draws them as the official code does.
+
+    ``linear``: of the matrices of linear layers. Officially 0.0108 (0.02, cut at 0.02) at any width, which suits base (768): at
+    width C a branch then adds ``(C / 768) ** 0.5`` times as much to the residual stream. ``C ** -0.5`` keeps the size of rows.
+    ``image_positions`` and ``text_positions``: of the position tables. Officially 1, beside words of ``C ** -0.5`` and patches below 1:
+    large data teach to see past that, a short run does not. Raises ConfigError for what is no positive number.
+    """
+
+    linear: float | None = None
+    image_positions: float | None = None
+    text_positions: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value < inf):
+                raise ConfigError(f"{field.name} must be a positive number, got {value!r}")
+
+    @torch.no_grad()
+    def draw(self, model: nn.Module) -> None:
+        """Draw the weights of a model with ``beit3``, a BEiT3, anew, with PyTorch's random numbers; those of fields that are None stay."""
+        tables = {"A": self.image_positions, "B": self.text_positions}
+        for name, module in model.named_modules():
+            std = None
+            if isinstance(module, nn.Linear):
+                std = self.linear
+            elif isinstance(module, nn.Embedding):
+                before, _, last = name.rpartition(".")
+                std = tables.get(last) if before.endswith("embed_positions") else None
+            if std is not None:
+                nn.init.normal_(module.weight, std=std)
