@@ -1,0 +1,95 @@
+"""The CUDA kernels of the compiled library as the ops call them: inference, in bf16 and fp16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit3_fast.errors import KernelUnavailable
+from beit3_fast.ops import library
+
+HEAD_WIDTHS = (64, 88)
+# What the library's architectures run on: the "a" ones on that very capability.
+_CAPABILITIES = {"90a": (9, 0)}
+# TMA moves and aligns by 16 bytes.
+_ALIGNMENT = 16
+_STEP = 8
+
+
+@cache
+def why_unavailable(device: str) -> str | None:
+    """Why the kernels cannot run on tensors of this device type, or None."""
+    if device != "cuda":
+        return f"takes CUDA tensors, these are on {device}"
+    built = library.cuda_architectures()
+    if not built:
+        return f"needs CUDA kernels in the compiled library, which {library.why_without_cuda()}"
+    if not torch.cuda.is_available():
+        return "takes CUDA tensors, and this torch sees no GPU"
+    if torch.version.hip is not None:
+        return "takes NVIDIA GPUs, this torch was built for AMD's"
+    capability = torch.cuda.get_device_capability()
+    if any(_CAPABILITIES.get(arch) == capability for arch in built):
+        return None
+    found = ".".join(map(str, capability))
+    return (
+        f"was compiled for {', '.join(f'sm_{arch}' for arch in built)}, and this GPU has compute "
+        f"capability {found}"
+    )
+
+
+def obstacle(op: str, device: str, dtype: torch.dtype, needs_grad: bool) -> str | None:
+    """Why the kernels cannot take such a call, or None."""
+    if op not in ("expert_linear", "shared_attention"):
+        return "has no kernel for this op"
+    # Not to be traced; a compiled call that cannot run says so when it runs.
+    reason = None if torch.compiler.is_compiling() else why_unavailable(device)
+    if reason is not None:
+        return reason
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
+    if needs_grad:
+        return "has no gradients; run it under torch.no_grad()"
+    return None
+
+
+def linear_misfit(features: int, out: int) -> str | None:
+    """Why a product of these widths is none for the kernel, or None."""
+    if features % _STEP or out % _STEP or not features or not out:
+        return f"takes features in multiples of {_STEP}, got {features} in and {out} out"
+    return None
+
+
+def attention_misfit(head_width: int) -> str | None:
+    """Why heads of this width are none for the kernel, or None."""
+    if head_width not in HEAD_WIDTHS:
+        return f"takes heads of width {' or '.join(map(str, HEAD_WIDTHS))}, got {head_width}"
+    return None
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor itself if its rows begin at multiples of 16 bytes and their elements lie side by side, or a copy."""
+    size = tensor.element_size()
+    fits = (
+        tensor.stride(-1) == 1
+        and tensor.data_ptr() % _ALIGNMENT == 0
+        and all(stride * size % _ALIGNMENT == 0 for stride in tensor.stride()[:-1])
+    )
+    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _launcher(op: str, device: torch.device) -> tuple[Any, int]:
+    """The library's op that launches a kernel, and torch's stream to launch it on."""
+    reason = why_unavailable(device.type)
+    if reason is not None:
+        raise KernelUnavailable(f"{op}: impl='cuda' was asked for, but it {reason}.")
+    return getattr(torch.ops.beit3_fast, f"launch_{op}"), torch.cuda.current_stream(
+        device
+    ).cuda_stream
+
+
+reset: Callable[[], None] = why_unavailable.cache_clear
