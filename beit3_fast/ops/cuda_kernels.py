@@ -82,14 +82,43 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _launcher(op: str, device: torch.device) -> tuple[Any, int]:
-    """The library's op that launches a kernel, and torch's stream to launch it on."""
-    reason = why_unavailable(device.type)
+@torch.library.custom_op("beit3_fast::cuda_shared_attention", mutates_args=())
+def shared_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_vision: Tensor,
+    cu_text: Tensor,
+    cu_vision_q: Tensor | None,
+    cu_text_q: Tensor | None,
+    positions_q: Tensor | None,
+    longest: int,
+    longest_q: int,
+    num_heads: int,
+    scale: float,
+    mask: str,
+) -> Tensor:
+    """o [Rq, C]; ``longest``: most keys and most queries of a sample."""
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    where = (cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q, longest, longest_q)
+    if o.numel():
+        operands = map(aligned, (q, k, v))
+        _launch("shared_attention", *operands, *where, num_heads, scale, mask, o, None, None)
+    return o
+
+
+@shared_attention.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _launch(kernel: str, first: Tensor, *arguments: Any) -> None:
+    """Calls the library's op that launches a kernel, on torch's current stream of that device."""
+    reason = why_unavailable(first.device.type)
     if reason is not None:
-        raise KernelUnavailable(f"{op}: impl='cuda' was asked for, but it {reason}.")
-    return getattr(torch.ops.beit3_fast, f"launch_{op}"), torch.cuda.current_stream(
-        device
-    ).cuda_stream
+        raise KernelUnavailable(f"{kernel}: impl='cuda' was asked for, but it {reason}.")
+    stream = torch.cuda.current_stream(first.device).cuda_stream
+    getattr(torch.ops.beit3_fast, f"launch_{kernel}")(first, *arguments, stream)
 
 
 reset: Callable[[], None] = why_unavailable.cache_clear
