@@ -10,7 +10,9 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <vector>
 
+#include "cuda/expert_linear.h"
 #include "cuda/row_statistics.h"
 #include "cuda/shared_attention.h"
 #include "operands.h"
@@ -18,6 +20,7 @@
 namespace {
 
 using namespace beit3_fast::operands;
+using beit3_fast::cuda::ExpertLinear;
 using beit3_fast::cuda::RowStatistics;
 using beit3_fast::cuda::SharedAttention;
 
@@ -85,6 +88,76 @@ void row_statistics(Tensor x, std::optional<Tensor> rows, Tensor parts, int64_t 
   call.parts = numbers_of<float>(parts, x, ScalarType::Float, 2 * x.size(0), op, "parts");
   const DeviceGuard guard(x);
   raise(op, beit3_fast::cuda::row_statistics(call, stream_of(stream)));
+}
+
+void expert_linear(Tensor x, Tensor weights, std::optional<Tensor> sums,
+                   std::optional<Tensor> biases, std::optional<Tensor> parts, int64_t part_width,
+                   double eps, std::optional<Tensor> residual, std::optional<Tensor> rows,
+                   std::vector<int64_t> bounds, bool gelu, Tensor y, std::optional<Tensor> y_parts,
+                   int64_t stream) {
+  constexpr const char* op = "launch_expert_linear";
+  require_rows(x, x, op, "x");
+  require_rows(y, x, op, "y");
+  const int64_t count = x.size(0), in = x.size(1), out = y.size(1);
+  const auto experts = static_cast<int64_t>(bounds.size()) - 1;
+  require(experts >= 1 && experts <= ExpertLinear::kMaxExperts, op, ": takes 1 to ",
+          ExpertLinear::kMaxExperts, " experts, got ", experts);
+  require(y.size(0) == count, op, ": y must have the ", count, " rows of x, got shape ",
+          shape_of(y));
+  require(on_device(weights) && weights.scalar_type() == x.scalar_type() && weights.dim() == 3 &&
+              weights.is_contiguous() && weights.size(0) == experts && weights.size(1) == out &&
+              weights.size(2) == in,
+          op, ": weights must be contiguous [", experts, ", ", out, ", ", in,
+          "] of the dtype and device of x, got ", shape_of(weights));
+  const auto floats = [&](const std::optional<Tensor>& t, int64_t size, const char* name) {
+    return t.has_value() ? numbers_of<float>(*t, x, ScalarType::Float, size, op, name) : nullptr;
+  };
+  ExpertLinear call;
+  call.element = element_of<ExpertLinear>(x);
+  call.gelu = gelu;
+  call.x = x.const_data_ptr();
+  call.x_stride = x.stride(0);
+  call.weights = weights.const_data_ptr();
+  call.sums = floats(sums, experts * out, "sums");
+  call.biases = floats(biases, experts * out, "biases");
+  require(sums.has_value() == parts.has_value(), op, ": sums and parts come together");
+  if (parts.has_value()) {
+    require(part_width > 0, op, ": part_width must be positive, got ", part_width);
+    call.num_parts = (in + part_width - 1) / part_width;
+    call.part_width = part_width;
+    call.parts = floats(parts, count * call.num_parts * 2, "parts");
+  }
+  call.eps = static_cast<float>(eps);
+  if (residual.has_value()) {
+    require_rows(*residual, x, op, "residual");
+    require(residual->size(0) == count && residual->size(1) == out, op,
+            ": residual must have the shape of y, got ", shape_of(*residual));
+    call.residual = residual->const_data_ptr();
+    call.residual_stride = residual->stride(0);
+  }
+  for (int64_t e = 0; e <= experts; ++e) {
+    call.bounds[e] = bounds[static_cast<std::size_t>(e)];
+    require(call.bounds[e] >= (e > 0 ? call.bounds[e - 1] : 0), op,
+            ": bounds must be ascending and not negative");
+  }
+  const int64_t last = call.bounds[experts];
+  if (rows.has_value()) {
+    require(last <= rows->numel(), op, ": bounds end at ", last, ", behind the last of rows");
+    call.rows = numbers_of<int64_t>(*rows, x, ScalarType::Long, rows->numel(), op, "rows");
+  } else {
+    require(last <= count, op, ": bounds end at ", last, ", but x has ", count, " rows");
+  }
+  call.y = y.mutable_data_ptr();
+  call.y_stride = y.stride(0);
+  const int64_t y_width = (out + ExpertLinear::kPartWidth - 1) / ExpertLinear::kPartWidth;
+  call.y_parts = floats(y_parts, count * y_width * 2, "y_parts");
+  call.num_rows = count;
+  call.in_features = in;
+  call.out_features = out;
+  call.num_experts = experts;
+  raise(op, beit3_fast::cuda::expert_linear_obstacle(call));
+  const DeviceGuard guard(x);
+  raise(op, beit3_fast::cuda::expert_linear(call, stream_of(stream)));
 }
 
 SharedAttention::Mask mask_of(const std::string& name, const char* op) {
@@ -164,6 +237,10 @@ void shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_
 STABLE_TORCH_LIBRARY_FRAGMENT(BEIT3_FAST_NAMESPACE, m) {
   m.def("launch_row_statistics(Tensor x, Tensor? rows, Tensor(a!) parts, int stream) -> ()");
   m.def(
+      "launch_expert_linear(Tensor x, Tensor weights, Tensor? sums, Tensor? biases, Tensor? parts, "
+      "int part_width, float eps, Tensor? residual, Tensor? rows, int[] bounds, bool gelu, "
+      "Tensor(a!) y, Tensor(b!)? y_parts, int stream) -> ()");
+  m.def(
       "launch_shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_text, "
       "Tensor? cu_vision_q, Tensor? cu_text_q, Tensor? positions_q, int longest, int longest_q, "
       "int num_heads, float scale, str mask, Tensor(a!) o, Tensor(b!)? lse, Tensor(c!)? parts, "
@@ -172,5 +249,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(BEIT3_FAST_NAMESPACE, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(BEIT3_FAST_NAMESPACE, BEIT3_FAST_DEVICE, m) {
   m.impl("launch_row_statistics", TORCH_BOX(&row_statistics));
+  m.impl("launch_expert_linear", TORCH_BOX(&expert_linear));
   m.impl("launch_shared_attention", TORCH_BOX(&shared_attention));
 }

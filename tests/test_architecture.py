@@ -38,6 +38,7 @@ OPS_HELPERS = {
     "folding",
     "kernel_cases",
     "kernel_check",
+    "kernel_process",
     "library",
     "operands",
     "packed_weight",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from beit3_fast.errors import KernelUnavailable
+from beit3_fast.kernels._folded_weights import FoldedWeights
 from beit3_fast.ops import library
+from beit3_fast.ops.folding import folded_weights
 
 HEAD_WIDTHS = (64, 88)
+MAX_EXPERTS = 3  # of a launch, as in csrc/cuda/expert_linear.h
 # What the library's architectures run on: the "a" ones on that very capability.
 _CAPABILITIES = {"90a": (9, 0)}
 # TMA moves and aligns by 16 bytes.
@@ -46,8 +49,7 @@ def obstacle(op: str, device: str, dtype: torch.dtype, needs_grad: bool) -> str 
     """Why the kernels cannot take such a call, or None."""
     if op not in ("expert_linear", "shared_attention"):
         return "has no kernel for this op"
-    # Not to be traced; a compiled call that cannot run says so when it runs.
-    reason = None if torch.compiler.is_compiling() else why_unavailable(device)
+    reason = why_unavailable(device)
     if reason is not None:
         return reason
     if dtype not in (torch.float16, torch.bfloat16):
@@ -80,6 +82,54 @@ def aligned(tensor: Tensor) -> Tensor:
         and all(stride * size % _ALIGNMENT == 0 for stride in tensor.stride()[:-1])
     )
     return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("beit3_fast::cuda_expert_linear", mutates_args=())
+def expert_linear(
+    x: Tensor,
+    weights: list[Tensor],
+    parts: list[Tensor],
+    biases: list[Tensor],
+    norm_weights: list[Tensor],
+    norm_biases: list[Tensor],
+    residual: Tensor | None,
+    rows: Tensor | None,
+    bounds: list[int],
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """As ``beit3_fast.reference.expert_linear``; where there are ``parts``, equally many for each weight and stacked
+    along O, the weights give only their shape."""
+    folded = folded_weights(weights, parts, biases, norm_weights, norm_biases)
+    # Rows that ``rows`` does not name are zero.
+    allocate = x.new_empty if rows is None else x.new_zeros
+    y = allocate(x.shape[0], folded.weights.shape[1])
+    if not bounds[-1]:
+        return y
+    x = aligned(x)
+    residual = None if residual is None else aligned(residual)
+    moments = None
+    if folded.sums is not None:
+        moments = torch.empty(x.shape[0], 2, dtype=torch.float32, device=x.device)
+        _launch("row_statistics", x, rows, moments)
+    for e, own in expert_groups(bounds):
+        few = FoldedWeights(*(None if t is None else t[e : e + len(own) - 1] for t in folded))
+        tail = (moments, x.shape[1], eps, residual, rows, own, activation == "gelu", y, None)
+        _launch("expert_linear", x, *few, *tail)
+    return y
+
+
+@expert_linear.register_fake
+def _(x: Tensor, weights: list[Tensor], *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weights[0].shape[0])
+
+
+def expert_groups(bounds: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """The experts of each launch: the first of them, and where each begins and the last ends."""
+    for e in range(0, len(bounds) - 1, MAX_EXPERTS):
+        own = [*bounds[e : e + MAX_EXPERTS + 1]]
+        if own[0] < own[-1]:
+            yield e, own
 
 
 @torch.library.custom_op("beit3_fast::cuda_shared_attention", mutates_args=())
