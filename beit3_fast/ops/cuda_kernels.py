@@ -16,8 +16,8 @@ from beit3_fast.ops.folding import folded_weights
 
 HEAD_WIDTHS = (64, 88)
 MAX_EXPERTS = 3  # of a launch, as in csrc/cuda/expert_linear.h
-# What the library's architectures run on: the "a" ones on that very capability.
-_CAPABILITIES = {"90a": (9, 0)}
+# What the fast kernels are written for. Others have the portable ones.
+_HOPPER = (9, 0)
 # TMA moves and aligns by 16 bytes.
 _ALIGNMENT = 16
 _STEP = 8
@@ -35,14 +35,32 @@ def why_unavailable(device: str) -> str | None:
         return "takes CUDA tensors, and this torch sees no GPU"
     if torch.version.hip is not None:
         return "takes NVIDIA GPUs, this torch was built for AMD's"
-    capability = torch.cuda.get_device_capability()
-    if any(_CAPABILITIES.get(arch) == capability for arch in built):
+    major, minor = torch.cuda.get_device_capability()
+    if any(runs_on(arch, major, minor) for arch in built):
         return None
-    found = ".".join(map(str, capability))
     return (
-        f"was compiled for {', '.join(f'sm_{arch}' for arch in built)}, and this GPU has compute "
-        f"capability {found}"
+        f"was compiled for {', '.join(f'sm_{arch}' for arch in built)}, and this GPU has compute capability "
+        f"{major}.{minor} (build again with BEIT3_FAST_CUDA_ARCHS={major}{minor})"
     )
+
+
+def runs_on(arch: str, major: int, minor: int) -> bool:
+    """Whether code for an architecture such as "80", "90a" or "100f" runs on a GPU of this compute capability."""
+    own_major, own_minor = divmod(int(arch.rstrip("af")), 10)
+    if arch.endswith("a"):
+        return (own_major, own_minor) == (major, minor)
+    return own_major == major and own_minor <= minor
+
+
+def slower(device: str) -> str | None:
+    """Why "auto" expects the Triton kernels to be faster where there are some, or None."""
+    if device == "cuda" and torch.cuda.get_device_capability() != _HOPPER:
+        return (
+            "has only its portable kernels for this GPU; the fast ones need compute capability 9.0"
+        )
+    if device == "cuda" and "90a" not in library.cuda_architectures():
+        return "was compiled without its fast kernels, those of sm_90a"
+    return None
 
 
 def obstacle(op: str, device: str, dtype: torch.dtype, needs_grad: bool) -> str | None:

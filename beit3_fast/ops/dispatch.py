@@ -148,6 +148,11 @@ def _cuda_obstacle(at: Situation) -> str | None:
     return cuda_kernels.obstacle(at.op, at.device, at.dtype, at.needs_grad) or at.misfit
 
 
+def _cuda_slower(at: Situation) -> str | None:
+    """Why "auto" expects the Triton kernels to be faster, or None."""
+    return cuda_kernels.slower(at.device) if _triton_obstacle(at) is None else None
+
+
 def _triton_obstacle(at: Situation) -> str | None:
     """Why the Triton kernels cannot take this call, or None."""
     if at.mask_tensor:
@@ -186,7 +191,7 @@ def _choose(at: Situation, requested: str, doubts: tuple[str | None, str | None]
         return Choice(requested, passed_over)
     against = {
         "cpu": _cpu_obstacle(at) or _cpu_slower(at),
-        "cuda": _cuda_obstacle(at) or doubts[0],
+        "cuda": _cuda_obstacle(at) or _cuda_slower(at) or doubts[0],
         "triton": _triton_obstacle(at) or (doubts[1] if at.device == "cuda" else _INTERPRETED),
         "composite": None,
     }
@@ -218,7 +223,7 @@ def _chosen(requested: str, *fields: Any) -> Choice:
         requested = os.environ.get("BEIT3_FAST_IMPL") or "auto"
     of_cuda = of_triton = None
     if requested == "auto" and at.device == "cuda":
-        takes_cuda = _cuda_obstacle(at) is None
+        takes_cuda = _cuda_obstacle(at) is None and _cuda_slower(at) is None
         if takes_cuda:
             of_cuda = kernel_check.doubt(at.op, at.dtype, at.needs_grad, "cuda")
         # What is not the first choice is not checked.
