@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -95,11 +95,13 @@ class AttentionOperands(NamedTuple):
     mask: str | Tensor
 
 
-def attention_operands(case: AttentionCase) -> AttentionOperands:
-    """Rounded operands; the same ones for the same case."""
+def attention_operands(
+    case: AttentionCase, layouts: Mapping[str, tuple[Sequence[int], Sequence[int]]] = LAYOUTS
+) -> AttentionOperands:
+    """Rounded operands; the same ones for the same case, which names one of the layouts."""
     dtype = DTYPES[case.dtype]
     generator = torch.Generator().manual_seed(sum(map(ord, case.name)))
-    layout = TokenLayout.from_lengths(*LAYOUTS[case.tokens])
+    layout = TokenLayout.from_lengths(*layouts[case.tokens])
     heads, head_dim = case.heads
     width, count = heads * head_dim, layout.num_rows
     kind = "normal" if case.inputs in PEAKS else case.inputs
