@@ -1,4 +1,4 @@
-"""What is done around the CUDA kernels: folding, row numbers, copies, groups of experts, and what the binding refuses."""
+"""The CUDA kernels behind impl="cuda", and what is done around them; without a GPU the binding in front of plain loops."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_cases import DEVICE, attention_on_device, linear_on_device, on_device  # noqa: F401
 from attention_cases import (
     LAYOUTS,
     MASKS,
@@ -15,9 +16,8 @@ from attention_cases import (
     plain_attention,
     run_attention,
 )
-from linear_cases import LinearCase, linear_cases, linear_operands, plain_linear, run_linear
+from linear_cases import SHAPES, LinearCase, linear_cases, linear_operands, plain_linear, run_linear
 from op_cases import DTYPES, assert_near
-from plain_cuda import on_cpu  # noqa: F401
 from torch import Tensor
 
 from beit3_fast.errors import KernelUnavailable
@@ -25,13 +25,19 @@ from beit3_fast.layout import TokenLayout
 from beit3_fast.ops import Norm, cuda_kernels, expert_linear, kernel_cases, shared_attention
 from beit3_fast.parity import op_parity, worst_of
 
-pytestmark = pytest.mark.usefixtures("on_cpu")
+pytestmark = pytest.mark.usefixtures("on_device")
 TARGETS = (("cuda", "bf16"), ("cuda", "fp16"))
-# Those that are multiples of 8, and small: the plain loops are slow.
-SHAPES = ("no rows", "first expert empty", "middle expert empty", "three experts")
-LINEAR = [case for case in linear_cases(2, TARGETS) if case.shape in SHAPES]
+FITTING = {name for name, (_, inner, out) in SHAPES.items() if inner % 8 == 0 and out % 8 == 0}
+# The plain loops are slow.
+SMALL = {"no rows", "first expert empty", "middle expert empty", "three experts"}
+LINEAR = [
+    case
+    for case in linear_cases(2 if DEVICE == "cpu" else 6, TARGETS)
+    if case.shape in (FITTING & SMALL if DEVICE == "cpu" else FITTING)
+]
 HEADS = ((1, 64), (2, 88))
-TOKENS = ("one of each", "no samples", "an empty sample", "pairs", "mixed", "texts")
+QUICK = ("one of each", "no samples", "an empty sample", "pairs", "mixed", "texts")
+TOKENS = QUICK if DEVICE == "cpu" else tuple(LAYOUTS)
 ATTENTION = [
     AttentionCase(*TARGETS[i % 2], tokens, HEADS[i // 2 % 2], MASKS[i % 3], chosen, *rest, False)
     for i, (tokens, chosen, rest) in enumerate(
@@ -48,7 +54,8 @@ def test_expert_linear(case: LinearCase) -> None:
     operands = linear_operands(case)
     truth = run_linear(operands.map(Tensor.double), case, "reference")
     plain = plain_linear(operands, case.gelu)
-    assert_near(op_parity(run_linear(operands, case, "cuda"), plain, truth), case)
+    ours = run_linear(linear_on_device(operands), case, "cuda")
+    assert_near(op_parity(ours.cpu(), plain, truth), case)
 
 
 @pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
@@ -59,18 +66,19 @@ def test_shared_attention(case: AttentionCase) -> None:
     q, k, v = (t.double() for t in operands[:3])
     truth = run_attention(operands._replace(q=q, k=k, v=v), case, "reference")
     plain = plain_attention(operands, case.heads[0], truth)
-    assert_near(op_parity(run_attention(operands, case, "cuda"), plain, truth), case)
+    ours = run_attention(attention_on_device(operands), case, "cuda")
+    assert_near(op_parity(ours.cpu(), plain, truth), case)
 
 
 @pytest.mark.parametrize("kernel", kernel_cases.CUDA_CASES)
 @pytest.mark.full
 def test_the_checks_on_a_users_machine_pass(kernel: str) -> None:
-    parity = worst_of(kernel_cases.CUDA_CASES[kernel](torch.bfloat16, "cpu"))
+    parity = worst_of(kernel_cases.CUDA_CASES[kernel](torch.bfloat16, DEVICE))
     assert parity.passed, parity.reason
 
 
 def draw(*shape: int, dtype: str = "bf16") -> Tensor:
-    return torch.randn(*shape).to(DTYPES[dtype])
+    return torch.randn(*shape).to(DTYPES[dtype]).to(DEVICE)
 
 
 def test_more_experts_than_one_launch_takes() -> None:
@@ -91,7 +99,7 @@ def test_groups_of_experts_leave_none_out() -> None:
 
 def test_rows_that_are_not_named_are_zero() -> None:
     x, weight, residual = draw(6, 8), draw(16, 8), draw(6, 16)
-    rows = torch.tensor([4, 1])
+    rows = torch.tensor([4, 1], device=DEVICE)
     y = expert_linear(x, [weight], bounds=(0, 2), residual=residual, rows=rows, impl="cuda")
     assert y[[0, 2, 3, 5]].abs().max() == 0
     torch.testing.assert_close(y[rows], x[rows] @ weight.T + residual[rows], rtol=2e-2, atol=2e-2)
@@ -126,7 +134,7 @@ def test_only_rows_that_are_not_aligned_are_copied(place: Any, is_copy: bool) ->
 
 
 def test_one_graph_and_the_same_numbers_under_torch_compile() -> None:
-    layout = TokenLayout.from_lengths((5, 3), (2, 4))
+    layout = TokenLayout.from_lengths((5, 3), (2, 4), DEVICE)
     bounds = layout.expert_bounds("AB")
     weights = [draw(384, 16) / 4 for _ in range(2)]
     norm = Norm([draw(16) for _ in range(2)], [draw(16) for _ in range(2)])
@@ -190,10 +198,10 @@ def product(**changes: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_the_binding_refuses(changes: dict[str, Any], words: str, on_cpu: Any) -> None:  # noqa: F811
-    on_cpu.launch_expert_linear(**product())
+def test_the_binding_refuses(changes: dict[str, Any], words: str, on_device: Any) -> None:  # noqa: F811
+    on_device.launch_expert_linear(**product())
     with pytest.raises(RuntimeError, match=words):
-        on_cpu.launch_expert_linear(**product(**changes))
+        on_device.launch_expert_linear(**product(**changes))
 
 
 def attention(**changes: Any) -> dict[str, Any]:
@@ -237,11 +245,11 @@ def attention(**changes: Any) -> dict[str, Any]:
 def test_the_binding_of_attention_refuses(
     changes: dict[str, Any],
     words: str,
-    on_cpu: Any,  # noqa: F811
+    on_device: Any,  # noqa: F811
 ) -> None:
-    on_cpu.launch_shared_attention(**attention())
+    on_device.launch_shared_attention(**attention())
     with pytest.raises(RuntimeError, match=words):
-        on_cpu.launch_shared_attention(**attention(**changes))
+        on_device.launch_shared_attention(**attention(**changes))
 
 
 @pytest.mark.parametrize(
@@ -252,7 +260,7 @@ def test_the_binding_of_attention_refuses(
         (
             lambda: shared_attention(
                 *(draw(3, 96) for _ in range(3)),
-                TokenLayout.from_lengths((3,), (0,)),
+                TokenLayout.from_lengths((3,), (0,), DEVICE),
                 num_heads=3,
                 impl="cuda",
             ),

@@ -1,4 +1,8 @@
-"""The binding of the CUDA kernels on the CPU: csrc/cuda_ops.cpp itself, in front of plain loops instead of kernels."""
+"""What every test of the CUDA kernels needs: the kernels themselves where a GPU runs them, else the binding alone.
+
+On a CPU csrc/cuda_ops.cpp is compiled in front of plain loops (plain_launchers.cpp) instead of the kernels, whose own
+sources tests/cuda/ runs.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from torch import Tensor
 
 from beit3_fast.ops import cuda_kernels, dispatch
 
+DEVICE = "cuda" if cuda_kernels.why_unavailable("cuda") is None else "cpu"
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (ROOT / "csrc" / "cuda_ops.cpp", Path(__file__).with_name("plain_launchers.cpp"))
 HEADERS = (ROOT / "csrc" / "operands.h", *sorted((ROOT / "csrc" / "cuda").glob("*.h")))
@@ -47,19 +52,24 @@ def library() -> Path:
 
 @cache
 def ops() -> Any:
-    """The launching ops of the binding."""
+    """The launching ops of the binding on DEVICE."""
+    if DEVICE == "cuda":
+        return torch.ops.beit3_fast
     torch.ops.load_library(str(library()))
     return torch.ops.beit3_fast_emulated
 
 
 @pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """CPU tensors are taken by impl="cuda"; returns the launching ops."""
+def on_device(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Tensors on DEVICE are taken by impl="cuda"; returns the launching ops."""
 
     def launch(kernel: str, first: Tensor, *arguments: Any) -> None:
         getattr(own, f"launch_{kernel}")(first, *arguments, 0)
 
     own = ops()
+    if DEVICE == "cuda":
+        yield own
+        return
     monkeypatch.setattr(cuda_kernels, "_launch", launch)
     monkeypatch.setattr(cuda_kernels, "why_unavailable", lambda device: None)
     dispatch.reset()
