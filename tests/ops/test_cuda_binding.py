@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import DEVICE, attention_on_device, linear_on_device, on_device  # noqa: F401
 from attention_cases import (
     LAYOUTS,
     MASKS,
@@ -16,6 +15,7 @@ from attention_cases import (
     plain_attention,
     run_attention,
 )
+from cuda_cases import DEVICE, on_device  # noqa: F401
 from linear_cases import SHAPES, LinearCase, linear_cases, linear_operands, plain_linear, run_linear
 from op_cases import DTYPES, assert_near
 from torch import Tensor
@@ -54,7 +54,7 @@ def test_expert_linear(case: LinearCase) -> None:
     operands = linear_operands(case)
     truth = run_linear(operands.map(Tensor.double), case, "reference")
     plain = plain_linear(operands, case.gelu)
-    ours = run_linear(linear_on_device(operands), case, "cuda")
+    ours = run_linear(operands.on(DEVICE), case, "cuda")
     assert_near(op_parity(ours.cpu(), plain, truth), case)
 
 
@@ -66,7 +66,7 @@ def test_shared_attention(case: AttentionCase) -> None:
     q, k, v = (t.double() for t in operands[:3])
     truth = run_attention(operands._replace(q=q, k=k, v=v), case, "reference")
     plain = plain_attention(operands, case.heads[0], truth)
-    ours = run_attention(attention_on_device(operands), case, "cuda")
+    ours = run_attention(operands.on(DEVICE), case, "cuda")
     assert_near(op_parity(ours.cpu(), plain, truth), case)
 
 

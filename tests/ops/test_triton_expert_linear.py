@@ -18,7 +18,7 @@ from linear_cases import (
 )
 from op_cases import DTYPES, assert_near
 from torch import Tensor
-from triton_cases import DEVICE, TARGETS, linear_on_device, moments, one_target_each
+from triton_cases import DEVICE, TARGETS, moments, one_target_each
 
 from beit3_fast.kernels import expert_linear as kernels
 from beit3_fast.ops import Norm, expert_linear
@@ -37,7 +37,7 @@ def check_forward(case: LinearCase) -> None:
     operands = linear_operands(case)
     truth = run_linear(operands.map(Tensor.double), case, "reference")
     plain = plain_linear(operands, case.gelu)
-    ours = run_linear(linear_on_device(operands), case, "triton").cpu()
+    ours = run_linear(operands.on(DEVICE), case, "triton").cpu()
     assert_near(op_parity(ours, plain, truth), case)
 
 
