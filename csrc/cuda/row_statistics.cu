@@ -10,7 +10,7 @@
 #include <algorithm>
 
 namespace beit3_fast::cuda {
-namespace statistics {
+inline namespace statistics {
 
 constexpr int kWarp = 32, kWarps = 4;
 
@@ -45,8 +45,6 @@ __global__ void __launch_bounds__(kWarp* kWarps) moments(RowStatistics op) {
 }
 
 }  // namespace statistics
-
-using namespace statistics;
 
 const char* row_statistics(const RowStatistics& op, CUstream_st* stream) {
   if (op.num_rows == 0) return nullptr;

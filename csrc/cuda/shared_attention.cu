@@ -9,7 +9,7 @@
 #include "shared_attention_launch.h"
 
 namespace beit3_fast::cuda {
-namespace {
+inline namespace attention_launcher {
 
 // Copies move 16 bytes at a time.
 bool fits(const void* data, int64_t stride, int64_t width) {
@@ -24,7 +24,7 @@ const char* launch_portable(const SharedAttention& op, CUstream_st* stream) {
   });
 }
 
-}  // namespace
+}  // namespace attention_launcher
 
 const char* shared_attention_obstacle(const SharedAttention& op) {
   const int64_t width = op.num_heads * op.head_dim;

@@ -36,6 +36,12 @@ def findings() -> list[dict[str, Any]]:
         pytest.skip(str(error))
 
 
+def test_the_sources_compile_where_nvcc_does() -> None:
+    """A build without CUDA kernels goes on; the gate does not."""
+    if library.available() and not library.cuda_architectures():
+        assert "failed" not in library.why_without_cuda()
+
+
 def test_the_code_of_every_kernel() -> None:
     broken = [
         f"{own['kernel']} for {own['architecture']}: {own['broken']}"
