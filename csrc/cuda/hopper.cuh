@@ -8,9 +8,14 @@
 
 #include <cuda.h>
 
+#include "tensor_map.h"
+
 namespace beit3_fast::cuda {
 
 using TensorMap = CUtensorMap;
+
+// For a kernel's __grid_constant__. Returns why it could not be made, or null.
+const char* make_tensor_map(TensorMap& map, const TiledTensor& tensor);
 
 // Registers of each thread of a warp group: fewer, or more once others have given them up.
 template <int kRegisters>

@@ -105,6 +105,20 @@ __device__ __forceinline__ void store_16_bytes(void* to, const uint32_t (&words)
   *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+// Global memory, at a multiple of 8 bytes.
+__device__ __forceinline__ void load_two(float& first, float& second, const float* from) {
+  const float2 two = *reinterpret_cast<const float2*>(from);
+  first = two.x;
+  second = two.y;
+}
+
+// The same number, of which the compiler knows nothing: it computes nothing of it ahead of time,
+// which would have to be kept in registers.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // The thread block's dynamic shared memory from the first multiple of `alignment` on.
 __device__ __forceinline__ uint32_t shared_memory(int alignment) {
   extern __shared__ __align__(1024) uint8_t memory[];

@@ -17,7 +17,15 @@ from beit3_fast.ops import library
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ROOT / "beit3_fast" / library.FILE_NAME
-SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "Makefile", "README.md")
+SOURCES = (
+    "setup.py",
+    "setup_cuda.py",
+    "pyproject.toml",
+    "CMakeLists.txt",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+)
 FOLDERS = ("beit3_fast", "csrc", "kernels")
 
 

@@ -68,7 +68,11 @@ def library() -> ctypes.CDLL:
 
 def aligned(t: Tensor) -> Tensor:
     """The rows where the kernels take them: each at a multiple of 16 bytes."""
-    return t if t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 else t.clone(memory_format=torch.contiguous_format)
+    return (
+        t
+        if t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0
+        else t.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def attend(

@@ -131,6 +131,7 @@ inline void wait_for_products(int pending) {
     shadow = thread.shadows.erase(shadow);
   }
   thread.fenced = false;
+  meet_lanes("wgmma.wait_group", {});
 }
 
 inline void read_matrices(uint32_t (&words)[4], uint32_t row, bool transposed) {

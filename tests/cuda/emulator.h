@@ -83,6 +83,14 @@ inline void store_16_bytes(void* to, const uint32_t (&words)[4]) {
   std::memcpy(to, words, 16);
 }
 
+inline void load_two(float& first, float& second, const float* from) {
+  emulated::check(reinterpret_cast<uintptr_t>(from) % 8 == 0, "8 bytes at no multiple of them");
+  first = from[0];
+  second = from[1];
+}
+
+inline int opaque(int value) { return value; }
+
 inline uint32_t shared_memory(int alignment) {
   return (emulated::kSharedBase + alignment - 1) / alignment * alignment;
 }

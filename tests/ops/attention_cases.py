@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -93,6 +94,17 @@ class AttentionOperands(NamedTuple):
     layout: TokenLayout
     queries: TokenLayout | None
     mask: str | Tensor
+
+    def on(self, device: str) -> AttentionOperands:
+        """The same call on a device."""
+
+        def moved(layout: TokenLayout) -> TokenLayout:
+            places = None if layout.positions is None else layout.positions.to(device)
+            return replace(layout, device=torch.device(device), positions=places)
+
+        q, k, v = (t.to(device) for t in self[:3])
+        queries = None if self.queries is None else moved(self.queries)
+        return AttentionOperands(q, k, v, moved(self.layout), queries, self.mask)
 
 
 def attention_operands(

@@ -1,0 +1,229 @@
+// expert_linear for compute capability 9.0: a persistent thread block of one warp group that loads
+// and two that compute.
+//
+// Tiles of 128 x 128 come through one ring of slots, in the order in which they are used. The two
+// consumers have every other tile each and take turns with the tensor cores: while one multiplies,
+// the other finishes its tile.
+#pragma once
+
+#include "hopper.cuh"
+#include "linear_epilogue.cuh"
+
+namespace beit3_fast::cuda {
+
+struct LinearMaps {
+  TensorMap x;  // not used where rows are gathered
+  TensorMap weights;
+};
+
+struct LinearShape {
+  static constexpr int kSlots = 6;
+  static constexpr int kThreads = 384;
+  static constexpr int kRowBytes = kTileDepth * 2;
+  static constexpr int kRowsBytes = kTileRows * kRowBytes;
+  static constexpr int kWeightBytes = kTileColumns * kRowBytes;
+  static constexpr int kSlotBytes = kRowsBytes + kWeightBytes;
+  static constexpr int kBytes = kTileAlignment + kSlots * (kSlotBytes + 16);
+};
+
+// Steps of 64 along K of all tiles of a thread block, one after the other, and the slots they go
+// through.
+struct LinearRing {
+  uint32_t base;
+
+  __device__ uint32_t rows(int step) const {
+    return base + step % LinearShape::kSlots * LinearShape::kSlotBytes;
+  }
+  __device__ uint32_t weights(int step) const { return rows(step) + LinearShape::kRowsBytes; }
+  __device__ uint32_t full(int step) const {
+    return base + LinearShape::kSlots * LinearShape::kSlotBytes + step % LinearShape::kSlots * 16;
+  }
+  __device__ uint32_t free(int step) const { return full(step) + 8; }
+  __device__ static uint32_t parity(int step) { return step / LinearShape::kSlots % 2; }
+
+  // `arrivals`: how many threads say that a slot is full.
+  __device__ void prepare(int arrivals) const {
+    for (int i = 0; i < LinearShape::kSlots; ++i) {
+      barrier_init(full(i), arrivals);
+      barrier_init(free(i), 4);
+    }
+    fence_barrier_init();
+  }
+};
+
+// Loads what the consumers use, by one thread.
+struct LinearProducer {
+  const LinearMaps& maps;
+  const ExpertLinear& op;
+  const LinearRing ring;
+
+  __device__ void run() const {
+    const int steps = tiles_of(op.in_features, kTileDepth);
+    int step = 0;
+    for (int index = block_index(); index < tile_count(op); index += grid_size()) {
+      const LinearTile tile = tile_at(op, index);
+      for (int k = 0; k < steps; ++k, ++step) {
+        barrier_wait(ring.free(step), ring.parity(step) ^ 1);
+        barrier_expect(ring.full(step), LinearShape::kSlotBytes);
+        tma_load_2d(ring.rows(step), maps.x, ring.full(step), k * kTileDepth, tile.first);
+        tma_load_3d(ring.weights(step), maps.weights, ring.full(step), k * kTileDepth, tile.column,
+                    tile.expert);
+      }
+    }
+  }
+};
+
+// Loads named rows, by a warp group: 8 neighbours copy the 128 bytes of a row. Copies of kUnderWay
+// steps are under way while the next one waits for its slot.
+struct GatheringProducer {
+  static constexpr int kUnderWay = 3;
+  static constexpr int kArrivals = 1 + 128;
+  static constexpr int kOwnRows = kTileRows / 16;
+  const LinearMaps& maps;
+  const ExpertLinear& op;
+  const LinearRing ring;
+
+  __device__ void take_rows(const LinearTile& tile, int (&rows)[kOwnRows]) const {
+#pragma unroll
+    for (int i = 0; i < kOwnRows; ++i) {
+      const int place = tile.first + thread_index() / 8 + 16 * i;
+      rows[i] = static_cast<int>(op.rows[min(place, tile.end - 1)]);
+    }
+  }
+
+  __device__ void copy(const int (&rows)[kOwnRows], int depth, uint32_t to) const {
+    const int chunk = thread_index() % 8;
+    const int column = depth + 8 * chunk;
+    const bool real = column < op.in_features;
+    const auto* x = static_cast<const uint16_t*>(op.x) + (real ? column : 0);
+#pragma unroll
+    for (int i = 0; i < kOwnRows; ++i) {
+      const int row = thread_index() / 8 + 16 * i;
+      cp_async_16(to + row * LinearShape::kRowBytes + (chunk ^ row % 8) * 16,
+                  x + rows[i] * op.x_stride, real ? 16 : 0);
+    }
+    cp_async_commit();
+  }
+
+  // This thread's copies of a step have come.
+  __device__ void announce(int step) const {
+    fence_async_proxy();
+    barrier_arrive(ring.full(step));
+  }
+
+  __device__ void run() const {
+    const int steps = tiles_of(op.in_features, kTileDepth);
+    int step = 0;
+    for (int index = block_index(); index < tile_count(op); index += grid_size()) {
+      const LinearTile tile = tile_at(op, index);
+      int rows[kOwnRows];
+      take_rows(tile, rows);
+      for (int k = 0; k < steps; ++k, ++step) {
+        barrier_wait(ring.free(step), ring.parity(step) ^ 1);
+        if (thread_index() == 0) {
+          barrier_expect(ring.full(step), LinearShape::kWeightBytes);
+          tma_load_3d(ring.weights(step), maps.weights, ring.full(step), k * kTileDepth,
+                      tile.column, tile.expert);
+        }
+        copy(rows, k * kTileDepth, ring.rows(step));
+        if (step < kUnderWay) continue;
+        cp_async_wait<kUnderWay>();
+        announce(step - kUnderWay);
+      }
+    }
+    cp_async_wait<0>();
+    for (int last = max(0, step - kUnderWay); last < step; ++last) announce(last);
+  }
+};
+
+// A warp group on every other tile.
+template <class T>
+struct LinearConsumer {
+  static constexpr int kHalves = kTileRows / 64;
+  using Sums = float[kHalves][kTileColumns / 2];
+  const ExpertLinear& op;
+  const LinearRing ring;
+  const int group;
+
+  // Barrier 1 + g: group g's turn to multiply.
+  __device__ void take_turn() const { sync_named(1 + group, 256); }
+  __device__ void pass_turn() const { arrive_named(2 - group, 256); }
+
+  __device__ void leave(int step) const {
+    if (lane_index() == 0) barrier_arrive(ring.free(step));
+  }
+
+  __device__ void begin_step(Sums& sums, int step, bool add) const {
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kTileDepth / 16; ++i) {
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        wgmma<T, kTileColumns>(
+            sums[half],
+            descriptor_k_major(ring.rows(step) + half * 64 * LinearShape::kRowBytes + 32 * i),
+            descriptor_k_major(ring.weights(step) + 32 * i), add || i > 0);
+      }
+    }
+    wgmma_commit();
+  }
+
+  // A slot is free again one step later, when its products have surely ended.
+  __device__ void multiply(Sums& sums, int first, int steps) const {
+    for (int step = first; step < first + steps; ++step) {
+      barrier_wait(ring.full(step), ring.parity(step));
+      begin_step(sums, step, step > first);
+      if (step == first) continue;
+      wgmma_wait<1>();
+      leave(step - 1);
+    }
+    pass_turn();
+    wgmma_wait<0>(sums[0], sums[1]);
+    leave(first + steps - 1);
+  }
+
+  __device__ void run() const {
+    const int steps = tiles_of(op.in_features, kTileDepth);
+    const int count = (tile_count(op) - block_index() + grid_size() - 1) / grid_size();
+    if (group == 1) pass_turn();
+    for (int i = group; i < count; i += 2) {
+      const LinearTile tile = tile_at(op, block_index() + i * grid_size());
+      LinearRow rows[kHalves][2];
+#pragma unroll
+      for (int r = 0; r < 2 * kHalves; ++r) {
+        const int place =
+            tile.first + r / 2 * 64 + warp_index() % 4 * 16 + r % 2 * 8 + lane_index() / 4;
+        rows[r / 2][r % 2] = row_at(op, place, tile.end);
+      }
+      Sums sums;
+      take_turn();
+      multiply(sums, i * steps, steps);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) finish_rows<T>(op, tile, rows[half], sums[half]);
+    }
+    // The turn that was passed last.
+    if (group == count % 2) take_turn();
+  }
+};
+
+template <class T, bool kGathered>
+__global__ void __launch_bounds__(LinearShape::kThreads, 1)
+    multiply_experts(const __grid_constant__ LinearMaps maps,
+                     const __grid_constant__ ExpertLinear op) {
+  const LinearRing ring{shared_memory(kTileAlignment)};
+  if (thread_index() == 0) ring.prepare(kGathered ? GatheringProducer::kArrivals : 1);
+  sync_block();
+  if (warp_index() < 4) {
+    lower_registers<kGathered ? 56 : 40>();
+    if constexpr (kGathered) {
+      GatheringProducer{maps, op, ring}.run();
+    } else {
+      if (thread_index() == 0) LinearProducer{maps, op, ring}.run();
+    }
+  } else {
+    raise_registers<kGathered ? 224 : 232>();
+    LinearConsumer<T>{op, ring, warp_index() / 4 - 1}.run();
+  }
+}
+
+}  // namespace beit3_fast::cuda
