@@ -151,7 +151,9 @@ struct StepConsumer {
     return tiles.slot(place.slot);
   }
 
+  // A warp arrives once, when none of its lanes needs the tile any more.
   __device__ void leave(uint32_t free) const {
+    sync_warp();
     if (lane_index() == 0) barrier_arrive(free);
   }
 

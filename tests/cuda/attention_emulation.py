@@ -58,7 +58,7 @@ class Launch(NamedTuple):
 @cache
 def library() -> ctypes.CDLL:
     # Old compilers passed arguments aligned to 64 bytes otherwise, which is no news.
-    flags = ("-O1", "-Wextra", "-Werror", "-Wno-psabi", "-shared", "-fPIC")
+    flags = ("-Wextra", "-Werror", "-Wno-psabi", "-shared", "-fPIC")
     built = ctypes.CDLL(str(compiled(Path(__file__).with_name("attention_host.cpp"), flags, ".so")))
     run = built.emulate_shared_attention
     run.restype = ctypes.c_char_p

@@ -13,7 +13,9 @@ std::string last_fault;
 
 template <class Kernel>
 void run(const AttentionLaunch& launch, int order, uint64_t seed, Kernel kernel) {
-  emulated::run({launch.blocks, launch.threads, launch.shared_bytes, static_cast<emulated::Order>(order), seed}, kernel);
+  emulated::run({launch.blocks, launch.threads, launch.shared_bytes,
+                 static_cast<emulated::Order>(order), seed},
+                kernel);
 }
 
 void attend(const SharedAttention& op, int processors, bool portable, int order, uint64_t seed) {
@@ -28,17 +30,18 @@ void attend(const SharedAttention& op, int processors, bool portable, int order,
       run(launch, order, seed, [&] { cuda::attend_portable<T, kHeadDim>(launch.call); });
       return;
     }
-    cuda::with_hopper_kernel<T, kHeadDim>(op, processors, [&](auto kernel, const AttentionLaunch& launch) {
-      run(launch, order, seed, [&] { kernel(maps, launch.call); });
-    });
+    cuda::with_hopper_kernel<T, kHeadDim>(
+        op, processors, [&](auto kernel, const AttentionLaunch& launch) {
+          run(launch, order, seed, [&] { kernel(maps, launch.call); });
+        });
   });
 }
 
 }  // namespace
 
 // Null, or what the kernel did wrong.
-extern "C" const char* emulate_shared_attention(const SharedAttention* op, int processors, int portable, int order,
-                                                uint64_t seed) {
+extern "C" const char* emulate_shared_attention(const SharedAttention* op, int processors,
+                                                int portable, int order, uint64_t seed) {
   try {
     attend(*op, processors, portable != 0, order, seed);
     return nullptr;
