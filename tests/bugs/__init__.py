@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bugs.bug import Bug
+from bugs.cuda import CUDA_BUGS
 from bugs.distributed import DISTRIBUTED_BUGS
 from bugs.files import FILES_BUGS
 from bugs.finetuning import FINETUNING_BUGS
@@ -27,4 +28,5 @@ BUGS = (
     *VISUAL_TOKENS_BUGS,
     *DISTRIBUTED_BUGS,
     *NATIVE_BUGS,
+    *CUDA_BUGS,
 )
