@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -33,6 +34,7 @@ TABLE = ROOT / "docs" / "cuda-kernels.md"
 SHARED_LIMIT = {"80": 101_376, "90a": 232_448, "100a": 232_448}
 SHARED_OF_PROCESSOR = {"80": 167_936, "90a": 233_472, "100a": 233_472}
 REGISTERS = 65_536
+_COUNTED = re.compile(r"\b(LDL|STL|HGMMA|HMMA|UTMALDG)\b")
 # Written for sm_90a: products of warp groups, operands brought by TMA.
 HOPPER = ("multiply_experts", "attend_whole", "attend_in_steps")
 # Without a product: everything else has one, of tensor cores.
@@ -94,12 +96,15 @@ def base_name(kernel: str) -> str:
     return kernel.partition("<")[0]
 
 
-def examine(path: Path = LIBRARY) -> Iterator[dict[str, Any]]:
-    """What the code of every kernel of a library uses, and each rule that it breaks. Raises Unreadable."""
+def examine(path: Path = LIBRARY, number: str = "") -> Iterator[dict[str, Any]]:
+    """What the code of every kernel of a library uses, and each rule that it breaks. Raises Unreadable.
+
+    ``number``: of one architecture, such as "90", alone.
+    """
     launches = read_launches()
     with tempfile.TemporaryDirectory() as folder:
         _run(_cuobjdump(), "-xelf", "all", str(path.resolve()), cwd=folder)
-        cubins = sorted(Path(folder).glob("*.cubin"))
+        cubins = sorted(Path(folder).glob(f"*.sm_{number or '*'}.cubin"))
         if not cubins:
             raise Unreadable(f"{path.name} holds no CUDA code")
         for cubin in cubins:
@@ -116,30 +121,33 @@ def examine(path: Path = LIBRARY) -> Iterator[dict[str, Any]]:
 
 
 def _read(cubin: Path) -> Iterator[tuple[str, str, dict[str, int]]]:
+    """Architecture, kernel, and what it uses, for every kernel of a file."""
     usage = _run(_cuobjdump(), "-res-usage", str(cubin))
-    code = _run(_cuobjdump(), "-sass", str(cubin))
-    target = re.search(r"\.target\s+sm_(\w+)|code for sm_(\w+)", code)
+    kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
+    if not kernels:
+        return
+    head, *bodies = _run(_cuobjdump(), "-sass", str(cubin)).split("Function : ")
+    target = re.search(r"code for sm_(\d+)", head)
     if target is None:
         raise Unreadable(f"cuobjdump names no architecture in {cubin.name}")
-    bodies = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", code, re.DOTALL))
-    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
-    for mangled, registers, stack in found:
+    counts = {body.split(maxsplit=1)[0]: Counter(_COUNTED.findall(body)) for body in bodies}
+    for mangled, registers, stack in kernels:
+        found = counts[mangled]
+        used = {
+            "registers": int(registers),
+            "stack": int(stack),
+            "local_accesses": found["LDL"] + found["STL"],
+            "hgmma": found["HGMMA"],
+            "hmma": found["HMMA"],
+            "tma_loads": found["UTMALDG"],
+        }
+        yield _built_as(target[1]), demangled(mangled), used
 
-        def count(pattern: str, body: str = bodies[mangled]) -> int:
-            return len(re.findall(rf"\b{pattern}\b", body))
 
-        yield (
-            target[1] or target[2],
-            demangled(mangled),
-            {
-                "registers": int(registers),
-                "stack": int(stack),
-                "local_accesses": count("(?:LDL|STL)"),
-                "hgmma": count("HGMMA"),
-                "hmma": count("HMMA"),
-                "tma_loads": count("UTMALDG"),
-            },
-        )
+def _built_as(number: str) -> str:
+    """'90' -> '90a': the code itself says no more than the number."""
+    built = library.build_info().get("cuda_architectures", "").split()
+    return next((arch for arch in built if arch.rstrip("af") == number), number)
 
 
 def read_launches() -> dict[str, Launch]:

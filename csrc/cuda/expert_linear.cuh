@@ -58,7 +58,7 @@ struct LinearProducer {
   const LinearRing ring;
 
   __device__ void run() const {
-    const int steps = tiles_of(op.in_features, kTileDepth);
+    const int steps = depth_steps(op);
     int step = 0;
     for (int index = block_index(); index < tile_count(op); index += grid_size()) {
       const LinearTile tile = tile_at(op, index);
@@ -112,7 +112,7 @@ struct GatheringProducer {
   }
 
   __device__ void run() const {
-    const int steps = tiles_of(op.in_features, kTileDepth);
+    const int steps = depth_steps(op);
     int step = 0;
     for (int index = block_index(); index < tile_count(op); index += grid_size()) {
       const LinearTile tile = tile_at(op, index);
@@ -183,23 +183,21 @@ struct LinearConsumer {
   }
 
   __device__ void run() const {
-    const int steps = tiles_of(op.in_features, kTileDepth);
+    const int steps = depth_steps(op);
     const int count = (tile_count(op) - block_index() + grid_size() - 1) / grid_size();
     if (group == 1) pass_turn();
     for (int i = group; i < count; i += 2) {
       const LinearTile tile = tile_at(op, block_index() + i * grid_size());
-      LinearRow rows[kHalves][2];
+      LinearRow rows[4];
 #pragma unroll
-      for (int r = 0; r < 2 * kHalves; ++r) {
-        const int place =
-            tile.first + r / 2 * 64 + warp_index() % 4 * 16 + r % 2 * 8 + lane_index() / 4;
-        rows[r / 2][r % 2] = row_at(op, place, tile.end);
+      for (int r = 0; r < 4; ++r) {
+        const int inside = r / 2 * 64 + warp_index() % 4 * 16 + r % 2 * 8 + lane_index() / 4;
+        rows[r] = row_of_tile(op, tile.first + inside, tile.end);
       }
       Sums sums;
       take_turn();
       multiply(sums, i * steps, steps);
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) finish_rows<T>(op, tile, rows[half], sums[half]);
+      finish_tile<T>(op, tile, rows, sums);
     }
     // The turn that was passed last.
     if (group == count % 2) take_turn();
@@ -214,14 +212,14 @@ __global__ void __launch_bounds__(LinearShape::kThreads, 1)
   if (thread_index() == 0) ring.prepare(kGathered ? GatheringProducer::kArrivals : 1);
   sync_block();
   if (warp_index() < 4) {
-    lower_registers<kGathered ? 56 : 40>();
+    lower_registers<kGathered ? 40 : 24>();
     if constexpr (kGathered) {
       GatheringProducer{maps, op, ring}.run();
     } else {
       if (thread_index() == 0) LinearProducer{maps, op, ring}.run();
     }
   } else {
-    raise_registers<kGathered ? 224 : 232>();
+    raise_registers<kGathered ? 232 : 240>();
     LinearConsumer<T>{op, ring, warp_index() / 4 - 1}.run();
   }
 }

@@ -19,18 +19,25 @@ constexpr int kTileDepth = 64;
 // Row tiles that meet all columns before the next ones do: their rows stay in the L2 cache.
 constexpr int kRowTilesTogether = 16;
 
-BEIT3_FAST_BOTH inline int tiles_of(int64_t size, int tile) {
-  return static_cast<int>((size + tile - 1) / tile);
-}
+BEIT3_FAST_BOTH inline int tiles_of(int size, int tile) { return (size + tile - 1) / tile; }
 
 BEIT3_FAST_BOTH inline int row_tiles(const ExpertLinear& op, int expert) {
-  return tiles_of(op.bounds[expert + 1] - op.bounds[expert], kTileRows);
+  return tiles_of(static_cast<int>(op.bounds[expert + 1]) - static_cast<int>(op.bounds[expert]),
+                  kTileRows);
+}
+
+BEIT3_FAST_BOTH inline int column_tiles(const ExpertLinear& op) {
+  return tiles_of(static_cast<int>(op.out_features), kTileColumns);
+}
+
+BEIT3_FAST_BOTH inline int depth_steps(const ExpertLinear& op) {
+  return tiles_of(static_cast<int>(op.in_features), kTileDepth);
 }
 
 BEIT3_FAST_BOTH inline int tile_count(const ExpertLinear& op) {
   int count = 0;
   for (int expert = 0; expert < op.num_experts; ++expert) count += row_tiles(op, expert);
-  return count * tiles_of(op.out_features, kTileColumns);
+  return count * column_tiles(op);
 }
 
 // Places [first, end) of an expert, of which the tile holds at most kTileRows, and its first
@@ -44,7 +51,7 @@ struct LinearTile {
 
 // Tiles count through the experts one after the other.
 BEIT3_FAST_BOTH inline LinearTile tile_at(const ExpertLinear& op, int index) {
-  const int columns = tiles_of(op.out_features, kTileColumns);
+  const int columns = column_tiles(op);
   int expert = 0;
   while (index >= row_tiles(op, expert) * columns) index -= row_tiles(op, expert++) * columns;
   const int top = index / (kRowTilesTogether * columns) * kRowTilesTogether;

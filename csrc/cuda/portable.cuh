@@ -47,9 +47,22 @@ __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// Within 2^-22 of the result; numbers below 2^-126 are zeros.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal_root_fast(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -110,13 +123,6 @@ __device__ __forceinline__ void load_two(float& first, float& second, const floa
   const float2 two = *reinterpret_cast<const float2*>(from);
   first = two.x;
   second = two.y;
-}
-
-// The same number, of which the compiler knows nothing: it computes nothing of it ahead of time,
-// which would have to be kept in registers.
-__device__ __forceinline__ int opaque(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
 }
 
 // The thread block's dynamic shared memory from the first multiple of `alignment` on.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bugs.bug import Bug
 from bugs.cuda import CUDA_BUGS
 from bugs.cuda_attention import CUDA_ATTENTION_BUGS
+from bugs.cuda_binding import CUDA_BINDING_BUGS
 from bugs.distributed import DISTRIBUTED_BUGS
 from bugs.files import FILES_BUGS
 from bugs.finetuning import FINETUNING_BUGS
@@ -28,7 +29,8 @@ BUGS = (
     *FINETUNING_BUGS,
     *VISUAL_TOKENS_BUGS,
     *DISTRIBUTED_BUGS,
+    *NATIVE_BUGS,
     *CUDA_BUGS,
     *CUDA_ATTENTION_BUGS,
-    *NATIVE_BUGS,
+    *CUDA_BINDING_BUGS,
 )

@@ -132,7 +132,7 @@ struct Block {
   NamedBarrier named[16];
   std::vector<std::vector<std::tuple<uint64_t, uint64_t, int, bool>>> issued;  // by warp group
   std::deque<std::function<void()>> copies;
-  int free_registers;
+  int free_registers = 0;  // of those that the block was given
   Waiters register_waiters;
   std::deque<int> ready;
   int current = 0;
@@ -154,7 +154,6 @@ struct Block {
     check(launch.shared_bytes <= kMaxSharedBytes,
           "more shared memory than a thread block may have");
     const int registers = std::min(255, kRegisterFile / launch.threads) / 8 * 8;
-    free_registers = kRegisterFile - registers * launch.threads;
     for (int i = 0; i < launch.threads; ++i) {
       threads[i].index = i;
       threads[i].registers = registers;

@@ -57,6 +57,8 @@ inline float shuffle_xor(float value, int mask) {
 }
 
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
+inline float reciprocal_root_fast(float x) { return 1.0f / sqrtf(x); }
 
 template <class T>
 uint32_t pack2(float low, float high) {
@@ -88,8 +90,6 @@ inline void load_two(float& first, float& second, const float* from) {
   first = from[0];
   second = from[1];
 }
-
-inline int opaque(int value) { return value; }
 
 inline uint32_t shared_memory(int alignment) {
   return (emulated::kSharedBase + alignment - 1) / alignment * alignment;
