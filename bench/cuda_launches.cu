@@ -6,6 +6,7 @@
 #include "cuda/attention_hopper.cuh"
 #include "cuda/expert_linear.cuh"
 #include "cuda/portable_attention.cuh"
+#include "cuda/row_statistics.cuh"
 
 namespace {
 
@@ -45,6 +46,6 @@ int main() {
     heads<88>(type);
     print<LinearShape>("multiply_experts", type, ", true", 1);
     print<LinearShape>("multiply_experts", type, ", false", 1);
+    std::printf("moments<%s> %d 0 1\n", type, 32 * kStatisticsWarps);
   }
-  std::puts("moments<__nv_bfloat16> 128 0 1\nmoments<__half> 128 0 1");
 }
