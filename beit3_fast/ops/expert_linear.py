@@ -22,8 +22,8 @@ from torch import Tensor
 from beit3_fast.composite.expert_linear import PLAIN, expert_linear_backward, residual_gradient
 from beit3_fast.composite.expert_linear import expert_linear as composite_impl
 from beit3_fast.derived import derived, needs_grad
-from beit3_fast.ops import cpu_kernels, dispatch, library, triton_kernels
-from beit3_fast.ops.operands import Norm, Weight, check, flat
+from beit3_fast.ops import cpu_kernels, cuda_kernels, dispatch, library, triton_kernels
+from beit3_fast.ops.operands import Norm, Weight, check, flat, shape
 from beit3_fast.ops.packed_weight import PackedWeight
 from beit3_fast.reference.expert_linear import expert_linear as reference_impl
 
@@ -68,17 +68,19 @@ def expert_linear(
         tensors.append(residual)
     kept = [part for part in flat(weights) if isinstance(part, PackedWeight)]
     int8 = any(part.is_int8 for part in kept)
-    at = dispatch.situation("expert_linear", tensors, int8=int8, packed=bool(kept))
+    misfit = cuda_kernels.linear_misfit(x.shape[1], shape(weights[0])[0])
+    at = dispatch.situation("expert_linear", tensors, int8=int8, packed=bool(kept), misfit=misfit)
     choice = dispatch.choose(at, impl)
     if int8 and (choice.impl != "cpu" or at.needs_grad):
         _warn_of_int8(dict(choice.rejected).get("cpu", "has no gradients of int8 products"))
-    if at.autocast and choice.impl in ("cpu", "triton"):
+    if at.autocast and choice.impl in ("cpu", "cuda", "triton"):
         return _lowered(x, weights, biases, bounds, norm, activation, residual, rows, choice.impl)
     tail = (residual, rows, tuple(bounds), eps, activation or "none")
     if choice.impl == "cpu":
         return _cpu(x, weights, biases, norm_weights, norm_biases, tail, at.needs_grad)
-    if choice.impl == "triton":
-        return _triton(x, weights, biases, norm_weights, norm_biases, tail, at.needs_grad)
+    if choice.impl in ("cuda", "triton"):
+        vectors = (biases, norm_weights, norm_biases)
+        return _on_gpu(choice.impl, x, weights, *vectors, tail, at.needs_grad)
     run = reference_impl if choice.impl == "reference" else composite_impl
     stacked = [_stack(weight) for weight in weights]
     stacked_biases = [_stack(bias) for bias in biases or ()]
@@ -194,7 +196,8 @@ def _cpu(
     return cast(Tensor, y)
 
 
-def _triton(
+def _on_gpu(
+    impl: str,
     x: Tensor,
     weights: Sequence[Weight],
     biases: Sequence[Weight] | None,
@@ -213,10 +216,10 @@ def _triton(
     residual = None if residual is None else dispatch.rows_in_memory(residual)
     stacked_biases = [_stack(bias) for bias in biases or ()]
     vectors = (stacked_biases, list(norm_weights), list(norm_biases))
-    x = dispatch.rows_in_memory(x)
-    y, _ = triton_kernels.expert_linear(
-        x, stacked, parts, *vectors, residual, rows, list(bounds), *rest, with_grad
-    )
+    operands = (dispatch.rows_in_memory(x), stacked, parts, *vectors, residual, rows)
+    if impl == "cuda":
+        return cuda_kernels.expert_linear(*operands, list(bounds), *rest)
+    y, _ = triton_kernels.expert_linear(*operands, list(bounds), *rest, with_grad)
     return y
 
 

@@ -6,7 +6,7 @@
 #include "hopper.cuh"
 
 namespace beit3_fast::cuda {
-namespace {
+inline namespace tensor_map_encoder {
 
 using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                             const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
@@ -22,7 +22,7 @@ Encode find_encoder() {
   return usable ? reinterpret_cast<Encode>(entry) : nullptr;
 }
 
-}  // namespace
+}  // namespace tensor_map_encoder
 
 const char* make_tensor_map(TensorMap& map, const TiledTensor& tensor) {
   static const Encode encode = find_encoder();

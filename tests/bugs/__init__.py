@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bugs.bug import Bug
 from bugs.cuda import CUDA_BUGS
+from bugs.cuda_linear import CUDA_LINEAR_BUGS
 from bugs.distributed import DISTRIBUTED_BUGS
 from bugs.files import FILES_BUGS
 from bugs.finetuning import FINETUNING_BUGS
@@ -29,4 +30,5 @@ BUGS = (
     *DISTRIBUTED_BUGS,
     *NATIVE_BUGS,
     *CUDA_BUGS,
+    *CUDA_LINEAR_BUGS,
 )

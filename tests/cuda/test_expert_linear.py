@@ -9,11 +9,9 @@ import torch
 from emulated_linear import ORDERS, PART_WIDTH, Result, expert_linear
 from torch import Tensor
 
+from beit3_fast.kernels._folded_weights import fold
 from beit3_fast.parity import op_parity
 from beit3_fast.reference.expert_linear import expert_linear as formula
-
-pytest.importorskip("triton", reason="triton is not installed")
-from beit3_fast.kernels.expert_linear import fold
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

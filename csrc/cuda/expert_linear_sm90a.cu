@@ -5,7 +5,7 @@
 #include <algorithm>
 
 namespace beit3_fast::cuda {
-namespace {
+inline namespace linear_launcher {
 
 using LinearKernel = void (*)(const LinearMaps, const ExpertLinear);
 
@@ -21,7 +21,7 @@ const char* name_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-}  // namespace
+}  // namespace linear_launcher
 
 const char* expert_linear_obstacle(const ExpertLinear& op) { return linear_obstacle(op); }
 

@@ -1,0 +1,77 @@
+"""What every test of the CUDA kernels needs: the kernels themselves where a GPU runs them, else the binding alone.
+
+On a CPU csrc/cuda_ops.cpp is compiled in front of plain loops (plain_launchers.cpp) instead of the kernels, whose own
+sources tests/cuda/ runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from beit3_fast.ops import cuda_kernels, dispatch
+
+DEVICE = "cuda" if cuda_kernels.why_unavailable("cuda") is None else "cpu"
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = (ROOT / "csrc" / "cuda_ops.cpp", Path(__file__).with_name("plain_launchers.cpp"))
+HEADERS = (ROOT / "csrc" / "operands.h", *sorted((ROOT / "csrc" / "cuda").glob("*.h")))
+
+
+@cache
+def library() -> Path:
+    """The compiled binding, kept under the name of its sources. Skips without a compiler."""
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("compiles the binding with a C++ compiler on Linux")
+    texts = b"".join(path.read_bytes() for path in (*SOURCES, *HEADERS))
+    name = hashlib.sha256(texts + torch.__version__.encode()).hexdigest()[:16]
+    path = ROOT / "build" / "plain_cuda" / f"lib{name}.so"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(f".{os.getpid()}")
+        torch_folder = Path(torch.__file__).parent
+        command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-o", str(fresh)]
+        command += ["-DBEIT3_FAST_EMULATE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+        command += ["-isystem", str(torch_folder / "include"), f"-I{ROOT / 'csrc'}"]
+        command += [*map(str, SOURCES), f"-L{torch_folder / 'lib'}", "-l:libtorch_cpu.so"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        os.replace(fresh, path)
+    return path
+
+
+@cache
+def ops() -> Any:
+    """The launching ops of the binding on DEVICE."""
+    if DEVICE == "cuda":
+        return torch.ops.beit3_fast
+    torch.ops.load_library(str(library()))
+    return torch.ops.beit3_fast_emulated
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Tensors on DEVICE are taken by impl="cuda"; returns the launching ops."""
+
+    def launch(kernel: str, first: Tensor, *arguments: Any) -> None:
+        getattr(own, f"launch_{kernel}")(first, *arguments, 0)
+
+    own = ops()
+    if DEVICE == "cuda":
+        yield own
+        return
+    monkeypatch.setattr(cuda_kernels, "_launch", launch)
+    monkeypatch.setattr(cuda_kernels, "why_unavailable", lambda device: None)
+    dispatch.reset()
+    yield own
+    dispatch.reset()
