@@ -89,8 +89,8 @@ CUDA_LINEAR_BUGS = (
     Bug(
         "cuda-linear-parts-equally-wide",
         "csrc/cuda/linear_epilogue.cuh",
-        "min(op.in_features - part * op.part_width, op.part_width)",
-        "op.part_width",
+        "min(features - part * width, width)",
+        "width",
         (f"{CUDA_LINEAR}::test_statistics_in_any_parts",),
     ),
     Bug(

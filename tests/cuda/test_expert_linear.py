@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from beit3_fast.kernels._folded_weights import fold
 from emulated_linear import ORDERS, PART_WIDTH, Result, expert_linear
 from torch import Tensor
 
-from beit3_fast.kernels._folded_weights import fold
 from beit3_fast.parity import op_parity
 from beit3_fast.reference.expert_linear import expert_linear as formula
 
