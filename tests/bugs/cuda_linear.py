@@ -82,8 +82,8 @@ CUDA_LINEAR_BUGS = (
     Bug(
         "cuda-linear-moments-over-columns-that-are-not-there",
         "csrc/cuda/linear_epilogue.cuh",
-        "if (i < blocks) sum +=",
-        "sum +=",
+        "if (i < blocks) own +=",
+        "own +=",
         _FORWARD,
     ),
     Bug(
@@ -99,5 +99,26 @@ CUDA_LINEAR_BUGS = (
         "place < end, 0.0f",
         "true, 0.0f",
         (CUDA_LINEAR,),
+    ),
+    Bug(
+        "portable-linear-halves-of-the-weights-exchanged",
+        "csrc/cuda/portable_linear.cuh",
+        "mma<T>(sums[half] + column / 2 + 4, x[half], w[2], w[3]);",
+        "mma<T>(sums[half] + column / 2 + 4, x[half], w[3], w[2]);",
+        (f"{CUDA_LINEAR}::test_portable",),
+    ),
+    Bug(
+        "portable-linear-stage-overwritten",
+        "csrc/cuda/portable_linear.cuh",
+        "      multiply(step);\n      sync_block();",
+        "      multiply(step);",
+        (f"{CUDA_LINEAR}::test_portable",),
+    ),
+    Bug(
+        "portable-linear-columns-of-the-next-expert",
+        "csrc/cuda/portable_linear.cuh",
+        "real && real_column ? 16 : 0",
+        "real ? 16 : 0",
+        (f"{CUDA_LINEAR}::test_portable",),
     ),
 )
