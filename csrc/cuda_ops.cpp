@@ -26,7 +26,7 @@ using beit3_fast::cuda::SharedAttention;
 
 #ifdef BEIT3_FAST_EMULATE_CUDA
 #define BEIT3_FAST_DEVICE CPU
-#define BEIT3_FAST_NAMESPACE beit3_fast_emulated
+#define BEIT3_FAST_NAMESPACE BEIT3_FAST_EMULATE_CUDA
 struct DeviceGuard {
   explicit DeviceGuard(const Tensor&) {}
 };
