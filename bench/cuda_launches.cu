@@ -6,6 +6,8 @@
 #include "cuda/attention_hopper.cuh"
 #include "cuda/expert_linear.cuh"
 #include "cuda/portable_attention.cuh"
+#include "cuda/portable_linear.cuh"
+#include "cuda/row_statistics.cuh"
 
 namespace {
 
@@ -45,6 +47,7 @@ int main() {
     heads<88>(type);
     print<LinearShape>("multiply_experts", type, ", true", 1);
     print<LinearShape>("multiply_experts", type, ", false", 1);
+    print<PortableLinearShape>("multiply_experts_portable", type, "", 2);
+    std::printf("moments<%s> %d 0 1\n", type, 32 * kStatisticsWarps);
   }
-  std::puts("moments<__nv_bfloat16> 128 0 1\nmoments<__half> 128 0 1");
 }

@@ -189,11 +189,7 @@ struct LinearConsumer {
     for (int i = group; i < count; i += 2) {
       const LinearTile tile = tile_at(op, block_index() + i * grid_size());
       LinearRow rows[4];
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const int inside = r / 2 * 64 + warp_index() % 4 * 16 + r % 2 * 8 + lane_index() / 4;
-        rows[r] = row_of_tile(op, tile.first + inside, tile.end);
-      }
+      take_rows_of_tile(op, tile, warp_index() % 4, rows);
       Sums sums;
       take_turn();
       multiply(sums, i * steps, steps);

@@ -92,6 +92,16 @@ __device__ inline LinearRow row_of_tile(const ExpertLinear& op, int place, int e
   return own;
 }
 
+// The rows of which this thread has sums: warp w of four has rows 16 w and 64 + 16 w on.
+__device__ __forceinline__ void take_rows_of_tile(const ExpertLinear& op, const LinearTile& tile,
+                                                  int warp, LinearRow (&rows)[4]) {
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const int inside = r / 2 * 64 + warp * 16 + r % 2 * 8 + lane_index() / 4;
+    rows[r] = row_of_tile(op, tile.first + inside, tile.end);
+  }
+}
+
 constexpr int kQuadColumns = 32;  // that four neighbours trade at once
 constexpr int kQuadNumbers = 8;   // of a thread among them
 
@@ -150,7 +160,8 @@ struct LinearMoments {
   float mean = 0.0f;
   float squares = 0.0f;
 
-  // Two numbers of each of up to four blocks of columns; `before`: how many blocks have been added.
+  // Two numbers of each of up to four blocks of columns, zeros in those that are not there;
+  // `before`: how many blocks have been added.
   template <class T>
   __device__ void add(const uint32_t (&words)[4], int before, int blocks) {
     if (blocks <= 0) return;
@@ -159,7 +170,7 @@ struct LinearMoments {
     float sum = 0.0f, own = 0.0f;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (i < blocks) sum += low_of<T>(words[i]) + high_of<T>(words[i]);
+      sum += low_of<T>(words[i]) + high_of<T>(words[i]);
     }
     const float own_mean = sum * reciprocal_fast(count);
 #pragma unroll

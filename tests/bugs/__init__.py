@@ -5,7 +5,7 @@ from __future__ import annotations
 from bugs.bug import Bug
 from bugs.cuda import CUDA_BUGS
 from bugs.cuda_attention import CUDA_ATTENTION_BUGS
-from bugs.cuda_binding import CUDA_BINDING_BUGS
+from bugs.cuda_linear import CUDA_LINEAR_BUGS
 from bugs.distributed import DISTRIBUTED_BUGS
 from bugs.files import FILES_BUGS
 from bugs.finetuning import FINETUNING_BUGS
@@ -31,6 +31,6 @@ BUGS = (
     *DISTRIBUTED_BUGS,
     *NATIVE_BUGS,
     *CUDA_BUGS,
+    *CUDA_LINEAR_BUGS,
     *CUDA_ATTENTION_BUGS,
-    *CUDA_BINDING_BUGS,
 )

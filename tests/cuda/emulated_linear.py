@@ -1,4 +1,4 @@
-"""expert_linear's CUDA kernel on the CPU, on tensors."""
+"""expert_linear's CUDA kernels on the CPU, on tensors."""
 
 from __future__ import annotations
 
@@ -75,6 +75,13 @@ def untouched(view: Tensor, memory: Tensor) -> bool:
 def _library(source: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(compiled(source, ("-shared", "-fPIC"), ".so")))
     library.emulate_expert_linear.restype = ctypes.c_char_p
+    library.emulate_expert_linear.argtypes = (
+        ctypes.POINTER(_Call),
+        ctypes.c_bool,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_uint64,
+    )
     return library
 
 
@@ -89,6 +96,7 @@ def expert_linear(
     *,
     statistics: tuple[Tensor, int] | None = None,
     order: str = "eager",
+    portable: bool = False,
     processors: int = 2,
     seed: int = 0,
 ) -> Result:
@@ -130,7 +138,7 @@ def expert_linear(
     )
     library = _library(Path(__file__).parent / "emulated_linear.cpp")
     fault = library.emulate_expert_linear(
-        ctypes.byref(call), processors, ORDERS.index(order), ctypes.c_uint64(seed)
+        ctypes.byref(call), portable, processors, ORDERS.index(order), seed
     )
     if fault is not None:
         raise RuntimeError(fault.decode())

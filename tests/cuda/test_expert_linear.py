@@ -1,4 +1,4 @@
-"""expert_linear's CUDA kernel, its instructions emulated: against the formula in fp64, in every order of events."""
+"""expert_linear's CUDA kernels, their instructions emulated: against the formula in fp64, in every order of events."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from beit3_fast.kernels._folded_weights import fold
 from emulated_linear import ORDERS, PART_WIDTH, Result, expert_linear
 from torch import Tensor
 
 from beit3_fast.parity import op_parity
 from beit3_fast.reference.expert_linear import expert_linear as formula
-
-pytest.importorskip("triton", reason="triton is not installed")
-from beit3_fast.kernels.expert_linear import fold
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -173,13 +171,23 @@ def test_forward(name: str) -> None:
     check(case, operands, result)
 
 
+@pytest.mark.parametrize("name", ["7 rows", "two experts", "three experts", "gathered, deep"])
+def test_portable(name: str) -> None:
+    case = CASES[name]
+    turn = list(CASES).index(name)
+    operands = draw(case, ("bf16", "fp16")[turn % 2])
+    check(case, operands, launch(case, operands, "random" if turn % 2 else "late", portable=True))
+
+
 @pytest.mark.full
+@pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", CASES)
-def test_forward_long(name: str, order: str, dtype: str) -> None:
+def test_forward_long(name: str, order: str, dtype: str, portable: bool) -> None:
     operands = draw(CASES[name], dtype)
-    check(CASES[name], operands, launch(CASES[name], operands, order, processors=3))
+    result = launch(CASES[name], operands, order, processors=3, portable=portable)
+    check(CASES[name], operands, result)
 
 
 @pytest.mark.parametrize("name", ["two experts", "gathered"])
