@@ -6,7 +6,7 @@ from bugs.bug import CUDA_ATTENTION, Bug
 
 _FORWARD = (f"{CUDA_ATTENTION}::test_forward",)
 _FOREIGN = (f"{CUDA_ATTENTION}::test_nothing_of_another_sample_or_head_is_seen",)
-_ORDER = (f"{CUDA_ATTENTION}::test_the_order_of_events_changes_no_bit",)
+_LAST = (f"{CUDA_ATTENTION}::test_last_blocks_of_every_size",)
 
 CUDA_ATTENTION_BUGS = (
     Bug(
@@ -77,7 +77,7 @@ CUDA_ATTENTION_BUGS = (
         "csrc/cuda/attention_steps.cuh",
         "sums[i] *= decay[i / 2 % 2];",
         "sums[i] *= decay[0];",
-        _FORWARD,
+        _LAST,
     ),
     Bug(
         "cuda-attention-keys-left-while-they-are-read",
@@ -87,18 +87,11 @@ CUDA_ATTENTION_BUGS = (
         _FORWARD,
     ),
     Bug(
-        "cuda-attention-tiles-left-by-one-lane-for-all",
-        "csrc/cuda/attention_steps.cuh",
-        "    sync_warp();\n    if (lane_index() == 0) barrier_arrive(free);",
-        "    if (lane_index() == 0) barrier_arrive(free);",
-        _ORDER,
-    ),
-    Bug(
         "cuda-attention-last-block-cut-short",
         "csrc/cuda/attention_steps.cuh",
         "if (shorter && rest <= 32)",
         "if (shorter)",
-        _FORWARD,
+        _LAST,
     ),
     Bug(
         "cuda-attention-second-part-of-values-elsewhere",
