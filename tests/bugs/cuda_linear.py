@@ -103,8 +103,8 @@ CUDA_LINEAR_BUGS = (
     Bug(
         "portable-linear-halves-of-the-weights-exchanged",
         "csrc/cuda/portable_linear.cuh",
-        "mma<T>(sums[half] + column / 2 + 4, x[half], w[2], w[3]);",
-        "mma<T>(sums[half] + column / 2 + 4, x[half], w[3], w[2]);",
+        "mma<T>(sums[band] + column / 2 + 4, x[band], w[2], w[3]);",
+        "mma<T>(sums[band] + column / 2 + 4, x[band], w[3], w[2]);",
         (f"{CUDA_LINEAR}::test_portable",),
     ),
     Bug(
