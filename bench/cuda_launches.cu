@@ -7,6 +7,7 @@
 #include "cuda/expert_linear.cuh"
 #include "cuda/portable_attention.cuh"
 #include "cuda/portable_linear.cuh"
+#include "cuda/row_statistics.cuh"
 
 namespace {
 
@@ -49,6 +50,6 @@ int main() {
     print<LinearShape<2>>("multiply_experts", type, ", 2, true", 1);
     print<LinearShape<2>>("multiply_experts", type, ", 2, false", 1);
     print<PortableLinearShape>("multiply_experts_portable", type, "", 2);
+    std::printf("moments<%s> %d 0 1\n", type, 32 * kStatisticsWarps);
   }
-  std::puts("moments<__nv_bfloat16> 128 0 1\nmoments<__half> 128 0 1");
 }

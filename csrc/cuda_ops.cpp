@@ -17,12 +17,6 @@
 #include "cuda/shared_attention.h"
 #include "operands.h"
 
-namespace beit3_fast::cuda {
-// Null in a library that was built without sm_90a.
-__attribute__((weak)) const char* expert_linear(const ExpertLinear& op, CUstream_st* stream);
-__attribute__((weak)) const char* expert_linear_obstacle(const ExpertLinear& op);
-}  // namespace beit3_fast::cuda
-
 namespace {
 
 using namespace beit3_fast::operands;
@@ -32,7 +26,7 @@ using beit3_fast::cuda::SharedAttention;
 
 #ifdef BEIT3_FAST_EMULATE_CUDA
 #define BEIT3_FAST_DEVICE CPU
-#define BEIT3_FAST_NAMESPACE beit3_fast_emulated
+#define BEIT3_FAST_NAMESPACE BEIT3_FAST_EMULATE_CUDA
 struct DeviceGuard {
   explicit DeviceGuard(const Tensor&) {}
 };
@@ -255,8 +249,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(BEIT3_FAST_NAMESPACE, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(BEIT3_FAST_NAMESPACE, BEIT3_FAST_DEVICE, m) {
   m.impl("launch_row_statistics", TORCH_BOX(&row_statistics));
-  if (beit3_fast::cuda::expert_linear != nullptr) {
-    m.impl("launch_expert_linear", TORCH_BOX(&expert_linear));
-  }
+  m.impl("launch_expert_linear", TORCH_BOX(&expert_linear));
   m.impl("launch_shared_attention", TORCH_BOX(&shared_attention));
 }

@@ -27,11 +27,13 @@ inline const char* map_operands(AttentionMaps& maps, const SharedAttention& op) 
   const char* obstacle = nullptr;
   const auto map = [&](TensorMap& own, const void* data, int64_t stride, int64_t rows, int box) {
     if (obstacle != nullptr) return;
-    // Column, head, row: what lies past a head's columns or past the last row reads as zero.
+    // Column, head, row: what lies past a head's columns or past the last row reads as zero. The
+    // stride of a single row may be any number.
+    const int64_t width = op.num_heads * op.head_dim;
     obstacle = make_tensor_map(own, {data,
                                      3,
                                      {op.head_dim, op.num_heads, rows},
-                                     {2 * op.head_dim, 2 * stride},
+                                     {2 * op.head_dim, 2 * (rows > 1 ? stride : width)},
                                      {kPartColumns, 1, box}});
   };
   const auto map_rows = [&](RowMaps& own, const void* data, int64_t stride, int64_t rows) {

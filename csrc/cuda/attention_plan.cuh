@@ -4,11 +4,36 @@
 
 #include <algorithm>
 #include <cfloat>
+#include <climits>
+#include <cstdint>
 #include <type_traits>
 
 #include "attention_rows.cuh"
 
 namespace beit3_fast::cuda {
+
+// Copies move 16 bytes at a time.
+inline bool rows_fit(const void* data, int64_t stride, int64_t rows, int64_t width) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
+         (rows < 2 || (stride % 8 == 0 && stride >= width));
+}
+
+inline const char* attention_obstacle(const SharedAttention& op) {
+  const int64_t width = op.num_heads * op.head_dim;
+  if (op.head_dim != 64 && op.head_dim != 88) return "takes heads of 64 or 88 columns";
+  if (!rows_fit(op.q, op.q_stride, op.num_queries, width) ||
+      !rows_fit(op.k, op.k_stride, op.num_keys, width) ||
+      !rows_fit(op.v, op.v_stride, op.num_keys, width) ||
+      !rows_fit(op.o, op.o_stride, op.num_queries, width)) {
+    return "takes rows that begin at multiples of 16 bytes and do not overlap";
+  }
+  if (op.num_queries > 0 && op.num_keys == 0) return "takes at least one key";
+  if (op.num_queries > INT_MAX / 2 || op.num_keys > INT_MAX / 2) return "takes at most 2^30 rows";
+  if (op.batch * op.num_heads * ((op.longest_queries + 63) / 64) > INT_MAX) {
+    return "takes at most 2^31 - 1 query tiles";
+  }
+  return nullptr;
+}
 
 struct AttentionLaunch {
   AttentionCall call;

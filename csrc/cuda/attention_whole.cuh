@@ -46,71 +46,67 @@ struct WholeTiles {
         q_full(v_full + 8 + group * 8) {}
 };
 
-template <int kHeadDim, int kKeys>
-__device__ void load_whole_keys(const AttentionMaps& maps, const SharedAttention& op,
-                                const Head& head, const WholeTiles<kHeadDim, kKeys>& tiles) {
-  using Shape = WholeShape<kHeadDim, kKeys>;
-  const int num_rows = static_cast<int>(op.num_keys);
-  if (lane_index() == 0) {
-    barrier_expect(tiles.k_full, Shape::kKeyBytes);
-    barrier_expect(tiles.v_full, Shape::kValueBytes);
-  }
-  sync_warp();
-  load_places<Shape::Shape::kParts, kKeys>(maps.k, head.keys, num_rows, head.index, 0, tiles.k,
-                                           tiles.k_full);
-  load_places<Shape::Shape::kParts, Shape::kValues>(maps.v, head.keys, num_rows, head.index, 0,
-                                                    tiles.v, tiles.v_full);
-}
-
+// A warp group on its query tiles of one head.
 template <class T, int kHeadDim, int kKeys>
-__global__ void __launch_bounds__(WholeShape<kHeadDim, kKeys>::kThreads,
-                                  WholeShape<kHeadDim, kKeys>::kBlocksPerProcessor)
-    attend_whole(const __grid_constant__ AttentionMaps maps,
-                 const __grid_constant__ AttentionCall call) {
+struct WholeAttention {
   using Shape = WholeShape<kHeadDim, kKeys>;
-  constexpr int kParts = Shape::Shape::kParts;
-  const SharedAttention& op = call.op;
-  const int group = warp_index() / 4;
-  const bool leads = warp_index() % 4 == 0;
-  const WholeTiles<kHeadDim, kKeys> tiles(shared_memory(kTileAlignment), group);
+  static constexpr int kParts = HeadShape<kHeadDim>::kParts;
+  const AttentionMaps& maps;
+  const AttentionCall& call;
+  const Head head;
+  const int group;
+  const WholeTiles<kHeadDim, kKeys> tiles;
+  uint32_t q_parity = 0;
 
-  const int step = block_index() % call.tile_steps * Shape::kGroups + group;
-  const int head_index = block_index() / call.tile_steps % static_cast<int>(op.num_heads);
-  const int sample = block_index() / call.tile_steps / static_cast<int>(op.num_heads);
-  const Head head = head_of(op, sample, head_index);
-  const int stride = call.tile_steps * Shape::kGroups * kQueries;
-  // Nothing may be under way to the shared memory of a thread block that has ended.
-  if ((step - group) * kQueries >= head.queries.count()) return;
+  __device__ WholeAttention(const AttentionMaps& maps, const AttentionCall& call, const Head& head)
+      : maps(maps),
+        call(call),
+        head(head),
+        group(warp_index() / 4),
+        tiles(shared_memory(kTileAlignment), group) {}
 
-  if (thread_index() == 0) {
+  __device__ void make_barriers() const {
     barrier_init(tiles.k_full, 1);
     barrier_init(tiles.v_full, 1);
     for (int i = 0; i < Shape::kGroups; ++i) barrier_init(tiles.v_full + 8 + 8 * i, 1);
     fence_barrier_init();
   }
-  sync_block();
-  if (leads && step * kQueries < head.queries.count()) {
-    load_queries<kParts, kQueries>(maps.q, op, head, step * kQueries, tiles.q, tiles.q_full);
-  }
-  if (warp_index() == 0) load_whole_keys<kHeadDim, kKeys>(maps, op, head, tiles);
 
-  uint32_t parity = 0;
-  for (int first = step * kQueries; first < head.queries.count(); first += stride) {
-    const QueryPair pair(op, head, first);
-    float scores[kKeys / 2];
-    barrier_wait(tiles.q_full, parity);
+  __device__ void load_tile(int first) const {
+    if (warp_index() % 4 != 0 || first >= head.queries.count()) return;
+    load_queries<kParts, kQueries>(maps.q, call.op, head, first, tiles.q, tiles.q_full);
+  }
+
+  __device__ void load_keys() const {
+    const int num_rows = static_cast<int>(call.op.num_keys);
+    if (lane_index() == 0) {
+      barrier_expect(tiles.k_full, Shape::kKeyBytes);
+      barrier_expect(tiles.v_full, Shape::kValueBytes);
+    }
+    sync_warp();
+    load_places<kParts, kKeys>(maps.k, head.keys, num_rows, head.index, 0, tiles.k, tiles.k_full);
+    load_places<kParts, Shape::kValues>(maps.v, head.keys, num_rows, head.index, 0, tiles.v,
+                                        tiles.v_full);
+  }
+
+  __device__ void multiply_keys(float (&scores)[kKeys / 2]) {
+    barrier_wait(tiles.q_full, q_parity);
+    q_parity ^= 1;
     barrier_wait(tiles.k_full, 0);
     wgmma_fence();
     begin_scores<T, kHeadDim, kKeys, kKeys>(scores, tiles.q, tiles.k);
     wgmma_commit();
     wgmma_wait<0>(scores);
+  }
 
-    // All four warps are done with the queries: the next ones may come.
+  // The tile of queries that begins at `first`; the one at `next` is loaded meanwhile.
+  __device__ void attend(int first, int next) {
+    const QueryPair pair(call.op, head, first);
+    float scores[kKeys / 2];
+    multiply_keys(scores);
+    // All four warps are done with the queries.
     sync_named(1 + group, 128);
-    if (leads && first + stride < head.queries.count()) {
-      load_queries<kParts, kQueries>(maps.q, op, head, first + stride, tiles.q, tiles.q_full);
-    }
-    parity ^= 1;
+    load_tile(next);
 
     Softmax softmax;
     Weights<T, kKeys> weights;
@@ -118,7 +114,7 @@ __global__ void __launch_bounds__(WholeShape<kHeadDim, kKeys>::kThreads,
     softmax.weigh<kKeys>(scores, pair, 0, call.scale, decay);
     weights.take(scores);
 
-    float sums[Shape::Shape::kColumns / 2];
+    float sums[HeadShape<kHeadDim>::kColumns / 2];
     barrier_wait(tiles.v_full, 0);
     wgmma_fence();
     begin_sums<T, kHeadDim, kKeys, Shape::kValues>(sums, weights, tiles.v, false);
@@ -126,6 +122,33 @@ __global__ void __launch_bounds__(WholeShape<kHeadDim, kKeys>::kThreads,
     wgmma_wait<0>(sums);
     store_result<T, kHeadDim>(call, head, pair, softmax, sums);
   }
+
+  // The tiles `step`, `step + steps` and so on are the thread block's.
+  __device__ void run(int step, int steps) {
+    const int first = (step * Shape::kGroups + group) * kQueries;
+    const int stride = steps * Shape::kGroups * kQueries;
+    load_tile(first);
+    if (warp_index() == 0) load_keys();
+    for (int own = first; own < head.queries.count(); own += stride) attend(own, own + stride);
+  }
+};
+
+template <class T, int kHeadDim, int kKeys>
+__global__ void __launch_bounds__(WholeShape<kHeadDim, kKeys>::kThreads,
+                                  WholeShape<kHeadDim, kKeys>::kBlocksPerProcessor)
+    attend_whole(const __grid_constant__ AttentionMaps maps,
+                 const __grid_constant__ AttentionCall call) {
+  using Shape = WholeShape<kHeadDim, kKeys>;
+  const int step = block_index() % call.tile_steps;
+  const int heads = static_cast<int>(call.op.num_heads);
+  const int index = block_index() / call.tile_steps;
+  const Head head = head_of(call.op, index / heads, index % heads);
+  // Nothing may be under way to the shared memory of a thread block that has ended.
+  if (step * Shape::kGroups * kQueries >= head.queries.count()) return;
+  WholeAttention<T, kHeadDim, kKeys> attention(maps, call, head);
+  if (thread_index() == 0) attention.make_barriers();
+  sync_block();
+  attention.run(step, call.tile_steps);
 }
 
 }  // namespace beit3_fast::cuda

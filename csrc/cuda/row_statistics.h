@@ -20,6 +20,15 @@ struct RowStatistics {
   int64_t features = 0;
 };
 
+// Why the kernel does not take such operands, or null.
+inline const char* row_statistics_obstacle(const RowStatistics& op) {
+  if (op.features < 1 || op.features % 8 != 0) return "takes features in multiples of 8";
+  if (reinterpret_cast<uintptr_t>(op.x) % 16 != 0 || op.x_stride % 8 != 0) {
+    return "takes rows that begin at multiples of 16 bytes";
+  }
+  return nullptr;
+}
+
 // Enqueues the kernel on a stream of the current device. Returns why it could not be, or null.
 const char* row_statistics(const RowStatistics& op, CUstream_st* stream);
 

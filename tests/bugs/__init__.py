@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bugs.bug import Bug
 from bugs.cuda import CUDA_BUGS
+from bugs.cuda_attention import CUDA_ATTENTION_BUGS
 from bugs.cuda_linear import CUDA_LINEAR_BUGS
 from bugs.distributed import DISTRIBUTED_BUGS
 from bugs.files import FILES_BUGS
@@ -31,4 +32,5 @@ BUGS = (
     *NATIVE_BUGS,
     *CUDA_BUGS,
     *CUDA_LINEAR_BUGS,
+    *CUDA_ATTENTION_BUGS,
 )

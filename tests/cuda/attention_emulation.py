@@ -86,13 +86,13 @@ def attend(
     launch: Launch,
     scale: float | None = None,
 ) -> Result:
-    """One emulated launch; outputs begin as NaN, and o's rows lie eight numbers apart, which must stay NaN."""
+    """One emulated launch; outputs begin as NaN, as must stay what lies between o's rows and a row behind each."""
     own = layout if queries is None else queries
     q, k, v = (aligned(t) for t in (q, k, v))
     rows, width = q.shape
-    o = torch.full((rows, width + 8), torch.nan, dtype=q.dtype)
-    lse = torch.full((rows, num_heads), torch.nan)
-    parts = torch.full((rows, num_heads, 2), torch.nan)
+    o = torch.full((rows + 1, width + 8), torch.nan, dtype=q.dtype)
+    lse = torch.full((rows + 1, num_heads), torch.nan)
+    parts = torch.full((rows + 1, num_heads, 2), torch.nan)
     tensors = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "parts": parts}
     tensors |= {"cu_vision": layout.cu_vision, "cu_text": layout.cu_text}
     tensors |= {"cu_vision_q": own.cu_vision, "cu_text_q": own.cu_text}
@@ -115,5 +115,5 @@ def attend(
     )
     complaint = library().emulate_shared_attention(ctypes.byref(call), *launch[1:])
     assert complaint is None, complaint
-    assert o[:, width:].isnan().all()
-    return Result(o[:, :width], lse, parts)
+    assert all(bool(t.isnan().all()) for t in (o[:, width:], o[rows], lse[rows], parts[rows]))
+    return Result(o[:rows, :width], lse[:rows], parts[:rows])

@@ -20,7 +20,8 @@ void run(const AttentionLaunch& launch, int order, uint64_t seed, Kernel kernel)
 
 void attend(const SharedAttention& op, int processors, bool portable, int order, uint64_t seed) {
   cuda::AttentionMaps maps;
-  const char* obstacle = cuda::map_operands(maps, op);
+  const char* obstacle = cuda::attention_obstacle(op);
+  if (obstacle == nullptr) obstacle = cuda::map_operands(maps, op);
   emulated::check(obstacle == nullptr, obstacle == nullptr ? "" : obstacle);
   cuda::with_types(op, [&](auto type, auto width) {
     using T = decltype(type);

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import beit3_fast
+from beit3_fast.cli import info
 from beit3_fast.errors import KernelUnavailable
 from beit3_fast.ops import (
     cuda_kernels,
@@ -226,6 +227,11 @@ def test_info_and_verify_name_them(
     assert [name for name, _ in names[:2]] == [*kernel_cases.CUDA_CASES]
     status = library.LibraryStatus(True, "", stamp={"cuda_architectures": "80 90a"})
     assert "CUDA kernels: sm_80, sm_90a" in status.describe()
+    assert info.environment()["cuda_kernels"] == "for sm_90a"
+    cuda_kernels.reset()
+    machine(monkeypatch, (8, 0), ("90a",))
+    said = info.environment()["cuda_kernels"]
+    assert said.startswith("for sm_90a; not in use, for each was compiled for sm_90a, and this GPU")
 
 
 class TestProcess:
