@@ -121,4 +121,18 @@ CUDA_LINEAR_BUGS = (
         "real ? 16 : 0",
         (f"{CUDA_LINEAR}::test_portable",),
     ),
+    Bug(
+        "cuda-linear-gelu-of-a-rough-tail",
+        "csrc/cuda/linear_epilogue.cuh",
+        "1.186670884e-01f",
+        "1.19e-01f",
+        (f"{CUDA_LINEAR}::test_gelu_of_any_number",),
+    ),
+    Bug(
+        "cuda-linear-low-tiles-as-high-as-others",
+        "csrc/cuda/linear_tiles.h",
+        "{kTileDepth, bands * kBandRows}",
+        "{kTileDepth, kMostBands * kBandRows}",
+        (f"{CUDA_LINEAR}::test_low_tiles",),
+    ),
 )

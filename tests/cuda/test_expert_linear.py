@@ -212,6 +212,21 @@ def test_every_order_gives_the_same_bits(name: str) -> None:
             assert torch.equal(ours.nan_to_num(), own.nan_to_num())
 
 
+def test_gelu_of_any_number() -> None:
+    """Within the rounding of fp16, in the tails, too; infinities and NaN as in PyTorch."""
+    special = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 6e4, -6e4, 1e-7])
+    z = torch.cat([special, torch.linspace(-8.0, 8.0, 504)])
+    folded = fold([torch.zeros(len(z), 8, dtype=torch.float16)], [z], (), ())
+    y = expert_linear(
+        torch.zeros(1, 8, dtype=torch.float16), folded, None, None, (0, 1), 0.0, "gelu", bands=1
+    ).y[0]
+    truth = torch.nn.functional.gelu(z.double())
+    rounding, smallest = 2.0**-11, 2.0**-24
+    torch.testing.assert_close(
+        y.double(), truth, rtol=1.02 * rounding, atol=0.51 * smallest, equal_nan=True
+    )
+
+
 @pytest.mark.parametrize("width", [8, 40, 136])
 def test_statistics_in_any_parts(width: int) -> None:
     """With a mean 50 deviations away, too."""
