@@ -1,4 +1,5 @@
-// Which of the Hopper kernels takes a call of shared_attention.
+// Which of the Hopper kernels takes a call of shared_attention, and what it is told of the
+// operands.
 #pragma once
 
 #include "attention_plan.cuh"
@@ -7,6 +8,7 @@
 
 namespace beit3_fast::cuda {
 
+// launch(kernel, AttentionLaunch) for the kernel of the longest sample.
 template <class T, int kHeadDim, class Launch>
 auto with_hopper_kernel(const SharedAttention& op, int processors, Launch launch) {
   const auto whole = [&](auto keys) {

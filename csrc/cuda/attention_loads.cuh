@@ -52,7 +52,7 @@ __device__ void load_places(const RowMaps& maps, const Places& places, int num_r
 }
 
 // The barrier's one arrival, and the rows of up to 64 queries on their way.
-template <int kParts, int kQueries>
+template <int kParts>
 __device__ void load_queries(const RowMaps& map, const SharedAttention& op, const Head& head,
                              int first, uint32_t tile, uint32_t barrier) {
   if (lane_index() == 0) barrier_expect(barrier, kQueries * kParts * kRowBytes);

@@ -1,5 +1,4 @@
-// Which kernel takes a call of shared_attention, and how it is cut into thread blocks.
-// `launch(kernel, shape)` gets the kernel and a Launch, and its result is handed back.
+// What the kernels of shared_attention take, and how a call is cut into thread blocks.
 #pragma once
 
 #include <algorithm>

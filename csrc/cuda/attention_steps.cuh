@@ -106,21 +106,26 @@ struct StepProducer {
     place.advance();
   }
 
+  __device__ void load_tiles(const StepWork<kHeadDim>& work) {
+    for (int group = 0; group < Shape::kGroups; ++group) {
+      barrier_wait(tiles.q_free(group), q_parity ^ 1);
+      load_queries<Shape::Shape::kParts>(maps.q, call.op, work.head, work.first + group * kQueries,
+                                         tiles.q(group), tiles.q_full(group));
+    }
+    q_parity ^= 1;
+  }
+
   __device__ void run() {
     const int count = StepWork<kHeadDim>::count(call);
     for (int index = block_index(); index < count; index += grid_size()) {
       const StepWork<kHeadDim> work(call, index);
       if (!work.exists()) continue;
-      for (int group = 0; group < Shape::kGroups; ++group) {
-        barrier_wait(tiles.q_free(group), q_parity ^ 1);
-        load_queries<Shape::Shape::kParts, kQueries>(maps.q, call.op, work.head,
-                                                     work.first + group * kQueries, tiles.q(group),
-                                                     tiles.q_full(group));
-      }
-      q_parity ^= 1;
-      for (int block = 0; block < work.blocks; ++block) {
+      // The ring has room long before the tiles of the queries are free.
+      if (work.blocks > 0) load(maps.k, work.head, 0);
+      load_tiles(work);
+      for (int block = 1; block < work.blocks; ++block) {
         load(maps.k, work.head, block);
-        if (block > 0) load(maps.v, work.head, block - 1);
+        load(maps.v, work.head, block - 1);
       }
       if (work.blocks > 0) load(maps.v, work.head, work.blocks - 1);
     }

@@ -74,7 +74,7 @@ struct WholeAttention {
 
   __device__ void load_tile(int first) const {
     if (warp_index() % 4 != 0 || first >= head.queries.count()) return;
-    load_queries<kParts, kQueries>(maps.q, call.op, head, first, tiles.q, tiles.q_full);
+    load_queries<kParts>(maps.q, call.op, head, first, tiles.q, tiles.q_full);
   }
 
   __device__ void load_keys() const {

@@ -1,4 +1,4 @@
-// Joint softmax attention on a GPU: launchers of the kernels in shared_attention.cuh.
+// Joint softmax attention on a GPU: the launcher of the kernels in attention_*.cuh.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@ struct CUstream_st;  // what cudaStream_t points to
 
 namespace beit3_fast::cuda {
 
-// All pointers but `scale` and the sizes are to device memory. Rows are packed as in TokenLayout:
-// the vision rows of all samples, then their text rows; cu_text counts from the last vision row.
+// All pointers are to device memory. Rows are packed as in TokenLayout: the vision rows of all
+// samples, then their text rows; cu_text counts from the last vision row.
 struct SharedAttention {
   enum class Element : int32_t { kBFloat16, kFloat16 };
   enum class Mask : int32_t { kBidirectional, kSeq2Seq, kCausal };
@@ -49,9 +49,10 @@ struct SharedAttention {
 // Why the kernels do not take such operands, or null. Pointers are looked at, not followed.
 const char* shared_attention_obstacle(const SharedAttention& op);
 
-// Enqueues the kernel on a stream of the current device, which must be of compute capability 9.0.
-// What the obstacle does not speak of is trusted: offsets in range, longest_* at least the real
-// ones. Returns why it could not be launched, or null.
+// Enqueues the kernel on a stream of the current device: one for compute capability 9.0 where the
+// library holds it, else the portable one (8.0 and newer). What the obstacle does not speak of is
+// trusted: offsets in range, longest_* at least the real ones. Returns why it could not be
+// launched, or null.
 const char* shared_attention(const SharedAttention& op, CUstream_st* stream);
 
 }  // namespace beit3_fast::cuda
