@@ -300,7 +300,7 @@ class BuildNative(build_ext):
             shutil.rmtree(build)
         build.mkdir(parents=True, exist_ok=True)
         replace_text(marker, json.dumps([*wanted, own]))
-        also = f", and with nvcc {cuda.version} (a few minutes)" if isinstance(cuda, Nvcc) else ""
+        also = f", and with nvcc {cuda.version} (another minute)" if isinstance(cuda, Nvcc) else ""
         say(
             f"compiling with {tools.compiler} for torch {tools.torch_version} (about a minute){also}"
         )

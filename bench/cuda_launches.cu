@@ -45,8 +45,10 @@ int main() {
   for (const char* type : {"BFloat16", "Float16"}) {
     heads<64>(type);
     heads<88>(type);
-    print<LinearShape>("multiply_experts", type, ", true", 1);
-    print<LinearShape>("multiply_experts", type, ", false", 1);
+    print<LinearShape<1>>("multiply_experts", type, ", 1, true", 1);
+    print<LinearShape<1>>("multiply_experts", type, ", 1, false", 1);
+    print<LinearShape<2>>("multiply_experts", type, ", 2, true", 1);
+    print<LinearShape<2>>("multiply_experts", type, ", 2, false", 1);
     print<PortableLinearShape>("multiply_experts_portable", type, "", 2);
     std::printf("moments<%s> %d 0 1\n", type, 32 * kStatisticsWarps);
   }

@@ -106,6 +106,7 @@ def runnable(device: str) -> list[tuple[str, torch.dtype]]:
 def run(kernel: str, dtype: torch.dtype, device: str) -> Outcome:
     """Runs one check, that of a CUDA kernel in another process."""
     if kernel.startswith(_CUDA) and device == "cuda":
+        logger.info("%s is checked in another process", _name(kernel, dtype))
         return Outcome(*kernel_process.run(kernel, _short(dtype), torch.cuda.current_device()))
     return run_here(kernel, dtype, device)
 

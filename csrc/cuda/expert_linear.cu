@@ -11,7 +11,7 @@ const char* expert_linear_obstacle(const ExpertLinear& op) { return linear_obsta
 
 const char* expert_linear(const ExpertLinear& op, CUstream_st* stream) {
   if (const char* obstacle = linear_obstacle(op)) return obstacle;
-  const int tiles = tile_count(op);
+  const int tiles = tile_count(op, PortableLinearShape::kBands);
   if (tiles == 0) return nullptr;
   int device = 0;
   int capability[2] = {};

@@ -34,7 +34,7 @@ __device__ __forceinline__ void transpose_in_quad(uint32_t (&words)[4]) {
 }
 
 // GELU by the tail of the normal distribution: Q(|x|) = exp(-x^2 / 2) P(1 / (1 + s |x|)), the
-// polynomial fitted to a relative error of 5e-6. erff takes twice the instructions, and all of a
+// polynomial fitted to a relative error of 5e-6. erff takes ten instructions more, and all of a
 // tile's must fit beside the other group's products.
 __device__ __forceinline__ float gelu(float x) {
   constexpr float kScale = 3.075914383e-01f, kHalfLog2E = 7.213475204e-01f;
@@ -92,12 +92,13 @@ __device__ inline LinearRow row_of_tile(const ExpertLinear& op, int place, int e
   return own;
 }
 
-// The rows of which this thread has sums: warp w of four has rows 16 w and 64 + 16 w on.
+// The two rows of each band of which this thread has sums: warp w of four has 16 rows from 16 w on.
+template <int kBands>
 __device__ __forceinline__ void take_rows_of_tile(const ExpertLinear& op, const LinearTile& tile,
-                                                  int warp, LinearRow (&rows)[4]) {
+                                                  int warp, LinearRow (&rows)[2 * kBands]) {
 #pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const int inside = r / 2 * 64 + warp * 16 + r % 2 * 8 + lane_index() / 4;
+  for (int r = 0; r < 2 * kBands; ++r) {
+    const int inside = r / 2 * kBandRows + warp * 16 + r % 2 * 8 + lane_index() / 4;
     rows[r] = row_of_tile(op, tile.first + inside, tile.end);
   }
 }
@@ -232,20 +233,20 @@ __device__ inline void store_moments(const ExpertLinear& op, const LinearTile& t
   part[1] = moments.squares;
 }
 
-// The thread's rows of the tile in all its columns, from the sums of two products of 64 rows each.
+// The thread's rows of the tile in all its columns, from the sums of a product for each band.
 // The moments are those of the numbers that were stored: the next op reads these.
-template <class T>
+template <class T, int kBands>
 __device__ __forceinline__ void finish_tile(const ExpertLinear& op, const LinearTile& tile,
-                                            const LinearRow (&rows)[4],
-                                            const float (&sums)[2][kTileColumns / 2]) {
-  LinearMoments moments[4];
+                                            const LinearRow (&rows)[2 * kBands],
+                                            const float (&sums)[kBands][kTileColumns / 2]) {
+  LinearMoments moments[2 * kBands];
 #pragma unroll
   for (int turn = 0; turn < kTileColumns / kQuadColumns; ++turn) {
     const int first = tile.column + turn * kQuadColumns;
     const int blocks = (static_cast<int>(op.out_features) - first) / 8;
     const LinearVectors vectors(op, tile.expert, first);
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < 2 * kBands; ++r) {
       float values[kQuadNumbers];
       uint32_t words[4];
 #pragma unroll
@@ -253,12 +254,12 @@ __device__ __forceinline__ void finish_tile(const ExpertLinear& op, const Linear
         values[j] = sums[r / 2][turn * 16 + j / 2 * 4 + r % 2 * 2 + j % 2];
       }
       finish_row<T>(op, rows[r], first, vectors, values, words);
-      if (op.y_parts != nullptr) moments[r].add<T>(words, 4 * turn, blocks);
+      if (op.y_parts != nullptr) moments[r].template add<T>(words, 4 * turn, blocks);
     }
   }
   if (op.y_parts == nullptr) return;
 #pragma unroll
-  for (int r = 0; r < 4; ++r) store_moments(op, tile, rows[r], moments[r]);
+  for (int r = 0; r < 2 * kBands; ++r) store_moments(op, tile, rows[r], moments[r]);
 }
 
 }  // namespace beit3_fast::cuda

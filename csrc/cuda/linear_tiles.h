@@ -13,7 +13,10 @@
 
 namespace beit3_fast::cuda {
 
-constexpr int kTileRows = 128;
+// Rows of one product of a warp group. A tile has one such band, or two where there are tiles
+// enough.
+constexpr int kBandRows = 64;
+constexpr int kMostBands = 2;
 constexpr int kTileColumns = ExpertLinear::kPartWidth;
 constexpr int kTileDepth = 64;
 // Row tiles that meet all columns before the next ones do: their rows stay in the L2 cache.
@@ -21,9 +24,9 @@ constexpr int kRowTilesTogether = 16;
 
 BEIT3_FAST_BOTH inline int tiles_of(int size, int tile) { return (size + tile - 1) / tile; }
 
-BEIT3_FAST_BOTH inline int row_tiles(const ExpertLinear& op, int expert) {
+BEIT3_FAST_BOTH inline int row_tiles(const ExpertLinear& op, int bands, int expert) {
   return tiles_of(static_cast<int>(op.bounds[expert + 1]) - static_cast<int>(op.bounds[expert]),
-                  kTileRows);
+                  bands * kBandRows);
 }
 
 BEIT3_FAST_BOTH inline int column_tiles(const ExpertLinear& op) {
@@ -34,14 +37,18 @@ BEIT3_FAST_BOTH inline int depth_steps(const ExpertLinear& op) {
   return tiles_of(static_cast<int>(op.in_features), kTileDepth);
 }
 
-BEIT3_FAST_BOTH inline int tile_count(const ExpertLinear& op) {
+BEIT3_FAST_BOTH inline int tile_count(const ExpertLinear& op, int bands) {
   int count = 0;
-  for (int expert = 0; expert < op.num_experts; ++expert) count += row_tiles(op, expert);
+  for (int expert = 0; expert < op.num_experts; ++expert) count += row_tiles(op, bands, expert);
   return count * column_tiles(op);
 }
 
-// Places [first, end) of an expert, of which the tile holds at most kTileRows, and its first
-// column.
+// High tiles read the weights less often; low ones keep more multiprocessors busy.
+inline int bands_for(const ExpertLinear& op, int processors) {
+  return tile_count(op, kMostBands) >= processors ? kMostBands : 1;
+}
+
+// Places [first, end) of an expert, of which the tile holds the first ones, and its first column.
 struct LinearTile {
   int expert;
   int first;
@@ -50,20 +57,23 @@ struct LinearTile {
 };
 
 // Tiles count through the experts one after the other.
-BEIT3_FAST_BOTH inline LinearTile tile_at(const ExpertLinear& op, int index) {
+BEIT3_FAST_BOTH inline LinearTile tile_at(const ExpertLinear& op, int bands, int index) {
   const int columns = column_tiles(op);
   int expert = 0;
-  while (index >= row_tiles(op, expert) * columns) index -= row_tiles(op, expert++) * columns;
+  while (index >= row_tiles(op, bands, expert) * columns) {
+    index -= row_tiles(op, bands, expert++) * columns;
+  }
   const int top = index / (kRowTilesTogether * columns) * kRowTilesTogether;
-  const int left = row_tiles(op, expert) - top;
+  const int left = row_tiles(op, bands, expert) - top;
   const int height = left < kRowTilesTogether ? left : kRowTilesTogether;
   const int place = index - top * columns;
-  return {expert, static_cast<int>(op.bounds[expert]) + (top + place % height) * kTileRows,
+  return {expert, static_cast<int>(op.bounds[expert]) + (top + place % height) * bands * kBandRows,
           static_cast<int>(op.bounds[expert + 1]), place / height * kTileColumns};
 }
 
-inline TiledTensor rows_of_x(const ExpertLinear& op) {
-  return {op.x, 2, {op.in_features, op.num_rows}, {op.x_stride * 2}, {kTileDepth, kTileRows}};
+inline TiledTensor rows_of_x(const ExpertLinear& op, int bands) {
+  return {
+      op.x, 2, {op.in_features, op.num_rows}, {op.x_stride * 2}, {kTileDepth, bands * kBandRows}};
 }
 
 // Columns past an expert's last are outside, and no column of the next one.

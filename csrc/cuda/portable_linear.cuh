@@ -15,6 +15,8 @@ struct PortableLinearShape {
   static constexpr int kStages = 2;
   static constexpr int kThreads = 128;
   static constexpr int kRowBytes = kTileDepth * 2;
+  static constexpr int kBands = 2;
+  static constexpr int kTileRows = kBands * kBandRows;  // as many as columns
   static constexpr int kOperandBytes = kTileRows * kRowBytes;
   static constexpr int kAlignment = 128;
   static constexpr int kBytes = kAlignment + 2 * kStages * kOperandBytes;
@@ -23,12 +25,12 @@ struct PortableLinearShape {
 template <class T>
 struct PortableLinear {
   using Shape = PortableLinearShape;
-  static constexpr int kPasses = kTileRows / 16;  // 8 threads copy the 128 bytes of a row
+  static constexpr int kPasses = Shape::kTileRows / 16;  // 8 threads copy the 128 bytes of a row
   const ExpertLinear& op;
   const LinearTile tile;
   const uint32_t base;
   int rows[kPasses];  // of x, that this thread copies
-  float sums[2][kTileColumns / 2];
+  float sums[Shape::kBands][kTileColumns / 2];
 
   __device__ uint32_t x_tile(int step) const {
     return base + step % Shape::kStages * 2 * Shape::kOperandBytes;
@@ -73,11 +75,11 @@ struct PortableLinear {
     const int lane = lane_index();
 #pragma unroll
     for (int depth = 0; depth < kTileDepth / 8; depth += 2) {
-      uint32_t x[2][4];
+      uint32_t x[Shape::kBands][4];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = 64 * half + 16 * warp_index() + lane % 16;
-        load_matrices(x[half], chunk_at(x_tile(step), row, depth + lane / 16));
+      for (int band = 0; band < Shape::kBands; ++band) {
+        const int row = kBandRows * band + 16 * warp_index() + lane % 16;
+        load_matrices(x[band], chunk_at(x_tile(step), row, depth + lane / 16));
       }
 #pragma unroll
       for (int column = 0; column < kTileColumns; column += 16) {
@@ -85,9 +87,9 @@ struct PortableLinear {
         const int row = column + lane / 16 * 8 + lane % 8;
         load_matrices(w, chunk_at(weight_tile(step), row, depth + lane / 8 % 2));
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          mma<T>(sums[half] + column / 2, x[half], w[0], w[1]);
-          mma<T>(sums[half] + column / 2 + 4, x[half], w[2], w[3]);
+        for (int band = 0; band < Shape::kBands; ++band) {
+          mma<T>(sums[band] + column / 2, x[band], w[0], w[1]);
+          mma<T>(sums[band] + column / 2 + 4, x[band], w[2], w[3]);
         }
       }
     }
@@ -97,7 +99,8 @@ struct PortableLinear {
     const int steps = depth_steps(op);
     take_rows();
 #pragma unroll
-    for (int i = 0; i < kTileColumns; ++i) sums[i % 2][i / 2] = 0.0f;
+    for (int i = 0; i < kTileColumns; ++i)
+      sums[i / (kTileColumns / 2)][i % (kTileColumns / 2)] = 0.0f;
     begin_step(0);
     cp_async_commit();
     for (int step = 0; step < steps; ++step) {
@@ -109,9 +112,9 @@ struct PortableLinear {
       sync_block();
     }
     cp_async_wait<0>();
-    LinearRow own[4];
-    take_rows_of_tile(op, tile, warp_index(), own);
-    finish_tile<T>(op, tile, own, sums);
+    LinearRow own[2 * Shape::kBands];
+    take_rows_of_tile<Shape::kBands>(op, tile, warp_index(), own);
+    finish_tile<T, Shape::kBands>(op, tile, own, sums);
   }
 };
 
@@ -119,7 +122,7 @@ template <class T>
 __global__ void __launch_bounds__(PortableLinearShape::kThreads, 2)
     multiply_experts_portable(const __grid_constant__ ExpertLinear op) {
   const uint32_t base = shared_memory(PortableLinearShape::kAlignment);
-  PortableLinear<T>{op, tile_at(op, block_index()), base}.run();
+  PortableLinear<T>{op, tile_at(op, PortableLinearShape::kBands, block_index()), base}.run();
 }
 
 }  // namespace beit3_fast::cuda

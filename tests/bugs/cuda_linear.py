@@ -103,8 +103,8 @@ CUDA_LINEAR_BUGS = (
     Bug(
         "portable-linear-halves-of-the-weights-exchanged",
         "csrc/cuda/portable_linear.cuh",
-        "mma<T>(sums[half] + column / 2 + 4, x[half], w[2], w[3]);",
-        "mma<T>(sums[half] + column / 2 + 4, x[half], w[3], w[2]);",
+        "mma<T>(sums[band] + column / 2 + 4, x[band], w[2], w[3]);",
+        "mma<T>(sums[band] + column / 2 + 4, x[band], w[3], w[2]);",
         (f"{CUDA_LINEAR}::test_portable",),
     ),
     Bug(
@@ -120,5 +120,19 @@ CUDA_LINEAR_BUGS = (
         "real && real_column ? 16 : 0",
         "real ? 16 : 0",
         (f"{CUDA_LINEAR}::test_portable",),
+    ),
+    Bug(
+        "cuda-linear-gelu-of-a-rough-tail",
+        "csrc/cuda/linear_epilogue.cuh",
+        "1.186670884e-01f",
+        "1.19e-01f",
+        (f"{CUDA_LINEAR}::test_gelu_of_any_number",),
+    ),
+    Bug(
+        "cuda-linear-low-tiles-as-high-as-others",
+        "csrc/cuda/linear_tiles.h",
+        "{kTileDepth, bands * kBandRows}",
+        "{kTileDepth, kMostBands * kBandRows}",
+        (f"{CUDA_LINEAR}::test_low_tiles",),
     ),
 )

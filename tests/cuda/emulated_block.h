@@ -30,8 +30,14 @@ struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-inline void check(bool holds, const std::string& fault) {
+inline void check(bool holds, const char* fault) {
   if (!holds) throw Fault(fault);
+}
+
+// With words that are only put together where they are needed: most checks stand in inner loops.
+template <class Describe, class = decltype(std::declval<Describe>()())>
+void check(bool holds, Describe&& describe) {
+  if (!holds) throw Fault(describe());
 }
 
 enum class Order { kEager, kLate, kRandom };
@@ -104,7 +110,8 @@ struct Thread {
   bool done = false;
   ucontext_t start;
   jmp_buf context;
-  std::string waits_for;
+  const char* waits_for = "its first turn";
+  uint32_t waits_at = 0;
   int registers = 0;
   // Products under way, and what their sums were when the first was begun.
   std::vector<Product> products;
@@ -167,7 +174,7 @@ struct Block {
 
   uint8_t* at(uint32_t address, uint32_t bytes) {
     check(address >= kSharedBase && address + bytes <= kSharedBase + shared.size(),
-          "an address outside shared memory: " + std::to_string(address));
+          [&] { return "an address outside shared memory: " + std::to_string(address); });
     return shared.data() + (address - kSharedBase);
   }
 
@@ -176,8 +183,9 @@ struct Block {
     waiters.clear();
   }
 
-  __attribute__((noinline)) void wait(Waiters& waiters, std::string why) {
-    self().waits_for = std::move(why);
+  __attribute__((noinline)) void wait(Waiters& waiters, const char* what, uint32_t which = 0) {
+    self().waits_for = what;
+    self().waits_at = which;
     waiters.push_back(current);
     if (_setjmp(self().context) == 0) _longjmp(scheduler, 1);
   }
@@ -240,7 +248,7 @@ inline int Block::next_thread() {
 inline std::string Block::who_waits() const {
   std::map<std::string, int> reasons;
   for (const Thread& thread : threads) {
-    if (!thread.done) ++reasons[thread.waits_for];
+    if (!thread.done) ++reasons[thread.waits_for + (" " + std::to_string(thread.waits_at))];
   }
   std::string all;
   for (const auto& [reason, count] : reasons)
@@ -264,11 +272,11 @@ inline void Block::run() {
     }
   }
   const std::string where = "block " + std::to_string(index) + ": ";
-  check(fault.empty(), where + fault);
+  check(fault.empty(), [&] { return where + fault; });
   const std::string waiting = who_waits();
-  check(waiting.empty(), where + "deadlock" + waiting);
+  check(waiting.empty(), [&] { return where + "deadlock" + waiting; });
   for (const NamedBarrier& barrier : named)
-    check(barrier.arrived == 0, where + "a named barrier was left half full");
+    check(barrier.arrived == 0, [&] { return where + "a named barrier was left half full"; });
 }
 
 // Runs the thread blocks of a grid one after the other. Throws Fault.

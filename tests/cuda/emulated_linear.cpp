@@ -8,52 +8,55 @@ namespace {
 using namespace beit3_fast;
 using namespace beit3_fast::cuda;
 
-template <class T>
-void run_grid(const emulated::Launch& launch, const LinearMaps& maps, const ExpertLinear& op) {
-  emulated::run(launch, [&] {
-    if (op.rows == nullptr) {
-      multiply_experts<T, false>(maps, op);
-    } else {
-      multiply_experts<T, true>(maps, op);
-    }
-  });
+template <int kBands>
+const char* run_hopper(const ExpertLinear& op, int processors, emulated::Order order,
+                       uint64_t seed) {
+  using Shape = LinearShape<kBands>;
+  LinearMaps maps;
+  const char* obstacle = nullptr;
+  if (op.rows == nullptr) obstacle = make_tensor_map(maps.x, rows_of_x(op, kBands));
+  if (obstacle == nullptr) obstacle = make_tensor_map(maps.weights, rows_of_weights(op));
+  if (obstacle != nullptr) return obstacle;
+  const int blocks = std::min(tile_count(op, kBands), processors);
+  const bool bfloat16 = op.element == ExpertLinear::Element::kBFloat16;
+  const auto of = [&](auto* brain, auto* half) { return bfloat16 ? brain : half; };
+  const auto kernel =
+      op.rows != nullptr
+          ? of(multiply_experts<BFloat16, kBands, true>, multiply_experts<Float16, kBands, true>)
+          : of(multiply_experts<BFloat16, kBands, false>, multiply_experts<Float16, kBands, false>);
+  emulated::run({blocks, Shape::kThreads, Shape::kBytes, order, seed}, [&] { kernel(maps, op); });
+  return nullptr;
 }
 
-template <class T>
-void run_portable(const emulated::Launch& launch, const ExpertLinear& op) {
-  emulated::run(launch, [&] { multiply_experts_portable<T>(op); });
+const char* run_portable(const ExpertLinear& op, emulated::Order order, uint64_t seed) {
+  using Shape = PortableLinearShape;
+  const bool bfloat16 = op.element == ExpertLinear::Element::kBFloat16;
+  const auto kernel =
+      bfloat16 ? multiply_experts_portable<BFloat16> : multiply_experts_portable<Float16>;
+  emulated::run({tile_count(op, Shape::kBands), Shape::kThreads, Shape::kBytes, order, seed},
+                [&] { kernel(op); });
+  return nullptr;
 }
 
 }  // namespace
 
-// As expert_linear, on `processors` multiprocessors of compute capability 9.0, or on any other by
-// the portable kernel. Returns the fault, or null.
-extern "C" const char* emulate_expert_linear(const ExpertLinear* op, bool portable, int processors,
+// As expert_linear: in tiles of one or two bands on so many multiprocessors of compute
+// capability 9.0, or with no bands by the portable kernel. Returns the fault, or null.
+extern "C" const char* emulate_expert_linear(const ExpertLinear* op, int bands, int processors,
                                              int order, uint64_t seed) {
   static std::string fault;
-  const bool bfloat16 = op->element == ExpertLinear::Element::kBFloat16;
   const auto when = static_cast<emulated::Order>(order);
   try {
     const char* obstacle = linear_obstacle(*op);
-    const int tiles = tile_count(*op);
-    if (obstacle != nullptr || tiles == 0) return obstacle;
-    if (portable) {
-      using Shape = PortableLinearShape;
-      (bfloat16 ? run_portable<BFloat16>
-                : run_portable<Float16>)({tiles, Shape::kThreads, Shape::kBytes, when, seed}, *op);
-      return nullptr;
-    }
-    LinearMaps maps;
-    if (op->rows == nullptr) obstacle = make_tensor_map(maps.x, rows_of_x(*op));
-    if (obstacle == nullptr) obstacle = make_tensor_map(maps.weights, rows_of_weights(*op));
-    if (obstacle != nullptr) return obstacle;
-    (bfloat16 ? run_grid<BFloat16> : run_grid<Float16>)({std::min(tiles, processors),
-                                                         LinearShape::kThreads, LinearShape::kBytes,
-                                                         when, seed},
-                                                        maps, *op);
-    return nullptr;
+    if (obstacle != nullptr || tile_count(*op, 1) == 0) return obstacle;
+    if (bands == 0) return run_portable(*op, when, seed);
+    return (bands == 1 ? run_hopper<1> : run_hopper<2>)(*op, processors, when, seed);
   } catch (const std::exception& error) {
     fault = error.what();
     return fault.c_str();
   }
+}
+
+extern "C" int expert_linear_bands(const ExpertLinear* op, int processors) {
+  return bands_for(*op, processors);
 }

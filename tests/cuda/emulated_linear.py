@@ -77,12 +77,19 @@ def _library(source: Path) -> ctypes.CDLL:
     library.emulate_expert_linear.restype = ctypes.c_char_p
     library.emulate_expert_linear.argtypes = (
         ctypes.POINTER(_Call),
-        ctypes.c_bool,
+        ctypes.c_int,
         ctypes.c_int,
         ctypes.c_int,
         ctypes.c_uint64,
     )
     return library
+
+
+def bands(bounds: Sequence[int], out: int, processors: int) -> int:
+    """Of how many bands the launcher makes its tiles."""
+    call = _Call(out_features=out, num_experts=len(bounds) - 1, bounds=(_SIZE * 4)(*bounds))
+    library = _library(Path(__file__).parent / "emulated_linear.cpp")
+    return int(library.expert_linear_bands(ctypes.byref(call), processors))
 
 
 def expert_linear(
@@ -96,11 +103,15 @@ def expert_linear(
     *,
     statistics: tuple[Tensor, int] | None = None,
     order: str = "eager",
-    portable: bool = False,
+    bands: int = 2,
     processors: int = 2,
     seed: int = 0,
 ) -> Result:
-    """As in kernels/expert_linear.py, with z and the statistics of y. Raises RuntimeError with the fault."""
+    """As in kernels/expert_linear.py, with z and the statistics of y.
+
+    ``bands``: of a tile in the kernel for compute capability 9.0; 0: the portable kernel. Raises RuntimeError with the
+    fault.
+    """
     out = folded.weights.shape[1]
     empty = torch.full((x.shape[0], out), float("nan"), dtype=x.dtype)
     (own_x, _), (y, y_memory), (z, z_memory) = guarded(x), guarded(empty), guarded(empty)
@@ -138,7 +149,7 @@ def expert_linear(
     )
     library = _library(Path(__file__).parent / "emulated_linear.cpp")
     fault = library.emulate_expert_linear(
-        ctypes.byref(call), portable, processors, ORDERS.index(order), seed
+        ctypes.byref(call), bands, processors, ORDERS.index(order), seed
     )
     if fault is not None:
         raise RuntimeError(fault.decode())

@@ -74,21 +74,21 @@ inline std::string name_of(uint32_t address) { return "barrier " + std::to_strin
 constexpr uint64_t kBarrierMark = 0x6261727269657221;
 
 inline MemoryBarrier& barrier_at(uint32_t address, bool by_thread = true) {
-  check(address % 8 == 0, name_of(address) + " lies at no multiple of 8 bytes");
+  check(address % 8 == 0, [&] { return name_of(address) + " lies at no multiple of 8 bytes"; });
   const auto found = block->barriers.find(address);
-  check(found != block->barriers.end(), name_of(address) + " was not made");
+  check(found != block->barriers.end(), [&] { return name_of(address) + " was not made"; });
   uint64_t mark;
   std::memcpy(&mark, block->at(address, 8), 8);
-  check(mark == kBarrierMark, name_of(address) + " was written over");
+  check(mark == kBarrierMark, [&] { return name_of(address) + " was written over"; });
   const bool own = by_thread && found->second.maker == block->current;
   check(own || found->second.fenced,
-        name_of(address) + " is used without a fence after it was made");
+        [&] { return name_of(address) + " is used without a fence after it was made"; });
   return found->second;
 }
 
 inline void make_barrier(uint32_t address, int arrivals) {
   check(arrivals > 0 && arrivals < 1 << 20, "a barrier of no arrivals");
-  check(block->barriers.count(address) == 0, name_of(address) + " is made twice");
+  check(block->barriers.count(address) == 0, [&] { return name_of(address) + " is made twice"; });
   block->barriers[address] = {arrivals, arrivals, 0, 0, block->current, false, {}};
   std::memcpy(block->at(address, 8), &kBarrierMark, 8);
 }
@@ -103,7 +103,8 @@ inline void complete_phase(MemoryBarrier& barrier) {
 
 inline void arrive(uint32_t address, int64_t bytes) {
   MemoryBarrier& barrier = barrier_at(address);
-  check(barrier.pending > 0, name_of(address) + " gets more arrivals than it was made for");
+  check(barrier.pending > 0,
+        [&] { return name_of(address) + " gets more arrivals than it was made for"; });
   barrier.bytes += bytes;
   --barrier.pending;
   complete_phase(barrier);
@@ -113,7 +114,7 @@ inline void wait_for_phase(uint32_t address, uint32_t parity) {
   check(parity <= 1, "a parity is 0 or 1");
   MemoryBarrier& barrier = barrier_at(address);
   while (barrier.phase == parity) {
-    block->wait(barrier.waiters, name_of(address) + " in parity " + std::to_string(parity));
+    block->wait(barrier.waiters, "barrier", address);
   }
 }
 
@@ -128,16 +129,16 @@ inline void arrive_at_named(int number, int size, bool waits) {
     barrier.arrived = 0;
     block->wake(barrier.waiters);
   } else if (waits) {
-    block->wait(barrier.waiters, "named barrier " + std::to_string(number));
+    block->wait(barrier.waiters, "named barrier", number);
   }
 }
 
 // Every lane shows a value and sees those of all 32.
 inline const LaneValue* meet_lanes(const char* instruction, const LaneValue& value) {
   Warp& warp = block->warp();
-  check(warp.arrived == 0 || std::strcmp(warp.instruction, instruction) == 0,
-        std::string("lanes of a warp meet at ") + instruction + " and " +
-            (warp.arrived ? warp.instruction : ""));
+  check(warp.arrived == 0 || std::strcmp(warp.instruction, instruction) == 0, [&] {
+    return std::string("lanes of a warp meet at ") + instruction + " and " + warp.instruction;
+  });
   warp.instruction = instruction;
   const int round = warp.round;
   warp.values[round % 2][block->current % 32] = value;
@@ -146,7 +147,7 @@ inline const LaneValue* meet_lanes(const char* instruction, const LaneValue& val
     ++warp.round;
     block->wake(warp.waiters);
   } else {
-    block->wait(warp.waiters, std::string("lanes at ") + instruction);
+    block->wait(warp.waiters, instruction);
   }
   return warp.values[round % 2];
 }
@@ -155,8 +156,9 @@ inline void set_registers(int registers, bool raise) {
   Thread& thread = block->self();
   check(registers % 8 == 0 && registers >= 24 && registers <= 256,
         "registers in steps of 8, from 24 to 256");
-  check(raise ? registers >= thread.registers : registers <= thread.registers,
-        "setmaxnreg in the wrong direction: from " + std::to_string(thread.registers));
+  check(raise ? registers >= thread.registers : registers <= thread.registers, [&] {
+    return "setmaxnreg in the wrong direction: from " + std::to_string(thread.registers);
+  });
   const int more = registers - thread.registers;
   while (block->free_registers < more) block->wait(block->register_waiters, "registers");
   block->free_registers -= more;

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from beit3_fast.kernels._folded_weights import fold
-from emulated_linear import ORDERS, PART_WIDTH, Result, expert_linear
+from emulated_linear import ORDERS, PART_WIDTH, Result, bands, expert_linear
 from torch import Tensor
 
 from beit3_fast.parity import op_parity
@@ -172,21 +172,33 @@ def test_forward(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["7 rows", "two experts", "three experts", "gathered, deep"])
+def test_low_tiles(name: str) -> None:
+    case, turn = CASES[name], list(CASES).index(name)
+    operands = draw(case, ("fp16", "bf16")[turn % 2])
+    check(case, operands, launch(case, operands, ORDERS[turn % 3], bands=1))
+
+
+@pytest.mark.parametrize("name", ["7 rows", "two experts", "three experts", "gathered, deep"])
 def test_portable(name: str) -> None:
-    case = CASES[name]
-    turn = list(CASES).index(name)
+    case, turn = CASES[name], list(CASES).index(name)
     operands = draw(case, ("bf16", "fp16")[turn % 2])
-    check(case, operands, launch(case, operands, "random" if turn % 2 else "late", portable=True))
+    check(case, operands, launch(case, operands, ("late", "random")[turn % 2], bands=0))
+
+
+def test_tiles_are_low_where_high_ones_leave_processors_idle() -> None:
+    assert bands((0, 197), 3072, 132) == 1
+    assert bands((0, 128 * 11), 1536, 132) == 2
+    assert bands((0, 128 * 11 - 128), 1536, 132) == 1
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("bands", [0, 1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", CASES)
-def test_forward_long(name: str, order: str, dtype: str, portable: bool) -> None:
+def test_forward_long(name: str, order: str, dtype: str, bands: int) -> None:
     operands = draw(CASES[name], dtype)
-    result = launch(CASES[name], operands, order, processors=3, portable=portable)
+    result = launch(CASES[name], operands, order, processors=3, bands=bands)
     check(CASES[name], operands, result)
 
 
@@ -198,6 +210,21 @@ def test_every_order_gives_the_same_bits(name: str) -> None:
         result = launch(CASES[name], operands, order, processors=1, seed=seed)
         for ours, own in zip(result, expected, strict=True):
             assert torch.equal(ours.nan_to_num(), own.nan_to_num())
+
+
+def test_gelu_of_any_number() -> None:
+    """Within the rounding of fp16, in the tails, too; infinities and NaN as in PyTorch."""
+    special = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 6e4, -6e4, 1e-7])
+    z = torch.cat([special, torch.linspace(-8.0, 8.0, 504)])
+    folded = fold([torch.zeros(len(z), 8, dtype=torch.float16)], [z], (), ())
+    y = expert_linear(
+        torch.zeros(1, 8, dtype=torch.float16), folded, None, None, (0, 1), 0.0, "gelu", bands=1
+    ).y[0]
+    truth = torch.nn.functional.gelu(z.double())
+    rounding, smallest = 2.0**-11, 2.0**-24
+    torch.testing.assert_close(
+        y.double(), truth, rtol=1.02 * rounding, atol=0.51 * smallest, equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("width", [8, 40, 136])

@@ -9,7 +9,7 @@
 using namespace beit3_fast::cuda;
 
 extern "C" {
-const char* emulate_expert_linear(const ExpertLinear* op, bool portable, int processors, int order,
+const char* emulate_expert_linear(const ExpertLinear* op, int bands, int processors, int order,
                                   uint64_t seed);
 const char* emulate_row_statistics(const RowStatistics* op, int blocks, int order, uint64_t seed);
 const char* emulate_shared_attention(const SharedAttention* op, int processors, int portable,
@@ -28,7 +28,7 @@ const char* expert_linear_obstacle(const ExpertLinear&) { return nullptr; }
 const char* shared_attention_obstacle(const SharedAttention&) { return nullptr; }
 
 const char* expert_linear(const ExpertLinear& op, CUstream_st*) {
-  return emulate_expert_linear(&op, false, 3, 2, 1);
+  return emulate_expert_linear(&op, 2, 3, 2, 1);
 }
 
 const char* shared_attention(const SharedAttention& op, CUstream_st*) {

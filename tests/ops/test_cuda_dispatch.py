@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -245,12 +247,8 @@ class TestProcess:
         return f"print({kernel_process._READY!r}, flush=True)\n{rest}"
 
     def test_an_outcome_comes_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        code = (
-            "import json, sys; sys.path.append('')\n"
-            "from dataclasses import asdict\n"
-            "from beit3_fast.parity import Parity\n"
-            "print(json.dumps({'parity': asdict(Parity(1.0, 2.0, 3.0, True)), 'settled': False}))"
-        )
+        said = {"parity": asdict(Parity(1.0, 2.0, 3.0, True)), "settled": False}
+        code = f"print({json.dumps(said)!r})"
         outcome = self.check(self.ready(code), monkeypatch)
         assert outcome.parity == Parity(1.0, 2.0, 3.0, True)
         assert not outcome.settled
