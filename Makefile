@@ -22,7 +22,7 @@ QUIET  := | sed -u '/^Requirement already satisfied/d'
 # Baselines and tests compare with these; their own pins contradict the torch above, so they come without their dependencies.
 BASELINES := torchscale==0.3.0 fairscale==0.4.13 timm==1.0.31 $(TORCHVISION)
 BUILD_TOOLS := 'setuptools>=77' wheel cmake ninja 'pybind11>=2.13'
-NATIVE_SOURCES := $(shell find csrc) CMakeLists.txt setup.py
+NATIVE_SOURCES := $(shell find csrc) CMakeLists.txt setup.py setup_cuda.py
 # Named after what was asked for, so that another TORCH=... is another step to do.
 sum = $(shell printf '%s' "$(1)" | cksum | cut -d' ' -f1)
 TORCH_STAMP := .venv/.stamp-torch-$(call sum,$(TORCH))

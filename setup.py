@@ -2,9 +2,9 @@
 
 BEIT3_FAST_BUILD=auto|0|1    auto (default): where the op library cannot be built, install the Python package and say why;
                              0: never compile; 1: an error where it cannot be built
-BEIT3_FAST_CUDA=auto|0|1     the same three for CUDA; this release has no CUDA sources, so 1 is an error and auto builds none
-BEIT3_FAST_CUDA_ARCHS        such as "80;90a;100a"
-CXX                          the C++ compiler
+BEIT3_FAST_CUDA=auto|0|1     the same three for the CUDA kernels in the op library; they need nvcc, no GPU
+BEIT3_FAST_CUDA_ARCHS        what they are compiled for; default "80;90a;100a"
+CXX                          the C++ compiler; for what nvcc is found by see setup_cuda.py
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+from setup_cuda import NoNvcc, Nvcc, find  # noqa: E402
+
 OPS = "beit3_fast.libbeit3_fast_ops"
 NATIVE = "beit3_fast._native"
 TORCH_MINIMUM = (2, 11)
@@ -138,25 +141,30 @@ class Plan:
 
 def make_plan(options: Options, tools: Tools) -> Plan:
     """Raises BuildError where an explicit 1 cannot be met."""
-    if options.cuda == "1":
-        raise BuildError(
-            "BEIT3_FAST_CUDA=1: this release has no CUDA sources yet, so no CUDA op can be built; "
-            "leave the variable unset"
-        )
-    if options.build == "0":
-        return Plan(False, False, ("BEIT3_FAST_BUILD=0 asked for the Python package alone",))
     missing = tools.missing()
+    if options.build == "0":
+        missing = "BEIT3_FAST_BUILD=0 asked for the Python package alone"
     if missing is not None:
         if options.build == "1":
             raise BuildError(f"BEIT3_FAST_BUILD=1, but {missing}")
+        if options.cuda == "1":
+            raise BuildError(f"BEIT3_FAST_CUDA=1, but {missing}")
         return Plan(False, False, (missing,))
     notes = []
     missing_python = tools.missing_for_python()
     if missing_python is not None:
         notes.append(f"the module {NATIVE} is left out: {missing_python}")
-    if options.cuda_archs:
-        notes.append("BEIT3_FAST_CUDA_ARCHS has no effect: there are no CUDA sources yet")
     return Plan(True, missing_python is None, tuple(notes))
+
+
+def choose_cuda(options: Options, found: Callable[[], Nvcc | NoNvcc]) -> Nvcc | NoNvcc:
+    """What compiles the CUDA kernels. Raises BuildError where an explicit 1 cannot be met."""
+    if options.cuda == "0":
+        return NoNvcc("BEIT3_FAST_CUDA=0 asked for none")
+    cuda = found()
+    if isinstance(cuda, NoNvcc) and options.cuda == "1":
+        raise BuildError(f"BEIT3_FAST_CUDA=1, but {cuda.reason}")
+    return cuda
 
 
 def version_tuple(text: str) -> tuple[int, ...]:
@@ -213,26 +221,55 @@ class BuildNative(build_ext):
                     Path(ROOT, self.get_ext_filename(name)).unlink(missing_ok=True)
 
     def build_extensions(self) -> None:
+        # Here and not in the plan: nvcc is tried, which takes seconds, and pip runs this file several times.
+        compiler, archs = self.tools.compiler, self.options.cuda_archs
+        cuda = choose_cuda(self.options, lambda: find(os.environ, compiler, archs))
         try:
-            folder = self._cmake()
+            folder, cuda = self._compile(cuda)
         except (subprocess.CalledProcessError, OSError) as error:
             reason = f"the native build failed ({_last_words(error)})"
-            if self.options.build == "1":
+            if "1" in (self.options.build, self.options.cuda):
                 raise BuildError(reason) from error
             say(f"{reason}; installing the Python package alone")
             record.update(built=False, reason=reason)
             self.extensions = []
             return
+        self._report(cuda, folder / self.get_ext_filename(OPS.rpartition(".")[2]))
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             replace_file(folder / target.name, target)
+
+    def _report(self, cuda: Nvcc | NoNvcc, library: Path) -> None:
+        """Says, and records, which CUDA kernels the library holds. Raises BuildError where it should and does not."""
+        found = re.search(rb'"cuda_architectures": "([^"]*)"', library.read_bytes())
+        names = ", ".join(f"sm_{arch}" for arch in found[1].decode().split()) if found else ""
+        if isinstance(cuda, Nvcc) and names:
+            say(f"the op library holds CUDA kernels for {names} (nvcc {cuda.version})")
+            return
+        if isinstance(cuda, Nvcc):
+            cuda = NoNvcc(f"none is written for the architectures {' '.join(cuda.architectures)}")
+            if self.options.cuda == "1":
+                raise BuildError(f"BEIT3_FAST_CUDA=1, but of the CUDA kernels {cuda.reason}")
+        record["without_cuda"] = cuda.reason
+        say(f"the op library holds no CUDA kernels: {cuda.reason}")
+
+    def _compile(self, cuda: Nvcc | NoNvcc) -> tuple[Path, Nvcc | NoNvcc]:
+        """The folder of what was compiled, and with which nvcc or why with none."""
+        try:
+            return self._cmake(cuda), cuda
+        except (subprocess.CalledProcessError, OSError) as error:
+            if isinstance(cuda, NoNvcc) or self.options.cuda == "1":
+                raise
+            without = NoNvcc(f"nvcc {cuda.version} failed ({_last_words(error)})")
+            say(f"{without.reason}; once more without CUDA kernels")
+            return self._cmake(without), without
 
     def copy_extensions_to_source(self) -> None:
         for extension in self.extensions:
             name = self.get_ext_filename(extension.name)
             replace_file(Path(self.build_lib, name), ROOT / name)
 
-    def _cmake(self) -> Path:
+    def _cmake(self, cuda: Nvcc | NoNvcc) -> Path:
         tools = self.tools
         build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         output = build / "lib"
@@ -255,14 +292,19 @@ class BuildNative(build_ext):
         # CMake refuses a cache of another source folder, compiler or generator; then the folder starts afresh.
         environment = dict(os.environ, CXX=tools.compiler)
         flags = {name: os.environ.get(name) for name in ("CXXFLAGS", "LDFLAGS")}
-        wanted = json.dumps([configure, tools.compiler, flags])
-        marker = build / "configured.json"
-        if build.exists() and (not marker.is_file() or marker.read_text() != wanted):
+        wanted = [configure, tools.compiler, flags]
+        marker, own = build / "configured.json", repr(cuda) if isinstance(cuda, Nvcc) else ""
+        *before, nvcc_before = json.loads(marker.read_text()) if marker.is_file() else [""]
+        other_nvcc = own and nvcc_before not in ("", own)
+        if build.exists() and (before != wanted or other_nvcc):
             shutil.rmtree(build)
         build.mkdir(parents=True, exist_ok=True)
-        marker.write_text(wanted)
-        say(f"compiling with {tools.compiler} for torch {tools.torch_version} (about a minute)")
-        subprocess.run(configure, check=True, env=environment)
+        replace_text(marker, json.dumps([*wanted, own]))
+        also = f", and with nvcc {cuda.version} (another minute)" if isinstance(cuda, Nvcc) else ""
+        say(
+            f"compiling with {tools.compiler} for torch {tools.torch_version} (about a minute){also}"
+        )
+        subprocess.run([*configure, *cuda.settings()], check=True, env=environment)
         subprocess.run([tools.cmake, "--build", str(build)], check=True)
         return output
 
@@ -274,6 +316,13 @@ def _last_words(error: Exception) -> str:
     return str(error)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """A whole file or none, should the build be stopped."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)
+
+
 def replace_file(source: Path, target: Path) -> None:
     """A new file in the place of the old one: a running process may have mapped the old one's content."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -283,7 +332,7 @@ def replace_file(source: Path, target: Path) -> None:
 
 
 # What came of the build; installed with the package, so that beit3_fast can say why there is no op library.
-record: dict[str, Any] = {"built": False, "reason": ""}
+record: dict[str, Any] = {"built": False, "reason": "", "without_cuda": ""}
 
 
 def write_record(package: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from beit3_fast.errors import ConfigError
-from beit3_fast.ops import dispatch
+from beit3_fast.ops import cuda_kernels, dispatch
 from beit3_fast.ops.packed_weight import PackedWeight
 
 
@@ -41,6 +41,7 @@ def explain(model: nn.Module, *, quiet: bool = False) -> list[Explanation]:
             "beit3_fast.create_model or pass it to beit3_fast.accelerate first"
         )
     int8 = any(isinstance(p, PackedWeight) and p.is_int8 for p in model.parameters())
+    misfits = _misfits(model)
     lower = dispatch.autocast_dtype(parameter)
     explanations = []
     for needs_grad in (False, True):
@@ -55,6 +56,7 @@ def explain(model: nn.Module, *, quiet: bool = False) -> list[Explanation]:
                 compiling=False,
                 mask_tensor=False,
                 int8=int8,
+                misfit=misfits.get(op),
             )
             choice = dispatch.choose(at, impl)
             name = f"{op} ({'training' if needs_grad else 'inference'})"
@@ -68,6 +70,19 @@ def explain(model: nn.Module, *, quiet: bool = False) -> list[Explanation]:
 def _impl(module: nn.Module) -> object:
     """What a module of beit3_fast, or an accelerated encoder of torchscale, was asked to run with."""
     return getattr(module, "impl", None) or getattr(vars(module).get("forward"), "impl", None)
+
+
+def _misfits(model: nn.Module) -> dict[str, str | None]:
+    """Why the CUDA kernels do not take the sizes of the model, by op."""
+    for module in model.modules():
+        heads, projection = getattr(module, "num_heads", None), getattr(module, "q_proj", None)
+        if isinstance(heads, int) and isinstance(projection, nn.Module):
+            width = next(projection.parameters()).shape[0]
+            return {
+                "expert_linear": cuda_kernels.linear_misfit(width, width),
+                "shared_attention": cuda_kernels.attention_misfit(width // heads),
+            }
+    return {}
 
 
 def _encoders(model: nn.Module) -> list[Explanation]:

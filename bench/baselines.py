@@ -141,6 +141,9 @@ RUNTIMES: dict[str, Runtime] = {
     f"{OURS}-triton": Runtime(
         "this package, impl=triton", _build_ours("triton"), _impl_of_ours, default=False
     ),
+    f"{OURS}-cuda": Runtime(
+        "this package, impl=cuda", _build_ours("cuda"), _impl_of_ours, default=False
+    ),
     f"{OURS}-reference": Runtime(
         "this package, impl=reference", _build_ours("reference"), _impl_of_ours, default=False
     ),

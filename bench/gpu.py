@@ -42,9 +42,19 @@ WORKLOADS = {
     "vqa/base/480": "64",
     "retrieval-text/base/384": "256",
 }
-RUNTIMES = ("beit3_fast", "beit3_fast-triton", "torchscale", "torchscale-compiled", "timm")
+RUNTIMES = (
+    "beit3_fast",
+    "beit3_fast-cuda",
+    "beit3_fast-triton",
+    "torchscale",
+    "torchscale-compiled",
+    "timm",
+)
 # One small case for each kernel; the sanitizer is some 20 times slower.
 SANITIZED = "(one and row) or (mixed and 2x88) or descriptors"
+SANITIZED_CUDA = "three or one or mixed or rows"
+# The tests of the CUDA kernels; without a GPU their binding runs in front of plain loops.
+CUDA_TESTS = "tests/ops/test_cuda_binding.py"
 
 
 @dataclass(frozen=True)
@@ -65,18 +75,23 @@ def steps(device: str, dry_run: bool, out: Path) -> list[Step]:
         for name in KERNEL_TESTS
         if not dry_run or name in KERNEL_TESTS[:2]
     ]
+    plan.append(Step("parity-cuda", (*PYTEST, CUDA_TESTS, *chosen)))
     if device == "cuda":
         verify = (sys.executable, "-m", "beit3_fast", "verify", "--kernels", "--json")
         plan.append(Step("verify", verify))
     races = (*PYTEST, "tests/ops/test_triton_races.py")
     every = ("-m", "full or not full")
     plan.append(Step("races", (*races, *(("-k", "causal") if dry_run else every))))
+    if device == "cuda":
+        plan.append(Step("races-cuda", (*PYTEST, "tests/ops/test_cuda_races.py")))
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         if device == "cuda":
             files = [f"tests/ops/test_triton_{name}.py" for name in KERNEL_TESTS[:4]]
             command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *PYTEST)
             uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             plan.append(Step(tool, (*command, *files, "-k", SANITIZED), False, uncached))
+            own = (*command, CUDA_TESTS, "-k", SANITIZED_CUDA)
+            plan.append(Step(f"{tool}-cuda", own, False, uncached))
     bench = (sys.executable, "bench/run.py", "--device", device)
     if dry_run:
         small = ("--quick", "--workloads", "image/base/224", "--batch", "1", "--dtypes", "fp32")

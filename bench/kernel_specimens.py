@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from beit3_fast.kernels._folded_weights import fold
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def _linear_backward(shape_class: str, name: str) -> Iterator[Specimen]:
     x, grad, z = (torch.empty(_ROWS, width, dtype=dtype) for width in (3072, 768, 768))
     weights = [torch.empty(768, 3072, dtype=dtype)] * 2
     vectors = [[torch.empty(width, dtype=dtype)] * 2 for width in (768, 3072, 3072)]
-    folded = linear.fold(weights, *vectors)
+    folded = fold(weights, *vectors)
     rows = torch.arange(_ROWS)
     kernels = (
         backward.slope_kernel,

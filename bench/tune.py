@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from beit3_fast.kernels._folded_weights import fold
 from torch import Tensor
 
 from beit3_fast.ops import triton_kernels
@@ -131,7 +132,7 @@ def _linear_call(kernels: Any, draw: Callable[..., Tensor], *shape: int) -> Call
     x, residual = draw(first + second, inner), draw(first + second, out)
     weights = [draw(out, inner) / inner**0.5 for _ in range(2)]
     vectors = [[draw(size) for _ in range(2)] for size in (out, inner, inner)]
-    folded = kernels.fold(weights, *vectors)
+    folded = fold(weights, *vectors)
     arguments = (x, folded, residual, None, (0, first, first + second), 1e-5, "gelu")
     # As within a layer: the op before has left the statistics, and the op behind wants some.
     options = {"statistics": kernels.row_statistics(x), "with_statistics": True}

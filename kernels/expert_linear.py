@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from beit3_fast.kernels._folded_weights import FoldedWeights
 from beit3_fast.kernels._row_statistics import RowStatistics, joined, moments, row_statistics
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -31,14 +32,6 @@ from beit3_fast.kernels import _tiles
 
 MAX_EXPERTS = 3
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
-
-
-class FoldedWeights(NamedTuple):
-    """The weights of all experts with their LayerNorm inside."""
-
-    weights: Tensor  # [E, N, K] in the dtype of the rows
-    sums: Tensor | None  # fp32 [E, N]; None: no LayerNorm
-    biases: Tensor | None  # fp32 [E, N]
 
 
 class Tile(NamedTuple):
@@ -243,24 +236,6 @@ def expert_linear_kernel(
                 CENTRE_FIRST,
                 GELU,
             )
-
-
-def fold(
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    norm_weights: Sequence[Tensor],
-    norm_biases: Sequence[Tensor],
-) -> FoldedWeights:
-    """Weights [N, K], biases [N] (none or one each), LayerNorm weights and biases [K] (likewise), made one."""
-    given = torch.stack([bias.float() for bias in biases]) if biases else None
-    plain = torch.stack(list(weights)) if len(weights) > 1 else weights[0][None].contiguous()
-    if not norm_weights:
-        return FoldedWeights(plain, None, given)
-    gamma, beta = (torch.stack(list(group)).double() for group in (norm_weights, norm_biases))
-    folded = (plain.float() * gamma.float()[:, None, :]).to(plain.dtype)
-    constant = torch.einsum("enk,ek->en", plain.double(), beta).float()
-    sums = folded.sum(-1, dtype=torch.float64).float()
-    return FoldedWeights(folded, sums, constant if given is None else constant + given)
 
 
 def expert_linear(

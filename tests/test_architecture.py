@@ -33,9 +33,12 @@ CPU_OPS = ("cached_attention", "expert_linear", "patch_embedding", "shared_atten
 OPS_HELPERS = {
     "__init__",
     "cpu_kernels",
+    "cuda_kernels",
     "dispatch",
+    "folding",
     "kernel_cases",
     "kernel_check",
+    "kernel_process",
     "library",
     "operands",
     "packed_weight",
@@ -194,7 +197,7 @@ def test_python_files_stay_readable_in_one_sitting() -> None:
     files = [*package_files(), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
     long = {
         str(path.relative_to(ROOT)): lines
-        for path in [*files, ROOT / "setup.py"]
+        for path in [*files, *ROOT.glob("setup*.py")]
         if (lines := path.read_text().count("\n")) > 400
     }
     assert not long, f"more than 400 lines; which of its two jobs moves out? {long}"

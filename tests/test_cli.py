@@ -101,7 +101,7 @@ def test_info_survives_a_broken_installation(
     ):
         monkeypatch.setattr(owner, name, broken)
     assert cli.main(["info"]) == 0
-    assert capsys.readouterr().out.count("unknown (RuntimeError: planted)") == 5
+    assert capsys.readouterr().out.count("unknown (RuntimeError: planted)") == 6
 
 
 def test_convert_both_ways(official: Path, capsys: pytest.CaptureFixture[str]) -> None:

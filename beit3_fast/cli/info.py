@@ -57,6 +57,7 @@ def environment() -> dict[str, Any]:
         "cpu_features": _probe(_cpu_features),
         "compiled_ops": _probe(_library_status),
         "cpu_level": _probe(_cpu_level),
+        "cuda_kernels": _probe(_cuda_kernels),
         "auto": _probe(_choices),
         "gpu": _probe(_gpu),
     }
@@ -86,6 +87,17 @@ def _cpu_level() -> str:
     from beit3_fast.ops import library
 
     return library.cpu_isa()
+
+
+def _cuda_kernels() -> str:
+    from beit3_fast.ops import cuda_kernels, library
+
+    built = library.cuda_architectures()
+    if not built:
+        return f"none: the library {library.why_without_cuda()}"
+    names = ", ".join(f"sm_{arch}" for arch in built)
+    reason = cuda_kernels.why_unavailable("cuda")
+    return f"for {names}" if reason is None else f"for {names}; not in use, for each {reason}"
 
 
 def _choices() -> dict[str, str]:

@@ -25,7 +25,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--kernels",
         action="store_true",
-        help="run every Triton kernel on small shapes, hold it against the formula in fp64, and keep what came of it",
+        help="run every Triton and CUDA kernel on small shapes, hold it against the formula in fp64, and keep what came of it",
     )
     parser.add_argument(
         "--model",
@@ -126,12 +126,16 @@ def _kernels(arguments: argparse.Namespace) -> int:
     import torch
 
     from beit3_fast.errors import KernelUnavailable
-    from beit3_fast.ops import kernel_check, triton_kernels
+    from beit3_fast.ops import cuda_kernels, kernel_check, triton_kernels
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    reason = triton_kernels.why_unavailable(device)
-    if reason is not None:
-        raise KernelUnavailable(f"no Triton kernel can be verified: each {reason}")
+    reasons = {
+        "Triton": triton_kernels.why_unavailable(device),
+        "CUDA": cuda_kernels.why_unavailable(device),
+    }
+    if None not in reasons.values():
+        each = "; ".join(f"{name}: each {reason}" for name, reason in reasons.items())
+        raise KernelUnavailable(f"no kernel can be verified ({each})")
     outcomes = kernel_check.verify(device)
     passed = all(own.parity.passed for own in outcomes)
     if arguments.json:
@@ -140,6 +144,7 @@ def _kernels(arguments: argparse.Namespace) -> int:
             "passed": passed,
             "device": device,
             "machine": kernel_check.identity(),
+            "not_run": {name: reason for name, reason in reasons.items() if reason is not None},
             "checks": [
                 {"kernel": own.kernel, "dtype": own.dtype, "seconds": own.seconds}
                 | _without_nan(asdict(own.parity))
@@ -151,6 +156,9 @@ def _kernels(arguments: argparse.Namespace) -> int:
         for own in outcomes:
             said = "right" if own.parity.passed else f"WRONG: {own.parity.reason}"
             print(f"{own.kernel} in {own.dtype}: {said} ({own.seconds:.1f} s)")
+        for name, reason in reasons.items():
+            if reason is not None and device == "cuda":
+                print(f"no {name} kernel was run: each {reason}")
         if device == "cpu":
             print("in Triton's interpreter, whose outcome is not kept: it says nothing of a GPU")
         elif not passed:

@@ -19,17 +19,17 @@ from torch import Tensor
 
 from beit3_fast.derived import needs_grad
 from beit3_fast.errors import ConfigError, KernelUnavailable
-from beit3_fast.ops import kernel_check, library, triton_kernels
+from beit3_fast.ops import cuda_kernels, kernel_check, library, triton_kernels
 
 logger = logging.getLogger("beit3_fast")
 
 IMPLEMENTATIONS = ("reference", "composite", "cpu", "triton", "cuda", "flash_attn", "xformers")
 # The ops of a layer, which `explain` tells of.
 OPS = ("expert_linear", "shared_attention")
-_AUTO_ORDER = ("cpu", "triton", "composite")
+_AUTO_ORDER = ("cpu", "cuda", "triton", "composite")
 _NOT_BUILT = (
-    "is not part of this version of beit3_fast; use 'auto', 'cpu', 'triton', 'composite' or "
-    "'reference'"
+    "is not part of this version of beit3_fast; use 'auto', 'cpu', 'cuda', 'triton', 'composite' "
+    "or 'reference'"
 )
 _INTERPRETED = "runs in an interpreter on CPU tensors: where it is asked for by name, not in 'auto'"
 
@@ -46,6 +46,8 @@ class Situation(NamedTuple):
     mask_tensor: bool
     int8: bool = False
     packed: bool = False
+    # Why the CUDA kernels do not take operands of these sizes.
+    misfit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,12 @@ def situation(
     mask_tensor: bool = False,
     int8: bool = False,
     packed: bool = False,
+    misfit: str | None = None,
 ) -> Situation:
     """The situation of a call: ``tensors`` are all operands, the first one gives device and dtype.
 
     ``int8``: whether the weights are rounded to int8, which only the CPU kernels multiply as such; ``packed``: whether
-    they are kept only in the layout of those kernels.
+    they are kept only in the layout of those kernels; ``misfit``: why the CUDA kernels do not take these sizes.
     """
     first = tensors[0]
     lower = autocast_dtype(first)
@@ -93,6 +96,7 @@ def situation(
         mask_tensor=mask_tensor,
         int8=int8,
         packed=packed,
+        misfit=misfit,
     )
 
 
@@ -137,6 +141,18 @@ def _cpu_slower(at: Situation) -> str | None:
     return None
 
 
+def _cuda_obstacle(at: Situation) -> str | None:
+    """Why the CUDA kernels cannot take this call, or None."""
+    if at.mask_tensor:
+        return "takes mask structures, not a mask tensor"
+    return cuda_kernels.obstacle(at.op, at.device, at.dtype, at.needs_grad) or at.misfit
+
+
+def _cuda_slower(at: Situation) -> str | None:
+    """Why "auto" expects the Triton kernels to be faster, or None."""
+    return cuda_kernels.slower(at.device) if _triton_obstacle(at) is None else None
+
+
 def _triton_obstacle(at: Situation) -> str | None:
     """Why the Triton kernels cannot take this call, or None."""
     if at.mask_tensor:
@@ -147,13 +163,15 @@ def _triton_obstacle(at: Situation) -> str | None:
 def _obstacle(impl: str, at: Situation) -> str | None:
     if impl == "cpu":
         return _cpu_obstacle(at)
+    if impl == "cuda":
+        return _cuda_obstacle(at)
     if impl == "triton":
         return _triton_obstacle(at)
     return None if impl in ("reference", "composite") else _NOT_BUILT
 
 
 @lru_cache(maxsize=1024)
-def _choose(at: Situation, requested: str, doubt: str | None) -> Choice:
+def _choose(at: Situation, requested: str, doubts: tuple[str | None, str | None]) -> Choice:
     if requested not in ("auto", *IMPLEMENTATIONS):
         raise ConfigError(
             f"impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {requested!r}"
@@ -173,7 +191,8 @@ def _choose(at: Situation, requested: str, doubt: str | None) -> Choice:
         return Choice(requested, passed_over)
     against = {
         "cpu": _cpu_obstacle(at) or _cpu_slower(at),
-        "triton": _triton_obstacle(at) or (doubt if at.device == "cuda" else _INTERPRETED),
+        "cuda": _cuda_obstacle(at) or _cuda_slower(at) or doubts[0],
+        "triton": _triton_obstacle(at) or (doubts[1] if at.device == "cuda" else _INTERPRETED),
         "composite": None,
     }
     impl = next(name for name in _AUTO_ORDER if against[name] is None)
@@ -185,7 +204,7 @@ def _choose(at: Situation, requested: str, doubt: str | None) -> Choice:
     others = [name for name in IMPLEMENTATIONS if name not in (*_AUTO_ORDER, "reference")]
     rejected += [(name, _obstacle(name, at) or _NOT_BUILT) for name in others]
     rejected.append(("reference", "is the readable formula, kept for checking"))
-    first = "triton" if at.device == "cuda" else "cpu"
+    first = "cuda" if at.device == "cuda" else "cpu"
     logger.info("%s: %s; not %s: %s", at.op, impl, first, dict(rejected).get(first, "-"))
     return Choice(impl, tuple(rejected))
 
@@ -202,10 +221,15 @@ def _chosen(requested: str, *fields: Any) -> Choice:
     at = Situation(*fields)
     if requested == "auto":
         requested = os.environ.get("BEIT3_FAST_IMPL") or "auto"
-    doubt = None
-    if requested == "auto" and at.device == "cuda" and _triton_obstacle(at) is None:
-        doubt = kernel_check.doubt(at.op, at.dtype, at.needs_grad)
-    return _choose(at, requested, doubt)
+    of_cuda = of_triton = None
+    if requested == "auto" and at.device == "cuda":
+        takes_cuda = _cuda_obstacle(at) is None and _cuda_slower(at) is None
+        if takes_cuda:
+            of_cuda = kernel_check.doubt(at.op, at.dtype, at.needs_grad, "cuda")
+        # What is not the first choice is not checked.
+        if not (takes_cuda and of_cuda is None) and _triton_obstacle(at) is None:
+            of_triton = kernel_check.doubt(at.op, at.dtype, at.needs_grad)
+    return _choose(at, requested, (of_cuda, of_triton))
 
 
 # torch.compile makes the choice while it traces and does not trace how (see kernel_check.doubt).

@@ -22,8 +22,8 @@ from torch import Tensor
 from beit3_fast.composite.expert_linear import PLAIN, expert_linear_backward, residual_gradient
 from beit3_fast.composite.expert_linear import expert_linear as composite_impl
 from beit3_fast.derived import derived, needs_grad
-from beit3_fast.ops import cpu_kernels, dispatch, library, triton_kernels
-from beit3_fast.ops.operands import Measured, Norm, Weight, check, flat, measured
+from beit3_fast.ops import cpu_kernels, cuda_kernels, dispatch, library, triton_kernels
+from beit3_fast.ops.operands import Measured, Norm, Weight, check, flat, measured, shape
 from beit3_fast.ops.packed_weight import PackedWeight
 from beit3_fast.reference.expert_linear import expert_linear as reference_impl
 
@@ -100,20 +100,21 @@ def _run(
         tensors.append(residual)
     kept = [part for part in flat(weights) if isinstance(part, PackedWeight)]
     int8 = any(part.is_int8 for part in kept)
-    at = dispatch.situation("expert_linear", tensors, int8=int8, packed=bool(kept))
+    misfit = cuda_kernels.linear_misfit(x.shape[1], shape(weights[0])[0])
+    at = dispatch.situation("expert_linear", tensors, int8=int8, packed=bool(kept), misfit=misfit)
     choice = dispatch.choose(at, impl)
     if int8 and (choice.impl != "cpu" or at.needs_grad):
         _warn_of_int8(dict(choice.rejected).get("cpu", "has no gradients of int8 products"))
-    if at.autocast and choice.impl in ("cpu", "triton"):
+    if at.autocast and choice.impl in ("cpu", "cuda", "triton"):
         lowered = (weights, biases, bounds, norm, activation, residual, rows, choice.impl)
         return Measured(_lowered(x, *lowered))
     tail = (residual, rows, tuple(bounds), eps, activation or "none")
     if choice.impl == "cpu":
         return Measured(_cpu(x, weights, biases, norm_weights, norm_biases, tail, at.needs_grad))
-    if choice.impl == "triton":
+    if choice.impl in ("cuda", "triton"):
         vectors = (biases, norm_weights, norm_biases)
         given = Measured(x, parts, width)
-        return _triton(given, weights, *vectors, tail, at.needs_grad, measure)
+        return _on_gpu(choice.impl, given, weights, *vectors, tail, at.needs_grad, measure)
     run = reference_impl if choice.impl == "reference" else composite_impl
     stacked = [_stack(weight) for weight in weights]
     stacked_biases = [_stack(bias) for bias in biases or ()]
@@ -229,7 +230,8 @@ def _cpu(
     return cast(Tensor, y)
 
 
-def _triton(
+def _on_gpu(
+    impl: str,
     x: Measured,
     weights: Sequence[Weight],
     biases: Sequence[Weight] | None,
@@ -249,23 +251,14 @@ def _triton(
     residual = None if residual is None else dispatch.rows_in_memory(residual)
     stacked_biases = [_stack(bias) for bias in biases or ()]
     vectors = (stacked_biases, list(norm_weights), list(norm_biases))
+    operands = (stacked, parts, *vectors, residual, rows, list(bounds), *rest)
+    own = dispatch.rows_in_memory(x.rows)
+    if impl == "cuda":
+        return Measured(cuda_kernels.expert_linear(own, *operands))
     given = x.parts if norm_weights else None
     # Where GELU's operand is kept for the backward pass, the kernel leaves no statistics beside it.
     measure = measure and not (with_grad and rest[-1] == "gelu")
-    y, _, left = triton_kernels.expert_linear(
-        dispatch.rows_in_memory(x.rows),
-        given,
-        x.width,
-        stacked,
-        parts,
-        *vectors,
-        residual,
-        rows,
-        list(bounds),
-        *rest,
-        with_grad,
-        measure,
-    )
+    y, _, left = triton_kernels.expert_linear(own, given, x.width, *operands, with_grad, measure)
     return Measured(y, left, triton_kernels.STATISTICS_WIDTH) if measure else Measured(y)
 
 

@@ -1,4 +1,4 @@
-"""The small calls on which a Triton kernel is checked on a user's machine: every class of tiles, every mask.
+"""The small calls on which a kernel is checked on a user's machine: every class of tiles, every mask.
 
 Each compares the kernel with the formula in fp64, by the rule that the tests use (``beit3_fast.parity``).
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from beit3_fast.composite import expert_linear as composite_linear
 from beit3_fast.composite import shared_attention as composite_attention
 from beit3_fast.layout import TokenLayout
-from beit3_fast.ops import triton_kernels
+from beit3_fast.ops import cuda_kernels, triton_kernels
 from beit3_fast.parity import Parity, op_parity
 from beit3_fast.reference import expert_linear as linear_formula
 from beit3_fast.reference import masked_linear_cross_entropy as head_formula
@@ -34,6 +34,18 @@ _ATTENTION = (
     ((17,), (6,), 1, 64, "causal"),
 )
 _LONG = ((270,), (10,), 1, 64, "causal")
+# CUDA kernels take features in multiples of 8, and more rows show more of the order in which they work.
+_LINEAR_ON_CUDA = (
+    ((0, 5, 5, 21), 72, 40, True, False),
+    ((0, 7, 19), 136, 200, False, True),
+    ((0, 2100, 2500), 264, 392, True, False),
+)
+_ATTENTION_ON_CUDA = (
+    *_ATTENTION,
+    ((197,) * 9, (0, 12, 3) * 3, 4, 64, "bidirectional"),
+    ((577, 250), (23, 0), 2, 88, "seq2seq"),
+    ((400, 0, 130), (0, 70, 9), 3, 64, "causal"),
+)
 
 
 def expert_linear(dtype: torch.dtype, device: str) -> dict[str, Parity]:
@@ -89,6 +101,22 @@ def masked_linear_cross_entropy_backward(dtype: torch.dtype, device: str) -> dic
     }
 
 
+def cuda_expert_linear(dtype: torch.dtype, device: str) -> dict[str, Parity]:
+    """The product with LayerNorm, bias, GELU and residual, in CUDA C++."""
+    results = _linear(dtype, device, with_grad=False, shapes=_LINEAR_ON_CUDA, product=_on_cuda)
+    return {name: op_parity(*(each["y"] for each in own)) for name, *own in results}
+
+
+def cuda_shared_attention(dtype: torch.dtype, device: str) -> dict[str, Parity]:
+    """The forward pass in CUDA C++."""
+    results = _attention(
+        dtype, device, with_grad=False, shapes=_ATTENTION_ON_CUDA, kernel=_attention_on_cuda
+    )
+    return {
+        f"{mask}, {lengths}": op_parity(*(t[0] for t in own)) for lengths, mask, *own in results
+    }
+
+
 CASES: dict[str, Callable[[torch.dtype, str], dict[str, Parity]]] = {
     "expert_linear": expert_linear,
     "expert_linear_backward": expert_linear_backward,
@@ -96,6 +124,10 @@ CASES: dict[str, Callable[[torch.dtype, str], dict[str, Parity]]] = {
     "shared_attention_backward": shared_attention_backward,
     "masked_linear_cross_entropy": masked_linear_cross_entropy,
     "masked_linear_cross_entropy_backward": masked_linear_cross_entropy_backward,
+}
+CUDA_CASES: dict[str, Callable[[torch.dtype, str], dict[str, Parity]]] = {
+    "cuda_expert_linear": cuda_expert_linear,
+    "cuda_shared_attention": cuda_shared_attention,
 }
 
 
@@ -128,13 +160,34 @@ class _Product(NamedTuple):
         return _Product(change(self.x), *own, change(self.residual))
 
 
-def _linear(dtype: torch.dtype, device: str, *, with_grad: bool) -> list[Any]:
+def _on_triton(own: _Product, rows: Any, rest: Any, with_grad: bool) -> tuple[Tensor, ...]:
+    x, weights, *others = own
+    # With statistics of x, as an op before would have left them, and without.
+    given = moments(x.detach(), 24) if rows is None else None
+    options = (rows, *rest, with_grad, not with_grad)
+    y, _, left = triton_kernels.expert_linear(x, given, 24, weights, [], *others, *options)
+    return y, left
+
+
+def _on_cuda(own: _Product, rows: Any, rest: Any, with_grad: bool) -> tuple[Tensor, ...]:
+    x, weights, *others = own
+    return (cuda_kernels.expert_linear(x, weights, [], *others, rows, *rest),)
+
+
+def _linear(
+    dtype: torch.dtype,
+    device: str,
+    *,
+    with_grad: bool,
+    shapes: tuple[Any, ...] = (),
+    product: Callable[[_Product, Any, Any, bool], tuple[Tensor, ...]] = _on_triton,
+) -> list[Any]:
     """Name, and for kernel, plain PyTorch and formula: y, and with gradients those of all operands."""
     generator, results = torch.Generator().manual_seed(0), []
     draw = _Draw(generator, dtype)
     # fp32 has one class of tiles, 16 bits have another one for many rows.
     more = () if dtype == torch.float32 else (_MANY_ROWS,)
-    for bounds, inner, out, with_norm, with_rows in (*_LINEAR, *more):
+    for bounds, inner, out, with_norm, with_rows in shapes or (*_LINEAR, *more):
         experts, count = len(bounds) - 1, bounds[-1]
         here = _Product(
             draw(count + 2 * with_rows, inner, shift=3.0),
@@ -148,22 +201,15 @@ def _linear(dtype: torch.dtype, device: str, *, with_grad: bool) -> list[Any]:
         rows = torch.randperm(count + 2, generator=generator)[:count] if with_rows else None
         rest = (list(bounds), 1e-5, "gelu")
 
-        def kernel(own: _Product, rows: Any = rows, rest: Any = rest) -> tuple[Tensor, Tensor]:
-            x, *others = own
+        def kernel(own: _Product, rows: Any = rows, rest: Any = rest) -> tuple[Tensor, ...]:
             moved = None if rows is None else rows.to(device)
-            # With statistics of x, as an op before would have left them, and without.
-            given = moments(x.detach(), 24) if rows is None else None
-            options = (moved, *rest, with_grad, not with_grad)
-            y, _, left = triton_kernels.expert_linear(
-                x, given, 24, others[0], [], *others[1:], *options
-            )
-            return y, left
+            return product(own, moved, rest, with_grad)
 
-        def plain(own: _Product, rows: Any = rows, rest: Any = rest) -> tuple[Tensor, Tensor]:
+        def plain(own: _Product, rows: Any = rows, rest: Any = rest) -> tuple[Tensor, ...]:
             y = composite_linear.expert_linear(*own, rows, *rest)
             return y, moments(y.detach(), triton_kernels.STATISTICS_WIDTH)
 
-        def formula(own: _Product, rows: Any = rows, rest: Any = rest) -> tuple[Tensor, Tensor]:
+        def formula(own: _Product, rows: Any = rows, rest: Any = rest) -> tuple[Tensor, ...]:
             y = linear_formula.expert_linear(*own, rows, *rest)
             return y, moments(y.detach(), triton_kernels.STATISTICS_WIDTH)
 
@@ -186,17 +232,17 @@ def moments(x: Tensor, width: int) -> Tensor:
 
 
 def _product_gradients(
-    product: Callable[[_Product], tuple[Tensor, Tensor]],
+    product: Callable[[_Product], tuple[Tensor, ...]],
     operands: _Product,
     seed: Tensor,
     with_grad: bool,
 ) -> dict[str, Tensor]:
     own = operands.map(lambda t: t.detach().requires_grad_(with_grad))
-    y, left = product(own)
+    y, *left = product(own)
     found = {"y": y}
-    if not with_grad:
-        found["statistics"] = left
-    else:
+    if left and not with_grad:
+        found["statistics"] = left[0]
+    if with_grad:
         names = [
             f"{field}[{place}]"
             for field, group in own._asdict().items()
@@ -217,30 +263,42 @@ class _Call(NamedTuple):
     mask: str
 
 
-def _kernel(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+def _attention_on_triton(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, ...]:
     own, *rest = call
-    longest = own.longest
-    where = (own.cu_vision, own.cu_text, None, None, None, longest, longest)
+    where = (own.cu_vision, own.cu_text, None, None, None, own.longest, own.longest)
     o, _, left = triton_kernels.shared_attention(q, k, v, *where, *rest, True)
     return o, left
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+def _attention_on_cuda(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, ...]:
+    own, *rest = call
+    where = (own.cu_vision, own.cu_text, None, None, None, own.longest, own.longest)
+    return (cuda_kernels.shared_attention(q, k, v, *where, *rest),)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, ...]:
     o = composite_attention.shared_attention(q, k, v, call.layout, *call)
     return o, moments(o.detach(), q.shape[1] // call.heads)
 
 
-def _formula(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+def _formula(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, ...]:
     o = attention_formula.shared_attention(q, k, v, call.layout, *call)
     return o, moments(o.detach(), q.shape[1] // call.heads)
 
 
-def _attention(dtype: torch.dtype, device: str, *, with_grad: bool) -> list[Any]:
+def _attention(
+    dtype: torch.dtype,
+    device: str,
+    *,
+    with_grad: bool,
+    shapes: tuple[Any, ...] = (),
+    kernel: Callable[[Tensor, Tensor, Tensor, _Call], tuple[Tensor, ...]] = _attention_on_triton,
+) -> list[Any]:
     """Lengths, mask, and for kernel, plain PyTorch and formula: o, and dq, dk, dv or the statistics of o."""
     draw, results = _Draw(torch.Generator().manual_seed(0), dtype), []
     # As above; the backward pass has one class for all lengths.
     more = () if with_grad or dtype == torch.float32 else (_LONG,)
-    for vision, text, heads, width, mask in (*_ATTENTION, *more):
+    for vision, text, heads, width, mask in shapes or (*_ATTENTION, *more):
         layout = TokenLayout.from_lengths(vision, text)
         here = _Call(layout, heads, width**-0.5, mask)
         there = here._replace(layout=TokenLayout.from_lengths(vision, text, device))
@@ -249,7 +307,7 @@ def _attention(dtype: torch.dtype, device: str, *, with_grad: bool) -> list[Any]
         wide = [t.double() for t in operands]
         moved = [t.to(device) for t in operands]
         found = [
-            _with_gradients(_kernel, moved, there, seed.to(device), with_grad),
+            _with_gradients(kernel, moved, there, seed.to(device), with_grad),
             _with_gradients(_plain, operands, here, seed, with_grad),
             _with_gradients(_formula, wide, here, seed.double(), with_grad),
         ]
@@ -258,15 +316,15 @@ def _attention(dtype: torch.dtype, device: str, *, with_grad: bool) -> list[Any]
 
 
 def _with_gradients(
-    attention: Callable[[Tensor, Tensor, Tensor, _Call], tuple[Tensor, Tensor]],
+    attention: Callable[[Tensor, Tensor, Tensor, _Call], tuple[Tensor, ...]],
     operands: list[Tensor],
     call: _Call,
     seed: Tensor,
     with_grad: bool,
 ) -> list[Tensor]:
     q, k, v = (t.detach().requires_grad_(with_grad) for t in operands)
-    o, left = attention(q, k, v, call)
-    others = torch.autograd.grad(o, (q, k, v), seed) if with_grad else (left,)
+    o, *left = attention(q, k, v, call)
+    others = torch.autograd.grad(o, (q, k, v), seed) if with_grad else left
     return [t.detach().cpu() for t in (o, *others)]
 
 

@@ -1,8 +1,9 @@
-"""Whether the Triton kernels are right on this GPU: seen once, on small shapes, before "auto" takes them.
+"""Whether the Triton and CUDA kernels are right on this GPU: seen once, on small shapes, before "auto" takes them.
 
 What was seen is kept in the user's cache folder under the name of all that could change it: GPU, driver, versions,
 and the kernels' own text. ``kernels/verified.json`` names the machines where a committed run has seen it already.
-A kernel that fails stays out of "auto" there, and one warning says what to report.
+A kernel that fails stays out of "auto" there, and one warning says what to report. CUDA kernels are checked in a
+process of their own (``kernel_process``): one that is wrong may never end, or leave the GPU useless to its process.
 """
 
 from __future__ import annotations
@@ -23,12 +24,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from beit3_fast.ops import kernel_cases, triton_kernels
+from beit3_fast.ops import (
+    cuda_kernels,
+    kernel_cases,
+    kernel_process,
+    library,
+    triton_kernels,
+)
 from beit3_fast.parity import Parity, worst_of
 
 logger = logging.getLogger("beit3_fast")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_CUDA = "cuda_"
+# What a committed run names of the kernels that it has seen.
+_OF_TRITON, _OF_CUDA = ("sources", "triton"), ("cuda",)
 _SCHEMA = 1
 _CAPTURING = "was not seen right before a CUDA graph was captured; run the model once ahead of it"
 
@@ -48,12 +58,12 @@ _lock = threading.RLock()
 _doubts: dict[tuple[int, str], str | None] = {}
 
 
-def doubt(op: str, dtype: torch.dtype, needs_grad: bool) -> str | None:
+def doubt(op: str, dtype: torch.dtype, needs_grad: bool, impl: str = "triton") -> str | None:
     """Why "auto" leaves the kernel of an op out on the current CUDA device, or None where it was seen right.
 
     The first call for a kernel and a dtype looks into the cache folder, and runs the check where that knows nothing.
     """
-    kernel = _kernel_of(op, needs_grad)
+    kernel = f"{_CUDA}{op}" if impl == "cuda" else f"{op}_backward" if needs_grad else op
     key = (_device(), _name(kernel, dtype))
     if key in _doubts:
         return _doubts[key]
@@ -71,12 +81,7 @@ doubt._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def verify(device: str = "cuda") -> list[Outcome]:
     """Runs every check anew, and keeps what it saw on a GPU. Fails a kernel rather than raise."""
-    outcomes = [
-        run(kernel, dtype, device)
-        for dtype in DTYPES
-        if triton_kernels.obstacle(device, dtype) is None
-        for kernel in kernel_cases.CASES
-    ]
+    outcomes = [run(kernel, dtype, device) for kernel, dtype in runnable(device)]
     if device == "cuda":
         found = {_name(own.kernel, own.dtype): _broken(own) for own in outcomes if own.settled}
         with _lock:
@@ -86,8 +91,28 @@ def verify(device: str = "cuda") -> list[Outcome]:
     return outcomes
 
 
+def runnable(device: str) -> list[tuple[str, torch.dtype]]:
+    """The kernels and dtypes that this device type runs."""
+    found = []
+    for dtype in DTYPES:
+        if triton_kernels.obstacle(device, dtype) is None:
+            found += [(kernel, dtype) for kernel in kernel_cases.CASES]
+        for kernel in kernel_cases.CUDA_CASES:
+            if cuda_kernels.obstacle(kernel.removeprefix(_CUDA), device, dtype, False) is None:
+                found.append((kernel, dtype))
+    return found
+
+
 def run(kernel: str, dtype: torch.dtype, device: str) -> Outcome:
-    """Runs one check. It has a thread to itself, where neither autocast nor a mode of the caller's reaches it."""
+    """Runs one check, that of a CUDA kernel in another process."""
+    if kernel.startswith(_CUDA) and device == "cuda":
+        logger.info("%s is checked in another process", _name(kernel, dtype))
+        return Outcome(*kernel_process.run(kernel, _short(dtype), torch.cuda.current_device()))
+    return run_here(kernel, dtype, device)
+
+
+def run_here(kernel: str, dtype: torch.dtype, device: str) -> Outcome:
+    """Runs one check in a thread of its own, where neither autocast nor a mode of the caller's reaches it."""
     index = torch.cuda.current_device() if device == "cuda" else None
     results: list[tuple[Parity, bool]] = []
 
@@ -95,10 +120,10 @@ def run(kernel: str, dtype: torch.dtype, device: str) -> Outcome:
         try:
             if index is not None:
                 torch.cuda.set_device(index)
-            results.append((worst_of(kernel_cases.CASES[kernel](dtype, device)), True))
+            case = (kernel_cases.CASES | kernel_cases.CUDA_CASES)[kernel]
+            results.append((worst_of(case(dtype, device)), True))
         except Exception as error:
-            said = f"it did not run: {type(error).__name__}: {error}"
-            failed = Parity(float("nan"), float("nan"), float("nan"), False, said)
+            failed = kernel_process.failed(f"it did not run: {type(error).__name__}: {error}")
             results.append((failed, not isinstance(error, torch.OutOfMemoryError)))
 
     start = time.perf_counter()
@@ -124,9 +149,10 @@ def identity() -> dict[str, str]:
 
 @cache
 def _identity(_: int) -> dict[str, str]:
-    triton = import_module("triton")
     named = {"package": _package_version(), "torch": torch.__version__}
-    named |= {"triton": triton.__version__, "sources": _sources()}
+    named |= {"triton": _triton_version(), "sources": _sources()}
+    stamp = library.load().stamp
+    named["cuda"] = f"{stamp.get('cuda_sources', '')} by nvcc {stamp.get('cuda', '')}"
     if torch.cuda.is_available():
         named["gpu"] = torch.cuda.get_device_name()
         named["architecture"] = "sm_{}{}".format(*torch.cuda.get_device_capability())
@@ -149,7 +175,7 @@ def reset() -> None:
 
 def _first_doubt(kernel: str, dtype: torch.dtype) -> str | None:
     name = _name(kernel, dtype)
-    if _in_committed_run():
+    if _in_committed_run(_OF_CUDA if kernel.startswith(_CUDA) else _OF_TRITON):
         return None
     kept = _kept()
     if name not in kept:
@@ -163,7 +189,7 @@ def _first_doubt(kernel: str, dtype: torch.dtype) -> str | None:
         return None
     sentence = _sentence(reason)
     warnings.warn(
-        f"beit3_fast does without the Triton kernel {name} on this GPU: it {sentence}. Results stay right, and may "
+        f"beit3_fast does without the kernel {name} on this GPU: it {sentence}. Results stay right, and may "
         "come slower. Please report this with the output of `beit3-fast verify --kernels --json`.",
         RuntimeWarning,
         stacklevel=2,
@@ -207,13 +233,13 @@ def _keep(found: dict[str, str | None]) -> None:
         logger.info("outcomes of kernel checks cannot be kept: %s", error)
 
 
-def _in_committed_run() -> bool:
-    """Whether a run under bench/results/ has seen these very sources right on such a GPU, with this Triton."""
+def _in_committed_run(keys: tuple[str, ...]) -> bool:
+    """Whether a run under bench/results/ has seen what these keys name right on such a GPU."""
     path = _folder() / "verified.json"
     runs: Any = json.loads(path.read_text(encoding="utf-8"))["runs"]
     own = identity()
     return any(
-        all(own.get(key) == run[key] for key in ("architecture", "sources", "triton"))
+        all(key in run and own.get(key) == run[key] for key in ("architecture", *keys))
         for run in runs
     )
 
@@ -240,15 +266,18 @@ def _driver() -> str:
         return f"for CUDA {internals._cuda_getDriverVersion()}"
 
 
+def _triton_version() -> str:
+    try:
+        return str(import_module("triton").__version__)
+    except Exception:
+        return "none"
+
+
 def _package_version() -> str:
     try:
         return version("beit3-fast")
     except PackageNotFoundError:
         return "0+unknown"
-
-
-def _kernel_of(op: str, needs_grad: bool) -> str:
-    return f"{op}_backward" if needs_grad else op
 
 
 def _short(dtype: torch.dtype) -> str:

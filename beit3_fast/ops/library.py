@@ -59,9 +59,11 @@ class LibraryStatus:
         if not self.available:
             return f"the compiled ops are not in use: the library {self.reason}"
         sets = self.stamp.get("instruction_sets") or "none beyond the portable path"
+        kernels = self.stamp.get("cuda_architectures", "").split()
+        cuda = ", ".join(f"sm_{arch}" for arch in kernels) or "none"
         return (
             f"the compiled ops are loaded (built for torch {self.stamp.get('torch')} "
-            f"with {self.stamp.get('compiler')}; instruction sets: {sets})"
+            f"with {self.stamp.get('compiler')}; instruction sets: {sets}; CUDA kernels: {cuda})"
         )
 
 
@@ -106,6 +108,20 @@ def available() -> bool:
 def why_unavailable() -> str:
     """A clause that continues "the library ...", such as "is not built: ..."; empty when it is loaded."""
     return load().reason
+
+
+def cuda_architectures() -> tuple[str, ...]:
+    """The architectures whose CUDA kernels the library holds, such as ("90a",); empty when it is not loaded."""
+    status = load()
+    return tuple(status.stamp.get("cuda_architectures", "").split()) if status.available else ()
+
+
+def why_without_cuda() -> str:
+    """A clause that continues "the library ...", such as "was built without: nvcc was not found"."""
+    status = load()
+    if not status.available:
+        return status.reason
+    return f"was built without: {_record('without_cuda') or 'its build does not say why'}"
 
 
 def _attempt(setting: str) -> LibraryStatus:
@@ -236,13 +252,19 @@ def _load_file(path: Path, stamp: Mapping[str, Any]) -> None:
 
 def _build_record() -> str:
     """Why the installation holds no library, as setup.py wrote it down."""
-    try:
-        record = json.loads((_PACKAGE / "_build.json").read_text(encoding="utf-8"))
-        if record["built"]:
-            return f"{FILE_NAME} was built at installation and is gone since"
-        return str(record["reason"])
-    except Exception:
+    reason = _record("reason")
+    if reason is None:
         return f"there is no {FILE_NAME} beside the package"
+    return reason or f"{FILE_NAME} was built at installation and is gone since"
+
+
+def _record(key: str) -> str | None:
+    """What setup.py wrote down of the build; None where it did not."""
+    try:
+        text = (_PACKAGE / "_build.json").read_text(encoding="utf-8")
+        return str(json.loads(text)[key])
+    except Exception:
+        return None
 
 
 @lru_cache(maxsize=1)

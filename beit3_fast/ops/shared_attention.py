@@ -22,7 +22,7 @@ from beit3_fast.composite.shared_attention import shared_attention as composite_
 from beit3_fast.composite.shared_attention import shared_attention_backward, visible_places
 from beit3_fast.errors import ShapeError
 from beit3_fast.layout import TokenLayout
-from beit3_fast.ops import dispatch, library, triton_kernels
+from beit3_fast.ops import cuda_kernels, dispatch, library, triton_kernels
 from beit3_fast.ops.operands import Measured
 from beit3_fast.padded_layout import PaddedLayout, padding_is_masked
 from beit3_fast.reference.shared_attention import shared_attention as reference_impl
@@ -89,7 +89,9 @@ def _run(
     _check(q, k, v, layout, queries, num_heads, scale, mask)
     masked = isinstance(mask, Tensor) or padding_is_masked(layout)
     # There are no weights whose copy in autocast's dtype would have to be kept, as for expert_linear.
-    at = dispatch.situation("shared_attention", [q, k, v], masked)._replace(autocast=False)
+    misfit = cuda_kernels.attention_misfit(q.shape[1] // num_heads)
+    at = dispatch.situation("shared_attention", [q, k, v], masked, misfit=misfit)
+    at = at._replace(autocast=False)
     choice = dispatch.choose(at, impl)
     lower = dispatch.autocast_dtype(q)
     if lower is not None and choice.impl != "reference":
@@ -98,36 +100,23 @@ def _run(
             return _run(q, k, v, layout, num_heads, scale, mask, queries, choice.impl, measure)
     if scale is None:
         scale = (q.shape[1] // num_heads) ** -0.5
-    if choice.impl == "cpu":
+    if choice.impl in ("cpu", "cuda", "triton"):
         selected = queries is not layout
-        y: Tensor = _op()(
-            *(dispatch.rows_in_memory(t) for t in (q, k, v)),
+        q, k, v = (dispatch.rows_in_memory(t) for t in (q, k, v))
+        where = (
             layout.cu_vision,
             layout.cu_text,
             queries.cu_vision if selected else None,
             queries.cu_text if selected else None,
             queries.positions if selected else None,
-            num_heads,
-            scale,
-            mask,
         )
-        return Measured(y)
-    if choice.impl == "triton":
-        selected = queries is not layout
-        o, _, parts = triton_kernels.shared_attention(
-            *(dispatch.rows_in_memory(t) for t in (q, k, v)),
-            layout.cu_vision,
-            layout.cu_text,
-            queries.cu_vision if selected else None,
-            queries.cu_text if selected else None,
-            queries.positions if selected else None,
-            layout.longest,
-            queries.longest,
-            num_heads,
-            scale,
-            mask,
-            measure,
-        )
+        how = (num_heads, scale, mask)
+        if choice.impl == "cpu":
+            return Measured(_op()(q, k, v, *where, *how))
+        where_on_gpu = (*where, layout.longest, queries.longest)
+        if choice.impl == "cuda":
+            return Measured(cuda_kernels.shared_attention(q, k, v, *where_on_gpu, *how))
+        o, _, parts = triton_kernels.shared_attention(q, k, v, *where_on_gpu, *how, measure)
         return Measured(o, parts, q.shape[1] // num_heads) if measure else Measured(o)
     if choice.impl != "reference":
         return Measured(composite_impl(q, k, v, layout, queries, num_heads, scale, mask))

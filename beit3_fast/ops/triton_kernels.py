@@ -14,9 +14,9 @@ from torch import Tensor
 
 from beit3_fast.composite.expert_linear import residual_gradient
 from beit3_fast.composite.masked_linear_cross_entropy import masked_linear_cross_entropy_backward
-from beit3_fast.derived import derived
 from beit3_fast.errors import KernelUnavailable
 from beit3_fast.kernels._tiles import STATISTICS_WIDTH
+from beit3_fast.ops.folding import folded_weights
 
 _CAPABILITY = (8, 0)
 
@@ -84,7 +84,7 @@ def expert_linear(
     [M, O], for the backward pass; else it is empty. With ``measure`` the third has the row statistics of the first,
     fp32 [M, T, 2]; else it is empty. ``x_parts``: those of x, in parts of ``x_width`` columns."""
     kernels = _kernels("expert_linear", x.device.type)
-    folded = _folded(weights, parts, biases, norm_weights, norm_biases)
+    folded = folded_weights(weights, parts, biases, norm_weights, norm_biases)
     # Rows that ``rows`` does not name are zero.
     allocate = x.new_empty if rows is None else x.new_zeros
     z = allocate(_kept_shape(x, weights, activation, keep))
@@ -130,28 +130,6 @@ def _statistics(parts: Tensor, width: int) -> Any:
     return _import("_row_statistics").RowStatistics(parts.contiguous(), width)
 
 
-def _folded(
-    weights: list[Tensor],
-    parts: list[Tensor],
-    biases: list[Tensor],
-    norm_weights: list[Tensor],
-    norm_biases: list[Tensor],
-) -> Any:
-    """The weights with their LayerNorm inside, once for every state of their sources."""
-    each = len(parts) // len(weights)
-
-    def fold() -> Any:
-        whole = weights
-        if parts:
-            whole = [torch.cat(parts[i : i + each]) for i in range(0, len(parts), each)]
-        return _import("expert_linear").fold(whole, biases, norm_weights, norm_biases)
-
-    # The same sources may be one expert's or several experts'.
-    shape = (each, len(weights), len(biases), len(norm_weights))
-    sources = [*(parts or weights), *biases, *norm_weights, *norm_biases]
-    return derived(f"folded {shape}", sources, fold)
-
-
 @torch.library.custom_op("beit3_fast::triton_expert_linear_backward", mutates_args=())
 def _expert_linear_backward(
     grad: Tensor,
@@ -172,7 +150,7 @@ def _expert_linear_backward(
         # Also where its rows are one row, as behind a sum over them: descriptors take no stride of zero.
         grad if grad.stride(-1) == 1 and grad.stride(0) >= grad.shape[1] else grad.contiguous(),
         x,
-        _folded(weights, [], *vectors),
+        folded_weights(weights, [], *vectors),
         weights,
         *vectors,
         z if z.numel() else None,

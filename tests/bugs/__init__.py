@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from bugs.bug import Bug
+from bugs.cuda import CUDA_BUGS
+from bugs.cuda_attention import CUDA_ATTENTION_BUGS
+from bugs.cuda_linear import CUDA_LINEAR_BUGS
 from bugs.distributed import DISTRIBUTED_BUGS
 from bugs.files import FILES_BUGS
 from bugs.finetuning import FINETUNING_BUGS
@@ -27,4 +30,7 @@ BUGS = (
     *VISUAL_TOKENS_BUGS,
     *DISTRIBUTED_BUGS,
     *NATIVE_BUGS,
+    *CUDA_BUGS,
+    *CUDA_LINEAR_BUGS,
+    *CUDA_ATTENTION_BUGS,
 )

@@ -167,8 +167,8 @@ MODEL_BUGS = (
     Bug(
         "decoding-mask-token-sees-all-mask-tokens",
         "beit3_fast/model/decoding.py",
-        "seen[:, width + own, self.num_vision + used + width + own] = True",
-        "seen[:, width:, self.num_vision + used + width :] = True",
+        "seen[:, width + own, used + width + own] = True",
+        "seen[:, width:, used + width :] = True",
         (f"{CAPTIONING}::test_logits_of_every_step",),
     ),
     Bug(

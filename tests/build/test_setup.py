@@ -88,12 +88,24 @@ def test_build_0_builds_nothing_on_any_machine() -> None:
     assert "BEIT3_FAST_BUILD=0" in plan.notes[0]
 
 
-def test_cuda_is_refused_in_words_when_it_is_asked_for() -> None:
-    with pytest.raises(setup.BuildError, match="no CUDA sources yet"):
-        setup.make_plan(options(CUDA="1"), FULL)
-    plan = setup.make_plan(options(CUDA="auto", CUDA_ARCHS="80;90a, 100a"), FULL)
-    assert plan.ops
-    assert "no effect" in plan.notes[0]
+def test_cuda_that_is_asked_for_and_cannot_be_is_an_error() -> None:
+    lacking = dataclasses.replace(FULL, cmake=None)
+    for variables, tools in (({"BUILD": "0"}, FULL), ({}, lacking)):
+        with pytest.raises(setup.BuildError, match="BEIT3_FAST_CUDA=1, but "):
+            setup.make_plan(options(CUDA="1", **variables), tools)
+    with pytest.raises(setup.BuildError, match="BEIT3_FAST_CUDA=1, but nvcc was not found"):
+        setup.choose_cuda(options(CUDA="1"), lambda: setup.NoNvcc("nvcc was not found"))
+
+
+def test_cuda_is_optional_and_can_be_left_out() -> None:
+    none = setup.NoNvcc("nvcc was not found")
+    assert setup.choose_cuda(options(), lambda: none) is none
+
+    def unexpected() -> Any:
+        raise AssertionError("nvcc is looked for")
+
+    found = setup.choose_cuda(options(CUDA="0"), unexpected)
+    assert found.reason == "BEIT3_FAST_CUDA=0 asked for none"
 
 
 @pytest.mark.parametrize(

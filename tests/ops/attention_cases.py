@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -94,12 +95,25 @@ class AttentionOperands(NamedTuple):
     queries: TokenLayout | None
     mask: str | Tensor
 
+    def on(self, device: str) -> AttentionOperands:
+        """The same call on a device."""
 
-def attention_operands(case: AttentionCase) -> AttentionOperands:
-    """Rounded operands; the same ones for the same case."""
+        def moved(layout: TokenLayout) -> TokenLayout:
+            places = None if layout.positions is None else layout.positions.to(device)
+            return replace(layout, device=torch.device(device), positions=places)
+
+        q, k, v = (t.to(device) for t in self[:3])
+        queries = None if self.queries is None else moved(self.queries)
+        return AttentionOperands(q, k, v, moved(self.layout), queries, self.mask)
+
+
+def attention_operands(
+    case: AttentionCase, layouts: Mapping[str, tuple[Sequence[int], Sequence[int]]] = LAYOUTS
+) -> AttentionOperands:
+    """Rounded operands; the same ones for the same case, which names one of the layouts."""
     dtype = DTYPES[case.dtype]
     generator = torch.Generator().manual_seed(sum(map(ord, case.name)))
-    layout = TokenLayout.from_lengths(*LAYOUTS[case.tokens])
+    layout = TokenLayout.from_lengths(*layouts[case.tokens])
     heads, head_dim = case.heads
     width, count = heads * head_dim, layout.num_rows
     kind = "normal" if case.inputs in PEAKS else case.inputs

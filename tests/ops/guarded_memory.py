@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from beit3_fast.kernels._folded_weights import fold
 from torch import Tensor
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -127,7 +128,7 @@ def check_expert_linear_backward(kernels: Any, side: str) -> None:
         )
         index = guarded(torch.randperm(total)[:count], side) if rows else None
         vectors = (own["biases"], *[own["gammas"] if norm else []] * 2)
-        folded = linear.fold(own["weights"], *vectors)
+        folded = fold(own["weights"], *vectors)
         tile = linear.Tile(16, 16, 16, 2, 4, 1)
         call = (grad, x, folded, own["weights"], *vectors, z, index, bounds, 1e-5)
         with guarded_results(side):

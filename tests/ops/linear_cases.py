@@ -102,6 +102,11 @@ class LinearOperands(NamedTuple):
             named["residual"] = self.residual
         return named
 
+    def on(self, device: str) -> LinearOperands:
+        """The same call on a device."""
+        rows = None if self.rows is None else self.rows.to(device)
+        return self.map(lambda t: t.to(device))._replace(rows=rows)
+
     def map(self, change: Any) -> LinearOperands:
         """The same call with every floating-point tensor changed."""
         return self._replace(

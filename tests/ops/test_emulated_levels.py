@@ -37,11 +37,12 @@ def emulated() -> Path:
     configured = sorted(ROOT.glob("build/cmake-*/configured.json"))
     if not configured:
         pytest.skip("the package was not built in this folder")
-    configure, compiler, _ = json.loads(configured[-1].read_text())
+    configure, compiler, *_ = json.loads(configured[-1].read_text())
     configure[configure.index("-B") + 1] = str(FOLDER)
     configure += [
         f"-DBEIT3_FAST_OUTPUT_DIR={FOLDER / 'lib'}",
         f"-DBEIT3_FAST_EMULATE={HERE / 'emulated_isa.h'}",
+        "-DBEIT3_FAST_NVCC=",
     ]
     FOLDER.mkdir(parents=True, exist_ok=True)
     with open(FOLDER / "lock", "w") as lock:

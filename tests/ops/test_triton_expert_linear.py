@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from beit3_fast.kernels._folded_weights import fold
 from linear_cases import (
     SHAPES,
     LinearCase,
@@ -17,7 +18,7 @@ from linear_cases import (
 )
 from op_cases import DTYPES, assert_near
 from torch import Tensor
-from triton_cases import DEVICE, TARGETS, linear_on_device, moments, one_target_each
+from triton_cases import DEVICE, TARGETS, moments, one_target_each
 
 from beit3_fast.kernels import expert_linear as kernels
 from beit3_fast.ops import Norm, expert_linear
@@ -36,7 +37,7 @@ def check_forward(case: LinearCase) -> None:
     operands = linear_operands(case)
     truth = run_linear(operands.map(Tensor.double), case, "reference")
     plain = plain_linear(operands, case.gelu)
-    ours = run_linear(linear_on_device(operands), case, "triton").cpu()
+    ours = run_linear(operands.on(DEVICE), case, "triton").cpu()
     assert_near(op_parity(ours, plain, truth), case)
 
 
@@ -76,7 +77,7 @@ def test_statistics_are_those_of_the_stored_rows(dtype: str, shape: str, with_ro
     weights = [draw(out, inner, dtype=dtype) for _ in range(experts)]
     y, statistics = kernels.expert_linear(
         x,
-        kernels.fold(weights, [draw(out, dtype=dtype) + 3] * experts, (), ()),
+        fold(weights, [draw(out, dtype=dtype) + 3] * experts, (), ()),
         None,
         rows,
         bounds,
@@ -104,7 +105,7 @@ def test_statistics_of_the_op_before_give_the_same_rows(
     weights, bias = [draw(24, 70, dtype=dtype)], [draw(24, dtype=dtype)]
     gamma, beta = [draw(70, dtype=dtype)], [draw(70, dtype=dtype)]
     given = kernels.RowStatistics(moments(x, width).float(), width)
-    folded = kernels.fold(weights, bias, gamma, beta)
+    folded = fold(weights, bias, gamma, beta)
     arguments = (None, None, (0, 19), 1e-5, "none")
     ours, _ = kernels.expert_linear(x, folded, *arguments, statistics=given)
     group = (weights, bias, gamma, beta)
@@ -118,7 +119,7 @@ def test_sums_of_unrounded_weights_would_be_seen() -> None:
     """The planted bug that the file's docstring warns of breaks the rule by far."""
     x, weights = draw(19, 256, dtype="fp16") + 50, [draw(24, 256, dtype="fp16") / 16]
     gamma, beta = [draw(256, dtype="fp16")], [draw(256, dtype="fp16")]
-    folded = kernels.fold(weights, (), gamma, beta)
+    folded = fold(weights, (), gamma, beta)
     wrong = folded._replace(sums=(weights[0].float() * gamma[0].float()).sum(1)[None])
     arguments = (None, None, (0, 19), 1e-5, "none")
     doubles = [[t.double() for t in own] for own in (weights, [], gamma, beta)]
@@ -140,7 +141,7 @@ def test_descriptors_load_what_pointers_load(shape: str) -> None:
     experts = range(len(bounds) - 1)
     weights = [draw(out, 72, dtype="fp16") for _ in experts]
     vectors = [[draw(size, dtype="fp16") for _ in experts] for size in (out, 72, 72)]
-    folded = kernels.fold(weights, *vectors)
+    folded = fold(weights, *vectors)
     ours, expected = (
         kernels.expert_linear(
             x, folded, residual, None, bounds, 1e-5, "gelu", tile=EDGES._replace(tma=tma)

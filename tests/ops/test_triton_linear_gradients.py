@@ -20,7 +20,7 @@ from linear_cases import (
 )
 from op_cases import DTYPES, assert_near
 from torch import Tensor
-from triton_cases import DEVICE, TARGETS, linear_on_device, one_target_each
+from triton_cases import DEVICE, TARGETS, one_target_each
 
 from beit3_fast.kernels import _weight_gradient as weight_kernels
 from beit3_fast.ops import Norm, expert_linear, triton_kernels
@@ -72,9 +72,7 @@ def check(case: LinearCase, request: pytest.FixtureRequest) -> None:
     if case.inputs != "large" or not case.gelu:
         request.getfixturevalue("short_parts")
     operands = linear_operands(case)
-    ours = gradients(
-        linear_on_device(operands), case.dtype, lambda own: run_linear(own, case, "triton")
-    )
+    ours = gradients(operands.on(DEVICE), case.dtype, lambda own: run_linear(own, case, "triton"))
     plain = gradients(operands, case.dtype, lambda own: plain_linear(own, case.gelu))
     truth = gradients(
         operands.map(Tensor.double), case.dtype, lambda own: run_linear(own, case, "reference")

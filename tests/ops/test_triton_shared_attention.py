@@ -23,7 +23,7 @@ from attention_cases import (
 )
 from op_cases import DTYPES, assert_near
 from torch import Tensor
-from triton_cases import DEVICE, TARGETS, attention_on_device, moments, one_target_each
+from triton_cases import DEVICE, TARGETS, moments, one_target_each
 
 from beit3_fast.errors import KernelUnavailable
 from beit3_fast.kernels import shared_attention as kernels
@@ -52,7 +52,7 @@ def check_forward(case: AttentionCase) -> None:
     q, k, v = (t.double() for t in operands[:3])
     truth = run_attention(operands._replace(q=q, k=k, v=v), case, "reference")
     plain = plain_attention(operands, case.heads[0], truth)
-    ours = run_attention(attention_on_device(operands), case, "triton").cpu()
+    ours = run_attention(operands.on(DEVICE), case, "triton").cpu()
     assert_near(op_parity(ours, plain, truth), case)
 
 
@@ -89,7 +89,7 @@ def gradients(operands: AttentionOperands, dtype: str, call: Any) -> list[Tensor
 
 def check_gradients(case: AttentionCase) -> None:
     operands = attention_operands(case)
-    on_device = attention_on_device(operands)
+    on_device = operands.on(DEVICE)
     ours = gradients(on_device, case.dtype, lambda own: run_attention(own, case, "triton"))
     if operands.q.shape[0] == 0:
         assert not any(bool(t.any()) for t in ours)
@@ -135,7 +135,7 @@ def test_every_mask_and_selection_with_lse_and_statistics(mask: str, selection: 
     dtype, heads = DTYPE_NAMES[place % len(DTYPE_NAMES)], ((2, 64), (1, 88))[place // 2 % 2]
     case = AttentionCase("triton", dtype, "mixed", heads, mask, selection, "normal", "fused", False)
     operands = attention_operands(case)
-    q, k, v, layout, queries, _ = attention_on_device(operands)
+    q, k, v, layout, queries, _ = operands.on(DEVICE)
     own = layout if queries is None else queries
     segments = [
         kernels.Segments(t.cu_vision, t.cu_text, t.longest, t.positions) for t in (layout, own)

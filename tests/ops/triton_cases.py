@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
 import torch
-from attention_cases import AttentionOperands
-from linear_cases import LinearOperands
 from torch import Tensor
 
-from beit3_fast.layout import TokenLayout
 from beit3_fast.ops import triton_kernels
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -43,30 +39,6 @@ if DEVICE == "cpu":
 _reason = triton_kernels.why_unavailable(DEVICE)
 if _reason is not None:
     pytest.skip(f"triton: it {_reason}", allow_module_level=True)
-
-
-def linear_on_device(operands: LinearOperands) -> LinearOperands:
-    """The same call on the device under test."""
-    rows = None if operands.rows is None else operands.rows.to(DEVICE)
-    return operands.map(lambda t: t.to(DEVICE))._replace(rows=rows)
-
-
-def attention_on_device(operands: AttentionOperands) -> AttentionOperands:
-    """The same call on the device under test."""
-
-    def moved(layout: TokenLayout) -> TokenLayout:
-        places = None if layout.positions is None else layout.positions.to(DEVICE)
-        return replace(layout, device=torch.device(DEVICE), positions=places)
-
-    q, k, v, layout, queries, mask = operands
-    return AttentionOperands(
-        q.to(DEVICE),
-        k.to(DEVICE),
-        v.to(DEVICE),
-        moved(layout),
-        None if queries is None else moved(queries),
-        mask,
-    )
 
 
 def one_target_each(cases: Sequence[T]) -> list[T]:

@@ -1,0 +1,192 @@
+"""The CUDA kernels of the compiled library as the ops call them: inference, in bf16 and fp16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit3_fast.errors import KernelUnavailable
+from beit3_fast.kernels._folded_weights import FoldedWeights
+from beit3_fast.ops import library
+from beit3_fast.ops.folding import folded_weights
+
+HEAD_WIDTHS = (64, 88)
+MAX_EXPERTS = 3  # of a launch, as in csrc/cuda/expert_linear.h
+# What the fast kernels are written for. Others have the portable ones.
+_HOPPER = (9, 0)
+# TMA moves and aligns by 16 bytes.
+_ALIGNMENT = 16
+_STEP = 8
+
+
+@cache
+def why_unavailable(device: str) -> str | None:
+    """Why the kernels cannot run on tensors of this device type, or None."""
+    if device != "cuda":
+        return f"takes CUDA tensors, these are on {device}"
+    built = library.cuda_architectures()
+    if not built:
+        return f"needs CUDA kernels in the compiled library, which {library.why_without_cuda()}"
+    if not torch.cuda.is_available():
+        return "takes CUDA tensors, and this torch sees no GPU"
+    if torch.version.hip is not None:
+        return "takes NVIDIA GPUs, this torch was built for AMD's"
+    major, minor = torch.cuda.get_device_capability()
+    if any(runs_on(arch, major, minor) for arch in built):
+        return None
+    return (
+        f"was compiled for {', '.join(f'sm_{arch}' for arch in built)}, and this GPU has compute capability "
+        f"{major}.{minor} (build again with BEIT3_FAST_CUDA_ARCHS={major}{minor})"
+    )
+
+
+def runs_on(arch: str, major: int, minor: int) -> bool:
+    """Whether code for an architecture such as "80", "90a" or "100f" runs on a GPU of this compute capability."""
+    own_major, own_minor = divmod(int(arch.rstrip("af")), 10)
+    if arch.endswith("a"):
+        return (own_major, own_minor) == (major, minor)
+    return own_major == major and own_minor <= minor
+
+
+def slower(device: str) -> str | None:
+    """Why "auto" expects the Triton kernels to be faster where there are some, or None."""
+    if device == "cuda" and torch.cuda.get_device_capability() != _HOPPER:
+        return (
+            "has only its portable kernels for this GPU; the fast ones need compute capability 9.0"
+        )
+    if device == "cuda" and "90a" not in library.cuda_architectures():
+        return "was compiled without its fast kernels, those of sm_90a"
+    return None
+
+
+def obstacle(op: str, device: str, dtype: torch.dtype, needs_grad: bool) -> str | None:
+    """Why the kernels cannot take such a call, or None."""
+    if op not in ("expert_linear", "shared_attention"):
+        return "has no kernel for this op"
+    reason = why_unavailable(device)
+    if reason is not None:
+        return reason
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
+    if needs_grad:
+        return "has no gradients; run it under torch.no_grad()"
+    return None
+
+
+def linear_misfit(features: int, out: int) -> str | None:
+    """Why a product of these widths is none for the kernel, or None."""
+    if features % _STEP or out % _STEP or not features or not out:
+        return f"takes features in multiples of {_STEP}, got {features} in and {out} out"
+    return None
+
+
+def attention_misfit(head_width: int) -> str | None:
+    """Why heads of this width are none for the kernel, or None."""
+    if head_width not in HEAD_WIDTHS:
+        return f"takes heads of width {' or '.join(map(str, HEAD_WIDTHS))}, got {head_width}"
+    return None
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor itself if its rows begin at multiples of 16 bytes and their elements lie side by side, or a copy."""
+    size = tensor.element_size()
+    fits = (
+        tensor.stride(-1) == 1
+        and tensor.data_ptr() % _ALIGNMENT == 0
+        and all(stride * size % _ALIGNMENT == 0 for stride in tensor.stride()[:-1])
+    )
+    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("beit3_fast::cuda_expert_linear", mutates_args=())
+def expert_linear(
+    x: Tensor,
+    weights: list[Tensor],
+    parts: list[Tensor],
+    biases: list[Tensor],
+    norm_weights: list[Tensor],
+    norm_biases: list[Tensor],
+    residual: Tensor | None,
+    rows: Tensor | None,
+    bounds: list[int],
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """As ``beit3_fast.reference.expert_linear``; where there are ``parts``, equally many for each weight and stacked
+    along O, the weights give only their shape."""
+    folded = folded_weights(weights, parts, biases, norm_weights, norm_biases)
+    # Rows that ``rows`` does not name are zero.
+    allocate = x.new_empty if rows is None else x.new_zeros
+    y = allocate(x.shape[0], folded.weights.shape[1])
+    if not bounds[-1]:
+        return y
+    x = aligned(x)
+    residual = None if residual is None else aligned(residual)
+    moments = None
+    if folded.sums is not None:
+        moments = torch.empty(x.shape[0], 2, dtype=torch.float32, device=x.device)
+        _launch("row_statistics", x, rows, moments)
+    for e, own in expert_groups(bounds):
+        few = FoldedWeights(*(None if t is None else t[e : e + len(own) - 1] for t in folded))
+        tail = (moments, x.shape[1], eps, residual, rows, own, activation == "gelu", y, None)
+        _launch("expert_linear", x, *few, *tail)
+    return y
+
+
+@expert_linear.register_fake
+def _(x: Tensor, weights: list[Tensor], *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weights[0].shape[0])
+
+
+def expert_groups(bounds: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """The experts of each launch: the first of them, and where each begins and the last ends."""
+    for e in range(0, len(bounds) - 1, MAX_EXPERTS):
+        own = [*bounds[e : e + MAX_EXPERTS + 1]]
+        if own[0] < own[-1]:
+            yield e, own
+
+
+@torch.library.custom_op("beit3_fast::cuda_shared_attention", mutates_args=())
+def shared_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_vision: Tensor,
+    cu_text: Tensor,
+    cu_vision_q: Tensor | None,
+    cu_text_q: Tensor | None,
+    positions_q: Tensor | None,
+    longest: int,
+    longest_q: int,
+    num_heads: int,
+    scale: float,
+    mask: str,
+) -> Tensor:
+    """o [Rq, C]; ``longest``: most keys and most queries of a sample."""
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    where = (cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q, longest, longest_q)
+    if o.numel():
+        operands = map(aligned, (q, k, v))
+        _launch("shared_attention", *operands, *where, num_heads, scale, mask, o, None, None)
+    return o
+
+
+@shared_attention.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _launch(kernel: str, first: Tensor, *arguments: Any) -> None:
+    """Calls the library's op that launches a kernel, on torch's current stream of that device."""
+    reason = why_unavailable(first.device.type)
+    if reason is not None:
+        raise KernelUnavailable(f"{kernel}: impl='cuda' was asked for, but it {reason}.")
+    stream = torch.cuda.current_stream(first.device).cuda_stream
+    getattr(torch.ops.beit3_fast, f"launch_{kernel}")(first, *arguments, stream)
+
+
+reset: Callable[[], None] = why_unavailable.cache_clear

@@ -1,0 +1,55 @@
+// What the launchers of the CUDA kernels ask for, a line each: kernel, threads of a block, bytes of
+// dynamic shared memory, blocks that are to share a processor.
+
+#include <cstdio>
+
+#include "cuda/attention_hopper.cuh"
+#include "cuda/expert_linear.cuh"
+#include "cuda/portable_attention.cuh"
+#include "cuda/portable_linear.cuh"
+#include "cuda/row_statistics.cuh"
+
+namespace {
+
+using namespace beit3_fast::cuda;
+
+template <class Shape>
+void print(const char* kernel, const char* type, const char* rest, int resident) {
+  std::printf("%s<%s%s> %d %d %d\n", kernel, type, rest, Shape::kThreads, Shape::kBytes, resident);
+}
+
+template <int kHeadDim, int kKeys>
+void whole(const char* type) {
+  using Shape = WholeShape<kHeadDim, kKeys>;
+  char rest[32];
+  std::snprintf(rest, sizeof rest, ", %d, %d", kHeadDim, kKeys);
+  print<Shape>("attend_whole", type, rest, Shape::kBlocksPerProcessor);
+}
+
+template <int kHeadDim>
+void heads(const char* type) {
+  char rest[32];
+  std::snprintf(rest, sizeof rest, ", %d", kHeadDim);
+  whole<kHeadDim, 64>(type);
+  whole<kHeadDim, 128>(type);
+  whole<kHeadDim, 200>(type);
+  whole<kHeadDim, 256>(type);
+  print<StepShape<kHeadDim>>("attend_in_steps", type, rest, 1);
+  using Portable = PortableShape<kHeadDim>;
+  print<Portable>("attend_portable", type, rest, Portable::kBlocksPerProcessor);
+}
+
+}  // namespace
+
+int main() {
+  for (const char* type : {"BFloat16", "Float16"}) {
+    heads<64>(type);
+    heads<88>(type);
+    print<LinearShape<1>>("multiply_experts", type, ", 1, true", 1);
+    print<LinearShape<1>>("multiply_experts", type, ", 1, false", 1);
+    print<LinearShape<2>>("multiply_experts", type, ", 2, true", 1);
+    print<LinearShape<2>>("multiply_experts", type, ", 2, false", 1);
+    print<PortableLinearShape>("multiply_experts_portable", type, "", 2);
+    std::printf("moments<%s> %d 0 1\n", type, 32 * kStatisticsWarps);
+  }
+}

@@ -1,0 +1,201 @@
+// The softmax of a warp group's 64 queries, in the registers in which the tensor cores leave scores
+// and take weights.
+//
+// Thread 4 g + t of a warp holds the rows g and g + 8 of the warp's 16 and, of every block of 8
+// columns, the columns 2 t and 2 t + 1: numbers 4 b and 4 b + 1 of an array are block b of the
+// first row, 4 b + 2 and 4 b + 3 of the second.
+#pragma once
+
+#include "attention_rows.cuh"
+
+namespace beit3_fast::cuda {
+
+__device__ inline float quad_max(float x) {
+  x = fmaxf(x, shuffle_xor(x, 1));
+  return fmaxf(x, shuffle_xor(x, 2));
+}
+
+__device__ inline float quad_sum(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+
+// A thread's two queries among the 64 that begin at `first`. Those past the end repeat the last
+// one.
+struct QueryPair {
+  int query[2];
+  bool real[2];
+  int limit[2];
+  bool any;         // whether the warp has a query
+  int seen_by_all;  // keys that every query of the 64 sees
+
+  __device__ QueryPair(const SharedAttention& op, const Head& head, int first) {
+    const int last = head.queries.count() - 1;
+    const int own = first + 16 * (warp_index() % 4) + lane_index() / 4;
+    for (int row = 0; row < 2; ++row) {
+      real[row] = own + 8 * row <= last;
+      query[row] = min(own + 8 * row, last);
+      limit[row] = head.limit(op, query[row]);
+    }
+    any = first + 16 * (warp_index() % 4) <= last;
+    seen_by_all = head.limit(op, min(first, last));
+  }
+};
+
+// A softmax over keys that come in blocks, or all at once.
+struct Softmax {
+  float top[2] = {-INFINITY, -INFINITY};  // highest score
+  float total[2] = {0.0f, 0.0f};          // sum of the weights in this thread's columns
+
+  // Scores of the keys from `first` on become weights, exp2(scale (score - top)). `decay` is what
+  // earlier weights are to be multiplied by.
+  template <int kKeys>
+  __device__ void weigh(float (&scores)[kKeys / 2], const QueryPair& pair, int first, float scale,
+                        float (&decay)[2]) {
+    decay[0] = decay[1] = 1.0f;
+    // Queries past the end are rows of zeros, whose scores are zeros: as good weights as any.
+    if (!pair.any) return;
+    if (first + kKeys > pair.seen_by_all) hide<kKeys>(scores, pair, first);
+    weigh_visible(scores, scale, decay);
+  }
+
+ private:
+  // Scores of keys that a query does not see become -inf; `first` is the key of column 0.
+  template <int kKeys>
+  __device__ void hide(float (&scores)[kKeys / 2], const QueryPair& pair, int first) {
+    const int column = first + 2 * (lane_index() % 4);
+#pragma unroll
+    for (int block = 0; block < kKeys / 8; ++block) {
+      if (first + 8 * block + 8 <= pair.seen_by_all) continue;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (column + 8 * block + i % 2 >= pair.limit[i / 2]) scores[4 * block + i] = -INFINITY;
+      }
+    }
+  }
+
+  template <int kSize>
+  __device__ void weigh_visible(float (&scores)[kSize], float scale, float (&decay)[2]) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      float even = scores[2 * row];
+      float odd = scores[2 * row + 1];
+#pragma unroll
+      for (int i = 4 + 2 * row; i < kSize; i += 4) {
+        even = fmaxf(even, scores[i]);
+        odd = fmaxf(odd, scores[i + 1]);
+      }
+      const float highest = quad_max(fmaxf(top[row], fmaxf(even, odd)));
+      // A query that has seen no key yet: any finite number instead of inf - inf.
+      const float pivot = highest == -INFINITY ? 0.0f : highest * scale;
+      decay[row] = exp2_fast(top[row] * scale - pivot);
+      top[row] = highest;
+      even = odd = 0.0f;
+#pragma unroll
+      for (int i = 2 * row; i < kSize; i += 4) {
+        scores[i] = exp2_fast(fmaf(scores[i], scale, -pivot));
+        scores[i + 1] = exp2_fast(fmaf(scores[i + 1], scale, -pivot));
+        even += scores[i];
+        odd += scores[i + 1];
+      }
+      total[row] = total[row] * decay[row] + (even + odd);
+    }
+  }
+};
+
+// Weights in 16 bits, as the left operand of products of 16 keys each; keys past kKeys weigh
+// nothing.
+template <class T, int kKeys>
+struct Weights {
+  static constexpr int kSteps = (kKeys + 15) / 16;
+  uint32_t words[kSteps][4];
+
+  __device__ void take(const float (&weights)[kKeys / 2]) {
+#pragma unroll
+    for (int i = 0; i < 4 * kSteps; ++i) {
+      words[i / 4][i % 4] = 2 * i < kKeys / 2 ? pack2<T>(weights[2 * i], weights[2 * i + 1]) : 0;
+    }
+  }
+};
+
+// Thread t of four neighbours gives word j to thread j and holds the others' words t afterwards, in
+// their order.
+__device__ inline void exchange_in_quad(uint32_t (&words)[4]) {
+  const int t = lane_index() % 4;
+#pragma unroll
+  for (int distance = 2; distance > 0; distance /= 2) {
+    const bool upper = (t & distance) != 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int low = distance == 2 ? i : 2 * i;
+      const int high = low + distance;
+      const uint32_t received = shuffle_xor(upper ? words[low] : words[high], distance);
+      words[low] = upper ? received : words[low];
+      words[high] = upper ? words[high] : received;
+    }
+  }
+}
+
+// What one query's row of the result leaves behind. `words`: its numbers in 16 bits, two a word,
+// one word a block.
+template <class T, int kHeadDim>
+__device__ void store_row(const SharedAttention& op, int64_t row, int head, bool real,
+                          const uint32_t (&words)[(kHeadDim + 31) / 32 * 4]) {
+  auto* out = static_cast<uint16_t*>(op.o) + row * op.o_stride + head * kHeadDim;
+#pragma unroll
+  for (int first = 0; first < kHeadDim / 8; first += 4) {
+    uint32_t own[4] = {words[first], words[first + 1], words[first + 2], words[first + 3]};
+    exchange_in_quad(own);
+    const int block = first + lane_index() % 4;
+    if (real && block < kHeadDim / 8) store_16_bytes(out + 8 * block, own);
+  }
+}
+
+template <class T, int kHeadDim>
+__device__ void store_moments(const SharedAttention& op, int64_t row, int head, bool real,
+                              const uint32_t (&words)[(kHeadDim + 31) / 32 * 4]) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 8; ++i) sum += low_of<T>(words[i]) + high_of<T>(words[i]);
+  const float mean = quad_sum(sum) / kHeadDim;
+  float squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 8; ++i) {
+    const float low = low_of<T>(words[i]) - mean;
+    const float high = high_of<T>(words[i]) - mean;
+    squares += low * low + high * high;
+  }
+  squares = quad_sum(squares);
+  if (!real || lane_index() % 4 != 0) return;
+  float* at = op.parts + (row * op.num_heads + head) * 2;
+  at[0] = mean;
+  at[1] = squares;
+}
+
+// The result of 64 queries, from the sums of weighted values.
+template <class T, int kHeadDim, int kSize>
+__device__ void store_result(const AttentionCall& call, const Head& head, const QueryPair& pair,
+                             const Softmax& softmax, const float (&sums)[kSize]) {
+  constexpr int kWords = (kHeadDim + 31) / 32 * 4;
+  const SharedAttention& op = call.op;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float total = quad_sum(softmax.total[i]);
+    // A query that sees no key gives zeros. A NaN stays one.
+    const float factor = 1.0f / (total == 0.0f ? 1.0f : total);
+    uint32_t words[kWords];
+#pragma unroll
+    for (int block = 0; block < kWords; ++block) {
+      const float* two = sums + 4 * block + 2 * i;
+      words[block] = 8 * block < kHeadDim ? pack2<T>(two[0] * factor, two[1] * factor) : 0;
+    }
+    const int64_t row = head.queries.row(pair.query[i]);
+    store_row<T, kHeadDim>(op, row, head.index, pair.real[i], words);
+    if (op.parts != nullptr) store_moments<T, kHeadDim>(op, row, head.index, pair.real[i], words);
+    if (op.lse != nullptr && pair.real[i] && lane_index() % 4 == 0) {
+      op.lse[row * op.num_heads + head.index] = softmax.top[i] * call.scale + log2f(total);
+    }
+  }
+}
+
+}  // namespace beit3_fast::cuda

@@ -1,0 +1,234 @@
+// expert_linear for compute capability 9.0: a persistent thread block of one warp group that loads
+// and two that compute.
+//
+// Tiles of 128 or 64 rows x 128 columns come through one ring of slots, in the order in which they
+// are used. The two consumers have every other tile each and take turns with the tensor cores:
+// while one multiplies, the other finishes its tile.
+#pragma once
+
+#include "hopper.cuh"
+#include "linear_epilogue.cuh"
+
+namespace beit3_fast::cuda {
+
+struct LinearMaps {
+  TensorMap x;  // not used where rows are gathered
+  TensorMap weights;
+};
+
+template <int kBands>
+struct LinearShape {
+  static constexpr int kSlots = kBands == 2 ? 6 : 8;
+  static constexpr int kThreads = 384;
+  static constexpr int kRowBytes = kTileDepth * 2;
+  static constexpr int kRowsBytes = kBands * kBandRows * kRowBytes;
+  static constexpr int kWeightBytes = kTileColumns * kRowBytes;
+  static constexpr int kSlotBytes = kRowsBytes + kWeightBytes;
+  static constexpr int kBytes = kTileAlignment + kSlots * (kSlotBytes + 16);
+};
+
+// Steps of 64 along K of all tiles of a thread block, one after the other, and the slots they go
+// through.
+template <int kBands>
+struct LinearRing {
+  using Shape = LinearShape<kBands>;
+  uint32_t base;
+
+  __device__ uint32_t rows(int step) const {
+    return base + step % Shape::kSlots * Shape::kSlotBytes;
+  }
+  __device__ uint32_t weights(int step) const { return rows(step) + Shape::kRowsBytes; }
+  __device__ uint32_t full(int step) const {
+    return base + Shape::kSlots * Shape::kSlotBytes + step % Shape::kSlots * 16;
+  }
+  __device__ uint32_t free(int step) const { return full(step) + 8; }
+  __device__ static uint32_t parity(int step) { return step / Shape::kSlots % 2; }
+
+  // `arrivals`: how many threads say that a slot is full.
+  __device__ void prepare(int arrivals) const {
+    for (int i = 0; i < Shape::kSlots; ++i) {
+      barrier_init(full(i), arrivals);
+      barrier_init(free(i), 4);
+    }
+    fence_barrier_init();
+  }
+};
+
+// Loads what the consumers use, by one thread.
+template <int kBands>
+struct LinearProducer {
+  using Shape = LinearShape<kBands>;
+  const LinearMaps& maps;
+  const ExpertLinear& op;
+  const LinearRing<kBands> ring;
+
+  __device__ void run() const {
+    const int steps = depth_steps(op);
+    int step = 0;
+    for (int index = block_index(); index < tile_count(op, kBands); index += grid_size()) {
+      const LinearTile tile = tile_at(op, kBands, index);
+      for (int k = 0; k < steps; ++k, ++step) {
+        barrier_wait(ring.free(step), ring.parity(step) ^ 1);
+        barrier_expect(ring.full(step), Shape::kSlotBytes);
+        tma_load_2d(ring.rows(step), maps.x, ring.full(step), k * kTileDepth, tile.first);
+        tma_load_3d(ring.weights(step), maps.weights, ring.full(step), k * kTileDepth, tile.column,
+                    tile.expert);
+      }
+    }
+  }
+};
+
+// Loads named rows, by a warp group: 8 neighbours copy the 128 bytes of a row. Copies of kUnderWay
+// steps are under way while the next one waits for its slot.
+template <int kBands>
+struct GatheringProducer {
+  using Shape = LinearShape<kBands>;
+  static constexpr int kUnderWay = 3;
+  static constexpr int kArrivals = 1 + 128;
+  static constexpr int kOwnRows = kBands * kBandRows / 16;
+  const LinearMaps& maps;
+  const ExpertLinear& op;
+  const LinearRing<kBands> ring;
+
+  __device__ void take_rows(const LinearTile& tile, int (&rows)[kOwnRows]) const {
+#pragma unroll
+    for (int i = 0; i < kOwnRows; ++i) {
+      const int place = tile.first + thread_index() / 8 + 16 * i;
+      rows[i] = static_cast<int>(op.rows[min(place, tile.end - 1)]);
+    }
+  }
+
+  __device__ void copy(const int (&rows)[kOwnRows], int depth, uint32_t to) const {
+    const int chunk = thread_index() % 8;
+    const int column = depth + 8 * chunk;
+    const bool real = column < op.in_features;
+    const auto* x = static_cast<const uint16_t*>(op.x) + (real ? column : 0);
+#pragma unroll
+    for (int i = 0; i < kOwnRows; ++i) {
+      const int row = thread_index() / 8 + 16 * i;
+      cp_async_16(to + row * Shape::kRowBytes + (chunk ^ row % 8) * 16, x + rows[i] * op.x_stride,
+                  real ? 16 : 0);
+    }
+    cp_async_commit();
+  }
+
+  // This thread's copies of a step have come.
+  __device__ void announce(int step) const {
+    fence_async_proxy();
+    barrier_arrive(ring.full(step));
+  }
+
+  __device__ void run() const {
+    const int steps = depth_steps(op);
+    int step = 0;
+    for (int index = block_index(); index < tile_count(op, kBands); index += grid_size()) {
+      const LinearTile tile = tile_at(op, kBands, index);
+      int rows[kOwnRows];
+      take_rows(tile, rows);
+      for (int k = 0; k < steps; ++k, ++step) {
+        barrier_wait(ring.free(step), ring.parity(step) ^ 1);
+        if (thread_index() == 0) {
+          barrier_expect(ring.full(step), Shape::kWeightBytes);
+          tma_load_3d(ring.weights(step), maps.weights, ring.full(step), k * kTileDepth,
+                      tile.column, tile.expert);
+        }
+        copy(rows, k * kTileDepth, ring.rows(step));
+        if (step < kUnderWay) continue;
+        cp_async_wait<kUnderWay>();
+        announce(step - kUnderWay);
+      }
+    }
+    cp_async_wait<0>();
+    for (int last = max(0, step - kUnderWay); last < step; ++last) announce(last);
+  }
+};
+
+// A warp group on every other tile.
+template <class T, int kBands>
+struct LinearConsumer {
+  using Shape = LinearShape<kBands>;
+  using Sums = float[kBands][kTileColumns / 2];
+  const ExpertLinear& op;
+  const LinearRing<kBands> ring;
+  const int group;
+
+  // Barrier 1 + g: group g's turn to multiply.
+  __device__ void take_turn() const { sync_named(1 + group, 256); }
+  __device__ void pass_turn() const { arrive_named(2 - group, 256); }
+
+  __device__ void leave(int step) const {
+    if (lane_index() == 0) barrier_arrive(ring.free(step));
+  }
+
+  __device__ void begin_step(Sums& sums, int step, bool add) const {
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kTileDepth / 16; ++i) {
+#pragma unroll
+      for (int band = 0; band < kBands; ++band) {
+        wgmma<T, kTileColumns>(
+            sums[band],
+            descriptor_k_major(ring.rows(step) + band * kBandRows * Shape::kRowBytes + 32 * i),
+            descriptor_k_major(ring.weights(step) + 32 * i), add || i > 0);
+      }
+    }
+    wgmma_commit();
+  }
+
+  // A slot is free again one step later, when its products have surely ended.
+  __device__ void multiply(Sums& sums, int first, int steps) const {
+    for (int step = first; step < first + steps; ++step) {
+      barrier_wait(ring.full(step), ring.parity(step));
+      begin_step(sums, step, step > first);
+      if (step == first) continue;
+      wgmma_wait<1>();
+      leave(step - 1);
+    }
+    pass_turn();
+    if constexpr (kBands == 2) {
+      wgmma_wait<0>(sums[0], sums[1]);
+    } else {
+      wgmma_wait<0>(sums[0]);
+    }
+    leave(first + steps - 1);
+  }
+
+  __device__ void run() const {
+    const int steps = depth_steps(op);
+    const int count = (tile_count(op, kBands) - block_index() + grid_size() - 1) / grid_size();
+    if (group == 1) pass_turn();
+    for (int i = group; i < count; i += 2) {
+      const LinearTile tile = tile_at(op, kBands, block_index() + i * grid_size());
+      LinearRow rows[2 * kBands];
+      take_rows_of_tile<kBands>(op, tile, warp_index() % 4, rows);
+      Sums sums;
+      take_turn();
+      multiply(sums, i * steps, steps);
+      finish_tile<T, kBands>(op, tile, rows, sums);
+    }
+    // The turn that was passed last.
+    if (group == count % 2) take_turn();
+  }
+};
+
+template <class T, int kBands, bool kGathered>
+__global__ void __launch_bounds__(LinearShape<kBands>::kThreads, 1)
+    multiply_experts(const __grid_constant__ LinearMaps maps,
+                     const __grid_constant__ ExpertLinear op) {
+  const LinearRing<kBands> ring{shared_memory(kTileAlignment)};
+  if (thread_index() == 0) ring.prepare(kGathered ? GatheringProducer<kBands>::kArrivals : 1);
+  sync_block();
+  if (warp_index() < 4) {
+    lower_registers<kGathered ? 40 : 24>();
+    if constexpr (kGathered) {
+      GatheringProducer<kBands>{maps, op, ring}.run();
+    } else {
+      if (thread_index() == 0) LinearProducer<kBands>{maps, op, ring}.run();
+    }
+  } else {
+    raise_registers<kGathered ? 232 : 240>();
+    LinearConsumer<T, kBands>{op, ring, warp_index() / 4 - 1}.run();
+  }
+}
+
+}  // namespace beit3_fast::cuda

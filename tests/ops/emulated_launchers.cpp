@@ -1,0 +1,38 @@
+// The launchers of csrc/cuda/ in front of the emulated kernels of tests/cuda/.
+
+#include <cstdint>
+
+#include "cuda/expert_linear.h"
+#include "cuda/row_statistics.h"
+#include "cuda/shared_attention.h"
+
+using namespace beit3_fast::cuda;
+
+extern "C" {
+const char* emulate_expert_linear(const ExpertLinear* op, int bands, int processors, int order,
+                                  uint64_t seed);
+const char* emulate_row_statistics(const RowStatistics* op, int blocks, int order, uint64_t seed);
+const char* emulate_shared_attention(const SharedAttention* op, int processors, int portable,
+                                     int order, uint64_t seed);
+}
+
+namespace beit3_fast::cuda {
+
+const char* row_statistics(const RowStatistics& op, CUstream_st*) {
+  if (const char* obstacle = row_statistics_obstacle(op)) return obstacle;
+  return emulate_row_statistics(&op, 2, 2, 1);
+}
+
+// The kernels are asked again where they are run.
+const char* expert_linear_obstacle(const ExpertLinear&) { return nullptr; }
+const char* shared_attention_obstacle(const SharedAttention&) { return nullptr; }
+
+const char* expert_linear(const ExpertLinear& op, CUstream_st*) {
+  return emulate_expert_linear(&op, 2, 3, 2, 1);
+}
+
+const char* shared_attention(const SharedAttention& op, CUstream_st*) {
+  return emulate_shared_attention(&op, 3, 0, 2, 1);
+}
+
+}  // namespace beit3_fast::cuda

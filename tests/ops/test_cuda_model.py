@@ -1,0 +1,64 @@
+"""A whole model with impl="cuda": on a GPU its kernels, without one the kernels' own sources in the emulator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from cuda_cases import DEVICE, ROOT, compiled, take
+from torch import Tensor
+
+from beit3_fast.model import create_model
+from beit3_fast.ops import dispatch
+from beit3_fast.parity import op_parity
+
+EMULATED = ("emulated_linear", "attention_host", "emulated_statistics")
+
+
+@cache
+def emulated_ops() -> Any:
+    """The binding in front of the emulated kernels."""
+    emulated = pytest.importorskip("emulated")
+    flags = ("-shared", "-fPIC")
+    sources = [ROOT / "tests" / "cuda" / f"{name}.cpp" for name in EMULATED]
+    links = [emulated.compiled(source, flags, ".so") for source in sources]
+    path = compiled("emulated_launchers.cpp", "beit3_fast_emulated", links)
+    torch.ops.load_library(str(path))
+    return torch.ops.beit3_fast_emulated
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if DEVICE == "cpu":
+        take(emulated_ops(), monkeypatch)
+    yield
+    dispatch.reset()
+
+
+@torch.no_grad()
+def rows(impl: str, mask: str, dtype: torch.dtype) -> Tensor:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"embed_dim": 128, "num_heads": 2, "ffn_dim": 256, "num_layers": 2}
+    model: Any = create_model("beit3_tiny_patch16_32", impl=impl, **sizes)
+    for parameter in model.parameters():
+        if parameter.dim() < 2:
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    # Weights as bf16 holds them, in whatever dtype they are then used.
+    model = model.bfloat16().to(dtype).to(DEVICE)
+    images = [torch.randn(3, 32, 32).bfloat16().to(DEVICE, dtype), None]
+    text = [torch.arange(5, device=DEVICE) + 7, torch.arange(3, device=DEVICE) + 2]
+    found: Tensor = model.forward_packed(images, text, mask=mask).rows
+    return found.cpu()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("mask", ["seq2seq", "bidirectional"])
+def test_a_model_is_as_near_the_truth_as_composite(mask: str) -> None:
+    truth = rows("reference", mask, torch.float64)
+    plain = rows("composite", mask, torch.bfloat16)
+    parity = op_parity(rows("cuda", mask, torch.bfloat16), plain, truth)
+    assert parity.passed, parity.reason
