@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -172,6 +172,6 @@ class MixedData:
         images = [sample.image for sample in samples if sample.image is not None]
         if not images or self._codes_of is not None:
             return list(samples)
-        assert callable(self.visual_tokens)
-        codes = iter(self.visual_tokens(torch.stack(images)))
+        encode = cast(Callable[[Tensor], Tensor], self.visual_tokens)
+        codes = iter(encode(torch.stack(images)))
         return [s if s.image is None else s._replace(codes=next(codes)) for s in samples]

@@ -16,8 +16,6 @@ from beit3_fast.ops.folding import folded_weights
 
 HEAD_WIDTHS = (64, 88)
 MAX_EXPERTS = 3  # of a launch, as in csrc/cuda/expert_linear.h
-# What the fast kernels are written for. Others have the portable ones.
-_HOPPER = (9, 0)
 # TMA moves and aligns by 16 bytes.
 _ALIGNMENT = 16
 _STEP = 8
@@ -50,17 +48,6 @@ def runs_on(arch: str, major: int, minor: int) -> bool:
     if arch.endswith("a"):
         return (own_major, own_minor) == (major, minor)
     return own_major == major and own_minor <= minor
-
-
-def slower(device: str) -> str | None:
-    """Why "auto" expects the Triton kernels to be faster where there are some, or None."""
-    if device == "cuda" and torch.cuda.get_device_capability() != _HOPPER:
-        return (
-            "has only its portable kernels for this GPU; the fast ones need compute capability 9.0"
-        )
-    if device == "cuda" and "90a" not in library.cuda_architectures():
-        return "was compiled without its fast kernels, those of sm_90a"
-    return None
 
 
 def obstacle(op: str, device: str, dtype: torch.dtype, needs_grad: bool) -> str | None:

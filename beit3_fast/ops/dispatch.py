@@ -26,7 +26,8 @@ logger = logging.getLogger("beit3_fast")
 IMPLEMENTATIONS = ("reference", "composite", "cpu", "triton", "cuda", "flash_attn", "xformers")
 # The ops of a layer, which `explain` tells of.
 OPS = ("expert_linear", "shared_attention")
-_AUTO_ORDER = ("cpu", "cuda", "triton", "composite")
+# Triton stands in front of CUDA until a GPU has timed both.
+_AUTO_ORDER = ("cpu", "triton", "cuda", "composite")
 _NOT_BUILT = (
     "is not part of this version of beit3_fast; use 'auto', 'cpu', 'cuda', 'triton', 'composite' "
     "or 'reference'"
@@ -148,11 +149,6 @@ def _cuda_obstacle(at: Situation) -> str | None:
     return cuda_kernels.obstacle(at.op, at.device, at.dtype, at.needs_grad) or at.misfit
 
 
-def _cuda_slower(at: Situation) -> str | None:
-    """Why "auto" expects the Triton kernels to be faster, or None."""
-    return cuda_kernels.slower(at.device) if _triton_obstacle(at) is None else None
-
-
 def _triton_obstacle(at: Situation) -> str | None:
     """Why the Triton kernels cannot take this call, or None."""
     if at.mask_tensor:
@@ -191,20 +187,18 @@ def _choose(at: Situation, requested: str, doubts: tuple[str | None, str | None]
         return Choice(requested, passed_over)
     against = {
         "cpu": _cpu_obstacle(at) or _cpu_slower(at),
-        "cuda": _cuda_obstacle(at) or _cuda_slower(at) or doubts[0],
+        "cuda": _cuda_obstacle(at) or doubts[0],
         "triton": _triton_obstacle(at) or (doubts[1] if at.device == "cuda" else _INTERPRETED),
         "composite": None,
     }
     impl = next(name for name in _AUTO_ORDER if against[name] is None)
     rejected = [
-        (name, against[name] or f"is expected to be slower than {impl} here")
-        for name in _AUTO_ORDER
-        if name != impl
+        (name, against[name] or f"stands behind {impl}") for name in _AUTO_ORDER if name != impl
     ]
     others = [name for name in IMPLEMENTATIONS if name not in (*_AUTO_ORDER, "reference")]
     rejected += [(name, _obstacle(name, at) or _NOT_BUILT) for name in others]
     rejected.append(("reference", "is the readable formula, kept for checking"))
-    first = "cuda" if at.device == "cuda" else "cpu"
+    first = "triton" if at.device == "cuda" else "cpu"
     logger.info("%s: %s; not %s: %s", at.op, impl, first, dict(rejected).get(first, "-"))
     return Choice(impl, tuple(rejected))
 
@@ -223,12 +217,12 @@ def _chosen(requested: str, *fields: Any) -> Choice:
         requested = os.environ.get("BEIT3_FAST_IMPL") or "auto"
     of_cuda = of_triton = None
     if requested == "auto" and at.device == "cuda":
-        takes_cuda = _cuda_obstacle(at) is None and _cuda_slower(at) is None
-        if takes_cuda:
-            of_cuda = kernel_check.doubt(at.op, at.dtype, at.needs_grad, "cuda")
-        # What is not the first choice is not checked.
-        if not (takes_cuda and of_cuda is None) and _triton_obstacle(at) is None:
+        takes_triton = _triton_obstacle(at) is None
+        if takes_triton:
             of_triton = kernel_check.doubt(at.op, at.dtype, at.needs_grad)
+        # What is not the first choice is not checked.
+        if not (takes_triton and of_triton is None) and _cuda_obstacle(at) is None:
+            of_cuda = kernel_check.doubt(at.op, at.dtype, at.needs_grad, "cuda")
     return _choose(at, requested, (of_cuda, of_triton))
 
 

@@ -145,55 +145,53 @@ def test_what_the_kernels_cannot_take(changes: Any, words: str, hopper: Ran) -> 
 
 
 @pytest.mark.parametrize("op", dispatch.OPS)
-def test_auto_takes_them_once_their_check_passed(op: str, hopper: Ran) -> None:
+def test_auto_takes_triton_first(op: str, hopper: Ran) -> None:
     for _ in range(2):
         choice = dispatch.choose(at(op))
-        assert choice.impl == "cuda"
-        assert "slower than cuda" in dict(choice.rejected)["triton"]
-    assert hopper == [f"cuda_{op}"], "Triton's kernel was not needed, and not checked"
+        assert choice.impl == "triton"
+        assert "behind triton" in dict(choice.rejected)["cuda"]
+    assert hopper == [op], "CUDA's kernel was not needed, and not checked"
 
 
-def test_a_kernel_that_fails_is_left_out_and_the_next_is_checked(
-    hopper: Ran, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_auto_takes_them_without_triton_once_their_check_passed(
+    op: str, hopper: Ran, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = kernel_check.run
+    monkeypatch.setattr(triton_kernels, "why_unavailable", lambda device: "needs triton")
+    dispatch.reset()
+    for _ in range(2):
+        assert dispatch.choose(at(op)).impl == "cuda"
+    assert hopper == [f"cuda_{op}"]
+
+
+def test_kernels_that_fail_are_left_out(hopper: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's in front, then the CUDA ones behind it."""
+    real, wrong = kernel_check.run, ["expert_linear"]
 
     def run(kernel: str, dtype: torch.dtype, device: str) -> kernel_check.Outcome:
         outcome = real(kernel, dtype, device)
-        return outcome._replace(parity=WRONG) if kernel.startswith("cuda") else outcome
+        return outcome._replace(parity=WRONG) if kernel in wrong else outcome
 
     monkeypatch.setattr(kernel_check, "run", run)
-    with pytest.warns(RuntimeWarning, match="cuda_expert_linear in bfloat16.*report"):
+    with pytest.warns(RuntimeWarning, match="expert_linear in bfloat16.*report"):
         choice = dispatch.choose(at())
-    assert choice.impl == "triton"
+    assert choice.impl == "cuda"
+    assert "failed its check here (planted)" in dict(choice.rejected)["triton"]
+    assert hopper == ["expert_linear", "cuda_expert_linear"]
+    assert dispatch.choose(at(), "triton").impl == "triton", "whoever asks for it by name gets it"
+    wrong.append("cuda_shared_attention")
+    wrong.append("shared_attention")
+    with pytest.warns(RuntimeWarning, match="cuda_shared_attention in bfloat16.*report"):
+        choice = dispatch.choose(at("shared_attention"))
+    assert choice.impl == "composite"
     assert "failed its check here (planted)" in dict(choice.rejected)["cuda"]
-    assert hopper == ["cuda_expert_linear", "expert_linear"]
-    assert dispatch.choose(at(), "cuda").impl == "cuda", "whoever asks for it by name gets it"
-
-
-@pytest.mark.parametrize(
-    ("capability", "built", "words"),
-    [((8, 0), ("80", "90a"), "only its portable"), ((9, 0), ("90",), "sm_90a")],
-)
-def test_portable_kernels_stand_behind_triton(
-    capability: tuple[int, int],
-    built: tuple[str, ...],
-    words: str,
-    hopper: Ran,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    machine(monkeypatch, capability, built)
-    choice = dispatch.choose(at())
-    assert choice.impl == "triton"
-    assert words in dict(choice.rejected)["cuda"]
-    monkeypatch.setattr(triton_kernels, "why_unavailable", lambda device: "needs triton")
-    dispatch.reset()
-    assert dispatch.choose(at()).impl == "cuda"
 
 
 def test_a_committed_run_of_triton_says_nothing_of_cuda(
     hopper: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(triton_kernels, "why_unavailable", lambda device: "needs triton")
+    dispatch.reset()
     own = {"architecture": "sm_90", "sources": "1", "triton": "2", "cuda": "3"}
     monkeypatch.setattr(kernel_check, "identity", lambda: own)
     monkeypatch.setattr(kernel_check, "_folder", lambda: tmp_path)
