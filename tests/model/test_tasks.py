@@ -14,6 +14,7 @@ from torch import Tensor
 
 import beit3_fast.model.encoder as encoder_module
 from beit3_fast.errors import ConfigError, ShapeError
+from beit3_fast.ops import Measured
 from beit3_fast.parity import assert_parity, model_parity
 
 IMPLS = ("composite", "cpu", "auto")
@@ -211,14 +212,14 @@ def test_rows_that_nobody_reads_are_not_computed(
 ) -> None:
     expected, call = ROWS_READ[task]
     rows: list[int] = []
-    real = encoder_module.expert_linear
+    real = encoder_module.measured_expert_linear
 
-    def spy(x: Tensor, *args: Any, **options: Any) -> Tensor:
+    def spy(x: Measured, *args: Any, **options: Any) -> Measured:
         if options.get("activation") == "gelu":
-            rows.append(x.shape[0])
+            rows.append(x.rows.shape[0])
         return real(x, *args, **options)
 
-    monkeypatch.setattr(encoder_module, "expert_linear", spy)
+    monkeypatch.setattr(encoder_module, "measured_expert_linear", spy)
     call(task_model(task))
     assert len(rows) == TINY.num_layers
     assert rows[-1] == expected

@@ -133,8 +133,7 @@ def test_masked_data_takes_the_codes_of_its_files(
     out = tmp_path / "codes.safetensors"
     make(taught, world / "images", out)
     mix = Mix(image=3, pair=2)
-    live, kept = data(world, mix), data(world, mix)
-    live.visual_tokens, kept.visual_tokens = VisualTokens(taught), CodeFile.load(out)
+    live, kept = (data(world, mix, tokens) for tokens in (VisualTokens(taught), CodeFile.load(out)))
     for number in range(2):
         assert torch.equal(live[number].codes, kept[number].codes)
     assert live.identity == kept.identity

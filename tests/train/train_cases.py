@@ -39,7 +39,10 @@ def make_world(folder: Path) -> Path:
     return write_world(folder, SIZE, seed=1)
 
 
-def data(world: Path, mix: Mix | None = None, **options: Any) -> MixedData:
+def data(
+    world: Path, mix: Mix | None = None, visual_tokens: Any = None, **options: Any
+) -> MixedData:
+    """``visual_tokens``: codes fitted to patches by default."""
     settings = json.loads((world / "world.json").read_text())
     processor = Processor(Tokenizer(world / "world.spm"), image_size=settings["pixels"])
     paths = sorted((world / "images/train").iterdir())[:200]
@@ -52,7 +55,7 @@ def data(world: Path, mix: Mix | None = None, **options: Any) -> MixedData:
         },
         mix or Mix(image=3, text=2, pair=2),
         processor,
-        PatchCodes.fit(images, CODES, PATCH),
+        visual_tokens or PatchCodes.fit(images, CODES, PATCH),
         PATCH,
         Masking(min_block=4),
         **options,
