@@ -16,7 +16,7 @@ from torch import Tensor
 
 from beit3_fast.layout import TokenLayout
 from beit3_fast.model.batch import embed_padded
-from beit3_fast.model.caption_cache import LayerCache, make_cache
+from beit3_fast.model.caption_cache import LayerCache
 from beit3_fast.model.embedding import text_rows
 from beit3_fast.model.encoder import attend, layer_norm, project
 from beit3_fast.ops import (
@@ -138,5 +138,5 @@ class CaptionDecoder:
         if layer == len(self.caches):
             heads = self.encoder.layers[layer].self_attn.num_heads
             shape = (self.num_samples, self.num_vision, self.words)
-            self.caches.append(make_cache(rows, shape, heads, self.impl))
+            self.caches.append(LayerCache(rows, *shape, heads, self.impl))
         return self.caches[layer]

@@ -54,7 +54,9 @@ def expert_linear(
     Differentiable in every tensor argument but ``rows``. Raises ShapeError for operands that do not fit,
     ConfigError and KernelUnavailable for ``impl``. A ``Measured`` x brings the statistics that LayerNorm needs.
     """
-    return _run(x, weights, biases, bounds, norm, activation, residual, rows, impl, False).rows
+    operands: dict[str, Any] = {"bounds": bounds, "norm": norm, "activation": activation}
+    operands |= {"residual": residual, "rows": rows, "impl": impl}
+    return measured_expert_linear(x, weights, biases, **operands, measure=False).rows
 
 
 def measured_expert_linear(
@@ -68,23 +70,10 @@ def measured_expert_linear(
     residual: Tensor | None = None,
     rows: Tensor | None = None,
     impl: str = "auto",
+    measure: bool = True,
 ) -> Measured:
-    """As ``expert_linear``; the result has its row statistics where the implementation leaves them ("triton" does)."""
-    return _run(x, weights, biases, bounds, norm, activation, residual, rows, impl, True)
-
-
-def _run(
-    x: Tensor | Measured,
-    weights: Sequence[Weight],
-    biases: Sequence[Weight] | None,
-    bounds: Sequence[int],
-    norm: Norm | None,
-    activation: str | None,
-    residual: Tensor | None,
-    rows: Tensor | None,
-    impl: str,
-    measure: bool,
-) -> Measured:
+    """As ``expert_linear``; the result has its row statistics where the implementation leaves them ("triton" does)
+    and ``measure`` asks for them."""
     x, parts, width = measured(x)
     check(x, parts, width, weights, biases, bounds, norm, activation, residual, rows)
     used = [e for e in range(len(weights)) if bounds[e] < bounds[e + 1]] or [0]

@@ -54,7 +54,8 @@ def shared_attention(
     Differentiable in q, k and v. Raises ShapeError for operands that do not fit, ConfigError and
     KernelUnavailable for ``impl``.
     """
-    return _run(q, k, v, layout, num_heads, scale, mask, queries, impl, False).rows
+    how: dict[str, Any] = {"num_heads": num_heads, "scale": scale, "mask": mask, "queries": queries}
+    return measured_shared_attention(q, k, v, layout, **how, impl=impl, measure=False).rows
 
 
 def measured_shared_attention(
@@ -68,23 +69,10 @@ def measured_shared_attention(
     mask: str | Tensor = "bidirectional",
     queries: TokenLayout | None = None,
     impl: str = "auto",
+    measure: bool = True,
 ) -> Measured:
-    """As ``shared_attention``; the result has its row statistics where the implementation leaves them ("triton" does)."""
-    return _run(q, k, v, layout, num_heads, scale, mask, queries, impl, True)
-
-
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: TokenLayout,
-    num_heads: int,
-    scale: float | None,
-    mask: str | Tensor,
-    queries: TokenLayout | None,
-    impl: str,
-    measure: bool,
-) -> Measured:
+    """As ``shared_attention``; the result has its row statistics where the implementation leaves them ("triton" does)
+    and ``measure`` asks for them."""
     queries = layout if queries is None else queries
     _check(q, k, v, layout, queries, num_heads, scale, mask)
     masked = isinstance(mask, Tensor) or padding_is_masked(layout)
@@ -97,7 +85,9 @@ def _run(
     if lower is not None and choice.impl != "reference":
         q, k, v = (t.to(lower) for t in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
-            return _run(q, k, v, layout, num_heads, scale, mask, queries, choice.impl, measure)
+            own: dict[str, Any] = {"num_heads": num_heads, "scale": scale, "mask": mask}
+            own |= {"queries": queries, "impl": choice.impl, "measure": measure}
+            return measured_shared_attention(q, k, v, layout, **own)
     if scale is None:
         scale = (q.shape[1] // num_heads) ** -0.5
     if choice.impl in ("cpu", "cuda", "triton"):

@@ -7,18 +7,9 @@
 #pragma once
 
 #include "attention_rows.cuh"
+#include "quad.cuh"
 
 namespace beit3_fast::cuda {
-
-__device__ inline float quad_max(float x) {
-  x = fmaxf(x, shuffle_xor(x, 1));
-  return fmaxf(x, shuffle_xor(x, 2));
-}
-
-__device__ inline float quad_sum(float x) {
-  x += shuffle_xor(x, 1);
-  return x + shuffle_xor(x, 2);
-}
 
 // A thread's two queries among the 64 that begin at `first`. Those past the end repeat the last
 // one.
@@ -118,24 +109,6 @@ struct Weights {
   }
 };
 
-// Thread t of four neighbours gives word j to thread j and holds the others' words t afterwards, in
-// their order.
-__device__ inline void exchange_in_quad(uint32_t (&words)[4]) {
-  const int t = lane_index() % 4;
-#pragma unroll
-  for (int distance = 2; distance > 0; distance /= 2) {
-    const bool upper = (t & distance) != 0;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int low = distance == 2 ? i : 2 * i;
-      const int high = low + distance;
-      const uint32_t received = shuffle_xor(upper ? words[low] : words[high], distance);
-      words[low] = upper ? received : words[low];
-      words[high] = upper ? words[high] : received;
-    }
-  }
-}
-
 // What one query's row of the result leaves behind. `words`: its numbers in 16 bits, two a word,
 // one word a block.
 template <class T, int kHeadDim>
@@ -145,7 +118,7 @@ __device__ void store_row(const SharedAttention& op, int64_t row, int head, bool
 #pragma unroll
   for (int first = 0; first < kHeadDim / 8; first += 4) {
     uint32_t own[4] = {words[first], words[first + 1], words[first + 2], words[first + 3]};
-    exchange_in_quad(own);
+    transpose_in_quad(own);
     const int block = first + lane_index() % 4;
     if (real && block < kHeadDim / 8) store_16_bytes(out + 8 * block, own);
   }

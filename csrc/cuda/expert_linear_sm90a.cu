@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "expert_linear.cuh"
-#include "expert_linear_launch.h"
+#include "launch.h"
 
 namespace beit3_fast::cuda {
 
@@ -21,7 +21,8 @@ const char* launch_in_bands(const ExpertLinear& op, int processors, CUstream_st*
           ? of(multiply_experts<BFloat16, kBands, true>, multiply_experts<Float16, kBands, true>)
           : of(multiply_experts<BFloat16, kBands, false>, multiply_experts<Float16, kBands, false>);
   const int blocks = std::min(tile_count(op, kBands), processors);
-  return enqueue_linear<LinearShape<kBands>>(kernel, blocks, stream, maps, op);
+  using Shape = LinearShape<kBands>;
+  return enqueue(kernel, {blocks, Shape::kThreads, Shape::kBytes}, stream, maps, op);
 }
 
 const char* launch_hopper_linear(const ExpertLinear& op, int processors, CUstream_st* stream) {

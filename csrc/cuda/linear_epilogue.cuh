@@ -7,31 +7,9 @@
 #pragma once
 
 #include "linear_tiles.h"
-#include "portable.cuh"
+#include "quad.cuh"
 
 namespace beit3_fast::cuda {
-
-__device__ __forceinline__ float sum_of_quad(float value) {
-  value += shuffle_xor(value, 1);
-  return value + shuffle_xor(value, 2);
-}
-
-// Word j of thread t of four neighbours changes places with word t of thread j.
-__device__ __forceinline__ void transpose_in_quad(uint32_t (&words)[4]) {
-  const int t = lane_index() % 4;
-#pragma unroll
-  for (int distance = 2; distance > 0; distance /= 2) {
-    const bool upper = (t & distance) != 0;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int low = distance == 2 ? i : 2 * i;
-      const int high = low + distance;
-      const uint32_t received = shuffle_xor(upper ? words[low] : words[high], distance);
-      words[low] = upper ? received : words[low];
-      words[high] = upper ? words[high] : received;
-    }
-  }
-}
 
 // GELU by the tail of the normal distribution: Q(|x|) = exp(-x^2 / 2) P(1 / (1 + s |x|)), the
 // polynomial fitted to a relative error of 5e-6. erff takes ten instructions more, and all of a
@@ -76,14 +54,14 @@ __device__ inline void read_moments(const ExpertLinear& op, LinearRow& own) {
     load_two(part_mean, part_squares, parts + 2 * part);
     mean += part_mean * count(part);
   }
-  own.mean = sum_of_quad(mean) * each;
+  own.mean = quad_sum(mean) * each;
 #pragma unroll 1
   for (int part = lane_index() % 4; part < op.num_parts; part += 4) {
     load_two(part_mean, part_squares, parts + 2 * part);
     const float shift = part_mean - own.mean;
     squares += part_squares + shift * shift * count(part);
   }
-  own.rstd = reciprocal_root_fast(sum_of_quad(squares) * each + op.eps);
+  own.rstd = reciprocal_root_fast(quad_sum(squares) * each + op.eps);
 }
 
 __device__ inline LinearRow row_of_tile(const ExpertLinear& op, int place, int end) {

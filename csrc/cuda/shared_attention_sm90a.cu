@@ -1,7 +1,7 @@
 // Launches the Hopper kernels of shared_attention.
 
 #include "attention_hopper.cuh"
-#include "shared_attention_launch.h"
+#include "launch.h"
 
 namespace beit3_fast::cuda {
 
@@ -13,7 +13,8 @@ const char* launch_hopper_attention(const SharedAttention& op, int processors,
     constexpr int kHeadDim = decltype(width)::value;
     return with_hopper_kernel<decltype(type), kHeadDim>(
         op, processors, [&](auto kernel, const AttentionLaunch& launch) {
-          return enqueue(kernel, launch, stream, maps, launch.call);
+          return enqueue(kernel, {launch.blocks, launch.threads, launch.shared_bytes}, stream, maps,
+                         launch.call);
         });
   });
 }

@@ -1,0 +1,57 @@
+// What the launchers share: which device they are on, and a launch with its shared memory.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace beit3_fast::cuda {
+
+struct ExpertLinear;
+struct SharedAttention;
+
+// The launchers of the kernels for compute capability 9.0; null in a library without sm_90a.
+__attribute__((weak)) const char* launch_hopper_linear(const ExpertLinear& op, int processors,
+                                                       CUstream_st* stream);
+__attribute__((weak)) const char* launch_hopper_attention(const SharedAttention& op, int processors,
+                                                          CUstream_st* stream);
+
+struct Device {
+  int processors = 0;
+  bool hopper = false;
+};
+
+// Describes the current device. Returns why it cannot, or null.
+inline const char* ask(Device& device) {
+  int index = 0;
+  int capability[2] = {};
+  cudaError_t error = cudaGetDevice(&index);
+  const auto attribute = [&](int& answer, cudaDeviceAttr name) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&answer, name, index);
+  };
+  attribute(capability[0], cudaDevAttrComputeCapabilityMajor);
+  attribute(capability[1], cudaDevAttrComputeCapabilityMinor);
+  attribute(device.processors, cudaDevAttrMultiProcessorCount);
+  device.hopper = capability[0] == 9 && capability[1] == 0;
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+struct Grid {
+  int blocks;
+  int threads;
+  int shared_bytes;
+};
+
+// Returns why the kernel could not be launched, or null.
+template <class... Own, class... Args>
+const char* enqueue(void (*kernel)(Own...), const Grid& grid, CUstream_st* stream,
+                    const Args&... args) {
+  cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
+  if (error == cudaSuccess) {
+    kernel<<<grid.blocks, grid.threads, grid.shared_bytes, stream>>>(args...);
+    error = cudaGetLastError();
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace beit3_fast::cuda
