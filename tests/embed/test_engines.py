@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # and waits over its first shard for the other's first. In the third job rank 1 dies over its second shard, for which
 # rank 0 waits over its own; over its third, when it must have heard of rank 1's first, it is ended, as torchrun does.
 RANKS = """
-import json, os, signal, socket, sys, time
+import ctypes, json, os, signal, socket, sys, time
 import beit3_fast
 from beit3_fast.embed import work
 
@@ -35,10 +35,16 @@ def until(condition):
         time.sleep(0.01)
 
 def known(out):
-    with open(os.path.join(out, "manifest.json")) as manifest:
+    path = os.path.join(out, "manifest.json")
+    # rank 1 may be gone before rank 0 has written its first
+    if not os.path.exists(path):
+        return []
+    with open(path) as manifest:
         return json.load(manifest)["shards"]
 
 def rank(number, port, job, out):
+    # one that outlived the parent would hold its pipes open, and hide what the parent said
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     os.environ |= {
         "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none",
