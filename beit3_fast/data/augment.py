@@ -1,4 +1,4 @@
-"""Other views of an image: cut, mirrored, in other colours."""
+"""Other views of an image: cut, mirrored, in other colours, turned."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from beit3_fast.data.rand_augment import rand_augment
 from beit3_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,16 +24,25 @@ class Augment:
 
     ``crop``: least share of the area that is kept, the share is drawn from it to 1 and the aspect from 3/4 to 4/3; the paper has 0.5
     with its text, BEiT 0.2. ``flip``: chance of a mirror image, which makes captions wrong that say left and right. ``jitter``:
-    brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter (the paper: 0.4). Raises ConfigError for values
-    outside of 0 to 1.
+    brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter (the paper: 0.4). ``randaugment``: how many
+    operations of RandAugment are drawn (the official fine-tuning: 2); ``magnitude``: how far they go, of the official range (there:
+    0.7). Raises ConfigError for values outside of 0 to 1, and for a number of operations that is not 0 or more.
     """
 
     crop: float = 1.0
     flip: float = 0.0
     jitter: float = 0.0
+    randaugment: int = 0
+    magnitude: float = 0.7
 
     def __post_init__(self) -> None:
+        if type(self.randaugment) is not int or self.randaugment < 0:
+            raise ConfigError(
+                f"randaugment must be a number of operations, 0 or more, got {self.randaugment!r}"
+            )
         for field in fields(self):
+            if field.name == "randaugment":
+                continue
             value = getattr(self, field.name)
             if (
                 not isinstance(value, (int, float))
@@ -53,7 +63,7 @@ class Augment:
             for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
                 factor = generator.uniform(1 - self.jitter, 1 + self.jitter)
                 image = change(image).enhance(factor)
-        return image
+        return rand_augment(image, self.randaugment, self.magnitude, generator)
 
     def _box(
         self, width: int, height: int, generator: np.random.Generator

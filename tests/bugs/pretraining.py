@@ -34,6 +34,15 @@ PRETRAINING_BUGS = (
         ("tests/data/test_augment.py::test_mirror_images_at_their_chance",),
     ),
     Bug(
+        "randaugment-always-goes-one-way",
+        "beit3_fast/data/rand_augment.py",
+        "angle = sign * _MOST_DEGREES * magnitude",
+        "angle = _MOST_DEGREES * magnitude",
+        (
+            "tests/data/test_augment.py::test_randaugment_moves_pixels_as_far_as_the_official_recipe",
+        ),
+    ),
+    Bug(
         "masked-batch-mixes-up-images-and-texts-of-pairs",
         "beit3_fast/data/masked_batch.py",
         "seen, read = images + pairs, pairs + texts",
