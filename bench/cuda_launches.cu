@@ -5,8 +5,11 @@
 
 #include "cuda/attention_hopper.cuh"
 #include "cuda/expert_linear.cuh"
+#include "cuda/float8_linear.cuh"
 #include "cuda/portable_attention.cuh"
+#include "cuda/portable_float8.cuh"
 #include "cuda/portable_linear.cuh"
+#include "cuda/quantize_rows.cuh"
 #include "cuda/row_statistics.cuh"
 
 namespace {
@@ -52,4 +55,9 @@ int main() {
     print<PortableLinearShape>("multiply_experts_portable", type, "", 2);
     std::printf("moments<%s> %d 0 1\n", type, 32 * kStatisticsWarps);
   }
+  print<Float8Shape<1>>("multiply_float8", "1", "", 1);
+  print<Float8Shape<2>>("multiply_float8", "2", "", 1);
+  using Portable = PortableFloat8Shape;
+  std::printf("multiply_float8_portable %d %d 2\n", Portable::kThreads, Portable::kBytes);
+  std::printf("quantize %d 0 1\n", 32 * kQuantizeWarps);
 }

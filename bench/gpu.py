@@ -45,6 +45,7 @@ WORKLOADS = {
 RUNTIMES = (
     "beit3_fast",
     "beit3_fast-cuda",
+    "beit3_fast-float8",
     "beit3_fast-triton",
     "torchscale",
     "torchscale-compiled",
@@ -55,6 +56,7 @@ SANITIZED = "(one and row) or (mixed and 2x88) or descriptors"
 SANITIZED_CUDA = "three or one or mixed or rows"
 # The tests of the CUDA kernels; without a GPU their binding runs in front of plain loops.
 CUDA_TESTS = "tests/ops/test_cuda_binding.py"
+FLOAT8_TESTS = "tests/ops/test_cuda_float8_ops.py"
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def steps(device: str, dry_run: bool, out: Path) -> list[Step]:
         if not dry_run or name in KERNEL_TESTS[:2]
     ]
     plan.append(Step("parity-cuda", (*PYTEST, CUDA_TESTS, *chosen)))
+    plan.append(Step("parity-float8", (*PYTEST, FLOAT8_TESTS, *chosen)))
     if device == "cuda":
         verify = (sys.executable, "-m", "beit3_fast", "verify", "--kernels", "--json")
         plan.append(Step("verify", verify))
@@ -92,6 +95,8 @@ def steps(device: str, dry_run: bool, out: Path) -> list[Step]:
             plan.append(Step(tool, (*command, *files, "-k", SANITIZED), False, uncached))
             own = (*command, CUDA_TESTS, "-k", SANITIZED_CUDA)
             plan.append(Step(f"{tool}-cuda", own, False, uncached))
+            rounded = (*command, FLOAT8_TESTS, "-k", "left or model")
+            plan.append(Step(f"{tool}-float8", rounded, False, uncached))
     bench = (sys.executable, "bench/run.py", "--device", device)
     if dry_run:
         small = ("--quick", "--workloads", "image/base/224", "--batch", "1", "--dtypes", "fp32")

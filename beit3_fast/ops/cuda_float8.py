@@ -53,7 +53,7 @@ def folded(
     return derived(f"float8, folded {sizes}", sources, make)
 
 
-def _is_plain(norm_weights: list[Tensor]) -> bool:
+def is_plain(norm_weights: list[Tensor]) -> bool:
     """Whether LayerNorm multiplies by 1: its weight has gone into the product's (``model.float8``)."""
     return not norm_weights or derived(
         "all ones", norm_weights, lambda: all(bool((own == 1).all()) for own in norm_weights)
@@ -93,7 +93,7 @@ def expert_linear(
         return y, *left
     if rows is not None:
         x, residual = x[rows], None if residual is None else residual[rows]
-    if numbers is None or scales is None or not _is_plain(norm_weights):
+    if numbers is None or scales is None or not is_plain(norm_weights):
         numbers, scales, measured = _rounded(x, norm_weights, bounds)
         parts, part_width = measured, BLOCK
     elif norm_weights and parts is None:
@@ -133,7 +133,7 @@ def _rounded(
     """x in 8 bits, its scales, and its row statistics in parts of 128 columns."""
     parts, numbers, scales = _left(x, x.shape[1], True)
     cuda_kernels.launch("quantize_rows", cuda_kernels.aligned(x), numbers, scales, parts)
-    if _is_plain(norm_weights):
+    if is_plain(norm_weights):
         return numbers, scales, parts
     scaled = x.float()
     for e, own in enumerate(norm_weights):

@@ -7,7 +7,7 @@ mean and deviation, bias, GELU and residual stay in fp32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from beit3_fast.derived import derived
 from beit3_fast.float8 import BLOCK, E4M3, Quantized
 from beit3_fast.ops import cuda_float8
 from beit3_fast.ops.dispatch import Situation, rows_in_memory
-from beit3_fast.ops.operands import Measured, Weight
+from beit3_fast.ops.operands import Measured, Weight, flat
 from beit3_fast.ops.packed_weight import PackedWeight
 from beit3_fast.reference.float8_linear import float8_linear as reference_impl
 
@@ -48,9 +48,7 @@ def float8_linear(
 
 
 def _stacked(weight: Weight) -> Quantized:
-    parts = [part for part in (weight if isinstance(weight, tuple) else (weight,))]
-    assert all(isinstance(part, PackedWeight) for part in parts)
-    own: list[Any] = parts
+    own = [cast(PackedWeight, part) for part in flat([weight])]
     if len(own) == 1:
         return Quantized(*own[0].float8())
     return derived("float8, stacked", [part.packed for part in own], lambda: _joined(own))

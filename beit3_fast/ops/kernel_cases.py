@@ -16,6 +16,7 @@ from beit3_fast.composite import expert_linear as composite_linear
 from beit3_fast.composite import shared_attention as composite_attention
 from beit3_fast.layout import TokenLayout
 from beit3_fast.ops import cuda_kernels, triton_kernels
+from beit3_fast.ops.kernel_cases_float8 import cuda_float8_linear, moments
 from beit3_fast.parity import Parity, op_parity
 from beit3_fast.reference import expert_linear as linear_formula
 from beit3_fast.reference import masked_linear_cross_entropy as head_formula
@@ -127,6 +128,7 @@ CASES: dict[str, Callable[[torch.dtype, str], dict[str, Parity]]] = {
 }
 CUDA_CASES: dict[str, Callable[[torch.dtype, str], dict[str, Parity]]] = {
     "cuda_expert_linear": cuda_expert_linear,
+    "cuda_float8_linear": cuda_float8_linear,
     "cuda_shared_attention": cuda_shared_attention,
 }
 
@@ -221,14 +223,6 @@ def _linear(
         ]
         results.append((f"{count} rows", *found))
     return results
-
-
-def moments(x: Tensor, width: int) -> Tensor:
-    """Mean and sum of squared deviations of each ``width`` columns of the rows [M, C], [M, T, 2] in fp32 or fp64."""
-    wide = x if x.dtype is torch.float64 else x.float()
-    means = [part.mean(1) for part in wide.split(width, dim=1)]
-    squares = [part.var(1, correction=0) * part.shape[1] for part in wide.split(width, dim=1)]
-    return torch.stack([torch.stack(means, 1), torch.stack(squares, 1)], dim=2)
 
 
 def _product_gradients(

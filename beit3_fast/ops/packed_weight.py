@@ -50,7 +50,7 @@ class PackedWeight(Tensor):
     @property
     def is_float8(self) -> bool:
         """Whether the packed form is rounded to float8."""
-        return self.packed.dtype is E4M3
+        return self.packed.dtype is torch.uint8
 
     @property
     def is_rounded(self) -> bool:
@@ -62,7 +62,7 @@ class PackedWeight(Tensor):
         rows, columns = self.shape
         behind = rows * _SCALE_BYTES
         scales = self.packed[:behind].view(torch.float32).view(rows, 1)
-        return Quantized(self.packed[behind:].view(rows, columns), scales)
+        return Quantized(self.packed[behind:].view(E4M3).view(rows, columns), scales)
 
     def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
         """The plain weight [O, I]: bit for bit what was packed, or what rounding to 8 bits left of it."""
@@ -204,7 +204,7 @@ def quantize_float8(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Any:
 def _pack_float8(plain: Tensor) -> Tensor:
     numbers, scales = round_to_float8(plain, max(plain.shape[1], 1))
     packed = (scales.contiguous().view(torch.uint8), numbers.view(torch.uint8))
-    return torch.cat([part.flatten() for part in packed]).view(E4M3)
+    return torch.cat([part.flatten() for part in packed])
 
 
 def _parameter(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Any:

@@ -128,7 +128,7 @@ def test_a_checkpoint_is_rounded_from_its_own_precision(tmp_path: Path) -> None:
     beit3_fast.save_checkpoint(plain, tmp_path / "x.safetensors")
     loaded = beit3_fast.create_model(NAME, tmp_path / "x.safetensors", dtype=E4M3)
     for ours, theirs in zip(weights(loaded), weights(rounded), strict=True):
-        assert torch.equal(ours.packed.view(torch.uint8), theirs.packed.view(torch.uint8))
+        assert torch.equal(ours.packed, theirs.packed)
     assert torch.equal(outputs(loaded), outputs(rounded))
 
 
@@ -193,7 +193,8 @@ def test_a_call_that_unpacks_says_so(caplog: pytest.LogCaptureFixture) -> None:
     _warn_of_unpacking.cache_clear()
     expected = outputs(rounded)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(outputs(rounded), expected, rtol=0.02, atol=0.02)
+        found = outputs(rounded)
+    assert (found - expected).norm() / expected.norm() < 0.05
     assert not [r for r in caplog.records if "unpacked for a call" in r.message]
     image, *rest = inputs("vqav2", torch.bfloat16)
     rounded(image.requires_grad_(), *rest)
@@ -219,6 +220,7 @@ def test_explain_says_why_it_is_slow_here() -> None:
     assert dict(found["shared_attention (inference)"].rejected).get("cpu", "") != reasons["cpu"]
 
 
+@pytest.mark.full
 def test_one_graph_under_torch_compile() -> None:
     _, rounded = models()
     expected = outputs(rounded)

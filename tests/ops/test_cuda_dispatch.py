@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -164,6 +165,42 @@ def test_auto_takes_them_without_triton_once_their_check_passed(
     assert hopper == [f"cuda_{op}"]
 
 
+def test_float8_has_a_check_of_its_own(hopper: Ran) -> None:
+    """Triton stands in front, but has no such products."""
+    choice = dispatch.choose(at(float8=True))
+    assert choice.impl == "cuda"
+    assert dict(choice.rejected)["triton"] == "has no float8 products"
+    assert hopper == ["cuda_float8_linear"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "words"),
+    [
+        (
+            (8, 0),
+            ("80", "90a"),
+            "from compute capability 8.9 on, and this GPU has 8.0; use 'bfloat",
+        ),
+        ((8, 9), ("80", "90a"), "not compiled with float8 .* BEIT3_FAST_CUDA_ARCHS=89"),
+        ((8, 9), ("89",), None),
+        ((9, 0), ("80", "90a"), None),
+        ((9, 0), ("80",), "was compiled for sm_80, and this GPU"),
+    ],
+)
+def test_float8_where_tensor_cores_have_it(
+    capability: tuple[int, int],
+    built: tuple[str, ...],
+    words: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine(monkeypatch, capability, built)
+    said = cuda_kernels.obstacle("float8_linear", "cuda", torch.bfloat16, False)
+    if words is None:
+        assert said is None
+    else:
+        assert re.search(words, str(said))
+
+
 def test_kernels_that_fail_are_left_out(hopper: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's in front, then the CUDA ones behind it."""
     real, wrong = kernel_check.run, ["expert_linear"]
@@ -221,10 +258,13 @@ def test_info_and_verify_name_them(
     machine(monkeypatch, (9, 0), ("90a",))
     monkeypatch.setattr(triton_kernels, "obstacle", lambda device, dtype: "planted")
     names = [
-        (f"cuda_{op}", dtype) for dtype in (torch.bfloat16, torch.float16) for op in dispatch.OPS
+        (name, dtype)
+        for dtype in (torch.bfloat16, torch.float16)
+        for name in kernel_cases.CUDA_CASES
+        if (name, dtype) != ("cuda_float8_linear", torch.float16)
     ]
     assert kernel_check.runnable("cuda") == names
-    assert [name for name, _ in names[:2]] == [*kernel_cases.CUDA_CASES]
+    assert {f"cuda_{op}" for op in dispatch.OPS} < {name for name, _ in names}
     status = library.LibraryStatus(True, "", stamp={"cuda_architectures": "80 90a"})
     assert "CUDA kernels: sm_80, sm_90a" in status.describe()
     assert info.environment()["cuda_kernels"] == "for sm_90a"

@@ -13,8 +13,16 @@ from torch import Tensor
 from beit3_fast.errors import KernelUnavailable
 from beit3_fast.float8 import E4M3, Quantized, dequantize, quantize
 from beit3_fast.model import create_model
-from beit3_fast.ops import Measured, Norm, cuda_kernels, expert_linear, measured_expert_linear
+from beit3_fast.ops import (
+    Measured,
+    Norm,
+    cuda_kernels,
+    expert_linear,
+    kernel_cases_float8,
+    measured_expert_linear,
+)
 from beit3_fast.ops.packed_weight import quantize_float8
+from beit3_fast.parity import worst_of
 
 pytestmark = pytest.mark.usefixtures("on_device")
 BOUNDS = (0, 3, 7)
@@ -88,6 +96,16 @@ def test_the_next_op_reads_what_was_left() -> None:
 
 
 @torch.no_grad()
+def test_rows_that_were_left_are_rounded_again_where_layer_norm_has_a_weight() -> None:
+    torch.manual_seed(0)
+    h = measured_expert_linear(draw(7, 32), weights(48, 32), bounds=BOUNDS, impl="cuda")
+    norm = Norm([1 + draw(48, scale=0.5) for _ in range(2)], [draw(48)] * 2)
+    own = weights(32, 48)
+    expected = expert_linear(h.rows, own, norm=norm, bounds=BOUNDS, impl="reference")
+    near(expert_linear(h, own, norm=norm, bounds=BOUNDS, impl="cuda"), expected)
+
+
+@torch.no_grad()
 def test_a_model_passes_rows_on_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"embed_dim": 128, "num_heads": 2, "ffn_dim": 256, "num_layers": 2}
@@ -131,6 +149,12 @@ def test_sizes_and_dtypes_that_the_kernels_do_not_take_are_said() -> None:
     own = [quantize_float8(draw(16, 32), torch.float32)]
     with pytest.raises(KernelUnavailable, match="takes bfloat16 beside float8, got float32"):
         expert_linear(draw(2, 32).float(), own, bounds=(0, 2), impl="cuda")
+
+
+@pytest.mark.full
+def test_the_check_on_a_users_machine_passes() -> None:
+    parity = worst_of(kernel_cases_float8.cuda_float8_linear(torch.bfloat16, DEVICE))
+    assert parity.passed, parity.reason
 
 
 def product(**changes: Any) -> dict[str, Any]:
