@@ -47,6 +47,11 @@ __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// The highest of the warp's numbers.
+__device__ __forceinline__ uint32_t max_of_warp(uint32_t value) {
+  return __reduce_max_sync(0xffffffffu, value);
+}
+
 // Within 2^-22 of the result; numbers below 2^-126 are zeros.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -83,6 +88,9 @@ __device__ __forceinline__ uint32_t pack2<Float16>(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
 }
+
+__device__ __forceinline__ uint32_t bits_of(float value) { return __float_as_uint(value); }
+__device__ __forceinline__ float number_of(uint32_t bits) { return __uint_as_float(bits); }
 
 template <class T>
 __device__ __forceinline__ float low_of(uint32_t word);
@@ -123,6 +131,15 @@ __device__ __forceinline__ void load_two(float& first, float& second, const floa
   const float2 two = *reinterpret_cast<const float2*>(from);
   first = two.x;
   second = two.y;
+}
+
+__device__ __forceinline__ float load_shared(uint32_t from) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(from) : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_shared(uint32_t to, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
 }
 
 // The thread block's dynamic shared memory from the first multiple of `alignment` on.
