@@ -10,9 +10,12 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "cuda/decode_attention.h"
 #include "cuda/expert_linear.h"
+#include "cuda/head_top_k.h"
 #include "cuda/row_statistics.h"
 #include "cuda/shared_attention.h"
 #include "operands.h"
@@ -20,7 +23,9 @@
 namespace {
 
 using namespace beit3_fast::operands;
+using beit3_fast::cuda::DecodeAttention;
 using beit3_fast::cuda::ExpertLinear;
+using beit3_fast::cuda::HeadTopK;
 using beit3_fast::cuda::RowStatistics;
 using beit3_fast::cuda::SharedAttention;
 
@@ -43,15 +48,25 @@ bool on_device(const Tensor& t) { return t.is_cuda(); }
 
 CUstream_st* stream_of(int64_t handle) { return reinterpret_cast<CUstream_st*>(handle); }
 
-// Rows of 16 bits, whose elements lie side by side.
-void require_rows(const Tensor& t, const Tensor& first, const char* op, const char* name) {
+void require_half(const Tensor& t, const Tensor& first, const char* op, const char* name) {
   require(on_device(t) && t.get_device_index() == first.get_device_index(), op, ": ", name,
           " must be on the device of the first argument, a GPU");
   require(t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half, op, ": ",
           name, " must be bfloat16 or float16");
   require(t.scalar_type() == first.scalar_type(), op, ": ", name,
           " must have the dtype of the first argument");
+}
+
+// Rows of 16 bits, whose elements lie side by side.
+void require_rows(const Tensor& t, const Tensor& first, const char* op, const char* name) {
+  require_half(t, first, op, name);
   require_matrix(t, op, name);
+}
+
+void require_batch(const Tensor& t, const Tensor& first, const char* op, const char* name) {
+  require_half(t, first, op, name);
+  require(t.dim() == 3 && (t.size(2) <= 1 || t.numel() == 0 || t.stride(2) == 1), op, ": ", name,
+          " must have 3 dimensions and stride 1 in the last, got shape ", shape_of(t));
 }
 
 // A contiguous tensor of this type on the device of `first`.
@@ -232,6 +247,96 @@ void shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_
   raise(op, beit3_fast::cuda::shared_attention(call, stream_of(stream)));
 }
 
+void decode_attention(Tensor q, Tensor k, Tensor v, Tensor seen, std::optional<Tensor> samples,
+                      int64_t front, int64_t num_heads, double scale, Tensor o, int64_t stream) {
+  constexpr const char* op = "launch_decode_attention";
+  for (const auto& [t, name] : {std::pair{q, "q"}, {k, "k"}, {v, "v"}, {o, "o"}}) {
+    require_batch(t, q, op, name);
+  }
+  const int64_t count = q.size(0), rows = q.size(1), width = q.size(2), keys = k.size(1);
+  require(num_heads > 0 && width % num_heads == 0, op, ": ", num_heads,
+          " heads do not divide a width of ", width);
+  require(k.size(2) == width && v.size(2) == width && k.size(0) == v.size(0) && keys == v.size(1),
+          op, ": k and v must have the same rows and the width of q, got ", shape_of(k), " and ",
+          shape_of(v));
+  require(o.size(0) == count && o.size(1) == rows && o.size(2) == width && o.is_contiguous(), op,
+          ": o must be contiguous, of the shape of q, got ", shape_of(o));
+  require(std::isfinite(scale) && scale >= 0.0, op, ": scale must be finite and not negative, got ",
+          scale);
+  require(front >= 0 && front <= keys, op, ": front must be from 0 to ", keys, ", got ", front);
+  require(on_device(seen) && seen.scalar_type() == ScalarType::Bool && seen.dim() == 3 &&
+              seen.size(0) == count && seen.size(1) == rows && seen.size(2) == keys - front &&
+              (seen.size(2) <= 1 || seen.stride(2) == 1),
+          op, ": seen must be bool [", count, ", ", rows, ", ", keys - front, "], got ",
+          shape_of(seen));
+  DecodeAttention call;
+  call.element = element_of<DecodeAttention>(q);
+  call.q = q.const_data_ptr();
+  call.k = k.const_data_ptr();
+  call.v = v.const_data_ptr();
+  call.o = o.mutable_data_ptr();
+  call.q_sequence = q.stride(0);
+  call.q_stride = q.stride(1);
+  call.k_sample = k.stride(0);
+  call.k_stride = k.stride(1);
+  call.v_sample = v.stride(0);
+  call.v_stride = v.stride(1);
+  call.seen = static_cast<const uint8_t*>(seen.const_data_ptr());
+  call.seen_sequence = seen.stride(0);
+  call.seen_stride = seen.stride(1);
+  if (samples.has_value()) {
+    call.samples = numbers_of<int32_t>(*samples, q, ScalarType::Int, count, op, "samples");
+  } else {
+    require(k.size(0) == count, op, ": without samples, k must have those of ", count,
+            " sequences, got ", k.size(0));
+  }
+  call.num_sequences = count;
+  call.num_rows = rows;
+  call.num_keys = keys;
+  call.front = front;
+  call.num_heads = num_heads;
+  call.head_dim = width / num_heads;
+  call.scale = static_cast<float>(scale);
+  raise(op, beit3_fast::cuda::decode_attention_obstacle(call));
+  const DeviceGuard guard(q);
+  raise(op, beit3_fast::cuda::decode_attention(call, stream_of(stream)));
+}
+
+void head_top_k(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> allowed,
+                Tensor peaks, Tensor best, Tensor log_p, Tensor ids, int64_t stream) {
+  constexpr const char* op = "launch_head_top_k";
+  require_rows(x, x, op, "x");
+  require_rows(weight, x, op, "weight");
+  const int64_t rows = x.size(0), classes = weight.size(0);
+  require(weight.size(1) == x.size(1) && weight.is_contiguous(), op,
+          ": weight must be contiguous and have the features of x, got ", shape_of(weight));
+  require(log_p.dim() == 2, op, ": log_p must be [rows, count], got ", shape_of(log_p));
+  const int64_t count = log_p.size(1);
+  const int64_t tiles = (classes + HeadTopK::kTileClasses - 1) / HeadTopK::kTileClasses;
+  HeadTopK call;
+  call.element = element_of<HeadTopK>(x);
+  call.x = x.const_data_ptr();
+  call.x_stride = x.stride(0);
+  call.weight = weight.const_data_ptr();
+  if (bias.has_value()) {
+    call.bias = numbers_of<uint16_t>(*bias, x, x.scalar_type(), classes, op, "bias");
+  }
+  if (allowed.has_value()) {
+    call.allowed = numbers_of<uint8_t>(*allowed, x, ScalarType::Bool, classes, op, "allowed");
+  }
+  call.peaks = numbers_of<float>(peaks, x, ScalarType::Float, rows * tiles * 2, op, "peaks");
+  call.best = numbers_of<uint64_t>(best, x, ScalarType::Long, rows * tiles * count, op, "best");
+  call.log_p = numbers_of<float>(log_p, x, ScalarType::Float, rows * count, op, "log_p");
+  call.ids = numbers_of<int64_t>(ids, x, ScalarType::Long, rows * count, op, "ids");
+  call.num_rows = rows;
+  call.features = x.size(1);
+  call.classes = classes;
+  call.count = count;
+  raise(op, beit3_fast::cuda::head_top_k_obstacle(call));
+  const DeviceGuard guard(x);
+  raise(op, beit3_fast::cuda::head_top_k(call, stream_of(stream)));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(BEIT3_FAST_NAMESPACE, m) {
@@ -245,10 +350,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(BEIT3_FAST_NAMESPACE, m) {
       "Tensor? cu_vision_q, Tensor? cu_text_q, Tensor? positions_q, int longest, int longest_q, "
       "int num_heads, float scale, str mask, Tensor(a!) o, Tensor(b!)? lse, Tensor(c!)? parts, "
       "int stream) -> ()");
+  m.def(
+      "launch_decode_attention(Tensor q, Tensor k, Tensor v, Tensor seen, Tensor? samples, "
+      "int front, int num_heads, float scale, Tensor(a!) o, int stream) -> ()");
+  m.def(
+      "launch_head_top_k(Tensor x, Tensor weight, Tensor? bias, Tensor? allowed, "
+      "Tensor(a!) peaks, Tensor(b!) best, Tensor(c!) log_p, Tensor(d!) ids, int stream) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(BEIT3_FAST_NAMESPACE, BEIT3_FAST_DEVICE, m) {
   m.impl("launch_row_statistics", TORCH_BOX(&row_statistics));
   m.impl("launch_expert_linear", TORCH_BOX(&expert_linear));
   m.impl("launch_shared_attention", TORCH_BOX(&shared_attention));
+  m.impl("launch_decode_attention", TORCH_BOX(&decode_attention));
+  m.impl("launch_head_top_k", TORCH_BOX(&head_top_k));
 }

@@ -7,6 +7,8 @@ step in either.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,8 @@ class LayerCache:
         # Places of k and v in front of the first word.
         self.front = 0 if reads_packed_keys(rows, impl) else vision
         size = (samples, self.front + words, rows.shape[1])
-        self.k, self.v = rows.new_empty(size), rows.new_empty(size)
+        # What no step has written yet may be read by one that hides it: a NaN would show.
+        self.k, self.v = rows.new_zeros(size), rows.new_zeros(size)
         self.image: PackedKeys | None = None
 
     def write_image(self, samples: slice, k: Tensor, v: Tensor) -> None:
@@ -39,18 +42,27 @@ class LayerCache:
             self.image = PackedKeys(whole, count)
         self.image.packed[samples] = packed
 
-    def write_words(self, samples: list[int], place: int, k: Tensor, v: Tensor) -> None:
-        """Take those of ``n`` words a sample, [S * n, C], at the places from ``place`` on."""
+    def write_words(
+        self, samples: Sequence[int], place: int | Tensor, k: Tensor, v: Tensor
+    ) -> None:
+        """Take those of ``n`` words a sample, [S * n, C], at the places from ``place`` on.
+
+        ``place`` may be an int64 tensor [1] on the device, for all samples of the cache then.
+        """
+        whole = len(samples) == self.num_samples
         for cache, rows in ((self.k, k), (self.v, v)):
             own = rows.unflatten(0, (len(samples), -1))
             first = self.front + place
-            cache[samples, first : first + own.shape[1]] = own
+            if isinstance(first, Tensor):
+                places = first + torch.arange(own.shape[1], device=own.device)
+                cache.index_copy_(1, places, own)
+            else:
+                kept = slice(None) if whole else list(samples)
+                cache[kept, first : first + own.shape[1]] = own
 
     def attend(self, q: Tensor, seen: Tensor, samples: tuple[int, ...]) -> Tensor:
         """Rows q [S, n, C] to their image and to the words that ``seen`` bool [S, n, words so far] names."""
         stop = self.front + seen.shape[2]
-        if self.front:
-            seen = torch.cat([seen.new_ones(*seen.shape[:2], self.front), seen], dim=2)
         return cached_attention(
             q,
             self.k[:, :stop],
@@ -60,6 +72,7 @@ class LayerCache:
             samples=samples,
             impl=self.impl,
             prefix=self.image,
+            front=self.front,
         )
 
     def keep(self, samples: Tensor) -> None:

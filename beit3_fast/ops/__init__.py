@@ -10,6 +10,7 @@ from beit3_fast.ops.cached_attention import (
     reads_packed_keys,
 )
 from beit3_fast.ops.expert_linear import expert_linear, measured_expert_linear
+from beit3_fast.ops.head_top_k import head_top_k
 from beit3_fast.ops.masked_linear_cross_entropy import masked_linear_cross_entropy
 from beit3_fast.ops.operands import Measured, Norm, measured
 from beit3_fast.ops.patch_embedding import patch_embedding
@@ -26,6 +27,7 @@ __all__ = [
     "PackedKeys",
     "cached_attention",
     "expert_linear",
+    "head_top_k",
     "masked_linear_cross_entropy",
     "measured",
     "measured_expert_linear",

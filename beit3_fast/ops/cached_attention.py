@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from beit3_fast.composite.cached_attention import cached_attention as composite_impl
 from beit3_fast.errors import KernelUnavailable, ShapeError
-from beit3_fast.ops import dispatch, library
+from beit3_fast.ops import cuda_decoding, cuda_kernels, dispatch, library
 from beit3_fast.ops.shared_attention import check_numbers
 from beit3_fast.reference.cached_attention import cached_attention as reference_impl
 
@@ -39,31 +40,40 @@ def cached_attention(
     scale: float | None = None,
     impl: str = "auto",
     prefix: PackedKeys | None = None,
+    front: int = 0,
 ) -> Tensor:
     """Attend from the new rows of S sequences to cached keys: beams of a caption are rows of one sequence.
 
-    q [S, n, C]; k and v [B, N, C], views of a longer cache are fine; ``seen`` bool [S, n, N], True where a row may
-    look; sequence s reads cache sample ``samples[s]`` (default: s, with S = B), so that finished sequences leave
+    q [S, n, C]; k and v [B, N, C], views of a longer cache are fine; every row sees the first ``front`` keys, and of the
+    others those that ``seen`` bool [S, n, N - front] names; sequence s reads cache sample ``samples[s]`` (default: s, with S = B), so that finished sequences leave
     without their cache being copied. ``scale`` defaults to D ** -0.5. Returns [S, n, C]; a row that sees no key gives
     zeros. ``prefix``: keys in front of those, which every row sees, from ``pack_keys``; only "cpu" reads them.
 
-    "reference", "composite" and "cpu" compute it. Differentiable in q, k and v but for "cpu". Raises ShapeError for
+    "reference", "composite", "cpu" and "cuda" compute it. Differentiable in q, k and v but for the last two. Raises ShapeError for
     operands that do not fit, ConfigError and KernelUnavailable for ``impl``.
     """
-    _check(q, k, v, seen, samples, num_heads, scale)
+    _check(q, k, v, seen, samples, num_heads, scale, front)
     if prefix is not None:
         _check_prefix(prefix, q, k, num_heads)
     if scale is None:
         scale = (q.shape[2] // num_heads) ** -0.5
-    at = dispatch.situation("cached_attention", [q, k, v], mask_tensor=True)
+    misfit = cuda_kernels.attention_misfit(q.shape[2] // num_heads)
+    at = dispatch.situation("cached_attention", [q, k, v], mask_tensor=True, misfit=misfit)
     choice = dispatch.choose(at, impl)
     own = range(len(k)) if samples is None else samples
+    lower = dispatch.autocast_dtype(q) or q.dtype
+    if choice.impl == "cuda" and prefix is None:
+        q, k, v = (t.to(lower) for t in (q, k, v))
+        named = _named_samples(own, len(k), q.device)
+        o: Tensor = cuda_decoding.cached_attention(q, k, v, seen, named, front, num_heads, scale)
+        return o
+    if front:
+        seen = F.pad(seen, (front, 0), value=True)
     if choice.impl == "cpu":
-        lower = dispatch.autocast_dtype(q) or q.dtype
         q, k, v = (dispatch.rows_in_memory(t.to(lower)) for t in (q, k, v))
         chosen = torch.tensor(own, dtype=torch.int64)
-        front = (None, 0) if prefix is None else prefix
-        tail = (seen.contiguous(), chosen, num_heads, scale, *front)
+        packed = (None, 0) if prefix is None else prefix
+        tail = (seen.contiguous(), chosen, num_heads, scale, *packed)
         y: Tensor = _ops().cached_attention(q.contiguous(), k, v, *tail)
         return y
     if prefix is not None:
@@ -73,6 +83,13 @@ def cached_attention(
         )
     run = reference_impl if choice.impl == "reference" else composite_impl
     return run(q, k, v, seen, own, num_heads, scale)
+
+
+def _named_samples(own: Sequence[int], count: int, device: torch.device) -> Tensor | None:
+    """The samples for the CUDA kernel, which needs none where they are all of the cache's in order."""
+    if list(own) == list(range(count)):
+        return None
+    return torch.tensor(own, dtype=torch.int32, device=device)
 
 
 def reads_packed_keys(rows: Tensor, impl: str = "auto") -> bool:
@@ -143,6 +160,7 @@ def _check(
     samples: Sequence[int] | None,
     num_heads: int,
     scale: float | None,
+    front: int,
 ) -> None:
     _check_tensors(q=q, k=k, v=v, seen=seen)
     check_numbers(num_heads, scale)
@@ -158,10 +176,13 @@ def _check(
             f"samples must name a cache sample, 0 to {len(k) - 1}, for each of the {len(q)} sequences, "
             f"got {samples!r}"
         )
-    expected = (*q.shape[:2], k.shape[1])
+    if not isinstance(front, int) or not 0 <= front <= k.shape[1]:
+        raise ShapeError(f"front must count some of the {k.shape[1]} keys, got {front!r}")
+    expected = (*q.shape[:2], k.shape[1] - front)
     if seen.dtype != torch.bool or tuple(seen.shape) != expected or seen.device != q.device:
+        shape = "[S, n, N - front]" if front else "[S, n, N]"
         raise ShapeError(
-            f"seen must be bool [S, n, N] = {list(expected)} on {q.device}, "
+            f"seen must be bool {shape} = {list(expected)} on {q.device}, "
             f"got {seen.dtype} of shape {list(seen.shape)} on {seen.device}"
         )
 
