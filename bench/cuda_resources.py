@@ -38,7 +38,7 @@ _COUNTED = re.compile(r"\b(LDL|STL|HGMMA|HMMA|UTMALDG)\b")
 # Written for sm_90a: products of warp groups, operands brought by TMA.
 HOPPER = ("multiply_experts", "attend_whole", "attend_in_steps")
 # Without a product: everything else has one, of tensor cores.
-PLAIN = ("moments",)
+PLAIN = ("moments", "join_classes")
 
 
 class Unreadable(Exception):

@@ -28,7 +28,7 @@ struct DecodeShape {
   static constexpr int kParts = (kHeadDim + 63) / 64;        // of the columns of a value
   static constexpr int kRowFloats = kHeadDim + 2;            // sums, highest score, sum of weights
   static constexpr int kWarpBytes = kDecodeQueries * kRowFloats * 4;
-  static constexpr int kBytes = kMaxWarps * kWarpBytes;
+  static constexpr int kBytes = 16 + kMaxWarps * kWarpBytes;
 };
 
 struct DecodeCall {

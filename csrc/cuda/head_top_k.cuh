@@ -19,6 +19,7 @@ namespace beit3_fast::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kHeadWarps = 8;
+constexpr int kMostTiles = 8192;  // of which the second kernel keeps a number each in shared memory
 constexpr int kWarpClasses = HeadTopK::kTileClasses / kHeadWarps;
 
 __host__ __device__ inline int64_t tiles_of(const HeadTopK& op) {
@@ -293,12 +294,13 @@ HeadLaunch head_launch(const HeadTopK& op) {
           HeadTileShape<kRows>::kBytes};
 }
 
+constexpr int join_bytes(int64_t tiles) { return static_cast<int>(16 + 4 * tiles); }
+
 inline HeadLaunch join_launch(const HeadTopK& op) {
-  return {static_cast<int>(op.num_rows), static_cast<int>(16 + 4 * tiles_of(op))};
+  return {static_cast<int>(op.num_rows), join_bytes(tiles_of(op))};
 }
 
 inline const char* head_obstacle(const HeadTopK& op) {
-  constexpr int64_t kMostTiles = 8192;  // counters of the second kernel in shared memory
   const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
   if (op.features < 8 || op.features % 8 != 0) return "takes features in multiples of 8";
   if (!aligned(op.x) || !aligned(op.weight) || op.x_stride % 8 != 0) {
