@@ -247,8 +247,35 @@ void shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_
   raise(op, beit3_fast::cuda::shared_attention(call, stream_of(stream)));
 }
 
+// Keys and values that the kernel is to write into the cache.
+void take_new_keys(DecodeAttention& call, const Tensor& q, const std::optional<Tensor>& k,
+                   const std::optional<Tensor>& v, const std::optional<Tensor>& place,
+                   const char* op) {
+  require(k.has_value() == v.has_value() && (k.has_value() || !place.has_value()), op,
+          ": new_k, new_v and place come together");
+  if (!k.has_value()) return;
+  require_batch(*k, q, op, "new_k");
+  require_batch(*v, q, op, "new_v");
+  require(k->size(0) == q.size(0) && k->size(2) == q.size(2) && v->size(0) == q.size(0) &&
+              v->size(1) == k->size(1) && v->size(2) == q.size(2),
+          op, ": new_k and new_v must have the sequences and the width of q, got ", shape_of(*k),
+          " and ", shape_of(*v));
+  call.new_k = k->const_data_ptr();
+  call.new_v = v->const_data_ptr();
+  call.new_k_sequence = k->stride(0);
+  call.new_k_stride = k->stride(1);
+  call.new_v_sequence = v->stride(0);
+  call.new_v_stride = v->stride(1);
+  call.num_new = k->size(1);
+  if (place.has_value()) {
+    call.place = numbers_of<int64_t>(*place, q, ScalarType::Long, 1, op, "place");
+  }
+}
+
 void decode_attention(Tensor q, Tensor k, Tensor v, Tensor seen, std::optional<Tensor> samples,
-                      int64_t front, int64_t num_heads, double scale, Tensor o, int64_t stream) {
+                      std::optional<Tensor> new_k, std::optional<Tensor> new_v,
+                      std::optional<Tensor> place, int64_t first, int64_t front, int64_t num_heads,
+                      double scale, Tensor o, int64_t stream) {
   constexpr const char* op = "launch_decode_attention";
   for (const auto& [t, name] : {std::pair{q, "q"}, {k, "k"}, {v, "v"}, {o, "o"}}) {
     require_batch(t, q, op, name);
@@ -272,8 +299,8 @@ void decode_attention(Tensor q, Tensor k, Tensor v, Tensor seen, std::optional<T
   DecodeAttention call;
   call.element = element_of<DecodeAttention>(q);
   call.q = q.const_data_ptr();
-  call.k = k.const_data_ptr();
-  call.v = v.const_data_ptr();
+  call.k = k.mutable_data_ptr();
+  call.v = v.mutable_data_ptr();
   call.o = o.mutable_data_ptr();
   call.q_sequence = q.stride(0);
   call.q_stride = q.stride(1);
@@ -290,6 +317,8 @@ void decode_attention(Tensor q, Tensor k, Tensor v, Tensor seen, std::optional<T
     require(k.size(0) == count, op, ": without samples, k must have those of ", count,
             " sequences, got ", k.size(0));
   }
+  take_new_keys(call, q, new_k, new_v, place, op);
+  call.first = first;
   call.num_sequences = count;
   call.num_rows = rows;
   call.num_keys = keys;
@@ -351,8 +380,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(BEIT3_FAST_NAMESPACE, m) {
       "int num_heads, float scale, str mask, Tensor(a!) o, Tensor(b!)? lse, Tensor(c!)? parts, "
       "int stream) -> ()");
   m.def(
-      "launch_decode_attention(Tensor q, Tensor k, Tensor v, Tensor seen, Tensor? samples, "
-      "int front, int num_heads, float scale, Tensor(a!) o, int stream) -> ()");
+      "launch_decode_attention(Tensor q, Tensor(a!) k, Tensor(b!) v, Tensor seen, Tensor? samples, "
+      "Tensor? new_k, Tensor? new_v, Tensor? place, int first, int front, int num_heads, float "
+      "scale, Tensor(c!) o, int stream) -> ()");
   m.def(
       "launch_head_top_k(Tensor x, Tensor weight, Tensor? bias, Tensor? allowed, "
       "Tensor(a!) peaks, Tensor(b!) best, Tensor(c!) log_p, Tensor(d!) ids, int stream) -> ()");

@@ -21,24 +21,36 @@ def head_misfit(features: int, classes: int, count: int) -> str | None:
     return None
 
 
-@torch.library.custom_op("beit3_fast::cuda_cached_attention", mutates_args=())
+@torch.library.custom_op("beit3_fast::cuda_cached_attention", mutates_args=("k", "v"))
 def cached_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     seen: Tensor,
     samples: Tensor | None,
+    new_k: Tensor | None,
+    new_v: Tensor | None,
+    place: Tensor | None,
+    first: int,
     front: int,
     num_heads: int,
     scale: float,
 ) -> Tensor:
-    """As ``beit3_fast.ops.cached_attention``; ``samples`` int32 [S], None for one of each in order."""
+    """As ``beit3_fast.ops.cached_attention``; ``samples`` int32 [S], None for one of each in order.
+
+    ``new_k`` and ``new_v`` are written into k and v first, from ``place`` int64 [1] on, without it from ``first`` on.
+    """
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if o.numel():
-        operands = map(cuda_kernels.aligned, (q, k, v))
+        q, *own = map(cuda_kernels.aligned, (q, k, v))
+        if new_k is not None and new_v is not None:
+            new_k, new_v = cuda_kernels.aligned(new_k), cuda_kernels.aligned(new_v)
         seen = seen if seen.stride(2) == 1 else seen.contiguous()
-        where = (seen, samples, front, num_heads, scale, o)
-        cuda_kernels._launch("decode_attention", *operands, *where)
+        tail = (seen, samples, new_k, new_v, place, first, front, num_heads, scale, o)
+        cuda_kernels._launch("decode_attention", q, *own, *tail)
+        for cache, written in zip((k, v), own, strict=True):
+            if written is not cache and new_k is not None:
+                cache.copy_(written)
     return o
 
 

@@ -40,7 +40,11 @@ def cuda_cached_attention(dtype: torch.dtype, device: str) -> dict[str, Parity]:
         truth = attention_formula(q.double(), k.double(), v.double(), *tail)
         k, v = cache.to(device)[:, :, :keys]
         named = None if samples is None else torch.tensor(own, dtype=torch.int32, device=device)
-        rest = (named, front, heads, width**-0.5)
+        # The last keys of all come with the call.
+        new = [t[own, keys - 2 :].clone() for t in (k, v)]
+        k[:, keys - 2 :], v[:, keys - 2 :] = float("nan"), float("nan")
+        place = torch.tensor([keys - 2], device=device)
+        rest = (named, *new, place, 0, front, heads, width**-0.5)
         o = cuda_decoding.cached_attention(q.to(device), k, v, seen.to(device), *rest)
         parities[f"{sequences} of {rows} rows, {keys} keys"] = op_parity(o.cpu(), plain, truth)
     return parities

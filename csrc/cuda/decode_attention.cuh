@@ -48,8 +48,8 @@ struct DecodeTile {
   const int first;  // query
   const int group = lane_index() / 4;
   const int place = lane_index() % 4;
-  const uint16_t* k;  // the head's columns of the sample's first key
-  const uint16_t* v;
+  uint16_t* k;  // the head's columns of the sample's first key
+  uint16_t* v;
   uint32_t q[Shape::kChunks][2][4];  // left operands
   float sums[Shape::kParts][8][4];
   Softmax softmax;
@@ -58,8 +58,30 @@ struct DecodeTile {
       : call(call), sequence(sequence), head(head), first(first) {
     const DecodeAttention& op = call.op;
     const int64_t sample = op.samples == nullptr ? sequence : op.samples[sequence];
-    k = static_cast<const uint16_t*>(op.k) + sample * op.k_sample + head * kHeadDim;
-    v = static_cast<const uint16_t*>(op.v) + sample * op.v_sample + head * kHeadDim;
+    k = static_cast<uint16_t*>(op.k) + sample * op.k_sample + head * kHeadDim;
+    v = static_cast<uint16_t*>(op.v) + sample * op.v_sample + head * kHeadDim;
+  }
+
+  // Every thread block of a head and sequence writes the same, and reads what it wrote itself.
+  __device__ void append() const {
+    const DecodeAttention& op = call.op;
+    if (op.num_new == 0) return;
+    const int64_t begin = op.place == nullptr ? op.first : *op.place;
+    const int64_t from_k = sequence * op.new_k_sequence + head * kHeadDim;
+    const int64_t from_v = sequence * op.new_v_sequence + head * kHeadDim;
+    for (int64_t i = thread_index(); i < op.num_new * (kHeadDim / 8); i += 32 * call.warps) {
+      const int64_t row = i / (kHeadDim / 8), column = i % (kHeadDim / 8) * 8;
+      const int64_t key = begin + row;
+      if (key < 0 || key >= op.num_keys) continue;
+      uint32_t words[4];
+      const auto* new_k = static_cast<const uint16_t*>(op.new_k) + from_k;
+      load_16_bytes(words, new_k + row * op.new_k_stride + column);
+      store_16_bytes(k + key * op.k_stride + column, words);
+      const auto* new_v = static_cast<const uint16_t*>(op.new_v) + from_v;
+      load_16_bytes(words, new_v + row * op.new_v_stride + column);
+      store_16_bytes(v + key * op.v_stride + column, words);
+    }
+    sync_block();
   }
 
   __device__ void take_queries() {
@@ -240,6 +262,7 @@ struct DecodeTile {
   }
 
   __device__ void run(uint32_t base) {
+    append();
     walk();
     show(base);
     sync_block();
@@ -292,7 +315,9 @@ inline const char* decode_obstacle(const DecodeAttention& op) {
   };
   if (op.head_dim != 64 && op.head_dim != 88) return "takes heads of 64 or 88 columns";
   if (!fits(op.q, op.q_sequence, op.q_stride) || !fits(op.k, op.k_sample, op.k_stride) ||
-      !fits(op.v, op.v_sample, op.v_stride) || !fits(op.o, 0, 0)) {
+      !fits(op.v, op.v_sample, op.v_stride) || !fits(op.o, 0, 0) ||
+      !fits(op.new_k, op.new_k_sequence, op.new_k_stride) ||
+      !fits(op.new_v, op.new_v_sequence, op.new_v_stride)) {
     return "takes rows that begin at multiples of 16 bytes";
   }
   if (op.front < 0 || op.front > op.num_keys) return "takes a front of at most all keys";

@@ -14,8 +14,8 @@ struct DecodeAttention {
 
   Element element = Element::kBFloat16;
   const void* q = nullptr;  // [num_sequences, num_rows, num_heads * head_dim]
-  const void* k = nullptr;  // [samples, num_keys, num_heads * head_dim]
-  const void* v = nullptr;  // as k
+  void* k = nullptr;        // [samples, num_keys, num_heads * head_dim], no two places overlap
+  void* v = nullptr;        // as k
   void* o = nullptr;        // as q, contiguous
   int64_t q_sequence = 0;   // from a sequence to the next
   int64_t q_stride = 0;     // from a row to the next
@@ -30,6 +30,18 @@ struct DecodeAttention {
   int64_t seen_stride = 0;
   // [num_sequences]: the sample whose keys a sequence reads; null: sequence i those of sample i.
   const int32_t* samples = nullptr;
+  // [num_sequences, num_new, num_heads * head_dim]: what is first written into the cache, at the
+  // places from *place on; with a null pointer from `first` on. Places outside it are left out. No
+  // two sequences may have the same sample then.
+  const void* new_k = nullptr;
+  const void* new_v = nullptr;
+  int64_t new_k_sequence = 0;
+  int64_t new_k_stride = 0;
+  int64_t new_v_sequence = 0;
+  int64_t new_v_stride = 0;
+  const int64_t* place = nullptr;
+  int64_t first = 0;
+  int64_t num_new = 0;
   int64_t num_sequences = 0;
   int64_t num_rows = 0;
   int64_t num_keys = 0;

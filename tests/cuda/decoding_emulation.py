@@ -27,6 +27,11 @@ class Attention(ctypes.Structure):
         ("seen_sequence", _SIZE),
         ("seen_stride", _SIZE),
         ("samples", _POINTER),
+        *((f"new_{name}", _POINTER) for name in "kv"),
+        *((f"new_{name}_{step}", _SIZE) for name in "kv" for step in ("sequence", "stride")),
+        ("place", _POINTER),
+        ("first", _SIZE),
+        ("num_new", _SIZE),
         *(
             (name, _SIZE)
             for name in (
@@ -78,12 +83,16 @@ def attend(
     *,
     front: int = 0,
     samples: list[int] | None = None,
+    new: tuple[Tensor, Tensor, int | Tensor] | None = None,
     processors: int = 1,
     order: int = RANDOM,
     seed: int = 0,
     scale: float | None = None,
 ) -> Tensor:
-    """One emulated launch, operands as those of ``cached_attention``; a row of NaN behind o must stay so."""
+    """One emulated launch, operands as those of ``cached_attention``; a row of NaN behind o must stay so.
+
+    ``new``: keys, values, and the place from which on they are written into the cache.
+    """
     sequences, rows, width = q.shape
     o = torch.full((sequences * rows + 1, width), torch.nan, dtype=q.dtype)
     own = None if samples is None else torch.tensor(samples, dtype=torch.int32)
@@ -108,6 +117,14 @@ def attend(
         head_dim=width // num_heads,
         scale=(width // num_heads) ** -0.5 if scale is None else scale,
     )
+    if new is not None:
+        call.new_k, call.new_v, call.num_new = new[0].data_ptr(), new[1].data_ptr(), new[0].shape[1]
+        call.new_k_sequence, call.new_k_stride = new[0].stride()[:2]
+        call.new_v_sequence, call.new_v_stride = new[1].stride()[:2]
+        if isinstance(new[2], Tensor):
+            call.place = new[2].data_ptr()
+        else:
+            call.first = new[2]
     fault = library().emulate_decode_attention(
         ctypes.byref(call), processors, order, ctypes.c_uint64(seed)
     )

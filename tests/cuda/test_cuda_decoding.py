@@ -97,6 +97,27 @@ def test_nothing_of_another_sample_row_or_head_is_seen(processors: int) -> None:
     assert done[1].isnan().all()
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("shape", ["three beams", "a tile and a row"])
+def test_new_keys_are_written_first(shape: str, heads: tuple[int, int], on_device: bool) -> None:
+    """As if they had been there; the rest of the cache keeps its bits, and places behind it are left out."""
+    _, _, keys, front, samples, processors = SHAPES[shape]
+    q, k, v, seen = operands(shape, heads, torch.bfloat16)
+    options: dict[str, Any] = {"front": front, "samples": samples, "processors": processors}
+    for begin, count in ((front, 5), (keys - 2, 2), (keys - 2, 5)):
+        fused = torch.randn(len(q), count + 1, 3 * k.shape[2]).bfloat16()[:, 1:]
+        new_k, new_v = fused.chunk(3, dim=2)[1:]
+        expected = [t.clone() for t in (k, v)]
+        for cache, new in zip(expected, (new_k, new_v), strict=True):
+            cache[samples, begin : begin + count] = new[:, : keys - begin]
+        place = torch.tensor([begin]) if on_device else begin
+        now = [t.clone() for t in (k, v)]
+        done = attend(q, *now, seen, heads[0], new=(new_k, new_v, place), **options)
+        assert all(torch.equal(*pair) for pair in zip(now, expected, strict=True))
+        assert torch.equal(done, attend(q, *expected, seen, heads[0], **options))
+
+
 def test_the_order_of_events_changes_no_bit() -> None:
     q, k, v, seen = operands("first step", (2, 64), torch.float16)
     first = attend(q, k, v, seen, 2, front=37)

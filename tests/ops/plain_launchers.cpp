@@ -236,6 +236,19 @@ const char* shared_attention(const SharedAttention& op, CUstream_st*) {
 const char* decode_attention_obstacle(const DecodeAttention&) { return nullptr; }
 
 const char* decode_attention(const DecodeAttention& op, CUstream_st*) {
+  const auto copy = [&](const void* from, int64_t begin, void* to, int64_t place) {
+    std::memcpy(static_cast<uint16_t*>(to) + place, static_cast<const uint16_t*>(from) + begin,
+                2 * op.num_heads * op.head_dim);
+  };
+  for (int64_t i = 0; i < op.num_sequences * op.num_new; ++i) {
+    const int64_t sequence = i / op.num_new, row = i % op.num_new;
+    const int64_t sample = op.samples != nullptr ? op.samples[sequence] : sequence;
+    const int64_t key = row + (op.place != nullptr ? *op.place : op.first);
+    copy(op.new_k, sequence * op.new_k_sequence + row * op.new_k_stride, op.k,
+         sample * op.k_sample + key * op.k_stride);
+    copy(op.new_v, sequence * op.new_v_sequence + row * op.new_v_stride, op.v,
+         sample * op.v_sample + key * op.v_stride);
+  }
   for (int64_t i = 0; i < op.num_sequences * op.num_rows * op.num_heads; ++i) {
     const int64_t row = i / op.num_heads;
     attend_cached(op, row / op.num_rows, row % op.num_rows, i % op.num_heads);
