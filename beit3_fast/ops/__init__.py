@@ -12,7 +12,7 @@ from beit3_fast.ops.cached_attention import (
 from beit3_fast.ops.expert_linear import expert_linear, measured_expert_linear
 from beit3_fast.ops.head_top_k import head_top_k
 from beit3_fast.ops.masked_linear_cross_entropy import masked_linear_cross_entropy
-from beit3_fast.ops.operands import Measured, Norm, measured
+from beit3_fast.ops.operands import Measured, Norm, measured, rounding
 from beit3_fast.ops.patch_embedding import patch_embedding
 from beit3_fast.ops.shared_attention import (
     MASKS,
@@ -35,5 +35,6 @@ __all__ = [
     "pack_keys",
     "patch_embedding",
     "reads_packed_keys",
+    "rounding",
     "shared_attention",
 ]

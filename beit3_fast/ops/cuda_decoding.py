@@ -47,7 +47,7 @@ def cached_attention(
             new_k, new_v = cuda_kernels.aligned(new_k), cuda_kernels.aligned(new_v)
         seen = seen if seen.stride(2) == 1 else seen.contiguous()
         tail = (seen, samples, new_k, new_v, place, first, front, num_heads, scale, o)
-        cuda_kernels._launch("decode_attention", q, *own, *tail)
+        cuda_kernels.launch("decode_attention", q, *own, *tail)
         for cache, written in zip((k, v), own, strict=True):
             if written is not cache and new_k is not None:
                 cache.copy_(written)
@@ -74,7 +74,7 @@ def head_top_k(
         bias = None if bias is None else bias.contiguous()
         allowed = None if allowed is None else allowed.contiguous()
         tail = (weight, bias, allowed, peaks, best, log_p, ids)
-        cuda_kernels._launch("head_top_k", cuda_kernels.aligned(x), *tail)
+        cuda_kernels.launch("head_top_k", cuda_kernels.aligned(x), *tail)
     return log_p, ids
 
 

@@ -14,7 +14,7 @@ from beit3_fast.kernels._folded_weights import FoldedWeights
 from beit3_fast.ops import library
 from beit3_fast.ops.folding import folded_weights
 
-OPS = ("expert_linear", "shared_attention", "cached_attention", "head_top_k")
+OPS = ("expert_linear", "float8_linear", "shared_attention", "cached_attention", "head_top_k")
 HEAD_WIDTHS = (64, 88)
 MAX_EXPERTS = 3  # of a launch, as in csrc/cuda/expert_linear.h
 # TMA moves and aligns by 16 bytes.
@@ -51,13 +51,37 @@ def runs_on(arch: str, major: int, minor: int) -> bool:
     return own_major == major and own_minor <= minor
 
 
+# From here on the tensor cores multiply e4m3.
+_FLOAT8 = (8, 9)
+
+
+def float8_obstacle() -> str | None:
+    """Why products in float8 cannot run on the current device, where the other kernels can, or None."""
+    if not torch.cuda.is_available():
+        return None
+    own = torch.cuda.get_device_capability()
+    if own < _FLOAT8:
+        return f"multiplies float8 from compute capability 8.9 on, and this GPU has {own[0]}.{own[1]}; use 'bfloat16'"
+    for arch in library.cuda_architectures():
+        if divmod(int(arch.rstrip("af")), 10) >= _FLOAT8 and runs_on(arch, *own):
+            return None
+    return (
+        f"was not compiled with float8 products for compute capability {own[0]}.{own[1]} (build again with "
+        f"BEIT3_FAST_CUDA_ARCHS={own[0]}{own[1]})"
+    )
+
+
 def obstacle(op: str, device: str, dtype: torch.dtype, needs_grad: bool) -> str | None:
     """Why the kernels cannot take such a call, or None."""
     if op not in OPS:
         return "has no kernel for this op"
     reason = why_unavailable(device)
+    if reason is None and op == "float8_linear":
+        reason = float8_obstacle()
     if reason is not None:
         return reason
+    if op == "float8_linear" and dtype is not torch.bfloat16:
+        return f"takes bfloat16 beside float8, got {str(dtype).removeprefix('torch.')}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
     if needs_grad:
@@ -65,10 +89,11 @@ def obstacle(op: str, device: str, dtype: torch.dtype, needs_grad: bool) -> str 
     return None
 
 
-def linear_misfit(features: int, out: int) -> str | None:
+def linear_misfit(features: int, out: int, float8: bool = False) -> str | None:
     """Why a product of these widths is none for the kernel, or None."""
-    if features % _STEP or out % _STEP or not features or not out:
-        return f"takes features in multiples of {_STEP}, got {features} in and {out} out"
+    step = _ALIGNMENT if float8 else _STEP
+    if features % step or out % step or not features or not out:
+        return f"takes features in multiples of {step}, got {features} in and {out} out"
     return None
 
 
@@ -117,11 +142,11 @@ def expert_linear(
     moments = None
     if folded.sums is not None:
         moments = torch.empty(x.shape[0], 2, dtype=torch.float32, device=x.device)
-        _launch("row_statistics", x, rows, moments)
+        launch("row_statistics", x, rows, moments)
     for e, own in expert_groups(bounds):
         few = FoldedWeights(*(None if t is None else t[e : e + len(own) - 1] for t in folded))
         tail = (moments, x.shape[1], eps, residual, rows, own, activation == "gelu", y, None)
-        _launch("expert_linear", x, *few, *tail)
+        launch("expert_linear", x, *few, *tail)
     return y
 
 
@@ -159,7 +184,7 @@ def shared_attention(
     where = (cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q, longest, longest_q)
     if o.numel():
         operands = map(aligned, (q, k, v))
-        _launch("shared_attention", *operands, *where, num_heads, scale, mask, o, None, None)
+        launch("shared_attention", *operands, *where, num_heads, scale, mask, o, None, None)
     return o
 
 
@@ -168,7 +193,7 @@ def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _launch(kernel: str, first: Tensor, *arguments: Any) -> None:
+def launch(kernel: str, first: Tensor, *arguments: Any) -> None:
     """Calls the library's op that launches a kernel, on torch's current stream of that device."""
     reason = why_unavailable(first.device.type)
     if reason is not None:

@@ -29,11 +29,11 @@ __host__ __device__ inline int64_t tiles_of(const HeadTopK& op) {
 // A logit and its class as one number: the higher the logit the larger, and of equals the lower
 // class. NaN is above all numbers, as in torch.topk. Zero: nothing.
 __device__ inline uint32_t rank_of(float logit) {
-  const uint32_t bits = bits_of(logit + 0.0f);  // one zero
+  const uint32_t bits = bits_of_float(logit + 0.0f);  // one zero
   return (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
 }
 __device__ inline float logit_of(uint32_t rank) {
-  return number_of((rank >> 31) != 0 ? rank & 0x7fffffffu : ~rank);
+  return float_of_bits((rank >> 31) != 0 ? rank & 0x7fffffffu : ~rank);
 }
 
 // What the highest logit is subtracted from: any finite number where all are -inf.
@@ -243,7 +243,7 @@ struct JoinRow {
   __device__ uint64_t best_of_lane() const {
     uint64_t best = 0;
     for (int tile = lane_index(); tile < tiles_of(op); tile += 32) {
-      const uint32_t taken = bits_of(load_shared(taken_at(tile)));
+      const uint32_t taken = bits_of_float(load_shared(taken_at(tile)));
       if (taken >= op.count) continue;
       best = max(best, op.best[(row * tiles_of(op) + tile) * op.count + taken]);
     }
@@ -251,8 +251,8 @@ struct JoinRow {
   }
 
   __device__ void take(int tile) const {
-    const uint32_t taken = bits_of(load_shared(taken_at(tile)));
-    store_shared(taken_at(tile), number_of(taken + 1));
+    const uint32_t taken = bits_of_float(load_shared(taken_at(tile)));
+    store_shared(taken_at(tile), float_of_bits(taken + 1));
   }
 
   __device__ void run() const {

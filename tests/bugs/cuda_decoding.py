@@ -75,8 +75,8 @@ CUDA_DECODING_BUGS = (
     Bug(
         "cuda-head-two-zeros",
         "csrc/cuda/head_top_k.cuh",
-        "bits_of(logit + 0.0f)",
-        "bits_of(logit)",
+        "bits_of_float(logit + 0.0f)",
+        "bits_of_float(logit)",
         _TIES,
     ),
     Bug(
@@ -95,7 +95,7 @@ CUDA_DECODING_BUGS = (
     ),
     Bug(
         "cuda-binding-seen-read-with-the-stride-of-q",
-        "csrc/cuda_ops.cpp",
+        "csrc/cuda_decoding_ops.cpp",
         "call.seen_stride = seen.stride(1);",
         "call.seen_stride = q.stride(1);",
         (f"{CUDA_DECODING_BINDING}::test_cached_attention",),
