@@ -7,12 +7,9 @@ step in either.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
-from beit3_fast.ops import PackedKeys, cached_attention, pack_keys, reads_packed_keys
+from beit3_fast.ops import NewKeys, PackedKeys, cached_attention, pack_keys, reads_packed_keys
 
 
 class LayerCache:
@@ -42,27 +39,22 @@ class LayerCache:
             self.image = PackedKeys(whole, count)
         self.image.packed[samples] = packed
 
-    def write_words(
-        self, samples: Sequence[int], place: int | Tensor, k: Tensor, v: Tensor
-    ) -> None:
-        """Take those of ``n`` words a sample, [S * n, C], at the places from ``place`` on.
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        place: int | Tensor,
+        seen: Tensor,
+        samples: tuple[int, ...],
+    ) -> Tensor:
+        """Rows q [S, n, C] to their image and to the words that ``seen`` bool [S, n, words so far] names.
 
-        ``place`` may be an int64 tensor [1] on the device, for all samples of the cache then.
+        ``k`` and ``v`` [S * m, C] are those of ``m`` words a sample, which take the places from ``place`` on first;
+        ``place`` counts words, as an int64 tensor [1] on the device those in front of them too.
         """
-        whole = len(samples) == self.num_samples
-        for cache, rows in ((self.k, k), (self.v, v)):
-            own = rows.unflatten(0, (len(samples), -1))
-            first = self.front + place
-            if isinstance(first, Tensor):
-                places = first + torch.arange(own.shape[1], device=own.device)
-                cache.index_copy_(1, places, own)
-            else:
-                kept = slice(None) if whole else list(samples)
-                cache[kept, first : first + own.shape[1]] = own
-
-    def attend(self, q: Tensor, seen: Tensor, samples: tuple[int, ...]) -> Tensor:
-        """Rows q [S, n, C] to their image and to the words that ``seen`` bool [S, n, words so far] names."""
         stop = self.front + seen.shape[2]
+        k, v = (rows.unflatten(0, (len(samples), -1)) for rows in (k, v))
         return cached_attention(
             q,
             self.k[:, :stop],
@@ -73,6 +65,7 @@ class LayerCache:
             impl=self.impl,
             prefix=self.image,
             front=self.front,
+            new=NewKeys(k, v, place if isinstance(place, Tensor) else self.front + place),
         )
 
     def keep(self, samples: Tensor) -> None:

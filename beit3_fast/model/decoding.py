@@ -158,17 +158,19 @@ class CaptionDecoder:
         seen = self.seen[:, :, : moment.stop].repeat(1, 2, 1)
         seen[:, width:].scatter_(2, own + width, True)
         x, layout = Measured(self._embed(words, moment.steps)), self._layout(batch, 2 * width)
+        place = moment.used
+        if isinstance(place, Tensor):
+            place = place + self.caches[0].front
         last = len(self.encoder.layers) - 1
         for index, layer in enumerate(self.encoder.layers):
             q, k, v = project(layer, x, layout, "qkv", self.impl)
-            self.caches[index].write_words(self.samples, moment.used, k, v)
             q = q.unflatten(0, (batch, 2 * width))
             if index == last:
                 q, seen = q[:, width:], seen[:, width:]
                 rows = torch.arange(2 * batch * width, device=self.device).view(batch, -1)
                 x = x.select(rows[:, width:].flatten())
                 layout = self._layout(batch, width)
-            o = self.caches[index].attend(q, seen, self.samples)
+            o = self.caches[index].attend(q, k, v, place, seen, self.samples)
             x = attend(layer, o.flatten(0, 1), x.rows, layout, self.impl)
         asking = x.rows
         if self.encoder.layer_norm is not None:

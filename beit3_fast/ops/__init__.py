@@ -4,6 +4,7 @@ Two of a layer, one in front of the layers (images become rows), one behind them
 """
 
 from beit3_fast.ops.cached_attention import (
+    NewKeys,
     PackedKeys,
     cached_attention,
     pack_keys,
@@ -23,6 +24,7 @@ from beit3_fast.ops.shared_attention import (
 __all__ = [
     "MASKS",
     "Measured",
+    "NewKeys",
     "Norm",
     "PackedKeys",
     "cached_attention",

@@ -29,6 +29,17 @@ class PackedKeys(NamedTuple):
     num_keys: int  # of a sample
 
 
+class NewKeys(NamedTuple):
+    """Keys and values [S, m, C] of sequences that take the places of a cache from ``place`` on.
+
+    ``place``: an integer, or int64 [1] on their device, where a CUDA graph is to find it.
+    """
+
+    k: Tensor
+    v: Tensor
+    place: int | Tensor
+
+
 def cached_attention(
     q: Tensor,
     k: Tensor,
@@ -41,13 +52,15 @@ def cached_attention(
     impl: str = "auto",
     prefix: PackedKeys | None = None,
     front: int = 0,
+    new: NewKeys | None = None,
 ) -> Tensor:
     """Attend from the new rows of S sequences to cached keys: beams of a caption are rows of one sequence.
 
     q [S, n, C]; k and v [B, N, C], views of a longer cache are fine; every row sees the first ``front`` keys, and of the
     others those that ``seen`` bool [S, n, N - front] names; sequence s reads cache sample ``samples[s]`` (default: s, with S = B), so that finished sequences leave
     without their cache being copied. ``scale`` defaults to D ** -0.5. Returns [S, n, C]; a row that sees no key gives
-    zeros. ``prefix``: keys in front of those, which every row sees, from ``pack_keys``; only "cpu" reads them.
+    zeros. ``prefix``: keys in front of those, which every row sees, from ``pack_keys``; only "cpu" reads them. ``new``:
+    keys and values that are first written into k and v, no two sequences having one sample then.
 
     "reference", "composite", "cpu" and "cuda" compute it. Differentiable in q, k and v but for the last two. Raises ShapeError for
     operands that do not fit, ConfigError and KernelUnavailable for ``impl``.
@@ -55,6 +68,8 @@ def cached_attention(
     _check(q, k, v, seen, samples, num_heads, scale, front)
     if prefix is not None:
         _check_prefix(prefix, q, k, num_heads)
+    if new is not None:
+        _check_new(new, q, k)
     if scale is None:
         scale = (q.shape[2] // num_heads) ** -0.5
     misfit = cuda_kernels.attention_misfit(q.shape[2] // num_heads)
@@ -63,10 +78,10 @@ def cached_attention(
     own = range(len(k)) if samples is None else samples
     lower = dispatch.autocast_dtype(q) or q.dtype
     if choice.impl == "cuda" and prefix is None:
-        q, k, v = (t.to(lower) for t in (q, k, v))
-        named = _named_samples(own, len(k), q.device)
-        o: Tensor = cuda_decoding.cached_attention(q, k, v, seen, named, front, num_heads, scale)
-        return o
+        return _on_cuda(q, k, v, seen, own, new, front, num_heads, scale, lower)
+    if new is not None:
+        for cache, rows in ((k, new.k), (v, new.v)):
+            _write(cache, rows, new.place, own)
     if front:
         seen = F.pad(seen, (front, 0), value=True)
     if choice.impl == "cpu":
@@ -83,6 +98,49 @@ def cached_attention(
         )
     run = reference_impl if choice.impl == "reference" else composite_impl
     return run(q, k, v, seen, own, num_heads, scale)
+
+
+def _on_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    own: Sequence[int],
+    new: NewKeys | None,
+    front: int,
+    num_heads: int,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The call in ``dtype``; the new keys are written by the same launch where the cache is of that dtype."""
+    if new is not None and k.dtype is not dtype:
+        _write(k, new.k, new.place, own)
+        _write(v, new.v, new.place, own)
+        new = None
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    written: tuple[Any, ...] = (None, None, None, 0)
+    if new is not None:
+        on_device = isinstance(new.place, Tensor)
+        where = (new.place, 0) if on_device else (None, new.place)
+        written = (new.k, new.v, *where)
+    named = _named_samples(own, len(k), q.device)
+    tail = (named, *written, front, num_heads, scale)
+    o: Tensor = cuda_decoding.cached_attention(q, k, v, seen, *tail)
+    return o
+
+
+def _write(cache: Tensor, rows: Tensor, place: int | Tensor, own: Sequence[int]) -> None:
+    """Put rows [S, m, C] into the samples ``own`` of a cache, from ``place`` on; a tensor is not read on the host."""
+    whole = list(own) == list(range(len(cache)))
+    kept: Any = slice(None) if whole else list(own)
+    if not isinstance(place, Tensor):
+        cache[kept, place : place + rows.shape[1]] = rows
+        return
+    places = place + torch.arange(rows.shape[1], device=rows.device)
+    if whole:
+        cache.index_copy_(1, places, rows)
+    else:
+        cache[torch.tensor(kept, device=rows.device)[:, None], places] = rows
 
 
 def _named_samples(own: Sequence[int], count: int, device: torch.device) -> Tensor | None:
@@ -218,6 +276,29 @@ def _check_keys(k: Tensor, v: Tensor, q: Tensor) -> None:
                 f"{name} must have q's dtype and device ({q.dtype}, {q.device}), "
                 f"got {tensor.dtype}, {tensor.device}"
             )
+
+
+def _check_new(new: NewKeys, q: Tensor, k: Tensor) -> None:
+    if not isinstance(new, NewKeys):
+        raise ShapeError(f"new must be NewKeys, got {type(new).__name__}")
+    _check_tensors(**{"new.k": new.k, "new.v": new.v})
+    for name, rows in (("new.k", new.k), ("new.v", new.v)):
+        fits = rows.dim() == 3 and rows.shape[::2] == q.shape[::2] and rows.shape == new.k.shape
+        if not fits or rows.dtype != k.dtype or rows.device != k.device:
+            raise ShapeError(
+                f"{name} must be [S, m, C] with S = {len(q)} and C = {q.shape[2]}, k and v alike, of the cache's dtype and "
+                f"device ({k.dtype}, {k.device}), got {rows.dtype} of shape {list(rows.shape)} on {rows.device}"
+            )
+    place = new.place
+    if isinstance(place, Tensor):
+        if place.dtype != torch.int64 or tuple(place.shape) != (1,) or place.device != k.device:
+            raise ShapeError(
+                f"new.place must be int64 [1] on {k.device}, got {place.dtype} of shape {list(place.shape)} on {place.device}"
+            )
+    elif not isinstance(place, int) or not 0 <= place <= k.shape[1] - new.k.shape[1]:
+        raise ShapeError(
+            f"new.place must leave {new.k.shape[1]} of the {k.shape[1]} places, got {place!r}"
+        )
 
 
 def _check_prefix(prefix: PackedKeys, q: Tensor, k: Tensor, num_heads: int) -> None:

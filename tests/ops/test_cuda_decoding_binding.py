@@ -15,7 +15,7 @@ from beit3_fast.composite.cached_attention import cached_attention as composite_
 from beit3_fast.composite.head_top_k import likeliest
 from beit3_fast.errors import KernelUnavailable
 from beit3_fast.model import create_model
-from beit3_fast.ops import cached_attention, head_top_k, kernel_cases
+from beit3_fast.ops import NewKeys, cached_attention, head_top_k, kernel_cases
 from beit3_fast.parity import op_parity, worst_of
 from beit3_fast.reference.cached_attention import cached_attention as attention_formula
 from beit3_fast.reference.head_top_k import head_top_k as head_formula
@@ -51,6 +51,27 @@ def test_cached_attention(dtype: str, width: int, samples: list[int] | None) -> 
     for impl in ("composite", "reference"):
         o = cached_attention(q, k, v, seen, front=6, impl=impl, **options)
         assert_near(op_parity(o, plain, truth), impl)
+
+
+@pytest.mark.parametrize("samples", [None, [3, 1]])
+@pytest.mark.parametrize("as_tensor", [False, True])
+@torch.no_grad()
+def test_new_keys(as_tensor: bool, samples: list[int] | None) -> None:
+    own = [0, 1, 2, 3] if samples is None else samples
+    new_k, new_v = draw(len(own), 3, 2 * 128).chunk(2, dim=2)
+    q, cache = draw(len(own), 2, 128), draw(2, 4, 20, 128)
+    seen = torch.rand(len(own), 2, 12) > 0.3
+    options: dict[str, Any] = {"num_heads": 2, "samples": samples, "front": 5}
+    found = []
+    for impl, device in (("reference", "cpu"), ("cuda", DEVICE)):
+        k, v = cache.clone().to(device)
+        place = torch.tensor([11], device=device) if as_tensor else 11
+        new = NewKeys(new_k.to(device), new_v.to(device), place)
+        here = (q.to(device), k[:, :17], v[:, :17], seen.to(device))
+        found.append((cached_attention(*here, new=new, impl=impl, **options), k, v))
+    torch.testing.assert_close(found[1][0].cpu(), found[0][0], rtol=2e-2, atol=2e-2)
+    for now, expected in zip(found[1][1:], found[0][1:], strict=True):
+        assert torch.equal(now.cpu(), expected)
 
 
 @pytest.mark.parametrize("restricted", [False, True])
@@ -98,6 +119,10 @@ def attention(**changes: Any) -> dict[str, Any]:
         "v": draw(2, 5, 128),
         "seen": torch.ones(2, 3, 4, dtype=torch.bool),
         "samples": None,
+        "new_k": draw(2, 2, 128),
+        "new_v": draw(2, 2, 128),
+        "place": None,
+        "first": 3,
         "front": 1,
         "num_heads": 2,
         "scale": 0.1,
@@ -127,6 +152,11 @@ def attention(**changes: Any) -> dict[str, Any]:
         ({"samples": torch.zeros(3, dtype=torch.int32)}, "samples must be .* of 2"),
         ({"samples": torch.zeros(2)}, "samples"),
         ({"k": draw(3, 5, 128), "v": draw(3, 5, 128)}, "without samples.*2 sequences, got 3"),
+        ({"new_v": None}, "come together"),
+        ({"new_v": draw(2, 1, 128)}, "the sequences and the width of q"),
+        ({"new_k": draw(1, 2, 128)}, "the sequences and the width of q"),
+        ({"new_k": draw(2, 2, 128, dtype="fp16")}, "new_k must have the dtype"),
+        ({"place": torch.tensor([1, 2])}, "place must be .* of 1"),
     ],
 )
 def test_the_binding_of_attention_refuses(
