@@ -38,7 +38,7 @@ _COUNTED = re.compile(r"\b(LDL|STL|HGMMA|QGMMA|HMMA|QMMA|UTMALDG)\b")
 # Written for sm_90a: products of warp groups, operands brought by TMA.
 HOPPER = ("multiply_experts", "multiply_float8", "attend_whole", "attend_in_steps")
 # Without a product: everything else has one, of tensor cores.
-PLAIN = ("moments", "quantize")
+PLAIN = ("moments", "quantize", "join_classes")
 
 
 class Unreadable(Exception):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beit3_fast.generate.options import CANDIDATES_PER_BEAM
 from beit3_fast.model.decoding import CaptionDecoder
 from beit3_fast.timing import quantiles
 
@@ -37,7 +38,7 @@ def measure_decode_step(
     for word in range(words):
         said = torch.full_like(own, 5 + word)
         start = time.perf_counter()
-        decoder.step(said, parents)
+        decoder.likeliest(decoder.step(said, parents), CANDIDATES_PER_BEAM * beams, None)
         steps.append(time.perf_counter() - start)
         start = time.perf_counter()
         source.sum()

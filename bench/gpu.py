@@ -57,6 +57,8 @@ SANITIZED_CUDA = "three or one or mixed or rows"
 # The tests of the CUDA kernels; without a GPU their binding runs in front of plain loops.
 CUDA_TESTS = "tests/ops/test_cuda_binding.py"
 FLOAT8_TESTS = "tests/ops/test_cuda_float8_ops.py"
+CUDA_DECODING_TESTS = "tests/ops/test_cuda_decoding_binding.py"
+GRAPH_TESTS = ("tests/model/test_capture.py", "tests/model/test_step_graph.py")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,9 @@ def steps(device: str, dry_run: bool, out: Path) -> list[Step]:
     ]
     plan.append(Step("parity-cuda", (*PYTEST, CUDA_TESTS, *chosen)))
     plan.append(Step("parity-float8", (*PYTEST, FLOAT8_TESTS, *chosen)))
+    decoding = ("-m", "not full", "-k", "head_top_k") if dry_run else chosen
+    plan.append(Step("parity-cuda-decoding", (*PYTEST, CUDA_DECODING_TESTS, *decoding)))
+    plan.append(Step("graphs", (*PYTEST, *GRAPH_TESTS, "-k", "captions" if dry_run else "graph")))
     if device == "cuda":
         verify = (sys.executable, "-m", "beit3_fast", "verify", "--kernels", "--json")
         plan.append(Step("verify", verify))
@@ -97,6 +102,8 @@ def steps(device: str, dry_run: bool, out: Path) -> list[Step]:
             plan.append(Step(f"{tool}-cuda", own, False, uncached))
             rounded = (*command, FLOAT8_TESTS, "-k", "left or model")
             plan.append(Step(f"{tool}-float8", rounded, False, uncached))
+            own = (*command, CUDA_DECODING_TESTS, "-k", "not captions and not refuses")
+            plan.append(Step(f"{tool}-cuda-decoding", own, False, uncached))
     bench = (sys.executable, "bench/run.py", "--device", device)
     if dry_run:
         small = ("--quick", "--workloads", "image/base/224", "--batch", "1", "--dtypes", "fp32")

@@ -31,14 +31,18 @@ inline bool on_device(const Tensor& t) { return t.is_cuda(); }
 
 inline CUstream_st* stream_of(int64_t handle) { return reinterpret_cast<CUstream_st*>(handle); }
 
-// Rows of 16 bits, whose elements lie side by side.
-inline void require_rows(const Tensor& t, const Tensor& first, const char* op, const char* name) {
+inline void require_half(const Tensor& t, const Tensor& first, const char* op, const char* name) {
   require(on_device(t) && t.get_device_index() == first.get_device_index(), op, ": ", name,
           " must be on the device of the first argument, a GPU");
   require(t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half, op, ": ",
           name, " must be bfloat16 or float16");
   require(t.scalar_type() == first.scalar_type(), op, ": ", name,
           " must have the dtype of the first argument");
+}
+
+// Rows of 16 bits, whose elements lie side by side.
+inline void require_rows(const Tensor& t, const Tensor& first, const char* op, const char* name) {
+  require_half(t, first, op, name);
   require_matrix(t, op, name);
 }
 

@@ -14,6 +14,7 @@ from beit3_fast.kernels._folded_weights import FoldedWeights
 from beit3_fast.ops import library
 from beit3_fast.ops.folding import folded_weights
 
+OPS = ("expert_linear", "float8_linear", "shared_attention", "cached_attention", "head_top_k")
 HEAD_WIDTHS = (64, 88)
 MAX_EXPERTS = 3  # of a launch, as in csrc/cuda/expert_linear.h
 # TMA moves and aligns by 16 bytes.
@@ -72,7 +73,7 @@ def float8_obstacle() -> str | None:
 
 def obstacle(op: str, device: str, dtype: torch.dtype, needs_grad: bool) -> str | None:
     """Why the kernels cannot take such a call, or None."""
-    if op not in ("expert_linear", "float8_linear", "shared_attention"):
+    if op not in OPS:
         return "has no kernel for this op"
     reason = why_unavailable(device)
     if reason is None and op == "float8_linear":

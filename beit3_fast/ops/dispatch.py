@@ -106,7 +106,7 @@ def situation(
 
 def _cpu_obstacle(at: Situation) -> str | None:
     """Why the compiled CPU kernels cannot take this call, or None."""
-    if at.op not in (*OPS, "cached_attention"):
+    if at.op not in (*OPS, "cached_attention", "head_top_k"):
         return "has no kernel for this op"
     if at.device != "cpu":
         return f"takes CPU tensors, these are on {at.device}"
@@ -149,7 +149,7 @@ def _cpu_slower(at: Situation) -> str | None:
 
 def _cuda_obstacle(at: Situation) -> str | None:
     """Why the CUDA kernels cannot take this call, or None."""
-    if at.mask_tensor:
+    if at.mask_tensor and at.op != "cached_attention":
         return "takes mask structures, not a mask tensor"
     return cuda_kernels.obstacle(_cuda_op(at), at.device, at.dtype, at.needs_grad) or at.misfit
 
@@ -161,6 +161,8 @@ def _cuda_op(at: Situation) -> str:
 
 def _triton_obstacle(at: Situation) -> str | None:
     """Why the Triton kernels cannot take this call, or None."""
+    if at.op not in (*OPS, "masked_linear_cross_entropy"):
+        return "has no kernel for this op"
     if at.mask_tensor:
         return "takes mask structures, not a mask tensor"
     if at.float8:

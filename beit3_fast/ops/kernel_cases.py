@@ -15,7 +15,7 @@ from torch import Tensor
 from beit3_fast.composite import expert_linear as composite_linear
 from beit3_fast.composite import shared_attention as composite_attention
 from beit3_fast.layout import TokenLayout
-from beit3_fast.ops import cuda_kernels, triton_kernels
+from beit3_fast.ops import cuda_kernels, decoding_cases, triton_kernels
 from beit3_fast.ops.kernel_cases_float8 import cuda_float8_linear, moments
 from beit3_fast.parity import Parity, op_parity
 from beit3_fast.reference import expert_linear as linear_formula
@@ -130,6 +130,8 @@ CUDA_CASES: dict[str, Callable[[torch.dtype, str], dict[str, Parity]]] = {
     "cuda_expert_linear": cuda_expert_linear,
     "cuda_float8_linear": cuda_float8_linear,
     "cuda_shared_attention": cuda_shared_attention,
+    "cuda_cached_attention": decoding_cases.cuda_cached_attention,
+    "cuda_head_top_k": decoding_cases.cuda_head_top_k,
 }
 
 

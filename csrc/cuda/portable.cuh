@@ -48,6 +48,11 @@ __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// The highest of the warp's numbers.
+__device__ __forceinline__ uint32_t max_of_warp(uint32_t value) {
+  return __reduce_max_sync(0xffffffffu, value);
+}
+
 __device__ __forceinline__ uint32_t bits_of_float(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 
@@ -138,6 +143,15 @@ __device__ __forceinline__ void load_two(float& first, float& second, const floa
   const float2 two = *reinterpret_cast<const float2*>(from);
   first = two.x;
   second = two.y;
+}
+
+__device__ __forceinline__ float load_shared(uint32_t from) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(from) : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_shared(uint32_t to, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
 }
 
 // The thread block's dynamic shared memory from the first multiple of `alignment` on.

@@ -62,6 +62,12 @@ inline float shuffle_xor(float value, int mask) {
   return emulated::float_of(shuffle_xor(emulated::bits_of(value), mask));
 }
 
+inline uint32_t max_of_warp(uint32_t value) {
+  const emulated::LaneValue* all = emulated::meet_lanes("redux", {value});
+  for (int lane = 0; lane < 32; ++lane) value = max(value, all[lane][0]);
+  return value;
+}
+
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline float reciprocal_root_fast(float x) { return 1.0f / sqrtf(x); }
@@ -108,6 +114,17 @@ inline void load_two(float& first, float& second, const float* from) {
   emulated::check(reinterpret_cast<uintptr_t>(from) % 8 == 0, "8 bytes at no multiple of them");
   first = from[0];
   second = from[1];
+}
+
+inline float load_shared(uint32_t from) {
+  emulated::check(from % 4 == 0, "4 bytes at no multiple of them");
+  float value;
+  std::memcpy(&value, emulated::block->at(from, 4), 4);
+  return value;
+}
+inline void store_shared(uint32_t to, float value) {
+  emulated::check(to % 4 == 0, "4 bytes at no multiple of them");
+  std::memcpy(emulated::block->at(to, 4), &value, 4);
 }
 
 inline uint32_t shared_memory(int alignment) {

@@ -25,20 +25,21 @@ from beit3_fast.ops import cuda_kernels, dispatch
 DEVICE = "cuda" if cuda_kernels.why_unavailable("cuda") is None else "cpu"
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
+BINDINGS = ("cuda_ops.cpp", "cuda_decoding_ops.cpp")
 HEADERS = sorted(path for own in ("csrc", "csrc/cuda") for path in (ROOT / own).glob("*.h"))
 
 
 def compiled(
-    launchers: str, namespace: str, links: Sequence[Path] = (), binding: str = "cuda_ops.cpp"
+    launchers: str, namespace: str, links: Sequence[Path] = (), bindings: Sequence[str] = BINDINGS
 ) -> Path:
-    """A binding in front of launchers, its ops in a namespace; kept under the name of its sources.
+    """Bindings in front of launchers, their ops in a namespace; kept under the name of their sources.
 
     Skips without a compiler.
     """
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if compiler is None or sys.platform != "linux":
         pytest.skip("compiles the binding with a C++ compiler on Linux")
-    sources = (ROOT / "csrc" / binding, HERE / launchers)
+    sources = (*(ROOT / "csrc" / own for own in bindings), HERE / launchers)
     texts = b"".join(path.read_bytes() for path in (*sources, *HEADERS))
     digest = hashlib.sha256(texts + repr((torch.__version__, links)).encode()).hexdigest()[:16]
     path = ROOT / "build" / "cuda_binding" / f"{namespace}-{digest}.so"

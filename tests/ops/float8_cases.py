@@ -25,7 +25,7 @@ def ops() -> Any:
     source = ROOT / "tests" / "cuda" / "emulated_float8.cpp"
     links = [emulated.compiled(source, ("-shared", "-fPIC"), ".so")]
     names = ("emulated_float8_launchers.cpp", "beit3_fast_float8")
-    torch.ops.load_library(str(compiled(*names, links, binding="cuda_float8_ops.cpp")))
+    torch.ops.load_library(str(compiled(*names, links, bindings=("cuda_float8_ops.cpp",))))
     return torch.ops.beit3_fast_float8
 
 

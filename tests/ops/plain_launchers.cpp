@@ -1,12 +1,16 @@
 // The launchers of csrc/cuda/ as plain loops on the CPU: what the binding hands over is all they
 // read.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
+#include "cuda/decode_attention.h"
 #include "cuda/expert_linear.h"
+#include "cuda/head_top_k.h"
 #include "cuda/row_statistics.h"
 #include "cuda/shared_attention.h"
 
@@ -135,6 +139,54 @@ void attend(const SharedAttention& op, const Places& keys, const Places& queries
   }
 }
 
+void attend_cached(const DecodeAttention& op, int64_t sequence, int64_t row, int64_t head) {
+  using Own = Rows<DecodeAttention::Element>;
+  const int64_t sample = op.samples != nullptr ? op.samples[sequence] : sequence;
+  const auto from = [](const void* data, int64_t begin) {
+    return static_cast<const uint16_t*>(data) + begin;
+  };
+  const Own q{from(op.q, sequence * op.q_sequence), op.q_stride, op.element};
+  const Own k{from(op.k, sample * op.k_sample), op.k_stride, op.element};
+  const Own v{from(op.v, sample * op.v_sample), op.v_stride, op.element};
+  const int64_t width = op.num_heads * op.head_dim, first = head * op.head_dim;
+  const Own o{from(op.o, (sequence * op.num_rows + row) * width), width, op.element};
+  const uint8_t* seen = op.seen + sequence * op.seen_sequence + row * op.seen_stride;
+  std::vector<double> weights(op.num_keys);
+  double total = 0;
+  for (int64_t j = 0; j < op.num_keys; ++j) {
+    double score = 0;
+    for (int64_t d = first; d < first + op.head_dim; ++d) score += q.at(row, d) * k.at(j, d);
+    if (j < op.front || seen[j - op.front] != 0) weights[j] = std::exp(score * op.scale);
+    total += weights[j];
+  }
+  for (int64_t d = first; d < first + op.head_dim; ++d) {
+    double sum = 0;
+    for (int64_t j = 0; j < op.num_keys; ++j) {
+      if (weights[j] > 0) sum += weights[j] * v.at(j, d);
+    }
+    o.put(0, d, total > 0 ? sum / total : 0.0);
+  }
+}
+
+void choose(const HeadTopK& op, int64_t row) {
+  using Own = Rows<HeadTopK::Element>;
+  const Own x{op.x, op.x_stride, op.element}, weight{op.weight, op.features, op.element};
+  const Own bias{op.bias, 0, op.element};
+  std::vector<std::pair<double, int64_t>> logits;
+  double total = 0;
+  for (int64_t n = 0; n < op.classes; ++n) {
+    double logit = op.bias != nullptr ? bias.at(0, n) : 0.0;
+    for (int64_t k = 0; k < op.features; ++k) logit += x.at(row, k) * weight.at(n, k);
+    total += std::exp(logit);
+    if (op.allowed == nullptr || op.allowed[n] != 0) logits.emplace_back(-logit, n);
+  }
+  std::sort(logits.begin(), logits.end());
+  for (int64_t i = 0; i < op.count; ++i) {
+    op.log_p[row * op.count + i] = static_cast<float>(-logits[i].first - std::log(total));
+    op.ids[row * op.count + i] = logits[i].second;
+  }
+}
+
 }  // namespace
 
 const char* row_statistics(const RowStatistics& op, CUstream_st*) {
@@ -178,6 +230,38 @@ const char* shared_attention(const SharedAttention& op, CUstream_st*) {
       for (int64_t head = 0; head < op.num_heads; ++head) attend(op, keys, queries, own, head);
     }
   }
+  return nullptr;
+}
+
+const char* decode_attention_obstacle(const DecodeAttention&) { return nullptr; }
+
+const char* decode_attention(const DecodeAttention& op, CUstream_st*) {
+  const auto copy = [&](const void* from, int64_t begin, void* to, int64_t place) {
+    std::memcpy(static_cast<uint16_t*>(to) + place, static_cast<const uint16_t*>(from) + begin,
+                2 * op.num_heads * op.head_dim);
+  };
+  for (int64_t i = 0; i < op.num_sequences * op.num_new; ++i) {
+    const int64_t sequence = i / op.num_new, row = i % op.num_new;
+    const int64_t sample = op.samples != nullptr ? op.samples[sequence] : sequence;
+    const int64_t key = row + (op.place != nullptr ? *op.place : op.first);
+    copy(op.new_k, sequence * op.new_k_sequence + row * op.new_k_stride, op.k,
+         sample * op.k_sample + key * op.k_stride);
+    copy(op.new_v, sequence * op.new_v_sequence + row * op.new_v_stride, op.v,
+         sample * op.v_sample + key * op.v_stride);
+  }
+  for (int64_t i = 0; i < op.num_sequences * op.num_rows * op.num_heads; ++i) {
+    const int64_t row = i / op.num_heads;
+    attend_cached(op, row / op.num_rows, row % op.num_rows, i % op.num_heads);
+  }
+  return nullptr;
+}
+
+const char* head_top_k_obstacle(const HeadTopK& op) {
+  return op.features % 8 != 0 ? "planted: takes multiples of 8" : nullptr;
+}
+
+const char* head_top_k(const HeadTopK& op, CUstream_st*) {
+  for (int64_t row = 0; row < op.num_rows; ++row) choose(op, row);
   return nullptr;
 }
 

@@ -135,7 +135,7 @@ def test_another_architecture_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"needs_grad": True}, "no gradients"),
         ({"op": "shared_attention", "mask_tensor": True}, "mask tensor"),
         ({"op": "masked_linear_cross_entropy"}, "no kernel for this op"),
-        ({"op": "cached_attention"}, "no kernel for this op"),
+        ({"op": "patch_embedding"}, "no kernel for this op"),
         ({"misfit": "takes heads of width 64"}, "takes heads of width 64"),
     ],
 )
@@ -152,6 +152,16 @@ def test_auto_takes_triton_first(op: str, hopper: Ran) -> None:
         assert choice.impl == "triton"
         assert "behind triton" in dict(choice.rejected)["cuda"]
     assert hopper == [op], "CUDA's kernel was not needed, and not checked"
+
+
+@pytest.mark.parametrize("op", ["cached_attention", "head_top_k"])
+def test_auto_takes_them_where_triton_has_none(op: str, hopper: Ran) -> None:
+    """A mask of every key of its own is no obstacle to the attention of decoding steps."""
+    for _ in range(2):
+        choice = dispatch.choose(at(op, mask_tensor=op == "cached_attention"))
+        assert choice.impl == "cuda"
+        assert "no kernel for this op" in dict(choice.rejected)["triton"]
+    assert hopper == [f"cuda_{op}"]
 
 
 @pytest.mark.parametrize("op", dispatch.OPS)
@@ -257,14 +267,11 @@ def test_info_and_verify_name_them(
 ) -> None:
     machine(monkeypatch, (9, 0), ("90a",))
     monkeypatch.setattr(triton_kernels, "obstacle", lambda device, dtype: "planted")
-    names = [
-        (name, dtype)
-        for dtype in (torch.bfloat16, torch.float16)
-        for name in kernel_cases.CUDA_CASES
-        if (name, dtype) != ("cuda_float8_linear", torch.float16)
-    ]
+    dtypes = (torch.bfloat16, torch.float16)
+    names = [(f"cuda_{op}", dtype) for dtype in dtypes for op in cuda_kernels.OPS]
+    names.remove(("cuda_float8_linear", torch.float16))
     assert kernel_check.runnable("cuda") == names
-    assert {f"cuda_{op}" for op in dispatch.OPS} < {name for name, _ in names}
+    assert {name for name, _ in names} == {*kernel_cases.CUDA_CASES}
     status = library.LibraryStatus(True, "", stamp={"cuda_architectures": "80 90a"})
     assert "CUDA kernels: sm_80, sm_90a" in status.describe()
     assert info.environment()["cuda_kernels"] == "for sm_90a"
