@@ -74,9 +74,9 @@ def measured_expert_linear(
     measure: bool = True,
     stores: bool = True,
 ) -> Measured:
-    """As ``expert_linear``; the result has its row statistics, and rows of a product in float8 the next one's operand,
-    where the implementation leaves them ("triton" and "cuda" do) and ``measure`` asks for them. ``stores=False``: such
-    a product is their only reader, and they need not be in memory as they are."""
+    """As ``expert_linear``; where ``measure`` asks for them, the result has its row statistics if the implementation
+    leaves them ("triton" and "cuda" do), and rows of a product in float8 the next one's operand ("cuda" does).
+    ``stores=False``: such a product is their only reader, and they need not be in memory as they are."""
     x, parts, width, rounded = measured(x)
     check(x, parts, width, weights, biases, bounds, norm, activation, residual, rows)
     used = [e for e in range(len(weights)) if bounds[e] < bounds[e + 1]] or [0]
@@ -262,9 +262,10 @@ def _on_gpu(
     vectors = (stacked_biases, list(norm_weights), list(norm_biases))
     operands = (stacked, parts, *vectors, residual, rows, list(bounds), *rest)
     own = dispatch.rows_in_memory(x.rows)
-    if impl == "cuda":
-        return Measured(cuda_kernels.expert_linear(own, *operands))
     given = x.parts if norm_weights else None
+    if impl == "cuda":
+        y, left = cuda_kernels.expert_linear(own, given, x.width, *operands, measure)
+        return Measured(y, left, cuda_kernels.STATISTICS_WIDTH) if measure else Measured(y)
     # Where GELU's operand is kept for the backward pass, the kernel leaves no statistics beside it.
     measure = measure and not (with_grad and rest[-1] == "gelu")
     y, _, left = triton_kernels.expert_linear(own, given, x.width, *operands, with_grad, measure)

@@ -79,6 +79,19 @@ Moments moments_of(const ExpertLinear& op, int64_t row) {
   return {mean, std::sqrt(squares / static_cast<double>(op.in_features) + op.eps)};
 }
 
+// Mean and sum of squared deviations of columns [first, end) of a row.
+template <class Element>
+void measure(const Rows<Element>& rows, int64_t row, int64_t first, int64_t end, float* part) {
+  const auto count = static_cast<double>(end - first);
+  double mean = 0, squares = 0;
+  for (int64_t k = first; k < end; ++k) mean += rows.at(row, k) / count;
+  for (int64_t k = first; k < end; ++k) {
+    squares += (rows.at(row, k) - mean) * (rows.at(row, k) - mean);
+  }
+  part[0] = static_cast<float>(mean);
+  part[1] = static_cast<float>(squares);
+}
+
 void product_row(const ExpertLinear& op, int64_t expert, int64_t row) {
   using Own = Rows<ExpertLinear::Element>;
   const Own x{op.x, op.x_stride, op.element}, y{op.y, op.y_stride, op.element};
@@ -94,6 +107,12 @@ void product_row(const ExpertLinear& op, int64_t expert, int64_t row) {
     if (op.gelu) sum *= 0.5 * (1 + std::erf(sum * std::sqrt(0.5)));
     if (op.residual != nullptr) sum += residual.at(row, n);
     y.put(row, n, sum);
+  }
+  const int64_t width = ExpertLinear::kPartWidth;
+  const int64_t parts = (op.out_features + width - 1) / width;
+  for (int64_t p = 0; p < parts && op.y_parts != nullptr; ++p) {
+    const int64_t end = std::min(op.out_features, (p + 1) * width);
+    measure(y, row, p * width, end, op.y_parts + (row * parts + p) * 2);
   }
 }
 
@@ -137,6 +156,8 @@ void attend(const SharedAttention& op, const Places& keys, const Places& queries
     for (int64_t j = 0; j < limit; ++j) sum += weights[j] * v.at(keys.row(j), d);
     o.put(row, d, sum / total);
   }
+  if (op.parts == nullptr) return;
+  measure(o, row, first, first + op.head_dim, op.parts + (row * op.num_heads + head) * 2);
 }
 
 void attend_cached(const DecodeAttention& op, int64_t sequence, int64_t row, int64_t head) {
@@ -193,13 +214,7 @@ const char* row_statistics(const RowStatistics& op, CUstream_st*) {
   const Rows<RowStatistics::Element> x{op.x, op.x_stride, op.element};
   for (int64_t i = 0; i < op.num_rows; ++i) {
     const int64_t row = op.rows != nullptr ? op.rows[i] : i;
-    double mean = 0, squares = 0;
-    for (int64_t k = 0; k < op.features; ++k) mean += x.at(row, k);
-    mean /= static_cast<double>(op.features);
-    for (int64_t k = 0; k < op.features; ++k)
-      squares += (x.at(row, k) - mean) * (x.at(row, k) - mean);
-    op.parts[row * 2] = static_cast<float>(mean);
-    op.parts[row * 2 + 1] = static_cast<float>(squares);
+    measure(x, row, 0, op.features, op.parts + row * 2);
   }
   return nullptr;
 }
