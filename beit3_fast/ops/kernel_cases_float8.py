@@ -47,8 +47,8 @@ def cuda_float8_linear(dtype: torch.dtype, device: str) -> dict[str, Parity]:
         )
         x, residual = draw(count, inner), draw(count, out)
         tail: tuple[Any, ...] = (None, bounds, 1e-5, "gelu")
-        wide = [[t.double() for t in group] for group in vectors]
-        truth = formula(x.double(), weights, *wide, residual.double(), *tail)
+        biases, gammas, betas = ([t.double() for t in group] for group in vectors)
+        truth = formula(x.double(), weights, biases, gammas, betas, residual.double(), *tail)
         plain = composite_linear(x, weights, *vectors, residual, *tail)
         found = _by_kernels(x, weights, vectors, residual, tail, device)
         name = f"{count} rows"
@@ -69,7 +69,7 @@ def _by_kernels(
     device: str,
 ) -> list[Tensor]:
     numbers, scales = ([t.to(device) for t in group] for group in zip(*weights, strict=True))
-    moved = [[t.to(device) for t in group] for group in vectors]
+    biases, gammas, betas = ([t.to(device) for t in group] for group in vectors)
     _, bounds, eps, activation = tail
     found = cuda_float8.expert_linear(
         x.to(device),
@@ -79,7 +79,9 @@ def _by_kernels(
         0,
         numbers,
         scales,
-        *moved,
+        biases,
+        gammas,
+        betas,
         residual.to(device),
         None,
         list(bounds),
