@@ -85,7 +85,8 @@ def situation(
     """The situation of a call: ``tensors`` are all operands, the first one gives device and dtype.
 
     ``int8``: whether the weights are rounded to int8, which only the CPU kernels multiply as such; ``packed``: whether
-    they are kept only in the layout of those kernels; ``float8``: whether they are rounded to float8; ``misfit``: why the CUDA kernels do not take these sizes.
+    they are kept only in the layout of those kernels; ``float8``: whether they are rounded to float8; ``misfit``: why
+    the CUDA kernels do not take these sizes.
     """
     first = tensors[0]
     lower = autocast_dtype(first)

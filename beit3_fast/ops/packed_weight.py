@@ -1,9 +1,10 @@
 """A weight kept only in the layout that the kernels read: one copy of it, for inference.
 
 ``PackedWeight`` is a tensor [O, I] whose memory is the packed form, exact, rounded to int8 (CPU) or to float8 (CPU
-and CUDA; its numbers lie in rows behind their scales). ``expert_linear`` reads that form; to everything else it behaves as the plain weight, which is unpacked for the call, so that a view
-of it is a copy. It has no gradient and cannot be changed in place, except as a whole by ``copy_`` (which
-``load_state_dict`` uses); moved to another dtype or device, it becomes a plain parameter.
+and CUDA; scales, then rows of numbers). ``expert_linear`` reads that form; to everything else it behaves as the plain
+weight, which is unpacked for the call, so that a view of it is a copy. It has no gradient and cannot be changed in
+place, except as a whole by ``copy_`` (which ``load_state_dict`` uses); moved to another dtype or device, it becomes a
+plain parameter.
 """
 
 from __future__ import annotations
@@ -212,7 +213,7 @@ def _parameter(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> An
 
 
 def keep_packed(linear: nn.Linear, weight: Any) -> None:
-    """Give a linear layer a weight from ``pack``, ``quantize`` or ``quantize_float8``; its state dict goes on holding plain weights."""
+    """Give a linear layer a weight made here; its state dict goes on holding plain weights."""
     linear.weight = weight
     linear.register_state_dict_post_hook(_unpack_entry)
 
