@@ -171,7 +171,7 @@ class CaptionDecoder:
                 x = x.select(rows[:, width:].flatten())
                 layout = self._layout(batch, width)
             o = self.caches[index].attend(q, k, v, place, seen, self.samples)
-            x = attend(layer, o.flatten(0, 1), x.rows, layout, self.impl)
+            x = attend(layer, o, x.rows, layout, self.impl)
         asking = x.rows
         if self.encoder.layer_norm is not None:
             asking = layer_norm(self.encoder.layer_norm, asking, layout)

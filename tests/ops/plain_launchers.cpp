@@ -61,6 +61,17 @@ struct Rows {
   }
 };
 
+// Mean and sum of squared deviations of a row.
+template <class Element>
+void measure(const Rows<Element>& x, int64_t row, int64_t count, float* parts) {
+  double mean = 0, squares = 0;
+  for (int64_t k = 0; k < count; ++k) mean += x.at(row, k);
+  mean /= static_cast<double>(count);
+  for (int64_t k = 0; k < count; ++k) squares += (x.at(row, k) - mean) * (x.at(row, k) - mean);
+  parts[0] = static_cast<float>(mean);
+  parts[1] = static_cast<float>(squares);
+}
+
 struct Moments {
   double mean, deviation;
 };
@@ -193,13 +204,7 @@ const char* row_statistics(const RowStatistics& op, CUstream_st*) {
   const Rows<RowStatistics::Element> x{op.x, op.x_stride, op.element};
   for (int64_t i = 0; i < op.num_rows; ++i) {
     const int64_t row = op.rows != nullptr ? op.rows[i] : i;
-    double mean = 0, squares = 0;
-    for (int64_t k = 0; k < op.features; ++k) mean += x.at(row, k);
-    mean /= static_cast<double>(op.features);
-    for (int64_t k = 0; k < op.features; ++k)
-      squares += (x.at(row, k) - mean) * (x.at(row, k) - mean);
-    op.parts[row * 2] = static_cast<float>(mean);
-    op.parts[row * 2 + 1] = static_cast<float>(squares);
+    measure(x, row, op.features, op.parts + row * 2);
   }
   return nullptr;
 }
@@ -249,9 +254,11 @@ const char* decode_attention(const DecodeAttention& op, CUstream_st*) {
     copy(op.new_v, sequence * op.new_v_sequence + row * op.new_v_stride, op.v,
          sample * op.v_sample + key * op.v_stride);
   }
+  const Rows<DecodeAttention::Element> o{op.o, op.head_dim, op.element};
   for (int64_t i = 0; i < op.num_sequences * op.num_rows * op.num_heads; ++i) {
     const int64_t row = i / op.num_heads;
     attend_cached(op, row / op.num_rows, row % op.num_rows, i % op.num_heads);
+    if (op.parts != nullptr) measure(o, i, op.head_dim, op.parts + 2 * i);
   }
   return nullptr;
 }

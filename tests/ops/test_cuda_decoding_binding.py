@@ -15,7 +15,13 @@ from beit3_fast.composite.cached_attention import cached_attention as composite_
 from beit3_fast.composite.head_top_k import likeliest
 from beit3_fast.errors import KernelUnavailable
 from beit3_fast.model import create_model
-from beit3_fast.ops import NewKeys, cached_attention, head_top_k, kernel_cases
+from beit3_fast.ops import (
+    NewKeys,
+    cached_attention,
+    head_top_k,
+    kernel_cases,
+    measured_cached_attention,
+)
 from beit3_fast.parity import op_parity, worst_of
 from beit3_fast.reference.cached_attention import cached_attention as attention_formula
 from beit3_fast.reference.head_top_k import head_top_k as head_formula
@@ -46,8 +52,11 @@ def test_cached_attention(dtype: str, width: int, samples: list[int] | None) -> 
     here = [t.to(DEVICE) for t in (q, k, v)]
     o = cached_attention(*here, seen.to(DEVICE), front=6, impl="cuda", **options)
     assert_near(op_parity(o.cpu(), plain, truth), (dtype, width))
-    o = cached_attention(*here, whole.to(DEVICE), impl="cuda", **options)
-    assert_near(op_parity(o.cpu(), plain, truth), (dtype, width))
+    done = measured_cached_attention(*here, whole.to(DEVICE), impl="cuda", **options)
+    assert torch.equal(done.rows.cpu(), o.cpu().flatten(0, 1))
+    assert done.width == width
+    expected = kernel_cases.moments(done.rows.cpu(), width)
+    torch.testing.assert_close(done.parts.cpu(), expected, rtol=1e-4, atol=1e-5)
     for impl in ("composite", "reference"):
         o = cached_attention(q, k, v, seen, front=6, impl=impl, **options)
         assert_near(op_parity(o, plain, truth), impl)
@@ -127,6 +136,7 @@ def attention(**changes: Any) -> dict[str, Any]:
         "num_heads": 2,
         "scale": 0.1,
         "o": draw(2, 3, 128),
+        "parts": torch.empty(2, 3, 2, 2),
         "stream": 0,
     }
     return {
@@ -152,6 +162,7 @@ def attention(**changes: Any) -> dict[str, Any]:
         ({"samples": torch.zeros(3, dtype=torch.int32)}, "samples must be .* of 2"),
         ({"samples": torch.zeros(2)}, "samples"),
         ({"k": draw(3, 5, 128), "v": draw(3, 5, 128)}, "without samples.*2 sequences, got 3"),
+        ({"parts": torch.empty(2, 3, 2)}, "parts must be contiguous, of 24"),
         ({"new_v": None}, "come together"),
         ({"new_v": draw(2, 1, 128)}, "the sequences and the width of q"),
         ({"new_k": draw(1, 2, 128)}, "the sequences and the width of q"),
