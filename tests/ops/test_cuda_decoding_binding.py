@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ from cuda_cases import DEVICE, on_device  # noqa: F401
 from model_cases import randomize
 from op_cases import DTYPES, assert_near
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from beit3_fast.composite.cached_attention import cached_attention as composite_attention
 from beit3_fast.composite.head_top_k import likeliest
 from beit3_fast.errors import KernelUnavailable
 from beit3_fast.model import create_model
+from beit3_fast.model.decoding import CaptionDecoder
 from beit3_fast.ops import (
     NewKeys,
     cached_attention,
@@ -110,6 +113,51 @@ def test_captions_with_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     found = model.to(DEVICE).caption(images.to(DEVICE), **options)
     expected = wide.float().eval().caption(images.float(), **options)
     assert [c[0].score for c in found] == pytest.approx([c[0].score for c in expected], abs=0.1)
+
+
+class Launches(TorchDispatchMode):
+    """Names of the calls that launch something on a GPU: no views, no memory without content, no checks of a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.name().partition("::")[2].partition(".")[0]
+        alias = [own.alias_info for own in func._schema.returns]
+        is_view = any(own is not None and not own.is_write for own in alias)
+        if not is_view and name not in _NO_LAUNCH:
+            self.names.append(name)
+        return out
+
+
+_NO_LAUNCH = {"empty", "min", "max", "item", "_local_scalar_dense", "_unsafe_view"}
+
+
+@torch.no_grad()
+def test_launches_of_a_step() -> None:
+    """Those that docs/kernels.md speaks of: five calls a layer, a fixed number around them, two for the words."""
+    sizes: dict[str, Any] = {"embed_dim": 64, "num_heads": 1, "ffn_dim": 64, "num_layers": 3}
+    name = "beit3_tiny_patch16_32_captioning"
+    model: Any = randomize(create_model(name, impl="cuda", **sizes)).bfloat16().to(DEVICE)
+    images = torch.randn(2, 3, 32, 32).bfloat16().to(DEVICE)
+    decoder = CaptionDecoder(model, images, 3, 6, 0, 91)
+    decoder.graphs, decoder.keep_is_free = False, False
+    decoder.start()
+    words = torch.full((2, 3), 5, device=DEVICE)
+    decoder.step(words, torch.zeros_like(words))
+    steps, used = (torch.tensor([n], device=DEVICE) for n in (decoder.steps, decoder.used))
+    run, parents = decoder.fixed_step(steps, used), torch.zeros_like(words)
+    with Launches() as launches:
+        run(words, parents)
+    found = Counter(launches.names)
+    assert found.pop("cuda_cached_attention") == 3
+    assert found.pop("cuda_expert_linear") == 4 * 3
+    assert not found.keys() & {"index_copy_", "index_put_"}, "attention writes the keys"
+    assert found.total() == 19, found
 
 
 @pytest.mark.parametrize("kernel", ["cuda_cached_attention", "cuda_head_top_k"])
