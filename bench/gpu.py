@@ -51,6 +51,9 @@ RUNTIMES = (
     "torchscale-compiled",
     "timm",
 )
+# A step of captions beside its memory floor.
+DECODE = (sys.executable, "-m", "bench.decode_step")
+TINY = "beit3_tiny_patch16_32_captioning"
 # One small case for each kernel; the sanitizer is some 20 times slower.
 SANITIZED = "(one and row) or (mixed and 2x88) or descriptors"
 SANITIZED_CUDA = "three or one or mixed or rows"
@@ -109,7 +112,12 @@ def steps(device: str, dry_run: bool, out: Path) -> list[Step]:
         small = ("--quick", "--workloads", "image/base/224", "--batch", "1", "--dtypes", "fp32")
         runtimes = ("--runtimes", "beit3_fast", "torchscale")
         plan.append(Step("bench", (*bench, *small, *runtimes, "--out", str(out / "bench")), True))
+        plan.append(Step("bench-decode-step", (*DECODE, "--model", TINY, "--words", "3"), True))
     else:
+        for batch in ("1", "64"):
+            for impl in ("auto", "composite"):
+                what = ("--device", device, "--batch", batch, "--impl", impl)
+                plan.append(Step(f"bench-decode-step-{impl}-{batch}", (*DECODE, *what), True))
         for workload, batch in WORKLOADS.items():
             name = "bench-" + workload.replace("/", "-")
             what = ("--workloads", workload, "--batch", batch, "1", "--dtypes", "bf16")

@@ -50,7 +50,7 @@ void take_new_keys(DecodeAttention& call, const Tensor& q, const std::optional<T
 void decode_attention(Tensor q, Tensor k, Tensor v, Tensor seen, std::optional<Tensor> samples,
                       std::optional<Tensor> new_k, std::optional<Tensor> new_v,
                       std::optional<Tensor> place, int64_t first, int64_t front, int64_t num_heads,
-                      double scale, Tensor o, int64_t stream) {
+                      double scale, Tensor o, std::optional<Tensor> parts, int64_t stream) {
   constexpr const char* op = "launch_decode_attention";
   for (const auto& [t, name] : {std::pair{q, "q"}, {k, "k"}, {v, "v"}, {o, "o"}}) {
     require_batch(t, q, op, name);
@@ -91,6 +91,10 @@ void decode_attention(Tensor q, Tensor k, Tensor v, Tensor seen, std::optional<T
   } else {
     require(k.size(0) == count, op, ": without samples, k must have those of ", count,
             " sequences, got ", k.size(0));
+  }
+  if (parts.has_value()) {
+    const int64_t numbers = 2 * count * rows * num_heads;
+    call.parts = numbers_of<float>(*parts, q, ScalarType::Float, numbers, op, "parts");
   }
   take_new_keys(call, q, new_k, new_v, place, op);
   call.first = first;
@@ -147,7 +151,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(BEIT3_FAST_NAMESPACE, m) {
   m.def(
       "launch_decode_attention(Tensor q, Tensor(a!) k, Tensor(b!) v, Tensor seen, Tensor? samples, "
       "Tensor? new_k, Tensor? new_v, Tensor? place, int first, int front, int num_heads, float "
-      "scale, Tensor(c!) o, int stream) -> ()");
+      "scale, Tensor(c!) o, Tensor(d!)? parts, int stream) -> ()");
   m.def(
       "launch_head_top_k(Tensor x, Tensor weight, Tensor? bias, Tensor? allowed, "
       "Tensor(a!) peaks, Tensor(b!) best, Tensor(c!) log_p, Tensor(d!) ids, int stream) -> ()");

@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from beit3_fast.ops import NewKeys, PackedKeys, cached_attention, pack_keys, reads_packed_keys
+from beit3_fast.ops import (
+    Measured,
+    NewKeys,
+    PackedKeys,
+    measured_cached_attention,
+    pack_keys,
+    reads_packed_keys,
+)
 
 
 class LayerCache:
@@ -47,15 +54,15 @@ class LayerCache:
         place: int | Tensor,
         seen: Tensor,
         samples: tuple[int, ...],
-    ) -> Tensor:
-        """Rows q [S, n, C] to their image and to the words that ``seen`` bool [S, n, words so far] names.
+    ) -> Measured:
+        """Rows [S * n, C] of q [S, n, C] to their image and to the words that ``seen`` bool [S, n, words so far] names.
 
         ``k`` and ``v`` [S * m, C] are those of ``m`` words a sample, which take the places from ``place`` on first;
         ``place`` counts words, as an int64 tensor [1] on the device those in front of them too.
         """
         stop = self.front + seen.shape[2]
         k, v = (rows.unflatten(0, (len(samples), -1)) for rows in (k, v))
-        return cached_attention(
+        return measured_cached_attention(
             q,
             self.k[:, :stop],
             self.v[:, :stop],

@@ -8,6 +8,7 @@ mask token's keys are overwritten by the next step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -42,6 +43,17 @@ class _Moment(NamedTuple):
     stop: int
 
 
+class _Shape(NamedTuple):
+    """What all steps of S images with W captions each have in common; their rows are W words and W mask tokens an image."""
+
+    layout: TokenLayout
+    last_layout: TokenLayout  # of the mask tokens alone
+    captions: Tensor  # int64 [W], their numbers
+    asking: Tensor  # int64 [S * W], the mask tokens among all rows
+    ahead: Tensor  # int64 [2W], how many places in front of the words'
+    masks: Tensor  # int64 [S, W], the mask token
+
+
 class CaptionDecoder:
     """A ``generate.Decoder`` of a BEiT3ForCaptioning for images [S, 3, H, W] with ``width`` captions each.
 
@@ -57,7 +69,7 @@ class CaptionDecoder:
         self.keep_is_free = images.device.type == "cpu"
         self.graphs = images.device.type == "cuda" and not autocast_enabled("cuda")
         self.graph: StepGraph | None = None
-        self.layouts: dict[tuple[int, int], TokenLayout] = {}
+        self.shapes: dict[tuple[int, int], _Shape] = {}
         self.known: Tensor | None = None
         self.samples, self.num_samples = tuple(range(len(images))), len(images)
         self.pairs = any("C" in layer.ffn._modules for layer in self.encoder.layers)
@@ -129,19 +141,25 @@ class CaptionDecoder:
         if self.seen.shape[1] != words.shape[1]:
             return None
         if self.graph is None or not self.graph.fits(words):
-            # Where the graph finds how far decoding is, and moves it on.
             steps, used = (torch.tensor([n], device=self.device) for n in (self.steps, self.used))
-
-            def run(words: Tensor, parents: Tensor) -> Tensor:
-                self.seen.copy_(self._chosen(parents))
-                rows = self._step(words, _Moment(steps, used, self.words))
-                steps.add_(1)
-                used.add_(words.shape[1])
-                return rows
-
-            self.graph = try_to_capture(run, words, parents)
+            self.graph = try_to_capture(self.fixed_step(steps, used), words, parents)
             self.graphs = self.graph is not None
         return self.graph
+
+    def fixed_step(self, steps: Tensor, used: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """``step`` without anything that changes from one to the next but what lies in memory.
+
+        ``steps`` and ``used``, int64 [1], say how far decoding is; every call moves them on.
+        """
+
+        def run(words: Tensor, parents: Tensor) -> Tensor:
+            self.seen.copy_(self._chosen(parents))
+            rows = self._step(words, _Moment(steps, used, self.words))
+            steps.add_(1)
+            used.add_(words.shape[1])
+            return rows
+
+        return run
 
     def _replayed(self, words: Tensor, parents: Tensor) -> Tensor:
         assert self.graph is not None
@@ -152,12 +170,13 @@ class CaptionDecoder:
     def _step(self, words: Tensor, moment: _Moment) -> Tensor:
         """Rows [S, W, C] of the mask tokens behind ``words``; keys and ``seen`` are brought up to date."""
         batch, width = words.shape
-        own = (moment.used + torch.arange(width, device=self.device)).expand(batch, -1)[:, :, None]
+        shape = self._shape(batch, width)
+        own = (moment.used + shape.captions).expand(batch, -1)[:, :, None]
         self.seen.scatter_(2, own, True)
         # Rows: the words of all captions, then their mask tokens; each mask token sees what its word sees, and itself.
         seen = self.seen[:, :, : moment.stop].repeat(1, 2, 1)
         seen[:, width:].scatter_(2, own + width, True)
-        x, layout = Measured(self._embed(words, moment.steps)), self._layout(batch, 2 * width)
+        x, layout = Measured(self._embed(words, moment.steps, shape)), shape.layout
         place = moment.used
         if isinstance(place, Tensor):
             place = place + self.caches[0].front
@@ -167,29 +186,32 @@ class CaptionDecoder:
             q = q.unflatten(0, (batch, 2 * width))
             if index == last:
                 q, seen = q[:, width:], seen[:, width:]
-                rows = torch.arange(2 * batch * width, device=self.device).view(batch, -1)
-                x = x.select(rows[:, width:].flatten())
-                layout = self._layout(batch, width)
+                x, layout = x.select(shape.asking), shape.last_layout
             o = self.caches[index].attend(q, k, v, place, seen, self.samples)
-            x = attend(layer, o.flatten(0, 1), x.rows, layout, self.impl)
+            x = attend(layer, o, x.rows, layout, self.impl)
         asking = x.rows
         if self.encoder.layer_norm is not None:
             asking = layer_norm(self.encoder.layer_norm, asking, layout)
         return asking.unflatten(0, (batch, width))
 
-    def _layout(self, batch: int, tokens: int) -> TokenLayout:
-        """``batch`` texts of ``tokens`` tokens, made once: it reaches the device by a copy, which no graph may hold."""
-        if (batch, tokens) not in self.layouts:
-            layout = TokenLayout.from_lengths([0] * batch, [tokens] * batch, self.device)
-            own = replace(layout, text_only=0) if self.pairs else layout
-            self.layouts[batch, tokens] = own
-        return self.layouts[batch, tokens]
+    def _shape(self, batch: int, width: int) -> _Shape:
+        """Made once: lists reach a device by copies, which no graph may hold."""
+        if (batch, width) not in self.shapes:
+            layouts = []
+            for tokens in (2 * width, width):
+                own = TokenLayout.from_lengths([0] * batch, [tokens] * batch, self.device)
+                layouts.append(replace(own, text_only=0) if self.pairs else own)
+            captions = torch.arange(width, device=self.device)
+            rows = torch.arange(2 * batch * width, device=self.device).view(batch, -1)
+            ahead = torch.arange(2 * width, device=self.device) >= width
+            masks = torch.full((batch, width), self.mask, device=self.device)
+            asking = rows[:, width:].flatten()
+            self.shapes[batch, width] = _Shape(*layouts, captions, asking, ahead.long(), masks)
+        return self.shapes[batch, width]
 
-    def _embed(self, words: Tensor, steps: int | Tensor) -> Tensor:
+    def _embed(self, words: Tensor, steps: int | Tensor, shape: _Shape) -> Tensor:
         """Rows [S * 2W, C]: words at this step's place, mask tokens at the next."""
-        width = words.shape[1]
-        tokens = torch.cat([words, torch.full_like(words, self.mask)], dim=1)
-        places = steps + (torch.arange(2 * width, device=self.device) >= width).long()
+        tokens, places = torch.cat([words, shape.masks], dim=1), steps + shape.ahead
         own, table = self.model.beit3.text_embed.weight, self.encoder.embed_positions.B.weight
         return text_rows(tokens.flatten(), places.repeat(len(words)), own, table)[1]
 

@@ -7,6 +7,7 @@ from beit3_fast.ops.cached_attention import (
     NewKeys,
     PackedKeys,
     cached_attention,
+    measured_cached_attention,
     pack_keys,
     reads_packed_keys,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "head_top_k",
     "masked_linear_cross_entropy",
     "measured",
+    "measured_cached_attention",
     "measured_expert_linear",
     "measured_shared_attention",
     "pack_keys",

@@ -18,6 +18,7 @@ from torch import Tensor
 from beit3_fast.composite.cached_attention import cached_attention as composite_impl
 from beit3_fast.errors import KernelUnavailable, ShapeError
 from beit3_fast.ops import cuda_decoding, cuda_kernels, dispatch, library
+from beit3_fast.ops.operands import Measured
 from beit3_fast.ops.shared_attention import check_numbers
 from beit3_fast.reference.cached_attention import cached_attention as reference_impl
 
@@ -65,6 +66,26 @@ def cached_attention(
     "reference", "composite", "cpu" and "cuda" compute it. Differentiable in q, k and v but for the last two. Raises ShapeError for
     operands that do not fit, ConfigError and KernelUnavailable for ``impl``.
     """
+    own: dict[str, Any] = {"num_heads": num_heads, "samples": samples, "scale": scale}
+    own |= {"impl": impl, "prefix": prefix, "front": front, "new": new}
+    return measured_cached_attention(q, k, v, seen, **own).rows.view(q.shape)
+
+
+def measured_cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    *,
+    num_heads: int,
+    samples: Sequence[int] | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+    prefix: PackedKeys | None = None,
+    front: int = 0,
+    new: NewKeys | None = None,
+) -> Measured:
+    """As ``cached_attention``, rows [S * n, C]; they have their statistics where the CUDA kernel was taken."""
     _check(q, k, v, seen, samples, num_heads, scale, front)
     if prefix is not None:
         _check_prefix(prefix, q, k, num_heads)
@@ -90,14 +111,14 @@ def cached_attention(
         packed = (None, 0) if prefix is None else prefix
         tail = (seen.contiguous(), chosen, num_heads, scale, *packed)
         y: Tensor = _ops().cached_attention(q.contiguous(), k, v, *tail)
-        return y
+        return Measured(y.flatten(0, 1))
     if prefix is not None:
         raise KernelUnavailable(
             f"cached_attention: only impl='cpu' reads packed keys, and {choice.impl!r} was taken: 'cpu' "
             f"{dict(choice.rejected).get('cpu')}. Ask reads_packed_keys before packing."
         )
     run = reference_impl if choice.impl == "reference" else composite_impl
-    return run(q, k, v, seen, own, num_heads, scale)
+    return Measured(run(q, k, v, seen, own, num_heads, scale).flatten(0, 1))
 
 
 def _on_cuda(
@@ -111,7 +132,7 @@ def _on_cuda(
     num_heads: int,
     scale: float,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Measured:
     """The call in ``dtype``; the new keys are written by the same launch where the cache is of that dtype."""
     if new is not None and k.dtype is not dtype:
         _write(k, new.k, new.place, own)
@@ -125,8 +146,8 @@ def _on_cuda(
         written = (new.k, new.v, *where)
     named = _named_samples(own, len(k), q.device)
     tail = (named, *written, front, num_heads, scale)
-    o: Tensor = cuda_decoding.cached_attention(q, k, v, seen, *tail)
-    return o
+    o, parts = cuda_decoding.cached_attention(q, k, v, seen, *tail)
+    return Measured(o.flatten(0, 1), parts, q.shape[2] // num_heads)
 
 
 def _write(cache: Tensor, rows: Tensor, place: int | Tensor, own: Sequence[int]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,28 +37,31 @@ def cached_attention(
     front: int,
     num_heads: int,
     scale: float,
-) -> Tensor:
-    """As ``beit3_fast.ops.cached_attention``; ``samples`` int32 [S], None for one of each in order.
+) -> tuple[Tensor, Tensor]:
+    """Rows o and their statistics, fp32 [S * n, H, 2] of each head. As ``beit3_fast.ops.cached_attention``.
 
-    ``new_k`` and ``new_v`` are written into k and v first, from ``place`` int64 [1] on, without it from ``first`` on.
+    ``samples`` int32 [S], None for one of each in order; ``new_k`` and ``new_v`` are written into k and v first, from ``place`` int64 [1] on, without it from ``first`` on.
     """
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    size = (q.shape[0] * q.shape[1], num_heads, 2)
+    parts = torch.empty(size, dtype=torch.float32, device=q.device)
     if o.numel():
         q, *own = map(cuda_kernels.aligned, (q, k, v))
         if new_k is not None and new_v is not None:
             new_k, new_v = cuda_kernels.aligned(new_k), cuda_kernels.aligned(new_v)
         seen = seen if seen.stride(2) == 1 else seen.contiguous()
-        tail = (seen, samples, new_k, new_v, place, first, front, num_heads, scale, o)
+        tail = (seen, samples, new_k, new_v, place, first, front, num_heads, scale, o, parts)
         cuda_kernels.launch("decode_attention", q, *own, *tail)
         for cache, written in zip((k, v), own, strict=True):
             if written is not cache and new_k is not None:
                 cache.copy_(written)
-    return o
+    return o, parts
 
 
 @cached_attention.register_fake
-def _(q: Tensor, *_: object) -> Tensor:
-    return q.new_empty(q.shape)
+def _(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    size = (q.shape[0] * q.shape[1], arguments[-2], 2)
+    return q.new_empty(q.shape), q.new_empty(size, dtype=torch.float32)
 
 
 @torch.library.custom_op("beit3_fast::cuda_head_top_k", mutates_args=())

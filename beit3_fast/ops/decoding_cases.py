@@ -45,8 +45,11 @@ def cuda_cached_attention(dtype: torch.dtype, device: str) -> dict[str, Parity]:
         k[:, keys - 2 :], v[:, keys - 2 :] = float("nan"), float("nan")
         place = torch.tensor([keys - 2], device=device)
         rest = (named, *new, place, 0, front, heads, width**-0.5)
-        o = cuda_decoding.cached_attention(q.to(device), k, v, seen.to(device), *rest)
-        parities[f"{sequences} of {rows} rows, {keys} keys"] = op_parity(o.cpu(), plain, truth)
+        o, moments = cuda_decoding.cached_attention(q.to(device), k, v, seen.to(device), *rest)
+        name = f"{sequences} of {rows} rows, {keys} keys"
+        parities[name] = op_parity(o.cpu(), plain, truth)
+        left = (_moments(t, heads) for t in (plain, truth))
+        parities[f"statistics, {name}"] = op_parity(moments.cpu(), *left)
     return parities
 
 
@@ -69,6 +72,14 @@ def cuda_head_top_k(dtype: torch.dtype, device: str) -> dict[str, Parity]:
         ours, theirs = (_likelihood(by_class, ids) for ids in (found[1], plain[1]))
         parities[f"classes, {name}"] = op_parity(ours, theirs, truth)
     return parities
+
+
+def _moments(o: Tensor, heads: int) -> Tensor:
+    """Mean and sum of squared deviations of every head of rows [S, n, C], in fp32 or fp64."""
+    own = o.flatten(0, 1).unflatten(1, (heads, -1))
+    own = own if own.dtype is torch.float64 else own.float()
+    mean = own.mean(2)
+    return torch.stack([mean, (own - mean[..., None]).square().sum(2)], dim=2)
 
 
 def _likelihood(by_class: Tensor, ids: Tensor) -> Tensor:

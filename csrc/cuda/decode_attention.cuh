@@ -14,6 +14,7 @@
 #include "attention_softmax.cuh"
 #include "decode_attention.h"
 #include "operand_loads.cuh"
+#include "warp.cuh"
 
 namespace beit3_fast::cuda {
 
@@ -235,8 +236,7 @@ struct DecodeTile {
   }
 
   // Eight columns of a row, of all warps together.
-  __device__ void join(uint32_t base, int row, int column) const {
-    const DecodeAttention& op = call.op;
+  __device__ void join(uint32_t (&words)[4], uint32_t base, int row, int column) const {
     float highest = -INFINITY;
     for (int warp = 0; warp < call.warps; ++warp) {
       highest = fmaxf(highest, load_shared(row_at(base, warp, row) + 4 * kHeadDim));
@@ -252,13 +252,42 @@ struct DecodeTile {
       for (int i = 0; i < 8; ++i) eight[i] += factor * load_shared(own + 4 * (column + i));
     }
     const float factor = 1.0f / (total == 0.0f ? 1.0f : total);
-    uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       words[i] = pack2<T>(eight[2 * i] * factor, eight[2 * i + 1] * factor);
     }
-    const int64_t place_of_row = (sequence * op.num_rows + first + row) * op.num_heads + head;
-    store_16_bytes(static_cast<uint16_t*>(op.o) + place_of_row * kHeadDim + column, words);
+  }
+
+  // Of the row whose columns the lanes have; those that have none bring zeros.
+  __device__ void measure(const uint32_t (&words)[4], bool real, float* at) const {
+    float sum = 0.0f, squares = 0.0f;
+#pragma unroll
+    for (const uint32_t word : words) sum += low_of<T>(word) + high_of<T>(word);
+    const float mean = sum_of_warp(sum) / kHeadDim;
+#pragma unroll
+    for (const uint32_t word : words) {
+      const float low = low_of<T>(word) - mean, high = high_of<T>(word) - mean;
+      if (real) squares += low * low + high * high;
+    }
+    squares = sum_of_warp(squares);
+    if (lane_index() == 0) {
+      at[0] = mean;
+      at[1] = squares;
+    }
+  }
+
+  // A warp's row: each of its first lanes has eight columns.
+  __device__ void finish(uint32_t base, int row) const {
+    const DecodeAttention& op = call.op;
+    const int64_t at = (sequence * op.num_rows + first + row) * op.num_heads + head;
+    const int column = 8 * lane_index();
+    const bool real = column < kHeadDim;
+    uint32_t words[4] = {0, 0, 0, 0};
+    if (real) {
+      join(words, base, row, column);
+      store_16_bytes(static_cast<uint16_t*>(op.o) + at * kHeadDim + column, words);
+    }
+    if (op.parts != nullptr) measure(words, real, op.parts + 2 * at);
   }
 
   __device__ void run(uint32_t base) {
@@ -267,9 +296,7 @@ struct DecodeTile {
     show(base);
     sync_block();
     const int rows = min(kDecodeQueries, static_cast<int>(call.op.num_rows) - first);
-    for (int i = thread_index(); i < rows * (kHeadDim / 8); i += 32 * call.warps) {
-      join(base, i / (kHeadDim / 8), i % (kHeadDim / 8) * 8);
-    }
+    for (int row = warp_index(); row < rows; row += call.warps) finish(base, row);
   }
 };
 

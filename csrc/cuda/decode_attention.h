@@ -17,6 +17,9 @@ struct DecodeAttention {
   void* k = nullptr;        // [samples, num_keys, num_heads * head_dim], no two places overlap
   void* v = nullptr;        // as k
   void* o = nullptr;        // as q, contiguous
+  // fp32 [num_sequences, num_rows, num_heads, 2]: mean and sum of squared deviations of each head
+  // of o; may be null.
+  float* parts = nullptr;
   int64_t q_sequence = 0;   // from a sequence to the next
   int64_t q_stride = 0;     // from a row to the next
   int64_t k_sample = 0;

@@ -6,9 +6,9 @@
 namespace beit3_fast::cuda {
 
 // Begins d = a b^T, or d += a b^T: a [64, 16] and b [kColumns, 16] (of 8-bit numbers 32) in shared
-// memory, K along the rows. Thread 4 g + t of warp w holds rows 16 w + g and 16 w + g + 8, of every block of 8 columns
-// the columns 2 t and 2 t + 1: d[4 b], d[4 b + 1] of block b in the first row, the next two in the
-// second.
+// memory, K along the rows. Thread 4 g + t of warp w holds rows 16 w + g and 16 w + g + 8, of every
+// block of 8 columns the columns 2 t and 2 t + 1: d[4 b], d[4 b + 1] of block b in the first row,
+// the next two in the second.
 template <class T, int kColumns>
 __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool add);
 

@@ -20,7 +20,7 @@ class Attention(ctypes.Structure):
 
     _fields_ = (
         ("element", ctypes.c_int32),
-        *((name, _POINTER) for name in "qkvo"),
+        *((name, _POINTER) for name in (*"qkvo", "parts")),
         *((f"{name}_{step}", _SIZE) for name, step in (("q", "sequence"), ("q", "stride"))),
         *((f"{name}_{step}", _SIZE) for name in "kv" for step in ("sample", "stride")),
         ("seen", _POINTER),
@@ -74,6 +74,14 @@ def _element(tensor: Tensor) -> int:
     return (torch.bfloat16, torch.float16).index(tensor.dtype)
 
 
+def assert_moments(heads: Tensor, parts: Tensor) -> None:
+    """``parts`` hold mean and sum of squared deviations of each head as it was rounded."""
+    mean = heads.mean(2)
+    squares = (heads - mean[..., None]).square().sum(2)
+    for mine, expected in zip(parts.unbind(2), (mean, squares), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -95,10 +103,14 @@ def attend(
     """
     sequences, rows, width = q.shape
     o = torch.full((sequences * rows + 1, width), torch.nan, dtype=q.dtype)
+    parts = torch.full((sequences * rows + 1, num_heads, 2), torch.nan)
     own = None if samples is None else torch.tensor(samples, dtype=torch.int32)
     call = Attention(
         element=_element(q),
-        **{name: t.data_ptr() for name, t in {"q": q, "k": k, "v": v, "o": o}.items()},
+        **{
+            name: t.data_ptr()
+            for name, t in {"q": q, "k": k, "v": v, "o": o, "parts": parts}.items()
+        },
         q_sequence=q.stride(0),
         q_stride=q.stride(1),
         k_sample=k.stride(0),
@@ -130,6 +142,8 @@ def attend(
     )
     assert fault is None, fault
     assert o[-1].isnan().all()
+    assert parts[-1].isnan().all()
+    assert_moments(o[:-1].unflatten(1, (num_heads, -1)).double(), parts[:-1].double())
     return o[:-1].view(sequences, rows, width)
 
 

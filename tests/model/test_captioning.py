@@ -219,14 +219,14 @@ def test_what_is_computed(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     caches: set[int] = set()
     packed: list[int] = []
     head, embed = decoding.head_top_k, decoding.embed_padded
-    attention, pack = caption_cache.cached_attention, caption_cache.pack_keys
+    attention, pack = caption_cache.measured_cached_attention, caption_cache.pack_keys
 
     def spy_head(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Any:
         assert weight.shape[0] == vocabulary
         heads.append(len(x))
         return head(x, weight, *rest, **options)
 
-    def spy_attention(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Tensor:
+    def spy_attention(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Any:
         rows.append(q.shape[0] * q.shape[1])
         image = options.get("prefix")
         caches.add((k if image is None else image.packed).untyped_storage().data_ptr())
@@ -241,7 +241,7 @@ def test_what_is_computed(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return embed(model, image, *rest)
 
     monkeypatch.setattr(decoding, "head_top_k", spy_head)
-    monkeypatch.setattr(caption_cache, "cached_attention", spy_attention)
+    monkeypatch.setattr(caption_cache, "measured_cached_attention", spy_attention)
     monkeypatch.setattr(caption_cache, "pack_keys", spy_pack)
     monkeypatch.setattr(decoding, "embed_padded", spy_embed)
     model.caption(photos(4), num_beams=3, max_length=7, mask_id=MASK)

@@ -264,9 +264,11 @@ const char* decode_attention(const DecodeAttention& op, CUstream_st*) {
     copy(op.new_v, sequence * op.new_v_sequence + row * op.new_v_stride, op.v,
          sample * op.v_sample + key * op.v_stride);
   }
+  const Rows<DecodeAttention::Element> o{op.o, op.head_dim, op.element};
   for (int64_t i = 0; i < op.num_sequences * op.num_rows * op.num_heads; ++i) {
     const int64_t row = i / op.num_heads;
     attend_cached(op, row / op.num_rows, row % op.num_rows, i % op.num_heads);
+    if (op.parts != nullptr) measure(o, i, 0, op.head_dim, op.parts + 2 * i);
   }
   return nullptr;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,12 +11,20 @@ from cuda_cases import DEVICE, on_device  # noqa: F401
 from model_cases import randomize
 from op_cases import DTYPES, assert_near
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from beit3_fast.composite.cached_attention import cached_attention as composite_attention
 from beit3_fast.composite.head_top_k import likeliest
 from beit3_fast.errors import KernelUnavailable
 from beit3_fast.model import create_model
-from beit3_fast.ops import NewKeys, cached_attention, head_top_k, kernel_cases
+from beit3_fast.model.decoding import CaptionDecoder
+from beit3_fast.ops import (
+    NewKeys,
+    cached_attention,
+    head_top_k,
+    kernel_cases,
+    measured_cached_attention,
+)
 from beit3_fast.parity import op_parity, worst_of
 from beit3_fast.reference.cached_attention import cached_attention as attention_formula
 from beit3_fast.reference.head_top_k import head_top_k as head_formula
@@ -46,8 +55,11 @@ def test_cached_attention(dtype: str, width: int, samples: list[int] | None) -> 
     here = [t.to(DEVICE) for t in (q, k, v)]
     o = cached_attention(*here, seen.to(DEVICE), front=6, impl="cuda", **options)
     assert_near(op_parity(o.cpu(), plain, truth), (dtype, width))
-    o = cached_attention(*here, whole.to(DEVICE), impl="cuda", **options)
-    assert_near(op_parity(o.cpu(), plain, truth), (dtype, width))
+    done = measured_cached_attention(*here, whole.to(DEVICE), impl="cuda", **options)
+    assert torch.equal(done.rows.cpu(), o.cpu().flatten(0, 1))
+    assert done.width == width
+    expected = kernel_cases.moments(done.rows.cpu(), width)
+    torch.testing.assert_close(done.parts.cpu(), expected, rtol=1e-4, atol=1e-5)
     for impl in ("composite", "reference"):
         o = cached_attention(q, k, v, seen, front=6, impl=impl, **options)
         assert_near(op_parity(o, plain, truth), impl)
@@ -103,6 +115,51 @@ def test_captions_with_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [c[0].score for c in found] == pytest.approx([c[0].score for c in expected], abs=0.1)
 
 
+class Launches(TorchDispatchMode):
+    """Names of the calls that launch something on a GPU: no views, no memory without content, no checks of a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.name().partition("::")[2].partition(".")[0]
+        alias = [own.alias_info for own in func._schema.returns]
+        is_view = any(own is not None and not own.is_write for own in alias)
+        if not is_view and name not in _NO_LAUNCH:
+            self.names.append(name)
+        return out
+
+
+_NO_LAUNCH = {"empty", "min", "max", "item", "_local_scalar_dense", "_unsafe_view"}
+
+
+@torch.no_grad()
+def test_launches_of_a_step() -> None:
+    """Those that docs/kernels.md speaks of: five calls a layer, a fixed number around them, two for the words."""
+    sizes: dict[str, Any] = {"embed_dim": 64, "num_heads": 1, "ffn_dim": 64, "num_layers": 3}
+    name = "beit3_tiny_patch16_32_captioning"
+    model: Any = randomize(create_model(name, impl="cuda", **sizes)).bfloat16().to(DEVICE)
+    images = torch.randn(2, 3, 32, 32).bfloat16().to(DEVICE)
+    decoder = CaptionDecoder(model, images, 3, 6, 0, 91)
+    decoder.graphs, decoder.keep_is_free = False, False
+    decoder.start()
+    words = torch.full((2, 3), 5, device=DEVICE)
+    decoder.step(words, torch.zeros_like(words))
+    steps, used = (torch.tensor([n], device=DEVICE) for n in (decoder.steps, decoder.used))
+    run, parents = decoder.fixed_step(steps, used), torch.zeros_like(words)
+    with Launches() as launches:
+        run(words, parents)
+    found = Counter(launches.names)
+    assert found.pop("cuda_cached_attention") == 3
+    assert found.pop("cuda_expert_linear") == 4 * 3
+    assert not found.keys() & {"index_copy_", "index_put_"}, "attention writes the keys"
+    assert found.total() == 19, found
+
+
 @pytest.mark.parametrize("kernel", ["cuda_cached_attention", "cuda_head_top_k"])
 @pytest.mark.full
 @pytest.mark.timeout(900)
@@ -127,6 +184,7 @@ def attention(**changes: Any) -> dict[str, Any]:
         "num_heads": 2,
         "scale": 0.1,
         "o": draw(2, 3, 128),
+        "parts": torch.empty(2, 3, 2, 2),
         "stream": 0,
     }
     return {
@@ -152,6 +210,7 @@ def attention(**changes: Any) -> dict[str, Any]:
         ({"samples": torch.zeros(3, dtype=torch.int32)}, "samples must be .* of 2"),
         ({"samples": torch.zeros(2)}, "samples"),
         ({"k": draw(3, 5, 128), "v": draw(3, 5, 128)}, "without samples.*2 sequences, got 3"),
+        ({"parts": torch.empty(2, 3, 2)}, "parts must be contiguous, of 24"),
         ({"new_v": None}, "come together"),
         ({"new_v": draw(2, 1, 128)}, "the sequences and the width of q"),
         ({"new_k": draw(1, 2, 128)}, "the sequences and the width of q"),
