@@ -90,7 +90,7 @@ def _build_ours(impl: str, rounds: Callable[..., Any] | None = None) -> Build:
             device,
         )
         if rounds is not None:
-            return rounds(model, dtype)  # type: ignore[no-any-return]
+            return rounds(model, dtype)
         return model if workload.task.train else for_inference(model)
 
     return build
