@@ -40,8 +40,9 @@ def explain(model: nn.Module, *, quiet: bool = False) -> list[Explanation]:
             f"{type(model).__name__} is neither a beit3_fast model nor accelerated; make one with "
             "beit3_fast.create_model or pass it to beit3_fast.accelerate first"
         )
-    int8 = any(isinstance(p, PackedWeight) and p.is_int8 for p in model.parameters())
-    misfits = _misfits(model)
+    kept = [p for p in model.parameters() if isinstance(p, PackedWeight)]
+    int8, float8 = any(p.is_int8 for p in kept), any(p.is_float8 for p in kept)
+    misfits = _misfits(model, float8)
     lower = dispatch.autocast_dtype(parameter)
     explanations = []
     for needs_grad in (False, True):
@@ -56,6 +57,7 @@ def explain(model: nn.Module, *, quiet: bool = False) -> list[Explanation]:
                 compiling=False,
                 mask_tensor=False,
                 int8=int8,
+                float8=float8 and op == "expert_linear",
                 misfit=misfits.get(op),
             )
             choice = dispatch.choose(at, impl)
@@ -72,14 +74,14 @@ def _impl(module: nn.Module) -> object:
     return getattr(module, "impl", None) or getattr(vars(module).get("forward"), "impl", None)
 
 
-def _misfits(model: nn.Module) -> dict[str, str | None]:
+def _misfits(model: nn.Module, float8: bool) -> dict[str, str | None]:
     """Why the CUDA kernels do not take the sizes of the model, by op."""
     for module in model.modules():
         heads, projection = getattr(module, "num_heads", None), getattr(module, "q_proj", None)
         if isinstance(heads, int) and isinstance(projection, nn.Module):
             width = next(projection.parameters()).shape[0]
             return {
-                "expert_linear": cuda_kernels.linear_misfit(width, width),
+                "expert_linear": cuda_kernels.linear_misfit(width, width, float8),
                 "shared_attention": cuda_kernels.attention_misfit(width // heads),
             }
     return {}

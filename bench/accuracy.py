@@ -1,7 +1,7 @@
 """How far a lower dtype moves a model's outputs: cosine of every token, error and first answer, against fp32.
 
     python bench/accuracy.py                     # int8, 1,000 pairs of a photograph's piece and a question
-    python bench/accuracy.py --dtypes int8 bfloat16 --samples 100
+    python bench/accuracy.py --dtypes int8 float8 bfloat16 --samples 100
 
 Weights are random in the official layout, which is harder on the first answer than trained ones are: nothing was
 learned, so no answer stands out. Cosines and errors are of the same kind as with trained weights.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import beit3_fast
-from beit3_fast.model.registry import for_inference, to_int8
+from beit3_fast.model.registry import for_inference, to_float8, to_int8
 from beit3_fast.ops import library
 from bench.baselines import fill
 from bench.environment import environment
@@ -31,14 +31,17 @@ from bench.inputs import SCENES, photo_pieces, text_batch
 
 MODEL = "beit3_base_patch16_480_vqav2"
 PIXELS = 224
-DTYPES = ("int8", "bfloat16")
+DTYPES = ("int8", "float8", "bfloat16")
+ROUNDED = {"int8": to_int8, "float8": to_float8}
 
 
 def model_in(dtype: str) -> Any:
     """The model with the benchmark's random weights."""
     model = beit3_fast.create_model(MODEL, img_size=PIXELS, device="meta").to_empty(device="cpu")
     fill(model)
-    return to_int8(model) if dtype == "int8" else for_inference(model.to(getattr(torch, dtype)))
+    if dtype in ROUNDED:
+        return ROUNDED[dtype](model)
+    return for_inference(model.to(getattr(torch, dtype)))
 
 
 def samples(first: int, count: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,18 +8,20 @@ the official layout, and takes the official forward arguments.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
 
 import beit3_fast
 from beit3_fast.errors import ConfigError
-from beit3_fast.model.registry import for_inference, to_int8
-from beit3_fast.ops import library
+from beit3_fast.model.registry import for_inference, to_float8, to_int8
+from beit3_fast.ops import cuda_kernels, library
 from bench import baselines_onnxruntime, baselines_openvino, baselines_torch
 from bench.conversion import load, load_torchscale
-from bench.runtime import Build, Runtime, Weights, int8_parity
+from bench.runtime import Build, Runtime, Weights, float8_parity, int8_parity
 from bench.torchscale_heads import MODELS, import_torchscale
 from bench.workloads import Workload
 
@@ -74,7 +76,7 @@ def our_entrypoint(workload: Workload) -> str:
     raise ConfigError(f"beit3_fast has no model for {workload.name}; it has {sorted(known)}")
 
 
-def _build_ours(impl: str, int8: bool = False) -> Build:
+def _build_ours(impl: str, rounds: Callable[..., Any] | None = None) -> Build:
     def build(
         workload: Workload, weights: Weights, dtype: torch.dtype, device: torch.device
     ) -> nn.Module:
@@ -87,8 +89,8 @@ def _build_ours(impl: str, int8: bool = False) -> Build:
             dtype,
             device,
         )
-        if int8:
-            return to_int8(model, dtype)
+        if rounds is not None:
+            return rounds(model, dtype)
         return model if workload.task.train else for_inference(model)
 
     return build
@@ -122,6 +124,14 @@ def _int8_obstacle(workload: Workload, dtype: torch.dtype, device: torch.device)
     return None
 
 
+def _float8_obstacle(workload: Workload, dtype: torch.dtype, device: torch.device) -> str | None:
+    if workload.task.train:
+        return "runs inference only"
+    if device.type == "cuda" and dtype is torch.bfloat16:
+        return cuda_kernels.obstacle("float8_linear", "cuda", dtype, False)
+    return "has kernels for CUDA, beside bfloat16 (bench/accuracy.py shows its accuracy on a CPU)"
+
+
 RUNTIMES: dict[str, Runtime] = {
     OURS: Runtime("this package, impl=auto", _build_ours("auto"), _impl_of_ours),
     f"{OURS}-composite": Runtime(
@@ -132,11 +142,19 @@ RUNTIMES: dict[str, Runtime] = {
     ),
     f"{OURS}-int8": Runtime(
         "this package, dtype=int8; activations between products in the dtype of the row",
-        _build_ours("auto", int8=True),
+        _build_ours("auto", to_int8),
         _impl_of_ours,
         _int8_obstacle,
         default=False,
         judge=int8_parity,
+    ),
+    f"{OURS}-float8": Runtime(
+        "this package, dtype=float8",
+        _build_ours("auto", to_float8),
+        _impl_of_ours,
+        _float8_obstacle,
+        default=False,
+        judge=float8_parity,
     ),
     f"{OURS}-triton": Runtime(
         "this package, impl=triton", _build_ours("triton"), _impl_of_ours, default=False

@@ -4,9 +4,14 @@
 #include <cstdio>
 
 #include "cuda/attention_hopper.cuh"
+#include "cuda/decode_attention.cuh"
 #include "cuda/expert_linear.cuh"
+#include "cuda/float8_linear.cuh"
+#include "cuda/head_top_k.cuh"
 #include "cuda/portable_attention.cuh"
+#include "cuda/portable_float8.cuh"
 #include "cuda/portable_linear.cuh"
+#include "cuda/quantize_rows.cuh"
 #include "cuda/row_statistics.cuh"
 
 namespace {
@@ -37,14 +42,26 @@ void heads(const char* type) {
   print<StepShape<kHeadDim>>("attend_in_steps", type, rest, 1);
   using Portable = PortableShape<kHeadDim>;
   print<Portable>("attend_portable", type, rest, Portable::kBlocksPerProcessor);
+  print<DecodeShape<kHeadDim>>("attend_cached", type, rest, 1);
+}
+
+template <int kRows>
+void head(const char* type) {
+  using Shape = HeadTileShape<kRows>;
+  char rest[32];
+  std::snprintf(rest, sizeof rest, ", %d", kRows);
+  print<Shape>("score_classes", type, rest, Shape::kBlocksPerProcessor);
 }
 
 }  // namespace
 
 int main() {
+  std::printf("join_classes<1> 32 %d 1\n", join_bytes(kMostTiles));
   for (const char* type : {"BFloat16", "Float16"}) {
     heads<64>(type);
     heads<88>(type);
+    head<16>(type);
+    head<48>(type);
     print<LinearShape<1>>("multiply_experts", type, ", 1, true", 1);
     print<LinearShape<1>>("multiply_experts", type, ", 1, false", 1);
     print<LinearShape<2>>("multiply_experts", type, ", 2, true", 1);
@@ -52,4 +69,9 @@ int main() {
     print<PortableLinearShape>("multiply_experts_portable", type, "", 2);
     std::printf("moments<%s> %d 0 1\n", type, 32 * kStatisticsWarps);
   }
+  print<Float8Shape<1>>("multiply_float8", "1", "", 1);
+  print<Float8Shape<2>>("multiply_float8", "2", "", 1);
+  using Portable = PortableFloat8Shape;
+  std::printf("multiply_float8_portable %d %d 2\n", Portable::kThreads, Portable::kBytes);
+  std::printf("quantize %d 0 1\n", 32 * kQuantizeWarps);
 }

@@ -34,11 +34,11 @@ TABLE = ROOT / "docs" / "cuda-kernels.md"
 SHARED_LIMIT = {"80": 101_376, "90a": 232_448, "100a": 232_448}
 SHARED_OF_PROCESSOR = {"80": 167_936, "90a": 233_472, "100a": 233_472}
 REGISTERS = 65_536
-_COUNTED = re.compile(r"\b(LDL|STL|HGMMA|HMMA|UTMALDG)\b")
+_COUNTED = re.compile(r"\b(LDL|STL|HGMMA|QGMMA|HMMA|QMMA|UTMALDG)\b")
 # Written for sm_90a: products of warp groups, operands brought by TMA.
-HOPPER = ("multiply_experts", "attend_whole", "attend_in_steps")
+HOPPER = ("multiply_experts", "multiply_float8", "attend_whole", "attend_in_steps")
 # Without a product: everything else has one, of tensor cores.
-PLAIN = ("moments",)
+PLAIN = ("moments", "quantize", "join_classes")
 
 
 class Unreadable(Exception):
@@ -56,7 +56,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """What the machine code of one kernel uses: per thread, per block, and instructions by name."""
+    """What the machine code of one kernel uses: per thread, per block, and instructions by name.
+
+    ``hgmma``: products of warp groups, of 8-bit numbers (QGMMA) too; ``hmma``: of warps (QMMA likewise).
+    """
 
     registers: int
     stack: int
@@ -137,8 +140,8 @@ def _read(cubin: Path) -> Iterator[tuple[str, str, dict[str, int]]]:
             "registers": int(registers),
             "stack": int(stack),
             "local_accesses": found["LDL"] + found["STL"],
-            "hgmma": found["HGMMA"],
-            "hmma": found["HMMA"],
+            "hgmma": found["HGMMA"] + found["QGMMA"],
+            "hmma": found["HMMA"] + found["QMMA"],
             "tma_loads": found["UTMALDG"],
         }
         yield _built_as(target[1]), demangled(mangled), used
@@ -220,8 +223,8 @@ def table(findings: list[dict[str, Any]]) -> str:
         "",
         "Written by `python -m bench.cuda_resources`; no GPU is needed. Every kernel of the op library, compiled by",
         f"nvcc {stamp.get('cuda')} and read with cuobjdump. The tests hold each line to: no stack and no local memory; registers and shared memory",
-        "of all blocks that share a processor within its limits; HGMMA and TMA loads in the kernels for sm_90a, HMMA in the portable",
-        "ones. These are facts about code, not speeds: no GPU has run these kernels yet.",
+        "of all blocks that share a processor within its limits; HGMMA (of 8-bit numbers QGMMA) and TMA loads in the kernels for sm_90a,",
+        "HMMA (QMMA) in the portable ones. These are facts about code, not speeds: no GPU has run these kernels yet.",
         "",
         "| architecture | kernel | threads | blocks a processor | registers | shared memory (bytes) | HGMMA | HMMA | TMA loads | rules broken |",
         "|---|---|---|---|---|---|---|---|---|---|",

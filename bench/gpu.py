@@ -45,16 +45,23 @@ WORKLOADS = {
 RUNTIMES = (
     "beit3_fast",
     "beit3_fast-cuda",
+    "beit3_fast-float8",
     "beit3_fast-triton",
     "torchscale",
     "torchscale-compiled",
     "timm",
 )
+# A step of captions beside its memory floor.
+DECODE = (sys.executable, "-m", "bench.decode_step")
+TINY = "beit3_tiny_patch16_32_captioning"
 # One small case for each kernel; the sanitizer is some 20 times slower.
 SANITIZED = "(one and row) or (mixed and 2x88) or descriptors"
 SANITIZED_CUDA = "three or one or mixed or rows"
 # The tests of the CUDA kernels; without a GPU their binding runs in front of plain loops.
 CUDA_TESTS = "tests/ops/test_cuda_binding.py"
+FLOAT8_TESTS = "tests/ops/test_cuda_float8_ops.py"
+CUDA_DECODING_TESTS = "tests/ops/test_cuda_decoding_binding.py"
+GRAPH_TESTS = ("tests/model/test_capture.py", "tests/model/test_step_graph.py")
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,10 @@ def steps(device: str, dry_run: bool, out: Path) -> list[Step]:
         if not dry_run or name in KERNEL_TESTS[:2]
     ]
     plan.append(Step("parity-cuda", (*PYTEST, CUDA_TESTS, *chosen)))
+    plan.append(Step("parity-float8", (*PYTEST, FLOAT8_TESTS, *chosen)))
+    decoding = ("-m", "not full", "-k", "head_top_k") if dry_run else chosen
+    plan.append(Step("parity-cuda-decoding", (*PYTEST, CUDA_DECODING_TESTS, *decoding)))
+    plan.append(Step("graphs", (*PYTEST, *GRAPH_TESTS, "-k", "captions" if dry_run else "graph")))
     if device == "cuda":
         verify = (sys.executable, "-m", "beit3_fast", "verify", "--kernels", "--json")
         plan.append(Step("verify", verify))
@@ -92,12 +103,21 @@ def steps(device: str, dry_run: bool, out: Path) -> list[Step]:
             plan.append(Step(tool, (*command, *files, "-k", SANITIZED), False, uncached))
             own = (*command, CUDA_TESTS, "-k", SANITIZED_CUDA)
             plan.append(Step(f"{tool}-cuda", own, False, uncached))
+            rounded = (*command, FLOAT8_TESTS, "-k", "left or model")
+            plan.append(Step(f"{tool}-float8", rounded, False, uncached))
+            own = (*command, CUDA_DECODING_TESTS, "-k", "not captions and not refuses")
+            plan.append(Step(f"{tool}-cuda-decoding", own, False, uncached))
     bench = (sys.executable, "bench/run.py", "--device", device)
     if dry_run:
         small = ("--quick", "--workloads", "image/base/224", "--batch", "1", "--dtypes", "fp32")
         runtimes = ("--runtimes", "beit3_fast", "torchscale")
         plan.append(Step("bench", (*bench, *small, *runtimes, "--out", str(out / "bench")), True))
+        plan.append(Step("bench-decode-step", (*DECODE, "--model", TINY, "--words", "3"), True))
     else:
+        for batch in ("1", "64"):
+            for impl in ("auto", "composite"):
+                what = ("--device", device, "--batch", batch, "--impl", impl)
+                plan.append(Step(f"bench-decode-step-{impl}-{batch}", (*DECODE, *what), True))
         for workload, batch in WORKLOADS.items():
             name = "bench-" + workload.replace("/", "-")
             what = ("--workloads", workload, "--batch", batch, "1", "--dtypes", "bf16")

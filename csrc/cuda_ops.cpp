@@ -4,7 +4,6 @@
 // The caller names the stream: torch's C interface offers it in libraries that a CPU build of torch
 // does not have, so that this one could not be loaded there.
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -15,7 +14,7 @@
 #include "cuda/expert_linear.h"
 #include "cuda/row_statistics.h"
 #include "cuda/shared_attention.h"
-#include "operands.h"
+#include "cuda_operands.h"
 
 namespace {
 
@@ -23,54 +22,6 @@ using namespace beit3_fast::operands;
 using beit3_fast::cuda::ExpertLinear;
 using beit3_fast::cuda::RowStatistics;
 using beit3_fast::cuda::SharedAttention;
-
-#ifdef BEIT3_FAST_EMULATE_CUDA
-#define BEIT3_FAST_DEVICE CPU
-#define BEIT3_FAST_NAMESPACE BEIT3_FAST_EMULATE_CUDA
-struct DeviceGuard {
-  explicit DeviceGuard(const Tensor&) {}
-};
-bool on_device(const Tensor& t) { return t.is_cpu(); }
-#else
-#define BEIT3_FAST_DEVICE CUDA
-#define BEIT3_FAST_NAMESPACE beit3_fast
-struct DeviceGuard {
-  explicit DeviceGuard(const Tensor& t) : own(t.get_device_index()) {}
-  torch::stable::accelerator::DeviceGuard own;
-};
-bool on_device(const Tensor& t) { return t.is_cuda(); }
-#endif
-
-CUstream_st* stream_of(int64_t handle) { return reinterpret_cast<CUstream_st*>(handle); }
-
-// Rows of 16 bits, whose elements lie side by side.
-void require_rows(const Tensor& t, const Tensor& first, const char* op, const char* name) {
-  require(on_device(t) && t.get_device_index() == first.get_device_index(), op, ": ", name,
-          " must be on the device of the first argument, a GPU");
-  require(t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half, op, ": ",
-          name, " must be bfloat16 or float16");
-  require(t.scalar_type() == first.scalar_type(), op, ": ", name,
-          " must have the dtype of the first argument");
-  require_matrix(t, op, name);
-}
-
-// A contiguous tensor of this type on the device of `first`.
-template <class Number>
-Number* numbers_of(const Tensor& t, const Tensor& first, ScalarType type, int64_t count,
-                   const char* op, const char* name) {
-  require(on_device(t) && t.get_device_index() == first.get_device_index() &&
-              t.scalar_type() == type && t.is_contiguous() && t.numel() == count,
-          op, ": ", name, " must be contiguous, of ", count,
-          " numbers of its type, on the device of the first argument; got shape ", shape_of(t));
-  return static_cast<Number*>(t.mutable_data_ptr());
-}
-
-template <class Op>
-typename Op::Element element_of(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Half ? Op::Element::kFloat16 : Op::Element::kBFloat16;
-}
-
-void raise(const char* op, const char* error) { require(error == nullptr, op, ": ", error); }
 
 void row_statistics(Tensor x, std::optional<Tensor> rows, Tensor parts, int64_t stream) {
   constexpr const char* op = "launch_row_statistics";

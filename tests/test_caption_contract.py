@@ -17,7 +17,7 @@ from beit3_fast.errors import (
     ShapeError,
 )
 from beit3_fast.model import create_model
-from beit3_fast.ops import PackedKeys, cached_attention, library, pack_keys
+from beit3_fast.ops import NewKeys, PackedKeys, cached_attention, library, pack_keys
 
 NAME = "beit3_tiny_patch16_32_captioning"
 image = torch.zeros(1, 3, 32, 32)
@@ -53,6 +53,18 @@ ATTENTION: list[tuple[dict[str, Any], str]] = [
     ({"seen": seen.long()}, r"seen must be bool \[S, n, N\] = \[2, 3, 5\].*got torch.int64"),
     ({"seen": seen[:, :, :4]}, r"of shape \[2, 3, 4\]"),
     ({"impl": "fast"}, "impl must be 'auto' or one of.*'fast'"),
+    ({"front": 6}, "front must count some of the 5 keys, got 6"),
+    ({"front": 1}, r"seen must be bool \[S, n, N - front\] = \[2, 3, 4\]"),
+    ({"new": (q, q, 0)}, "new must be NewKeys, got tuple"),
+    ({"new": NewKeys(q, None, 0)}, "new.v must be a tensor, got NoneType"),  # type: ignore[arg-type]
+    (
+        {"new": NewKeys(q[:1], q[:1], 0)},
+        r"new.k must be \[S, m, C\] with S = 2 and C = 8.*\[1, 3, 8\]",
+    ),
+    ({"new": NewKeys(q, q[:, :2], 0)}, "new.v must be .*k and v alike"),
+    ({"new": NewKeys(q.half(), q.half(), 0)}, "the cache's dtype.*got torch.float16"),
+    ({"new": NewKeys(q, q, 3)}, "new.place must leave 3 of the 5 places, got 3"),
+    ({"new": NewKeys(q, q, torch.tensor(1))}, r"new.place must be int64 \[1\]"),
     ({"prefix": cache}, "prefix must come from pack_keys, got Tensor"),
     ({"prefix": PackedKeys(cache, 5)}, r"prefix must hold 5 keys for each of 4 samples, 2 heads"),
 ]

@@ -80,7 +80,9 @@ def on_processes(
 def add_runtime(group: argparse._ActionsContainer) -> None:
     """--device, --dtype, --impl, --json."""
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
-    group.add_argument("--dtype", default="float32", help="or bfloat16, float16, int8 (CPU)")
+    group.add_argument(
+        "--dtype", default="float32", help="or bfloat16, float16, int8 (CPU), float8"
+    )
     group.add_argument("--impl", default="auto", help="or composite, cpu, triton, cuda, reference")
     group.add_argument("--json", action="store_true", help="print one JSON document")
 

@@ -69,8 +69,8 @@ class Results:
 
 def beam_search(decoder: Decoder, options: Options, special: Special) -> Results:
     """The best ``options.num_return_sequences`` captions of every input of ``decoder``."""
-    logits = decoder.start()[:, None]
-    inputs, device, width = len(logits), logits.device, options.num_beams
+    rows = decoder.start()[:, None]
+    inputs, device, width = len(rows), rows.device, options.num_beams
     most_words = options.max_length - 2
     sums = torch.zeros(inputs, 1, device=device)
     tokens = torch.full((inputs, 1, most_words), special.mask, device=device)
@@ -80,7 +80,7 @@ def beam_search(decoder: Decoder, options: Options, special: Special) -> Results
     done = torch.zeros(inputs, dtype=torch.bool, device=device)
     for before in range(most_words):
         last = before == most_words - 1
-        scores, parents, words = _candidates(logits, sums, options, special)
+        scores, parents, words = _candidates(decoder, rows, sums, options, special)
         done |= found.scores[:, -1] >= scores[:, 0] / _longest(before, options)
         ends = words == special.eos
         # The walk stops at the candidate that fills the beams.
@@ -111,37 +111,19 @@ def beam_search(decoder: Decoder, options: Options, special: Special) -> Results
             decoder.keep(live)
             found, origin, done = found.at(live), origin[live], done[live]
             sums, parents, words, tokens = (t[live] for t in (sums, parents, words, tokens))
-        logits = decoder.step(words, parents)
+        rows = decoder.step(words, parents)
     final.put(origin, found)
     return final
 
 
 def _candidates(
-    logits: Tensor, sums: Tensor, options: Options, special: Special
+    decoder: Decoder, rows: Tensor, sums: Tensor, options: Options, special: Special
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best 3W continuations [S, 3W] of logits [S, W, V], best first: sums of log p, beams, words."""
+    """The best 3W continuations [S, 3W] of rows [S, W, C], best first: sums of log p, beams, words."""
     count = CANDIDATES_PER_BEAM * options.num_beams
-    best, words = log_probabilities(logits, count, None if options.compat else special)
+    best, words = decoder.likeliest(rows, count, None if options.compat else special)
     totals, places = (best + sums[:, :, None]).flatten(1).topk(count, dim=1)
     return totals, places // count, words.flatten(1).gather(1, places)
-
-
-def log_probabilities(logits: Tensor, count: int, special: Special | None) -> tuple[Tensor, Tensor]:
-    """The ``count`` likeliest tokens: fp32 log p [..., count] and ids; ``special``: tokens that are no words excepted."""
-    logits = logits.float()
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    if special is not None:
-        logits = without_special(logits, special)
-    best, words = logits.topk(count, dim=-1)
-    return best - total, words
-
-
-def without_special(logits: Tensor, special: Special) -> Tensor:
-    """The logits with minus infinity at tokens that are no words."""
-    logits = logits.clone()
-    logits[..., special.mask :] = float("-inf")
-    logits[..., [special.bos, special.pad]] = float("-inf")
-    return logits
 
 
 def _longest(words_before: int, options: Options) -> float:

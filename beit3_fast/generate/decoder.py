@@ -4,28 +4,50 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from beit3_fast.generate.options import Special
 
 
 class Decoder(Protocol):
     """Scores of the next token for S inputs with W captions each; whatever they share is computed once.
 
+    A step gives rows, one for each next token, good until the next step; of them all logits can be had, or only the best.
     ``keep_is_free`` says that neither ``keep`` nor asking which captions are finished costs anything.
     """
 
     keep_is_free: bool
 
     def start(self) -> Tensor:
-        """Logits [S, V] of the first token of every input."""
+        """Rows [S, C] that stand for the first token of every input."""
         ...
 
     def step(self, words: Tensor, parents: Tensor) -> Tensor:
-        """Logits [S, W, V] after ``words`` int64 [S, W], each added to the caption ``parents`` int64 [S, W]."""
+        """Rows [S, W, C] after ``words`` int64 [S, W], each added to the caption ``parents`` int64 [S, W]."""
+        ...
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Logits [..., V] of rows [..., C]."""
+        ...
+
+    def likeliest(self, rows: Tensor, count: int, special: Special | None) -> tuple[Tensor, Tensor]:
+        """The ``count`` likeliest tokens of rows [..., C], best first: log p (fp32 at least) and ids [..., count].
+
+        ``special``: tokens that are no words are not chosen, though they count in the probabilities.
+        """
         ...
 
     def keep(self, inputs: Tensor) -> None:
         """Go on with some of the S inputs only, int64 [S'], ascending."""
         ...
+
+
+def words_of(vocabulary: int, special: Special, device: torch.device) -> Tensor:
+    """bool [V], True at tokens that are words, or end a caption."""
+    words = torch.arange(vocabulary, device=device) < special.mask
+    words[[special.bos, special.pad]] = False
+    return words
 
 
 # Where the answer must come from a device, it is not asked for after every step.

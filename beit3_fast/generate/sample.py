@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from beit3_fast.generate.beam import Results, without_special
-from beit3_fast.generate.decoder import Decoder, survivors
+from beit3_fast.generate.beam import Results
+from beit3_fast.generate.decoder import Decoder, survivors, words_of
 from beit3_fast.generate.options import Options, Special
 
 
@@ -25,13 +25,13 @@ def choose_words(
     decoder: Decoder, options: Options, special: Special, generator: torch.Generator | None = None
 ) -> Iterator[Chosen]:
     """Every step's words, the end token too; inputs whose captions have all ended leave."""
-    logits = decoder.start()[:, None].expand(-1, options.width, -1)
-    inputs, device = len(logits), logits.device
+    rows = decoder.start()[:, None]
+    inputs, device = len(rows), rows.device
     origin = torch.arange(inputs, device=device)
     ended = torch.zeros(inputs, options.width, dtype=torch.bool, device=device)
     same = torch.arange(options.width, device=device).expand(inputs, -1)
     for step in range(options.max_length - 2):
-        words, log_p = _choose(logits, options, special, generator)
+        words, log_p = _choose(decoder, rows, options, special, generator)
         words = words.masked_fill(ended, special.pad)
         yield Chosen(words, log_p, origin)
         ended = ended | (words == special.eos)
@@ -43,7 +43,7 @@ def choose_words(
                 return
             decoder.keep(live)
             words, ended, origin, same = (t[live] for t in (words, ended, origin, same))
-        logits = decoder.step(words, same if step else torch.zeros_like(same))
+        rows = decoder.step(words, same if step else torch.zeros_like(same))
 
 
 def sample(
@@ -77,15 +77,24 @@ def sample(
 
 
 def _choose(
-    logits: Tensor, options: Options, special: Special, generator: torch.Generator | None
+    decoder: Decoder,
+    rows: Tensor,
+    options: Options,
+    special: Special,
+    generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """Words [S, W] for logits [S, W, V], and the model's own log p of them, whatever they were drawn from."""
-    scores = without_special(logits.float(), special)
-    if options.sample:
-        words = _draw(scores / options.temperature, options, generator)
-    else:
-        words = scores.argmax(dim=-1)
-    total = logits.float().logsumexp(dim=-1)
+    """Words [S, W] for rows [S, W, C], and the model's own log p of them, whatever they were drawn from.
+
+    The rows of the first step, [S, 1, C], are those of all captions.
+    """
+    if not options.sample:
+        log_p, words = decoder.likeliest(rows, 1, special)
+        return words[..., 0], log_p[..., 0]
+    logits = decoder.logits(rows).float().expand(-1, options.width, -1)
+    known = words_of(logits.shape[-1], special, logits.device)
+    scores = logits.masked_fill(~known, float("-inf"))
+    words = _draw(scores / options.temperature, options, generator)
+    total = logits.logsumexp(dim=-1)
     return words, scores.gather(-1, words[..., None])[..., 0] - total
 
 

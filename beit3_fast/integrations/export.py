@@ -36,7 +36,7 @@ class ImageTower(nn.Module):
             raise ConfigError(f"output must be one of {list(OUTPUTS)}, got {output!r}")
         if any(isinstance(parameter, PackedWeight) for parameter in model.parameters()):
             raise ConfigError(
-                "an exported program holds plain weights; create the model without inference_only=True or dtype='int8'"
+                "an exported program holds plain weights; create the model without inference_only=True and in a dtype of 16 or 32 bits"
             )
         self.model, self.output = model, output
 

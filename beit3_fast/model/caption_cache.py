@@ -7,10 +7,16 @@ step in either.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from beit3_fast.ops import PackedKeys, cached_attention, pack_keys, reads_packed_keys
+from beit3_fast.ops import (
+    Measured,
+    NewKeys,
+    PackedKeys,
+    measured_cached_attention,
+    pack_keys,
+    reads_packed_keys,
+)
 
 
 class LayerCache:
@@ -24,7 +30,8 @@ class LayerCache:
         # Places of k and v in front of the first word.
         self.front = 0 if reads_packed_keys(rows, impl) else vision
         size = (samples, self.front + words, rows.shape[1])
-        self.k, self.v = rows.new_empty(size), rows.new_empty(size)
+        # What no step has written yet may be read by one that hides it: a NaN would show.
+        self.k, self.v = rows.new_zeros(size), rows.new_zeros(size)
         self.image: PackedKeys | None = None
 
     def write_image(self, samples: slice, k: Tensor, v: Tensor) -> None:
@@ -39,19 +46,23 @@ class LayerCache:
             self.image = PackedKeys(whole, count)
         self.image.packed[samples] = packed
 
-    def write_words(self, samples: list[int], place: int, k: Tensor, v: Tensor) -> None:
-        """Take those of ``n`` words a sample, [S * n, C], at the places from ``place`` on."""
-        for cache, rows in ((self.k, k), (self.v, v)):
-            own = rows.unflatten(0, (len(samples), -1))
-            first = self.front + place
-            cache[samples, first : first + own.shape[1]] = own
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        place: int | Tensor,
+        seen: Tensor,
+        samples: tuple[int, ...],
+    ) -> Measured:
+        """Rows [S * n, C] of q [S, n, C] to their image and to the words that ``seen`` bool [S, n, words so far] names.
 
-    def attend(self, q: Tensor, seen: Tensor, samples: tuple[int, ...]) -> Tensor:
-        """Rows q [S, n, C] to their image and to the words that ``seen`` bool [S, n, words so far] names."""
+        ``k`` and ``v`` [S * m, C] are those of ``m`` words a sample, which take the places from ``place`` on first;
+        ``place`` counts words, as an int64 tensor [1] on the device those in front of them too.
+        """
         stop = self.front + seen.shape[2]
-        if self.front:
-            seen = torch.cat([seen.new_ones(*seen.shape[:2], self.front), seen], dim=2)
-        return cached_attention(
+        k, v = (rows.unflatten(0, (len(samples), -1)) for rows in (k, v))
+        return measured_cached_attention(
             q,
             self.k[:, :stop],
             self.v[:, :stop],
@@ -60,6 +71,8 @@ class LayerCache:
             samples=samples,
             impl=self.impl,
             prefix=self.image,
+            front=self.front,
+            new=NewKeys(k, v, place if isinstance(place, Tensor) else self.front + place),
         )
 
     def keep(self, samples: Tensor) -> None:

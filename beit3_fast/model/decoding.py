@@ -8,25 +8,50 @@ mask token's keys are overwritten by the next step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from beit3_fast.generate import Special
+from beit3_fast.generate.decoder import words_of
 from beit3_fast.layout import TokenLayout
 from beit3_fast.model.batch import embed_padded
 from beit3_fast.model.caption_cache import LayerCache
 from beit3_fast.model.embedding import text_rows
 from beit3_fast.model.encoder import attend, layer_norm, project
+from beit3_fast.model.step_graph import StepGraph, try_to_capture
 from beit3_fast.ops import (
     Measured,
     expert_linear,
+    head_top_k,
     measured_shared_attention,
 )
+from beit3_fast.ops.dispatch import autocast_enabled
 
 # Images are encoded as many at a time as give about this number of rows, see model/encoder.py.
 _ROWS_AT_ONCE = 2048
+
+
+class _Moment(NamedTuple):
+    """When a step takes place: after so many steps and places used, int or int64 [1] on the device, of ``stop`` places."""
+
+    steps: int | Tensor
+    used: int | Tensor
+    stop: int
+
+
+class _Shape(NamedTuple):
+    """What all steps of S images with W captions each have in common; their rows are W words and W mask tokens an image."""
+
+    layout: TokenLayout
+    last_layout: TokenLayout  # of the mask tokens alone
+    captions: Tensor  # int64 [W], their numbers
+    asking: Tensor  # int64 [S * W], the mask tokens among all rows
+    ahead: Tensor  # int64 [2W], how many places in front of the words'
+    masks: Tensor  # int64 [S, W], the mask token
 
 
 class CaptionDecoder:
@@ -42,6 +67,10 @@ class CaptionDecoder:
         self.bos, self.mask, self.width = bos, mask, width
         self.device = images.device
         self.keep_is_free = images.device.type == "cpu"
+        self.graphs = images.device.type == "cuda" and not autocast_enabled("cuda")
+        self.graph: StepGraph | None = None
+        self.shapes: dict[tuple[int, int], _Shape] = {}
+        self.known: Tensor | None = None
         self.samples, self.num_samples = tuple(range(len(images))), len(images)
         self.pairs = any("C" in layer.ffn._modules for layer in self.encoder.layers)
         grid = model.beit3.vision_embed.grid_size(images)
@@ -56,18 +85,40 @@ class CaptionDecoder:
         self.seen = torch.zeros(len(images), 1, self.words, dtype=torch.bool, device=self.device)
 
     def start(self) -> Tensor:
-        """Logits [S, V] of the first token."""
+        """Rows [S, C] that stand for the first token."""
         words = torch.full((len(self.samples), 1), self.bos, device=self.device)
-        return self._step(words)[:, 0]
+        return self._step_by_step(words)[:, 0]
 
     def step(self, words: Tensor, parents: Tensor) -> Tensor:
-        """Logits [S, W, V] after ``words`` int64 [S, W], each added to the caption ``parents`` int64 [S, W]."""
-        self.seen = self.seen.gather(1, parents[:, :, None].expand(-1, -1, self.words))
-        return self._step(words)
+        """Rows [S, W, C] after ``words`` int64 [S, W], each added to the caption ``parents`` int64 [S, W].
+
+        On a GPU the second step of a shape is captured in a CUDA graph, which it and the following ones replay.
+        """
+        if self.graphs and self.steps > 1 and self._captured(words, parents) is not None:
+            return self._replayed(words, parents)
+        self.seen = self._chosen(parents)
+        return self._step_by_step(words)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Logits [..., V] of rows [..., C]."""
+        head, flat = self.model.mlm_head, rows.flatten(0, -2)
+        weights, bounds = [head.weight], (0, len(flat))
+        logits = expert_linear(flat, weights, [head.bias], bounds=bounds, impl=self.impl)
+        return logits.unflatten(0, rows.shape[:-1])
+
+    def likeliest(self, rows: Tensor, count: int, special: Special | None) -> tuple[Tensor, Tensor]:
+        """The ``count`` likeliest tokens of rows [..., C]: log p and ids [..., count]; ``special``: words only."""
+        head = self.model.mlm_head
+        if special is not None and self.known is None:
+            self.known = words_of(len(head.weight), special, self.device)
+        allowed = None if special is None else self.known
+        operands = (rows.flatten(0, -2), head.weight, head.bias, count)
+        log_p, ids = head_top_k(*operands, allowed=allowed, impl=self.impl)
+        return log_p.unflatten(0, rows.shape[:-1]), ids.unflatten(0, rows.shape[:-1])
 
     def keep(self, inputs: Tensor) -> None:
         """Go on with the images ``inputs`` int64 [S'] only; where that is free their cache stays where it is."""
-        self.seen = self.seen[inputs]
+        self.seen, self.graph = self.seen[inputs], None
         if self.keep_is_free:
             self.samples = tuple(self.samples[index] for index in inputs.tolist())
             return
@@ -75,45 +126,94 @@ class CaptionDecoder:
         for cache in self.caches:
             cache.keep(inputs)
 
-    def _step(self, words: Tensor) -> Tensor:
+    def _chosen(self, parents: Tensor) -> Tensor:
+        """What the captions ``parents`` see, bool [S, W, words]."""
+        return self.seen.gather(1, parents[:, :, None].expand(-1, -1, self.words))
+
+    def _step_by_step(self, words: Tensor) -> Tensor:
+        width = words.shape[1]
+        rows = self._step(words, _Moment(self.steps, self.used, self.used + 2 * width))
+        self.steps, self.used = self.steps + 1, self.used + width
+        return rows
+
+    def _captured(self, words: Tensor, parents: Tensor) -> StepGraph | None:
+        """The graph of steps of this shape; where there can be none, none is asked for again."""
+        if self.seen.shape[1] != words.shape[1]:
+            return None
+        if self.graph is None or not self.graph.fits(words):
+            steps, used = (torch.tensor([n], device=self.device) for n in (self.steps, self.used))
+            self.graph = try_to_capture(self.fixed_step(steps, used), words, parents)
+            self.graphs = self.graph is not None
+        return self.graph
+
+    def fixed_step(self, steps: Tensor, used: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """``step`` without anything that changes from one to the next but what lies in memory.
+
+        ``steps`` and ``used``, int64 [1], say how far decoding is; every call moves them on.
+        """
+
+        def run(words: Tensor, parents: Tensor) -> Tensor:
+            self.seen.copy_(self._chosen(parents))
+            rows = self._step(words, _Moment(steps, used, self.words))
+            steps.add_(1)
+            used.add_(words.shape[1])
+            return rows
+
+        return run
+
+    def _replayed(self, words: Tensor, parents: Tensor) -> Tensor:
+        assert self.graph is not None
+        rows = self.graph(words, parents)
+        self.steps, self.used = self.steps + 1, self.used + words.shape[1]
+        return rows
+
+    def _step(self, words: Tensor, moment: _Moment) -> Tensor:
+        """Rows [S, W, C] of the mask tokens behind ``words``; keys and ``seen`` are brought up to date."""
         batch, width = words.shape
-        used, stop = self.used, self.used + 2 * width
-        own = torch.arange(width, device=self.device)
-        self.seen[:, own, used + own] = True
+        shape = self._shape(batch, width)
+        own = (moment.used + shape.captions).expand(batch, -1)[:, :, None]
+        self.seen.scatter_(2, own, True)
         # Rows: the words of all captions, then their mask tokens; each mask token sees what its word sees, and itself.
-        seen = self.seen[:, :, :stop].repeat(1, 2, 1)
-        seen[:, width + own, used + width + own] = True
-        x = Measured(self._embed(words))
-        layout = TokenLayout.from_lengths([0] * batch, [2 * width] * batch, self.device)
-        if self.pairs:
-            layout = replace(layout, text_only=0)
+        seen = self.seen[:, :, : moment.stop].repeat(1, 2, 1)
+        seen[:, width:].scatter_(2, own + width, True)
+        x, layout = Measured(self._embed(words, moment.steps, shape)), shape.layout
+        place = moment.used
+        if isinstance(place, Tensor):
+            place = place + self.caches[0].front
         last = len(self.encoder.layers) - 1
         for index, layer in enumerate(self.encoder.layers):
             q, k, v = project(layer, x, layout, "qkv", self.impl)
-            self.caches[index].write_words(list(self.samples), used, k, v)
             q = q.unflatten(0, (batch, 2 * width))
             if index == last:
                 q, seen = q[:, width:], seen[:, width:]
-                rows = torch.arange(2 * batch * width, device=self.device).view(batch, -1)
-                x = x.select(rows[:, width:].flatten())
-                layout = replace(layout, text_lengths=(width,) * batch)
-            o = self.caches[index].attend(q, seen, self.samples)
-            x = attend(layer, o.flatten(0, 1), x.rows, layout, self.impl)
-        self.steps, self.used = self.steps + 1, self.used + width
+                x, layout = x.select(shape.asking), shape.last_layout
+            o = self.caches[index].attend(q, k, v, place, seen, self.samples)
+            x = attend(layer, o, x.rows, layout, self.impl)
         asking = x.rows
         if self.encoder.layer_norm is not None:
             asking = layer_norm(self.encoder.layer_norm, asking, layout)
-        head, bounds = self.model.mlm_head, (0, len(asking))
-        logits = expert_linear(asking, [head.weight], [head.bias], bounds=bounds, impl=self.impl)
-        return logits.unflatten(0, (batch, width))
+        return asking.unflatten(0, (batch, width))
 
-    def _embed(self, words: Tensor) -> Tensor:
+    def _shape(self, batch: int, width: int) -> _Shape:
+        """Made once: lists reach a device by copies, which no graph may hold."""
+        if (batch, width) not in self.shapes:
+            layouts = []
+            for tokens in (2 * width, width):
+                own = TokenLayout.from_lengths([0] * batch, [tokens] * batch, self.device)
+                layouts.append(replace(own, text_only=0) if self.pairs else own)
+            captions = torch.arange(width, device=self.device)
+            rows = torch.arange(2 * batch * width, device=self.device).view(batch, -1)
+            ahead = torch.arange(2 * width, device=self.device) >= width
+            masks = torch.full((batch, width), self.mask, device=self.device)
+            asking = rows[:, width:].flatten()
+            self.shapes[batch, width] = _Shape(*layouts, captions, asking, ahead.long(), masks)
+        return self.shapes[batch, width]
+
+    def _embed(self, words: Tensor, steps: int | Tensor, shape: _Shape) -> Tensor:
         """Rows [S * 2W, C]: words at this step's place, mask tokens at the next."""
-        tokens = torch.cat([words, torch.full_like(words, self.mask)], dim=1)
-        places = torch.full_like(tokens, self.steps)
-        places[:, words.shape[1] :] += 1
+        tokens, places = torch.cat([words, shape.masks], dim=1), steps + shape.ahead
         own, table = self.model.beit3.text_embed.weight, self.encoder.embed_positions.B.weight
-        return text_rows(tokens.flatten(), places.flatten(), own, table)[1]
+        return text_rows(tokens.flatten(), places.repeat(len(words)), own, table)[1]
 
     def _encode(self, images: Tensor, first: int) -> None:
         """Fill the caches of the samples from ``first`` on with the keys and values of ``images``."""

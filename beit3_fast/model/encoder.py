@@ -28,6 +28,7 @@ from beit3_fast.ops import (
     measured,
     measured_expert_linear,
     measured_shared_attention,
+    rounding,
 )
 from beit3_fast.padded_layout import PaddedLayout
 
@@ -230,14 +231,15 @@ def _feed_forward(
 ) -> Measured:
     experts = route(layer.ffn, layout)
     norm = _norm(layer.final_layer_norm, layout)
+    linears = [e.fc2 for e in experts.modules]
+    stores = rounding(linears[0].weight) != "float8"
     h = _experts_linear(
-        x, [e.fc1 for e in experts.modules], experts.bounds, norm, "gelu", None, impl
+        x, [e.fc1 for e in experts.modules], experts.bounds, norm, "gelu", None, impl, stores
     )
     norms = [e.ffn_layernorm for e in experts.modules]
     inner = None
     if norms[0] is not None:
         inner = Norm([n.weight for n in norms], [n.bias for n in norms], norms[0].eps)
-    linears = [e.fc2 for e in experts.modules]
     return _experts_linear(h, linears, experts.bounds, inner, None, residual, impl)
 
 
@@ -262,6 +264,7 @@ def _experts_linear(
     activation: str | None,
     residual: Tensor | None,
     impl: str,
+    stores: bool = True,
 ) -> Measured:
     return measured_expert_linear(
         x,
@@ -272,6 +275,7 @@ def _experts_linear(
         activation=activation,
         residual=residual,
         impl=impl,
+        stores=stores,
     )
 
 

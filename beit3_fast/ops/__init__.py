@@ -4,14 +4,17 @@ Two of a layer, one in front of the layers (images become rows), one behind them
 """
 
 from beit3_fast.ops.cached_attention import (
+    NewKeys,
     PackedKeys,
     cached_attention,
+    measured_cached_attention,
     pack_keys,
     reads_packed_keys,
 )
 from beit3_fast.ops.expert_linear import expert_linear, measured_expert_linear
+from beit3_fast.ops.head_top_k import head_top_k
 from beit3_fast.ops.masked_linear_cross_entropy import masked_linear_cross_entropy
-from beit3_fast.ops.operands import Measured, Norm, measured
+from beit3_fast.ops.operands import Measured, Norm, measured, rounding
 from beit3_fast.ops.patch_embedding import patch_embedding
 from beit3_fast.ops.shared_attention import (
     MASKS,
@@ -22,16 +25,20 @@ from beit3_fast.ops.shared_attention import (
 __all__ = [
     "MASKS",
     "Measured",
+    "NewKeys",
     "Norm",
     "PackedKeys",
     "cached_attention",
     "expert_linear",
+    "head_top_k",
     "masked_linear_cross_entropy",
     "measured",
+    "measured_cached_attention",
     "measured_expert_linear",
     "measured_shared_attention",
     "pack_keys",
     "patch_embedding",
     "reads_packed_keys",
+    "rounding",
     "shared_attention",
 ]

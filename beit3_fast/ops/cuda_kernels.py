@@ -14,8 +14,10 @@ from beit3_fast.kernels._folded_weights import FoldedWeights
 from beit3_fast.ops import library
 from beit3_fast.ops.folding import folded_weights
 
+OPS = ("expert_linear", "float8_linear", "shared_attention", "cached_attention", "head_top_k")
 HEAD_WIDTHS = (64, 88)
 MAX_EXPERTS = 3  # of a launch, as in csrc/cuda/expert_linear.h
+STATISTICS_WIDTH = 128  # columns of a part of a row's statistics, likewise
 # TMA moves and aligns by 16 bytes.
 _ALIGNMENT = 16
 _STEP = 8
@@ -50,13 +52,37 @@ def runs_on(arch: str, major: int, minor: int) -> bool:
     return own_major == major and own_minor <= minor
 
 
+# From here on the tensor cores multiply e4m3.
+_FLOAT8 = (8, 9)
+
+
+def float8_obstacle() -> str | None:
+    """Why products in float8 cannot run on the current device, where the other kernels can, or None."""
+    if not torch.cuda.is_available():
+        return None
+    own = torch.cuda.get_device_capability()
+    if own < _FLOAT8:
+        return f"multiplies float8 from compute capability 8.9 on, and this GPU has {own[0]}.{own[1]}; use 'bfloat16'"
+    for arch in library.cuda_architectures():
+        if divmod(int(arch.rstrip("af")), 10) >= _FLOAT8 and runs_on(arch, *own):
+            return None
+    return (
+        f"was not compiled with float8 products for compute capability {own[0]}.{own[1]} (build again with "
+        f"BEIT3_FAST_CUDA_ARCHS={own[0]}{own[1]})"
+    )
+
+
 def obstacle(op: str, device: str, dtype: torch.dtype, needs_grad: bool) -> str | None:
     """Why the kernels cannot take such a call, or None."""
-    if op not in ("expert_linear", "shared_attention"):
+    if op not in OPS:
         return "has no kernel for this op"
     reason = why_unavailable(device)
+    if reason is None and op == "float8_linear":
+        reason = float8_obstacle()
     if reason is not None:
         return reason
+    if op == "float8_linear" and dtype is not torch.bfloat16:
+        return f"takes bfloat16 beside float8, got {str(dtype).removeprefix('torch.')}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
     if needs_grad:
@@ -64,10 +90,11 @@ def obstacle(op: str, device: str, dtype: torch.dtype, needs_grad: bool) -> str 
     return None
 
 
-def linear_misfit(features: int, out: int) -> str | None:
+def linear_misfit(features: int, out: int, float8: bool = False) -> str | None:
     """Why a product of these widths is none for the kernel, or None."""
-    if features % _STEP or out % _STEP or not features or not out:
-        return f"takes features in multiples of {_STEP}, got {features} in and {out} out"
+    step = _ALIGNMENT if float8 else _STEP
+    if features % step or out % step or not features or not out:
+        return f"takes features in multiples of {step}, got {features} in and {out} out"
     return None
 
 
@@ -92,6 +119,8 @@ def aligned(tensor: Tensor) -> Tensor:
 @torch.library.custom_op("beit3_fast::cuda_expert_linear", mutates_args=())
 def expert_linear(
     x: Tensor,
+    x_parts: Tensor | None,
+    x_width: int,
     weights: list[Tensor],
     parts: list[Tensor],
     biases: list[Tensor],
@@ -102,31 +131,45 @@ def expert_linear(
     bounds: list[int],
     eps: float,
     activation: str,
-) -> Tensor:
+    measure: bool,
+) -> tuple[Tensor, Tensor]:
     """As ``beit3_fast.reference.expert_linear``; where there are ``parts``, equally many for each weight and stacked
-    along O, the weights give only their shape."""
+    along O, the weights give only their shape. With ``measure`` the second result has the row statistics of the first,
+    fp32 [M, T, 2]; else it is empty. ``x_parts``: those of x, in parts of ``x_width`` columns."""
     folded = folded_weights(weights, parts, biases, norm_weights, norm_biases)
     # Rows that ``rows`` does not name are zero.
     allocate = x.new_empty if rows is None else x.new_zeros
     y = allocate(x.shape[0], folded.weights.shape[1])
+    left = allocate(_left_shape(y, measure), dtype=torch.float32)
     if not bounds[-1]:
-        return y
+        return y, left
     x = aligned(x)
     residual = None if residual is None else aligned(residual)
     moments = None
-    if folded.sums is not None:
-        moments = torch.empty(x.shape[0], 2, dtype=torch.float32, device=x.device)
-        _launch("row_statistics", x, rows, moments)
+    if folded.sums is not None and x_parts is not None:
+        moments = x_parts.contiguous()
+    elif folded.sums is not None:
+        moments, x_width = x.new_empty(x.shape[0], 2, dtype=torch.float32), x.shape[1]
+        launch("row_statistics", x, rows, moments)
+    own_parts = left if measure else None
     for e, own in expert_groups(bounds):
         few = FoldedWeights(*(None if t is None else t[e : e + len(own) - 1] for t in folded))
-        tail = (moments, x.shape[1], eps, residual, rows, own, activation == "gelu", y, None)
-        _launch("expert_linear", x, *few, *tail)
-    return y
+        tail = (moments, x_width, eps, residual, rows, own, activation == "gelu", y, own_parts)
+        launch("expert_linear", x, *few, *tail)
+    return y, left
 
 
 @expert_linear.register_fake
-def _(x: Tensor, weights: list[Tensor], *_: Any) -> Tensor:
-    return x.new_empty(x.shape[0], weights[0].shape[0])
+def _(
+    x: Tensor, x_parts: Any, x_width: int, weights: list[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape[0], weights[0].shape[0])
+    return y, x.new_empty(_left_shape(y, rest[-1]), dtype=torch.float32)
+
+
+def _left_shape(y: Tensor, measure: bool) -> tuple[int, int, int]:
+    rows, features = y.shape
+    return (rows if measure else 0, -(-features // STATISTICS_WIDTH), 2)
 
 
 def expert_groups(bounds: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
@@ -152,22 +195,28 @@ def shared_attention(
     num_heads: int,
     scale: float,
     mask: str,
-) -> Tensor:
-    """o [Rq, C]; ``longest``: most keys and most queries of a sample."""
+    measure: bool,
+) -> tuple[Tensor, Tensor]:
+    """o [Rq, C]; ``longest``: most keys and most queries of a sample. With ``measure`` the second result has the
+    statistics of the heads of every row, fp32 [Rq, H, 2]; else it is empty."""
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    left = o.new_empty(len(o) if measure else 0, num_heads, 2, dtype=torch.float32)
     where = (cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q, longest, longest_q)
     if o.numel():
         operands = map(aligned, (q, k, v))
-        _launch("shared_attention", *operands, *where, num_heads, scale, mask, o, None, None)
-    return o
+        parts = left if measure else None
+        launch("shared_attention", *operands, *where, num_heads, scale, mask, o, None, parts)
+    return o, left
 
 
 @shared_attention.register_fake
-def _(q: Tensor, *_: Any) -> Tensor:
-    return q.new_empty(q.shape)
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, num_heads, _, _, measure = rest
+    count = q.shape[0] if measure else 0
+    return q.new_empty(q.shape), q.new_empty(count, num_heads, 2, dtype=torch.float32)
 
 
-def _launch(kernel: str, first: Tensor, *arguments: Any) -> None:
+def launch(kernel: str, first: Tensor, *arguments: Any) -> None:
     """Calls the library's op that launches a kernel, on torch's current stream of that device."""
     reason = why_unavailable(first.device.type)
     if reason is not None:

@@ -47,6 +47,7 @@ class Situation(NamedTuple):
     mask_tensor: bool
     int8: bool = False
     packed: bool = False
+    float8: bool = False
     # Why the CUDA kernels do not take operands of these sizes.
     misfit: str | None = None
 
@@ -78,12 +79,14 @@ def situation(
     mask_tensor: bool = False,
     int8: bool = False,
     packed: bool = False,
+    float8: bool = False,
     misfit: str | None = None,
 ) -> Situation:
     """The situation of a call: ``tensors`` are all operands, the first one gives device and dtype.
 
     ``int8``: whether the weights are rounded to int8, which only the CPU kernels multiply as such; ``packed``: whether
-    they are kept only in the layout of those kernels; ``misfit``: why the CUDA kernels do not take these sizes.
+    they are kept only in the layout of those kernels; ``float8``: whether they are rounded to float8; ``misfit``: why
+    the CUDA kernels do not take these sizes.
     """
     first = tensors[0]
     lower = autocast_dtype(first)
@@ -97,16 +100,19 @@ def situation(
         mask_tensor=mask_tensor,
         int8=int8,
         packed=packed,
+        float8=float8,
         misfit=misfit,
     )
 
 
 def _cpu_obstacle(at: Situation) -> str | None:
     """Why the compiled CPU kernels cannot take this call, or None."""
-    if at.op not in (*OPS, "cached_attention"):
+    if at.op not in (*OPS, "cached_attention", "head_top_k"):
         return "has no kernel for this op"
     if at.device != "cpu":
         return f"takes CPU tensors, these are on {at.device}"
+    if at.float8:
+        return "has no float8 products"
     if at.dtype not in (torch.float32, torch.bfloat16):
         return f"takes float32 and bfloat16, got {str(at.dtype).removeprefix('torch.')}"
     if at.op == "cached_attention":
@@ -144,15 +150,24 @@ def _cpu_slower(at: Situation) -> str | None:
 
 def _cuda_obstacle(at: Situation) -> str | None:
     """Why the CUDA kernels cannot take this call, or None."""
-    if at.mask_tensor:
+    if at.mask_tensor and at.op != "cached_attention":
         return "takes mask structures, not a mask tensor"
-    return cuda_kernels.obstacle(at.op, at.device, at.dtype, at.needs_grad) or at.misfit
+    return cuda_kernels.obstacle(_cuda_op(at), at.device, at.dtype, at.needs_grad) or at.misfit
+
+
+def _cuda_op(at: Situation) -> str:
+    """The kernel's own name for the op."""
+    return "float8_linear" if at.float8 and at.op == "expert_linear" else at.op
 
 
 def _triton_obstacle(at: Situation) -> str | None:
     """Why the Triton kernels cannot take this call, or None."""
+    if at.op not in (*OPS, "masked_linear_cross_entropy"):
+        return "has no kernel for this op"
     if at.mask_tensor:
         return "takes mask structures, not a mask tensor"
+    if at.float8:
+        return "has no float8 products"
     return triton_kernels.obstacle(at.device, at.dtype)
 
 
@@ -222,7 +237,7 @@ def _chosen(requested: str, *fields: Any) -> Choice:
             of_triton = kernel_check.doubt(at.op, at.dtype, at.needs_grad)
         # What is not the first choice is not checked.
         if not (takes_triton and of_triton is None) and _cuda_obstacle(at) is None:
-            of_cuda = kernel_check.doubt(at.op, at.dtype, at.needs_grad, "cuda")
+            of_cuda = kernel_check.doubt(_cuda_op(at), at.dtype, at.needs_grad, "cuda")
     return _choose(at, requested, (of_cuda, of_triton))
 
 

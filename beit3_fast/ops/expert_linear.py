@@ -23,7 +23,8 @@ from beit3_fast.composite.expert_linear import PLAIN, expert_linear_backward, re
 from beit3_fast.composite.expert_linear import expert_linear as composite_impl
 from beit3_fast.derived import derived, needs_grad
 from beit3_fast.ops import cpu_kernels, cuda_kernels, dispatch, library, triton_kernels
-from beit3_fast.ops.operands import Measured, Norm, Weight, check, flat, measured, shape
+from beit3_fast.ops.float8_linear import float8_linear
+from beit3_fast.ops.operands import Measured, Norm, Weight, check, flat, measured, rounding, shape
 from beit3_fast.ops.packed_weight import PackedWeight
 from beit3_fast.reference.expert_linear import expert_linear as reference_impl
 
@@ -71,10 +72,12 @@ def measured_expert_linear(
     rows: Tensor | None = None,
     impl: str = "auto",
     measure: bool = True,
+    stores: bool = True,
 ) -> Measured:
-    """As ``expert_linear``; the result has its row statistics where the implementation leaves them ("triton" does)
-    and ``measure`` asks for them."""
-    x, parts, width = measured(x)
+    """As ``expert_linear``; where ``measure`` asks for them, the result has its row statistics if the implementation
+    leaves them ("triton" and "cuda" do), and rows of a product in float8 the next one's operand ("cuda" does).
+    ``stores=False``: such a product is their only reader, and they need not be in memory as they are."""
+    x, parts, width, rounded = measured(x)
     check(x, parts, width, weights, biases, bounds, norm, activation, residual, rows)
     used = [e for e in range(len(weights)) if bounds[e] < bounds[e + 1]] or [0]
     if len(used) < len(weights):
@@ -87,13 +90,30 @@ def measured_expert_linear(
     tensors = [x, *flat(weights), *flat(biases or ()), *norm_weights, *norm_biases]
     if residual is not None:
         tensors.append(residual)
-    kept = [part for part in flat(weights) if isinstance(part, PackedWeight)]
-    int8 = any(part.is_int8 for part in kept)
-    misfit = cuda_kernels.linear_misfit(x.shape[1], shape(weights[0])[0])
-    at = dispatch.situation("expert_linear", tensors, int8=int8, packed=bool(kept), misfit=misfit)
+    packed = any(isinstance(part, PackedWeight) for part in flat(weights))
+    to = rounding(flat(weights)[0])
+    misfit = cuda_kernels.linear_misfit(x.shape[1], shape(weights[0])[0], to == "float8")
+    at = dispatch.situation(
+        "expert_linear",
+        tensors,
+        int8=to == "int8",
+        packed=packed,
+        float8=to == "float8",
+        misfit=misfit,
+    )
     choice = dispatch.choose(at, impl)
-    if int8 and (choice.impl != "cpu" or at.needs_grad):
-        _warn_of_int8(dict(choice.rejected).get("cpu", "has no gradients of int8 products"))
+    if to == "float8":
+        if not at.needs_grad:
+            own = [_stack(bias) for bias in biases or ()]
+            given = Measured(x, parts, width, rounded)
+            tail = (residual, rows, tuple(bounds), eps, activation or "none")
+            operands = (given, weights, own, norm_weights, norm_biases, tail)
+            return float8_linear(choice.impl, at, *operands, measure, stores)
+        _warn_of_unpacking(to, "has no gradients of float8 products")
+    if to == "int8" and (choice.impl != "cpu" or at.needs_grad):
+        _warn_of_unpacking(
+            to, dict(choice.rejected).get("cpu", "has no gradients of int8 products")
+        )
     if at.autocast and choice.impl in ("cpu", "cuda", "triton"):
         lowered = (weights, biases, bounds, norm, activation, residual, rows, choice.impl)
         return Measured(_lowered(x, *lowered))
@@ -156,16 +176,16 @@ def _in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if weight.dtype == dtype:
         return weight
     if isinstance(weight, PackedWeight):
-        return weight if weight.is_int8 else weight.unpack(dtype)
+        return weight if weight.is_rounded else weight.unpack(dtype)
     if needs_grad(weight):
         return weight.to(dtype)
     return derived(f"in {dtype}", (weight,), lambda: weight.detach().to(dtype))
 
 
 @cache
-def _warn_of_int8(reason: str) -> None:
+def _warn_of_unpacking(to: str, reason: str) -> None:
     logger.warning(
-        "weights rounded to int8 are unpacked for a call, which is slow: the kernel %s", reason
+        "weights rounded to %s are unpacked for a call, which is slow: the kernel %s", to, reason
     )
 
 
@@ -242,9 +262,10 @@ def _on_gpu(
     vectors = (stacked_biases, list(norm_weights), list(norm_biases))
     operands = (stacked, parts, *vectors, residual, rows, list(bounds), *rest)
     own = dispatch.rows_in_memory(x.rows)
-    if impl == "cuda":
-        return Measured(cuda_kernels.expert_linear(own, *operands))
     given = x.parts if norm_weights else None
+    if impl == "cuda":
+        y, left = cuda_kernels.expert_linear(own, given, x.width, *operands, measure)
+        return Measured(y, left, cuda_kernels.STATISTICS_WIDTH) if measure else Measured(y)
     # Where GELU's operand is kept for the backward pass, the kernel leaves no statistics beside it.
     measure = measure and not (with_grad and rest[-1] == "gelu")
     y, _, left = triton_kernels.expert_linear(own, given, x.width, *operands, with_grad, measure)

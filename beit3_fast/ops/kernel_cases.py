@@ -15,7 +15,8 @@ from torch import Tensor
 from beit3_fast.composite import expert_linear as composite_linear
 from beit3_fast.composite import shared_attention as composite_attention
 from beit3_fast.layout import TokenLayout
-from beit3_fast.ops import cuda_kernels, triton_kernels
+from beit3_fast.ops import cuda_kernels, decoding_cases, triton_kernels
+from beit3_fast.ops.kernel_cases_float8 import cuda_float8_linear, moments
 from beit3_fast.parity import Parity, op_parity
 from beit3_fast.reference import expert_linear as linear_formula
 from beit3_fast.reference import masked_linear_cross_entropy as head_formula
@@ -102,18 +103,25 @@ def masked_linear_cross_entropy_backward(dtype: torch.dtype, device: str) -> dic
 
 
 def cuda_expert_linear(dtype: torch.dtype, device: str) -> dict[str, Parity]:
-    """The product with LayerNorm, bias, GELU and residual, in CUDA C++."""
-    results = _linear(dtype, device, with_grad=False, shapes=_LINEAR_ON_CUDA, product=_on_cuda)
-    return {name: op_parity(*(each["y"] for each in own)) for name, *own in results}
+    """The product with LayerNorm, bias, GELU and residual, and the row statistics that it leaves, in CUDA C++."""
+    own: dict[str, Any] = {"shapes": _LINEAR_ON_CUDA, "product": _on_cuda}
+    own["width"] = cuda_kernels.STATISTICS_WIDTH
+    parities = {}
+    for name, *results in _linear(dtype, device, with_grad=False, **own):
+        for part in results[0]:
+            parities[f"{part}, {name}"] = op_parity(*(each[part] for each in results))
+    return parities
 
 
 def cuda_shared_attention(dtype: torch.dtype, device: str) -> dict[str, Parity]:
-    """The forward pass in CUDA C++."""
+    """The forward pass and the row statistics that it leaves, in CUDA C++."""
     results = _attention(
         dtype, device, with_grad=False, shapes=_ATTENTION_ON_CUDA, kernel=_attention_on_cuda
     )
     return {
-        f"{mask}, {lengths}": op_parity(*(t[0] for t in own)) for lengths, mask, *own in results
+        f"{name}, {mask}, {lengths}": op_parity(*(t[place] for t in own))
+        for lengths, mask, *own in results
+        for place, name in enumerate(("o", "statistics"))
     }
 
 
@@ -127,7 +135,10 @@ CASES: dict[str, Callable[[torch.dtype, str], dict[str, Parity]]] = {
 }
 CUDA_CASES: dict[str, Callable[[torch.dtype, str], dict[str, Parity]]] = {
     "cuda_expert_linear": cuda_expert_linear,
+    "cuda_float8_linear": cuda_float8_linear,
     "cuda_shared_attention": cuda_shared_attention,
+    "cuda_cached_attention": decoding_cases.cuda_cached_attention,
+    "cuda_head_top_k": decoding_cases.cuda_head_top_k,
 }
 
 
@@ -171,7 +182,8 @@ def _on_triton(own: _Product, rows: Any, rest: Any, with_grad: bool) -> tuple[Te
 
 def _on_cuda(own: _Product, rows: Any, rest: Any, with_grad: bool) -> tuple[Tensor, ...]:
     x, weights, *others = own
-    return (cuda_kernels.expert_linear(x, weights, [], *others, rows, *rest),)
+    given = moments(x.detach(), 24) if rows is None else None
+    return tuple(cuda_kernels.expert_linear(x, given, 24, weights, [], *others, rows, *rest, True))
 
 
 def _linear(
@@ -181,6 +193,7 @@ def _linear(
     with_grad: bool,
     shapes: tuple[Any, ...] = (),
     product: Callable[[_Product, Any, Any, bool], tuple[Tensor, ...]] = _on_triton,
+    width: int = triton_kernels.STATISTICS_WIDTH,
 ) -> list[Any]:
     """Name, and for kernel, plain PyTorch and formula: y, and with gradients those of all operands."""
     generator, results = torch.Generator().manual_seed(0), []
@@ -207,11 +220,11 @@ def _linear(
 
         def plain(own: _Product, rows: Any = rows, rest: Any = rest) -> tuple[Tensor, ...]:
             y = composite_linear.expert_linear(*own, rows, *rest)
-            return y, moments(y.detach(), triton_kernels.STATISTICS_WIDTH)
+            return y, moments(y.detach(), width)
 
         def formula(own: _Product, rows: Any = rows, rest: Any = rest) -> tuple[Tensor, ...]:
             y = linear_formula.expert_linear(*own, rows, *rest)
-            return y, moments(y.detach(), triton_kernels.STATISTICS_WIDTH)
+            return y, moments(y.detach(), width)
 
         moved = here.map(lambda t: t.to(device))
         found = [
@@ -221,14 +234,6 @@ def _linear(
         ]
         results.append((f"{count} rows", *found))
     return results
-
-
-def moments(x: Tensor, width: int) -> Tensor:
-    """Mean and sum of squared deviations of each ``width`` columns of the rows [M, C], [M, T, 2] in fp32 or fp64."""
-    wide = x if x.dtype is torch.float64 else x.float()
-    means = [part.mean(1) for part in wide.split(width, dim=1)]
-    squares = [part.var(1, correction=0) * part.shape[1] for part in wide.split(width, dim=1)]
-    return torch.stack([torch.stack(means, 1), torch.stack(squares, 1)], dim=2)
 
 
 def _product_gradients(
@@ -273,7 +278,7 @@ def _attention_on_triton(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[
 def _attention_on_cuda(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, ...]:
     own, *rest = call
     where = (own.cu_vision, own.cu_text, None, None, None, own.longest, own.longest)
-    return (cuda_kernels.shared_attention(q, k, v, *where, *rest),)
+    return tuple(cuda_kernels.shared_attention(q, k, v, *where, *rest, True))
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, ...]:

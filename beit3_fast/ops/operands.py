@@ -10,6 +10,7 @@ from torch import Tensor
 
 from beit3_fast.derived import derived
 from beit3_fast.errors import ShapeError
+from beit3_fast.float8 import Quantized
 from beit3_fast.ops import dispatch
 from beit3_fast.ops.packed_weight import PackedWeight
 
@@ -29,16 +30,19 @@ class Measured(NamedTuple):
 
     ``parts`` fp32 [M, T, 2]: mean and sum of squared deviations of each ``width`` columns of a row, the last part
     having what is left. They are those of the rows as stored and are trusted: rows that change must lose them.
+    ``rounded``: the rows in 8 bits, for a product with weights in 8 bits.
     """
 
     rows: Tensor
     parts: Tensor | None = None
     width: int = 0
+    rounded: Quantized | None = None
 
     def select(self, rows: Tensor) -> Measured:
         """The rows that ``rows`` int64 [R] names."""
         parts = None if self.parts is None else self.parts[rows]
-        return Measured(self.rows[rows], parts, self.width)
+        rounded = None if self.rounded is None else self.rounded.select(rows)
+        return Measured(self.rows[rows], parts, self.width, rounded)
 
 
 def measured(x: Tensor | Measured) -> Measured:
@@ -49,6 +53,13 @@ def measured(x: Tensor | Measured) -> Measured:
 def flat(weights: Sequence[Weight]) -> list[Tensor]:
     """All tensors of a list of weights."""
     return [part for w in weights for part in (w if isinstance(w, tuple) else (w,))]
+
+
+def rounding(weight: Tensor) -> str:
+    """To what a weight is rounded: "int8", "float8" or nothing, ""."""
+    if not isinstance(weight, PackedWeight):
+        return ""
+    return "int8" if weight.is_int8 else "float8" if weight.is_float8 else ""
 
 
 def shape(weight: Weight) -> tuple[int, ...]:
@@ -91,9 +102,12 @@ def check(
                     f"weights, biases and residual must have x's dtype and device ({x.dtype}, {x.device}), "
                     f"got {tensor.dtype}, {tensor.device}; convert them or run under torch.autocast"
                 )
-    rounded = {isinstance(part, PackedWeight) and part.is_int8 for part in flat(weights)}
+    rounded = {rounding(part) for part in flat(weights)}
     if len(rounded) > 1:
-        raise ShapeError("weights must be rounded to int8 all together or not at all")
+        names = " and ".join(sorted(name or "not" for name in rounded))
+        raise ShapeError(
+            f"weights must be rounded to int8 or float8 all together or not at all, got {names}"
+        )
     features = x.shape[1]
     out, inner = (*shape(weights[0]), 0)[:2]
     for expert, weight in enumerate(weights):

@@ -1,9 +1,10 @@
-"""A weight kept only in the layout that the CPU kernels read: one copy of it, for inference.
+"""A weight kept only in the layout that the kernels read: one copy of it, for inference.
 
-``PackedWeight`` is a tensor [O, I] whose memory is the packed form, exact or rounded to int8. ``expert_linear``
-reads that form; to everything else it behaves as the plain weight, which is unpacked for the call, so that a view
-of it is a copy. It has no gradient and cannot be changed in place, except as a whole by ``copy_`` (which
-``load_state_dict`` uses); moved to another dtype or device, it becomes a plain parameter.
+``PackedWeight`` is a tensor [O, I] whose memory is the packed form, exact, rounded to int8 (CPU) or to float8 (CPU
+and CUDA; scales, then rows of numbers). ``expert_linear`` reads that form; to everything else it behaves as the plain
+weight, which is unpacked for the call, so that a view of it is a copy. It has no gradient and cannot be changed in
+place, except as a whole by ``copy_`` (which ``load_state_dict`` uses); moved to another dtype or device, it becomes a
+plain parameter.
 """
 
 from __future__ import annotations
@@ -16,14 +17,21 @@ from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_leaves, tree_map
 
 from beit3_fast.errors import ConfigError
+from beit3_fast.float8 import E4M3, Quantized
+from beit3_fast.float8 import dequantize as dequantize_float8
+from beit3_fast.float8 import quantize as round_to_float8
 from beit3_fast.ops import library
 from beit3_fast.ops.dispatch import rows_in_memory
 
-_PACKED = "it is packed for inference; create the model without inference_only=True or dtype='int8'"
+_PACKED = (
+    "it is packed for inference; create the model without inference_only=True, dtype='int8' or "
+    "dtype='float8'"
+)
+_SCALE_BYTES = 4
 
 
 class PackedWeight(Tensor):
-    """[O, I], fp32 or bf16, on the CPU; ``packed`` is the only memory. Made by ``pack`` and ``quantize``."""
+    """[O, I], fp32 or bf16; ``packed`` is the only memory. Made by ``pack``, ``quantize`` and ``quantize_float8``."""
 
     packed: Tensor
 
@@ -40,13 +48,34 @@ class PackedWeight(Tensor):
         """Whether the packed form is rounded to int8."""
         return self.packed.dtype is torch.int8
 
+    @property
+    def is_float8(self) -> bool:
+        """Whether the packed form is rounded to float8."""
+        return self.packed.dtype is torch.uint8
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether the packed form is rounded to 8 bits."""
+        return self.is_int8 or self.is_float8
+
+    def float8(self) -> Quantized:
+        """Numbers [O, I] and scales [O, 1] of a weight rounded to float8, in the memory of the packed form."""
+        rows, columns = self.shape
+        behind = rows * _SCALE_BYTES
+        scales = self.packed[:behind].view(torch.float32).view(rows, 1)
+        return Quantized(self.packed[behind:].view(E4M3).view(rows, columns), scales)
+
     def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The plain weight [O, I]: bit for bit what was packed, or what int8 left of it."""
+        """The plain weight [O, I]: bit for bit what was packed, or what rounding to 8 bits left of it."""
+        if self.is_float8:
+            return dequantize_float8(self.float8(), self.shape[1]).to(dtype or self.dtype)
         library.load()
         plain: Tensor = torch.ops.beit3_fast.unpack_weight(self.packed, *self.shape)
         return plain.to(dtype or self.dtype)
 
     def _packed_like(self, plain: Tensor) -> Tensor:
+        if self.is_float8:
+            return _pack_float8(plain.detach().to(self.device))
         packed: Tensor = (quantize(plain) if self.is_int8 else pack(plain.to(self.dtype))).packed
         return packed
 
@@ -88,10 +117,13 @@ class PackedWeight(Tensor):
         return self
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"PackedWeight({list(self.shape)}, {self.dtype}{', int8' if self.is_int8 else ''})"
+        return f"PackedWeight({list(self.shape)}, {self.dtype}{self._kind()})"
+
+    def _kind(self) -> str:
+        return ", int8" if self.is_int8 else ", float8" if self.is_float8 else ""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        if self.is_int8:
+        if self.is_rounded:
             return _parameter, (self.packed, tuple(self.shape), self.dtype)
         return pack, (self.unpack(),)
 
@@ -121,7 +153,7 @@ class PackedWeight(Tensor):
         if func is torch.ops.aten.copy_.default and isinstance(first, PackedWeight):
             source = args[1]
             if isinstance(source, PackedWeight):
-                source = source.unpack(torch.float32 if source.is_int8 else None)
+                source = source.unpack(torch.float32 if source.is_rounded else None)
             first.packed.copy_(first._packed_like(source.expand(first.shape)))
             increment_version(first.packed)  # PyTorch does not count changes made within a dispatch
             return first
@@ -164,12 +196,24 @@ def quantize(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Any:
     return _parameter(packed, tuple(weight.shape), dtype)
 
 
+def quantize_float8(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A weight [O, I] rounded to e4m3, each output channel by its own scale (``beit3_fast.float8``), for activations of
+    ``dtype``. A channel with a number that is not finite gives NaN."""
+    return _parameter(_pack_float8(weight.detach()), tuple(weight.shape), dtype)
+
+
+def _pack_float8(plain: Tensor) -> Tensor:
+    numbers, scales = round_to_float8(plain, max(plain.shape[1], 1))
+    packed = (scales.contiguous().view(torch.uint8), numbers.view(torch.uint8))
+    return torch.cat([part.flatten() for part in packed])
+
+
 def _parameter(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
     return nn.Parameter(PackedWeight(packed, shape, dtype), requires_grad=False)
 
 
 def keep_packed(linear: nn.Linear, weight: Any) -> None:
-    """Give a linear layer a weight from ``pack`` or ``quantize``; its state dict goes on holding plain weights."""
+    """Give a linear layer a weight made here; its state dict goes on holding plain weights."""
     linear.weight = weight
     linear.register_state_dict_post_hook(_unpack_entry)
 
@@ -177,5 +221,5 @@ def keep_packed(linear: nn.Linear, weight: Any) -> None:
 def _unpack_entry(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     weight = state.get(f"{prefix}weight")
     if isinstance(weight, PackedWeight):
-        # In fp32 an int8 weight comes back as the same whole numbers when it is rounded again.
-        state[f"{prefix}weight"] = weight.unpack(torch.float32 if weight.is_int8 else None)
+        # In fp32 a rounded weight comes back as the same numbers when it is rounded again.
+        state[f"{prefix}weight"] = weight.unpack(torch.float32 if weight.is_rounded else None)

@@ -71,8 +71,8 @@ def measured_shared_attention(
     impl: str = "auto",
     measure: bool = True,
 ) -> Measured:
-    """As ``shared_attention``; the result has its row statistics where the implementation leaves them ("triton" does)
-    and ``measure`` asks for them."""
+    """As ``shared_attention``; where ``measure`` asks for them, the result has its row statistics if the implementation
+    leaves them ("triton" and "cuda" do)."""
     queries = layout if queries is None else queries
     _check(q, k, v, layout, queries, num_heads, scale, mask)
     masked = isinstance(mask, Tensor) or padding_is_masked(layout)
@@ -105,7 +105,8 @@ def measured_shared_attention(
             return Measured(_op()(q, k, v, *where, *how))
         where_on_gpu = (*where, layout.longest, queries.longest)
         if choice.impl == "cuda":
-            return Measured(cuda_kernels.shared_attention(q, k, v, *where_on_gpu, *how))
+            o, parts = cuda_kernels.shared_attention(q, k, v, *where_on_gpu, *how, measure)
+            return Measured(o, parts, q.shape[1] // num_heads) if measure else Measured(o)
         o, _, parts = triton_kernels.shared_attention(q, k, v, *where_on_gpu, *how, measure)
         return Measured(o, parts, q.shape[1] // num_heads) if measure else Measured(o)
     if choice.impl != "reference":

@@ -50,21 +50,7 @@ struct Softmax {
     weigh_visible(scores, scale, decay);
   }
 
- private:
-  // Scores of keys that a query does not see become -inf; `first` is the key of column 0.
-  template <int kKeys>
-  __device__ void hide(float (&scores)[kKeys / 2], const QueryPair& pair, int first) {
-    const int column = first + 2 * (lane_index() % 4);
-#pragma unroll
-    for (int block = 0; block < kKeys / 8; ++block) {
-      if (first + 8 * block + 8 <= pair.seen_by_all) continue;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (column + 8 * block + i % 2 >= pair.limit[i / 2]) scores[4 * block + i] = -INFINITY;
-      }
-    }
-  }
-
+  // As weigh, of scores that are -inf where a key is not seen.
   template <int kSize>
   __device__ void weigh_visible(float (&scores)[kSize], float scale, float (&decay)[2]) {
 #pragma unroll
@@ -90,6 +76,21 @@ struct Softmax {
         odd += scores[i + 1];
       }
       total[row] = total[row] * decay[row] + (even + odd);
+    }
+  }
+
+ private:
+  // Scores of keys that a query does not see become -inf; `first` is the key of column 0.
+  template <int kKeys>
+  __device__ void hide(float (&scores)[kKeys / 2], const QueryPair& pair, int first) {
+    const int column = first + 2 * (lane_index() % 4);
+#pragma unroll
+    for (int block = 0; block < kKeys / 8; ++block) {
+      if (first + 8 * block + 8 <= pair.seen_by_all) continue;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (column + 8 * block + i % 2 >= pair.limit[i / 2]) scores[4 * block + i] = -INFINITY;
+      }
     }
   }
 };

@@ -27,11 +27,9 @@ struct LinearShape {
   static constexpr int kBytes = kTileAlignment + kSlots * (kSlotBytes + 16);
 };
 
-// Steps of 64 along K of all tiles of a thread block, one after the other, and the slots they go
-// through.
-template <int kBands>
+// Steps along K of tiles, one after the other, and the slots they go through.
+template <class Shape>
 struct LinearRing {
-  using Shape = LinearShape<kBands>;
   uint32_t base;
 
   __device__ uint32_t rows(int step) const {
@@ -60,7 +58,7 @@ struct LinearProducer {
   using Shape = LinearShape<kBands>;
   const LinearMaps& maps;
   const ExpertLinear& op;
-  const LinearRing<kBands> ring;
+  const LinearRing<LinearShape<kBands>> ring;
 
   __device__ void run() const {
     const int steps = depth_steps(op);
@@ -88,7 +86,7 @@ struct GatheringProducer {
   static constexpr int kOwnRows = kBands * kBandRows / 16;
   const LinearMaps& maps;
   const ExpertLinear& op;
-  const LinearRing<kBands> ring;
+  const LinearRing<LinearShape<kBands>> ring;
 
   __device__ void take_rows(const LinearTile& tile, int (&rows)[kOwnRows]) const {
 #pragma unroll
@@ -149,7 +147,7 @@ struct LinearConsumer {
   using Shape = LinearShape<kBands>;
   using Sums = float[kBands][kTileColumns / 2];
   const ExpertLinear& op;
-  const LinearRing<kBands> ring;
+  const LinearRing<LinearShape<kBands>> ring;
   const int group;
 
   // Barrier 1 + g: group g's turn to multiply.
@@ -215,7 +213,7 @@ template <class T, int kBands, bool kGathered>
 __global__ void __launch_bounds__(LinearShape<kBands>::kThreads, 1)
     multiply_experts(const __grid_constant__ LinearMaps maps,
                      const __grid_constant__ ExpertLinear op) {
-  const LinearRing<kBands> ring{shared_memory(kTileAlignment)};
+  const LinearRing<LinearShape<kBands>> ring{shared_memory(kTileAlignment)};
   if (thread_index() == 0) ring.prepare(kGathered ? GatheringProducer<kBands>::kArrivals : 1);
   sync_block();
   if (warp_index() < 4) {

@@ -175,8 +175,8 @@ struct LinearMoments {
 };
 
 // 32 columns of a row, from the sums of the products to the stored result, whose words are left
-// behind.
-template <class T>
+// behind. kBare: the result may be wanted in another form alone.
+template <class T, bool kBare>
 __device__ __forceinline__ void finish_row(const ExpertLinear& op, const LinearRow& own, int first,
                                            const LinearVectors& vectors,
                                            float (&values)[kQuadNumbers], uint32_t (&words)[4]) {
@@ -198,7 +198,7 @@ __device__ __forceinline__ void finish_row(const ExpertLinear& op, const LinearR
   if (op.residual != nullptr) add_residual<T>(op, row, block, values);
 #pragma unroll
   for (int i = 0; i < 4; ++i) words[i] = pack2<T>(values[2 * i], values[2 * i + 1]);
-  store_numbers(op.y, op.y_stride, row, block, words);
+  if (!kBare || op.y != nullptr) store_numbers(op.y, op.y_stride, row, block, words);
 }
 
 __device__ inline void store_moments(const ExpertLinear& op, const LinearTile& tile,
@@ -212,11 +212,12 @@ __device__ inline void store_moments(const ExpertLinear& op, const LinearTile& t
 }
 
 // The thread's rows of the tile in all its columns, from the sums of a product for each band.
-// The moments are those of the numbers that were stored: the next op reads these.
-template <class T, int kBands>
+// The moments are those of the numbers that were stored: the next op reads these. kKeeps: they take
+// the place of the sums.
+template <class T, int kBands, bool kKeeps = false>
 __device__ __forceinline__ void finish_tile(const ExpertLinear& op, const LinearTile& tile,
                                             const LinearRow (&rows)[2 * kBands],
-                                            const float (&sums)[kBands][kTileColumns / 2]) {
+                                            float (&sums)[kBands][kTileColumns / 2]) {
   LinearMoments moments[2 * kBands];
 #pragma unroll
   for (int turn = 0; turn < kTileColumns / kQuadColumns; ++turn) {
@@ -231,7 +232,14 @@ __device__ __forceinline__ void finish_tile(const ExpertLinear& op, const Linear
       for (int j = 0; j < kQuadNumbers; ++j) {
         values[j] = sums[r / 2][turn * 16 + j / 2 * 4 + r % 2 * 2 + j % 2];
       }
-      finish_row<T>(op, rows[r], first, vectors, values, words);
+      finish_row<T, kKeeps>(op, rows[r], first, vectors, values, words);
+      if constexpr (kKeeps) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sums[r / 2][turn * 16 + i * 4 + r % 2 * 2] = low_of<T>(words[i]);
+          sums[r / 2][turn * 16 + i * 4 + r % 2 * 2 + 1] = high_of<T>(words[i]);
+        }
+      }
       if (op.y_parts != nullptr) moments[r].template add<T>(words, 4 * turn, blocks);
     }
   }

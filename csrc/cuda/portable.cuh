@@ -1,8 +1,8 @@
 // What the kernels use of any NVIDIA GPU of compute capability 8.0 and newer, one thin function an
 // instruction. The tests compile the kernels for the CPU, with an emulator in place of these.
 //
-// Addresses in shared memory are 32-bit numbers. Words hold two 16-bit numbers, the lower one
-// first.
+// Addresses in shared memory are 32-bit numbers. Words hold two 16-bit or four 8-bit numbers, the
+// lower ones first.
 #pragma once
 
 #ifdef BEIT3_FAST_EMULATE_CUDA
@@ -18,6 +18,7 @@ namespace beit3_fast::cuda {
 
 struct BFloat16 {};
 struct Float16 {};
+struct E4M3 {};  // of compute capability 8.9 and newer
 
 __device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
 __device__ __forceinline__ int block_index() { return static_cast<int>(blockIdx.x); }
@@ -46,6 +47,14 @@ __device__ __forceinline__ float shuffle_xor(float value, int mask) {
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+
+// The highest of the warp's numbers.
+__device__ __forceinline__ uint32_t max_of_warp(uint32_t value) {
+  return __reduce_max_sync(0xffffffffu, value);
+}
+
+__device__ __forceinline__ uint32_t bits_of_float(float value) { return __float_as_uint(value); }
+__device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 
 // Within 2^-22 of the result; numbers below 2^-126 are zeros.
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -84,6 +93,14 @@ __device__ __forceinline__ uint32_t pack2<Float16>(float low, float high) {
   return word;
 }
 
+// Into the lower half; past the largest number comes the largest one.
+template <>
+__device__ __forceinline__ uint32_t pack2<E4M3>(float low, float high) {
+  uint16_t half;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(half) : "f"(high), "f"(low));
+  return half;
+}
+
 template <class T>
 __device__ __forceinline__ float low_of(uint32_t word);
 template <class T>
@@ -119,10 +136,22 @@ __device__ __forceinline__ void store_16_bytes(void* to, const uint32_t (&words)
 }
 
 // Global memory, at a multiple of 8 bytes.
+__device__ __forceinline__ void store_two_words(void* to, uint32_t first, uint32_t second) {
+  *static_cast<uint2*>(to) = make_uint2(first, second);
+}
 __device__ __forceinline__ void load_two(float& first, float& second, const float* from) {
   const float2 two = *reinterpret_cast<const float2*>(from);
   first = two.x;
   second = two.y;
+}
+
+__device__ __forceinline__ float load_shared(uint32_t from) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(from) : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_shared(uint32_t to, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
 }
 
 // The thread block's dynamic shared memory from the first multiple of `alignment` on.
@@ -160,7 +189,7 @@ __device__ __forceinline__ void load_transposed_matrices(uint32_t (&words)[4], u
                : "memory");
 }
 
-// d[0..3] += a b for a [16, 16] and b [16, 8] of a warp.
+// d[0..3] += a b for a [16, 16] and b [16, 8] of a warp; of 8-bit numbers a [16, 32], b [32, 8].
 template <class T>
 __device__ __forceinline__ void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
@@ -179,6 +208,16 @@ __device__ __forceinline__ void mma<Float16>(float* d, const uint32_t (&a)[4], u
                                              uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ __forceinline__ void mma<E4M3>(float* d, const uint32_t (&a)[4], uint32_t b0,
+                                          uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 "
       "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

@@ -2,17 +2,12 @@
 // from the L1 cache: subtracting the mean first loses nothing where it is many deviations away.
 #pragma once
 
-#include "portable.cuh"
 #include "row_statistics.h"
+#include "warp.cuh"
 
 namespace beit3_fast::cuda {
 
 constexpr int kStatisticsWarps = 4;
-
-__device__ inline float sum_of_warp(float value) {
-  for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-  return value;
-}
 
 // The lane's numbers of a row, eight at a time.
 template <class T, class Use>

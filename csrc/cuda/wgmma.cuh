@@ -5,10 +5,10 @@
 
 namespace beit3_fast::cuda {
 
-// Begins d = a b^T, or d += a b^T: a [64, 16] and b [kColumns, 16] in shared memory, K along the
-// rows. Thread 4 g + t of warp w holds rows 16 w + g and 16 w + g + 8, of every block of 8 columns
-// the columns 2 t and 2 t + 1: d[4 b], d[4 b + 1] of block b in the first row, the next two in the
-// second.
+// Begins d = a b^T, or d += a b^T: a [64, 16] and b [kColumns, 16] (of 8-bit numbers 32) in shared
+// memory, K along the rows. Thread 4 g + t of warp w holds rows 16 w + g and 16 w + g + 8, of every
+// block of 8 columns the columns 2 t and 2 t + 1: d[4 b], d[4 b + 1] of block b in the first row,
+// the next two in the second.
 template <class T, int kColumns>
 __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool add);
 
@@ -70,6 +70,19 @@ __device__ __forceinline__ void wgmma_transposed(float (&d)[kColumns / 2], const
         : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                          \
   }
 
+// Products of 8-bit numbers keep some 14 bits of each sum between them.
+#define WGMMA_E4M3(columns, half, a_at, b_at, add_at)                                          \
+  template <>                                                                                  \
+  __device__ __forceinline__ void wgmma<E4M3, columns>(float (&d)[half], uint64_t a, uint64_t b, \
+                                                       bool add) {                             \
+    asm volatile(                                                                              \
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %" #add_at ", 0;\n"                              \
+        "wgmma.mma_async.sync.aligned.m64n" #columns "k32.f32.e4m3.e4m3 {" NUMBERS_##half        \
+        "}, %" #a_at ", %" #b_at ", add, 1, 1;\n}"                                             \
+        : SUMS_##half                                                                          \
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                         \
+  }
+
 // The words of a are the operands from half the columns on, then b and add.
 #define WGMMA_TRANSPOSED(Type, type, columns, half, a_at, b_at, add_at)                         \
   template <>                                                                                   \
@@ -95,6 +108,8 @@ __device__ __forceinline__ void wgmma_transposed(float (&d)[kColumns / 2], const
 
 WGMMA_OF(BFloat16, "bf16")
 WGMMA_OF(Float16, "f16")
+WGMMA_E4M3(128, 64, 64, 65, 66)
+#undef WGMMA_E4M3
 #undef WGMMA_OF
 #undef WGMMA_TRANSPOSED
 #undef WGMMA

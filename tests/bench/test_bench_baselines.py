@@ -25,7 +25,7 @@ from bench.baselines import OURS, REFERENCE, RUNTIMES, build_reference
 from bench.conversion import Converted, Engine, TensorModel, load_torchscale, use_sdpa
 from bench.inputs import PAD
 from bench.measure import Case, check_parity
-from bench.runtime import Runtime, int8_parity
+from bench.runtime import Runtime, float8_parity, int8_parity
 from bench.workloads import TASKS, Workload, parse_workload, step
 
 INFERENCE = [name for name, task in TASKS.items() if not task.train]
@@ -270,6 +270,9 @@ def test_int8_has_a_rule_of_its_own() -> None:
     assert int8_parity(near, truth, truth).passed
     assert int8_parity(near, truth, truth).rel_rms == pytest.approx(0.03, rel=0.1)
     assert "the rule for int8" in int8_parity(far, truth, truth).reason
+    assert float8_parity(truth * 1.15, truth, truth).passed
+    assert not int8_parity(truth * 1.15, truth, truth).passed
+    assert "the rule for float8" in float8_parity(truth * 1.25, truth, truth).reason
     near[3, 3] = torch.nan
     assert not int8_parity(near, truth, truth).passed
     assert not int8_parity(truth[:5], truth, truth).passed

@@ -5,6 +5,8 @@ from __future__ import annotations
 from bugs.bug import Bug
 from bugs.cuda import CUDA_BUGS
 from bugs.cuda_attention import CUDA_ATTENTION_BUGS
+from bugs.cuda_decoding import CUDA_DECODING_BUGS
+from bugs.cuda_float8 import CUDA_FLOAT8_BUGS
 from bugs.cuda_linear import CUDA_LINEAR_BUGS
 from bugs.distributed import DISTRIBUTED_BUGS
 from bugs.files import FILES_BUGS
@@ -33,4 +35,6 @@ BUGS = (
     *CUDA_BUGS,
     *CUDA_LINEAR_BUGS,
     *CUDA_ATTENTION_BUGS,
+    *CUDA_DECODING_BUGS,
+    *CUDA_FLOAT8_BUGS,
 )

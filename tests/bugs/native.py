@@ -195,7 +195,7 @@ NATIVE_BUGS = (
     Bug(
         "int8-state-dict-rounded-twice",
         "beit3_fast/ops/packed_weight.py",
-        "weight.unpack(torch.float32 if weight.is_int8 else None)",
+        "weight.unpack(torch.float32 if weight.is_rounded else None)",
         "weight.unpack()",
         ("tests/model/test_int8.py::test_the_state_dict_holds_what_is_multiplied",),
     ),

@@ -71,8 +71,8 @@ PRODUCT_BUGS = (
     Bug(
         "int8-rounded-from-bfloat16",
         "beit3_fast/model/registry.py",
-        "wanted = torch.float32 if int8 else _dtype(dtype)",
-        "wanted = torch.bfloat16 if int8 else _dtype(dtype)",
+        "wanted = torch.float32 if int8 or float8 else _dtype(dtype)",
+        "wanted = torch.bfloat16 if int8 or float8 else _dtype(dtype)",
         ("tests/model/test_int8.py::test_a_checkpoint_is_rounded_from_its_own_precision",),
     ),
     Bug(

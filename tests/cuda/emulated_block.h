@@ -86,6 +86,14 @@ struct Warp {
   Waiters waiters;
 };
 
+// Numbers of one or two bytes.
+struct Format {
+  int bytes;
+  float (*number)(uint16_t);
+
+  constexpr int in(int size) const { return size / bytes; }
+};
+
 struct Product {
   float* sums;
   int columns;
@@ -94,7 +102,7 @@ struct Product {
   uint64_t a;
   uint64_t b;
   bool add;
-  float (*number)(uint16_t);
+  Format format;
   int group;
 };
 

@@ -66,6 +66,27 @@ inline uint16_t float16_bits(float value) {
   return static_cast<uint16_t>(sign | bits);
 }
 
+// Four bits of exponent, three of fraction; no infinity, and one NaN of each sign.
+inline float e4m3_number(uint16_t bits) {
+  const int exponent = bits >> 3 & 15, fraction = bits & 7;
+  if ((bits & 127) == 127) return NAN;
+  const float size = std::ldexp(static_cast<float>(exponent ? fraction + 8 : fraction),
+                                std::max(exponent, 1) - 10);
+  return bits & 128 ? -size : size;
+}
+
+// cvt.rn.satfinite: to the nearest, halves to even; what is larger than 448 becomes 448.
+inline uint16_t e4m3_bits(float value) {
+  const uint32_t sign = bits_of(value) >> 24 & 128;
+  const float size = std::fabs(value);
+  if (size != size) return 127;
+  if (size >= 448.0f) return static_cast<uint16_t>(sign | 126);
+  const int exponent = size < 0x1p-6f ? -6 : std::ilogb(size);
+  const auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, 3 - exponent)));
+  // A step past the last fraction is the next exponent.
+  return static_cast<uint16_t>(sign | ((exponent + 6) * 8 + steps));
+}
+
 // Bits 4 to 6 of an address are changed by its bits 7 to 9.
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 

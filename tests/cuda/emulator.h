@@ -21,10 +21,16 @@ using std::min;
 struct BFloat16 {
   static constexpr auto number = emulated::bfloat16_number;
   static constexpr auto bits = emulated::bfloat16_bits;
+  static constexpr emulated::Format format{2, number};
 };
 struct Float16 {
   static constexpr auto number = emulated::float16_number;
   static constexpr auto bits = emulated::float16_bits;
+  static constexpr emulated::Format format{2, number};
+};
+struct E4M3 {
+  static constexpr auto number = emulated::e4m3_number;
+  static constexpr emulated::Format format{1, number};
 };
 
 using TensorMap = TiledTensor;
@@ -56,13 +62,26 @@ inline float shuffle_xor(float value, int mask) {
   return emulated::float_of(shuffle_xor(emulated::bits_of(value), mask));
 }
 
+inline uint32_t max_of_warp(uint32_t value) {
+  const emulated::LaneValue* all = emulated::meet_lanes("redux", {value});
+  for (int lane = 0; lane < 32; ++lane) value = max(value, all[lane][0]);
+  return value;
+}
+
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline float reciprocal_root_fast(float x) { return 1.0f / sqrtf(x); }
 
+inline uint32_t bits_of_float(float value) { return emulated::bits_of(value); }
+inline float float_of_bits(uint32_t bits) { return emulated::float_of(bits); }
+
 template <class T>
 uint32_t pack2(float low, float high) {
   return T::bits(low) | static_cast<uint32_t>(T::bits(high)) << 16;
+}
+template <>
+inline uint32_t pack2<E4M3>(float low, float high) {
+  return static_cast<uint32_t>(emulated::e4m3_bits(low) | emulated::e4m3_bits(high) << 8);
 }
 template <class T>
 float low_of(uint32_t word) {
@@ -85,10 +104,27 @@ inline void store_16_bytes(void* to, const uint32_t (&words)[4]) {
   std::memcpy(to, words, 16);
 }
 
+inline void store_two_words(void* to, uint32_t first, uint32_t second) {
+  emulated::check(reinterpret_cast<uintptr_t>(to) % 8 == 0, "8 bytes at no multiple of them");
+  const uint32_t words[2] = {first, second};
+  std::memcpy(to, words, 8);
+}
+
 inline void load_two(float& first, float& second, const float* from) {
   emulated::check(reinterpret_cast<uintptr_t>(from) % 8 == 0, "8 bytes at no multiple of them");
   first = from[0];
   second = from[1];
+}
+
+inline float load_shared(uint32_t from) {
+  emulated::check(from % 4 == 0, "4 bytes at no multiple of them");
+  float value;
+  std::memcpy(&value, emulated::block->at(from, 4), 4);
+  return value;
+}
+inline void store_shared(uint32_t to, float value) {
+  emulated::check(to % 4 == 0, "4 bytes at no multiple of them");
+  std::memcpy(emulated::block->at(to, 4), &value, 4);
 }
 
 inline uint32_t shared_memory(int alignment) {
@@ -112,7 +148,7 @@ inline void load_transposed_matrices(uint32_t (&words)[4], uint32_t row) {
 }
 template <class T>
 void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  emulated::multiply_in_warp(d, a, b0, b1, T::number);
+  emulated::multiply_in_warp(d, a, b0, b1, T::format);
 }
 
 template <int kRegisters>
@@ -155,11 +191,11 @@ void wgmma_wait([[maybe_unused]] float (&... sums)[kSizes]) {
 }
 template <class T, int kColumns>
 void wgmma(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool add) {
-  emulated::begin_product({d, kColumns, false, nullptr, a, b, add, T::number, 0});
+  emulated::begin_product({d, kColumns, false, nullptr, a, b, add, T::format, 0});
 }
 template <class T, int kColumns>
 void wgmma_transposed(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
-  emulated::begin_product({d, kColumns, true, a, 0, b, add, T::number, 0});
+  emulated::begin_product({d, kColumns, true, a, 0, b, add, T::format, 0});
 }
 
 }  // namespace beit3_fast::cuda

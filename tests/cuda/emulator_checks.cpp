@@ -6,12 +6,14 @@
 #include <cstdio>
 #include <random>
 
+#include "emulator_checks_8_bits.h"
 #include "hopper.cuh"
 
 namespace {
 
 using namespace beit3_fast;
 using namespace beit3_fast::cuda;
+using namespace beit3_fast::emulator_checks;
 using emulated::Fault;
 using emulated::Launch;
 using emulated::Order;
@@ -125,10 +127,6 @@ bool same(const Matrix& a, const Matrix& b, const std::vector<float>& d) {
     }
   }
   return true;
-}
-
-void expect(bool holds, const char* what) {
-  if (!holds) throw std::runtime_error(what);
 }
 
 // Rows, columns and depth end inside of the boxes.
@@ -352,8 +350,10 @@ const std::map<std::string, void (*)()> kChecks = {
     CHECK(missing_bytes_are_a_deadlock),
     CHECK(missing_fence_is_a_fault),
     CHECK(transposed_products),
+    CHECK(products_of_8_bits),
     CHECK(products_of_a_warp),
     CHECK(rounding),
+    CHECK(rounding_to_8_bits),
     CHECK(written_tiles_need_a_fence),
     CHECK(deadlocks_and_misuse_are_faults),
 };

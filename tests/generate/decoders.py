@@ -7,7 +7,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from beit3_fast.composite.head_top_k import likeliest
 from beit3_fast.generate import Special
+from beit3_fast.generate.decoder import words_of
 
 SPECIAL = Special(bos=0, pad=1, eos=2, mask=9)
 VOCABULARY = 12
@@ -27,7 +29,7 @@ class TableDecoder:
         self.told: list[list[tuple[int, ...]]] = [[()] for _ in self.live]
         self.rows: list[int] = []
 
-    def logits(self, which: int, words: tuple[int, ...]) -> Tensor:
+    def scores(self, which: int, words: tuple[int, ...]) -> Tensor:
         """[V] after ``words`` of input ``which``."""
         generator = torch.Generator().manual_seed(hash((which, *words)) % 2**31)
         out = torch.randn(self.vocabulary, generator=generator) * 2
@@ -36,7 +38,7 @@ class TableDecoder:
 
     def start(self) -> Tensor:
         self.rows.append(len(self.live))
-        return torch.stack([self.logits(which, ()) for which in self.live])
+        return torch.stack([self.scores(which, ()) for which in self.live])
 
     def step(self, words: Tensor, parents: Tensor) -> Tensor:
         assert words.shape == parents.shape == (len(self.live), words.shape[1])
@@ -46,10 +48,18 @@ class TableDecoder:
             for told, own, from_ in zip(self.told, words.tolist(), parents.tolist(), strict=True)
         ]
         rows = [
-            torch.stack([self.logits(which, told) for told in beams])
+            torch.stack([self.scores(which, told) for told in beams])
             for which, beams in zip(self.live, self.told, strict=True)
         ]
         return torch.stack(rows)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """The rows of this decoder are logits."""
+        return rows
+
+    def likeliest(self, rows: Tensor, count: int, special: Special | None) -> tuple[Tensor, Tensor]:
+        known = None if special is None else words_of(self.vocabulary, special, rows.device)
+        return likeliest(rows, count, known)
 
     def keep(self, inputs: Tensor) -> None:
         self.live = [self.live[i] for i in inputs.tolist()]
@@ -65,11 +75,11 @@ def every_caption(
     for count in range(max_length - 1):
         for told in product(words, repeat=count):
             log_p = sum(
-                float(decoder.logits(which, told[:i]).log_softmax(0)[told[i]]) for i in range(count)
+                float(decoder.scores(which, told[:i]).log_softmax(0)[told[i]]) for i in range(count)
             )
             if count == max_length - 2:
                 found.append((log_p / (count + 1) ** penalty, told, False))
                 continue
-            log_p += float(decoder.logits(which, told).log_softmax(0)[SPECIAL.eos])
+            log_p += float(decoder.scores(which, told).log_softmax(0)[SPECIAL.eos])
             found.append((log_p / (count + 2) ** penalty, told, True))
     return sorted(found, reverse=True)

@@ -20,8 +20,8 @@ def search(decoder: TableDecoder, **options: Any) -> list[list[Caption]]:
 class FewWords(TableDecoder):
     """A vocabulary that is wide enough for the beams, of which only the first words have any chance."""
 
-    def logits(self, which: int, words: tuple[int, ...]) -> torch.Tensor:
-        out = super().logits(which, words)
+    def scores(self, which: int, words: tuple[int, ...]) -> torch.Tensor:
+        out = super().scores(which, words)
         out[SPECIAL.mask :] = -1e4
         out[[SPECIAL.bos, SPECIAL.pad]] = -1e4
         return out
@@ -87,8 +87,8 @@ def test_the_released_habit_drops_the_last_word() -> None:
 
 def test_tokens_that_are_no_words_are_not_chosen() -> None:
     class Tempting(TableDecoder):
-        def logits(self, which: int, words: tuple[int, ...]) -> torch.Tensor:
-            out = super().logits(which, words)
+        def scores(self, which: int, words: tuple[int, ...]) -> torch.Tensor:
+            out = super().scores(which, words)
             out[[SPECIAL.bos, SPECIAL.pad, SPECIAL.mask, SPECIAL.mask + 1]] += 5.0
             return out
 

@@ -18,7 +18,7 @@ def run(decoder: TableDecoder, seed: int = 0, **options: Any) -> list[list[Capti
 
 
 def log_p(decoder: TableDecoder, which: int, told: tuple[int, ...], word: int) -> float:
-    return float(decoder.logits(which, told).log_softmax(0)[word])
+    return float(decoder.scores(which, told).log_softmax(0)[word])
 
 
 def score(decoder: TableDecoder, which: int, caption: Caption, penalty: float) -> float:
@@ -41,7 +41,7 @@ def test_greedy_takes_the_likeliest_word(end: float) -> None:
     for which, (caption,) in enumerate(run(decoder, max_length=9)):
         told: tuple[int, ...] = ()
         while len(told) < 7:
-            word = int(allowed(decoder.logits(which, told)).argmax())
+            word = int(allowed(decoder.scores(which, told)).argmax())
             if word == SPECIAL.eos:
                 break
             told = (*told, word)
@@ -62,10 +62,10 @@ def test_samples_follow_the_distribution() -> None:
     decoder = TableDecoder(1)
     options = Options(1, 3, num_return_sequences=1600, sample=True, temperature=1.5)
     words, logs, _ = next(choose_words(decoder, options, SPECIAL, torch.Generator().manual_seed(1)))
-    p = (allowed(decoder.logits(0, ())) / 1.5).softmax(0)
+    p = (allowed(decoder.scores(0, ())) / 1.5).softmax(0)
     counts = torch.bincount(words[0], minlength=len(p))
     assert ((counts - 1600 * p).abs() <= 5 * (1600 * p * (1 - p)).sqrt()).all()
-    assert counts[allowed(decoder.logits(0, ())).isinf()].sum() == 0
+    assert counts[allowed(decoder.scores(0, ())).isinf()].sum() == 0
     own = torch.tensor([log_p(decoder, 0, (), int(word)) for word in words[0]])
     assert torch.allclose(logs[0], own, atol=1e-5)
 
@@ -75,7 +75,7 @@ def test_only_the_likeliest_are_drawn(limit: dict[str, Any]) -> None:
     decoder = TableDecoder(1)
     options = Options(1, 3, num_return_sequences=1600, sample=True, **limit)
     words, _, _ = next(choose_words(decoder, options, SPECIAL, torch.Generator().manual_seed(2)))
-    p, order = allowed(decoder.logits(0, ())).softmax(0).sort(descending=True)
+    p, order = allowed(decoder.scores(0, ())).softmax(0).sort(descending=True)
     kept = order[: limit.get("top_k", len(order))]
     if "top_p" in limit:
         own = p[: len(kept)] / p[: len(kept)].sum()

@@ -118,8 +118,8 @@ PARENTS = torch.tensor([[[0, 0]] * 3, *[[[1, 0], [1, 1], [0, 0]], [[0, 1], [1, 0
 
 def steps_of_ours(model: BEiT3ForCaptioning, images: Tensor) -> list[Tensor]:
     decoder = CaptionDecoder(model, images, width=2, max_words=6, bos=0, mask=MASK)
-    out = [decoder.start()[:, None].expand(-1, 2, -1)]
-    return out + [decoder.step(WORDS[i], PARENTS[i]) for i in range(5)]
+    out = [decoder.logits(decoder.start()[:, None]).expand(-1, 2, -1)]
+    return out + [decoder.logits(decoder.step(WORDS[i], PARENTS[i])) for i in range(5)]
 
 
 def steps_of_theirs(model: Any, images: Tensor) -> list[Tensor]:
@@ -147,11 +147,11 @@ def test_the_cache_gives_what_a_whole_forward_gives(impl: str, form: str) -> Non
     model = randomize(BEiT3ForCaptioning(config, impl)).double()
     images = torch.randn(2, 3, *config.image_shape, dtype=torch.float64)
     decoder = CaptionDecoder(model, images, width=1, max_words=5, bos=0, mask=91)
-    logits = [decoder.start()[:, None]]
+    rows = [decoder.start()[:, None]]
     words = torch.tensor([[5, 6, 7, 8], [50, 60, 70, 80]])
     for step in range(4):
-        logits.append(decoder.step(words[:, step : step + 1], torch.zeros(2, 1).long()))
-    for step, own in enumerate(logits):
+        rows.append(decoder.step(words[:, step : step + 1], torch.zeros(2, 1).long()))
+    for step, own in enumerate(map(decoder.logits, rows)):
         text = torch.cat([torch.zeros(2, 1).long(), words[:, :step], torch.full((2, 1), 91)], 1)
         chosen = torch.zeros_like(text)
         chosen[:, -1] = 1
@@ -218,15 +218,15 @@ def test_what_is_computed(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     heads: list[int] = []
     caches: set[int] = set()
     packed: list[int] = []
-    linear, embed = decoding.expert_linear, decoding.embed_padded
-    attention, pack = caption_cache.cached_attention, caption_cache.pack_keys
+    head, embed = decoding.head_top_k, decoding.embed_padded
+    attention, pack = caption_cache.measured_cached_attention, caption_cache.pack_keys
 
-    def spy_linear(x: Tensor, weights: list[Tensor], *rest: Any, **options: Any) -> Tensor:
-        assert weights[0].shape[0] == vocabulary
+    def spy_head(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Any:
+        assert weight.shape[0] == vocabulary
         heads.append(len(x))
-        return linear(x, weights, *rest, **options)
+        return head(x, weight, *rest, **options)
 
-    def spy_attention(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Tensor:
+    def spy_attention(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Any:
         rows.append(q.shape[0] * q.shape[1])
         image = options.get("prefix")
         caches.add((k if image is None else image.packed).untyped_storage().data_ptr())
@@ -240,8 +240,8 @@ def test_what_is_computed(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
         images.append(len(image))
         return embed(model, image, *rest)
 
-    monkeypatch.setattr(decoding, "expert_linear", spy_linear)
-    monkeypatch.setattr(caption_cache, "cached_attention", spy_attention)
+    monkeypatch.setattr(decoding, "head_top_k", spy_head)
+    monkeypatch.setattr(caption_cache, "measured_cached_attention", spy_attention)
     monkeypatch.setattr(caption_cache, "pack_keys", spy_pack)
     monkeypatch.setattr(decoding, "embed_padded", spy_embed)
     model.caption(photos(4), num_beams=3, max_length=7, mask_id=MASK)

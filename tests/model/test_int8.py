@@ -15,7 +15,7 @@ import beit3_fast
 from beit3_fast.errors import ConfigError, KernelUnavailable, ShapeError
 from beit3_fast.model.registry import to_int8
 from beit3_fast.ops import expert_linear, library
-from beit3_fast.ops.expert_linear import _warn_of_int8
+from beit3_fast.ops.expert_linear import _warn_of_unpacking
 from beit3_fast.ops.packed_weight import PackedWeight, quantize
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the compiled library")
@@ -154,7 +154,7 @@ def test_gradients_of_inputs_see_the_rounded_weights() -> None:
 
 def test_a_call_that_unpacks_says_so(caplog: pytest.LogCaptureFixture) -> None:
     _, rounded = models()
-    _warn_of_int8.cache_clear()
+    _warn_of_unpacking.cache_clear()
     outputs(rounded)
     assert not caplog.records
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -183,7 +183,7 @@ def test_what_int8_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
         beit3_fast.create_model(NAME, device="meta", dtype="int8")
     with pytest.raises(ConfigError, match="impl='auto' or 'cpu', got 'composite'"):
         beit3_fast.create_model(NAME, impl="composite", dtype="int8")
-    with pytest.raises(ConfigError, match="'int8'], got 'int4'"):
+    with pytest.raises(ConfigError, match="'float8'], got 'int4'"):
         beit3_fast.create_model(NAME, dtype="int4")
     with monkeypatch.context() as patch:
         patch.setenv("BEIT3_FAST_IMPL", "composite")

@@ -25,20 +25,22 @@ from beit3_fast.ops import cuda_kernels, dispatch
 DEVICE = "cuda" if cuda_kernels.why_unavailable("cuda") is None else "cpu"
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
-BINDING = (ROOT / "csrc" / "cuda_ops.cpp", ROOT / "csrc" / "operands.h")
-HEADERS = sorted((ROOT / "csrc" / "cuda").glob("*.h"))
+BINDINGS = ("cuda_ops.cpp", "cuda_decoding_ops.cpp")
+HEADERS = sorted(path for own in ("csrc", "csrc/cuda") for path in (ROOT / own).glob("*.h"))
 
 
-def compiled(launchers: str, namespace: str, links: Sequence[Path] = ()) -> Path:
-    """The binding in front of launchers, its ops in a namespace; kept under the name of its sources.
+def compiled(
+    launchers: str, namespace: str, links: Sequence[Path] = (), bindings: Sequence[str] = BINDINGS
+) -> Path:
+    """Bindings in front of launchers, their ops in a namespace; kept under the name of their sources.
 
     Skips without a compiler.
     """
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if compiler is None or sys.platform != "linux":
         pytest.skip("compiles the binding with a C++ compiler on Linux")
-    sources = (BINDING[0], HERE / launchers)
-    texts = b"".join(path.read_bytes() for path in (*BINDING, *HEADERS, HERE / launchers))
+    sources = (*(ROOT / "csrc" / own for own in bindings), HERE / launchers)
+    texts = b"".join(path.read_bytes() for path in (*sources, *HEADERS))
     digest = hashlib.sha256(texts + repr((torch.__version__, links)).encode()).hexdigest()[:16]
     path = ROOT / "build" / "cuda_binding" / f"{namespace}-{digest}.so"
     if not path.is_file():
@@ -71,7 +73,7 @@ def take(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def launch(kernel: str, first: Tensor, *arguments: Any) -> None:
         getattr(own, f"launch_{kernel}")(first, *arguments, 0)
 
-    monkeypatch.setattr(cuda_kernels, "_launch", launch)
+    monkeypatch.setattr(cuda_kernels, "launch", launch)
     monkeypatch.setattr(cuda_kernels, "why_unavailable", lambda device: None)
     dispatch.reset()
 

@@ -1,12 +1,16 @@
 // The launchers of csrc/cuda/ as plain loops on the CPU: what the binding hands over is all they
 // read.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
+#include "cuda/decode_attention.h"
 #include "cuda/expert_linear.h"
+#include "cuda/head_top_k.h"
 #include "cuda/row_statistics.h"
 #include "cuda/shared_attention.h"
 
@@ -75,6 +79,19 @@ Moments moments_of(const ExpertLinear& op, int64_t row) {
   return {mean, std::sqrt(squares / static_cast<double>(op.in_features) + op.eps)};
 }
 
+// Mean and sum of squared deviations of columns [first, end) of a row.
+template <class Element>
+void measure(const Rows<Element>& rows, int64_t row, int64_t first, int64_t end, float* part) {
+  const auto count = static_cast<double>(end - first);
+  double mean = 0, squares = 0;
+  for (int64_t k = first; k < end; ++k) mean += rows.at(row, k) / count;
+  for (int64_t k = first; k < end; ++k) {
+    squares += (rows.at(row, k) - mean) * (rows.at(row, k) - mean);
+  }
+  part[0] = static_cast<float>(mean);
+  part[1] = static_cast<float>(squares);
+}
+
 void product_row(const ExpertLinear& op, int64_t expert, int64_t row) {
   using Own = Rows<ExpertLinear::Element>;
   const Own x{op.x, op.x_stride, op.element}, y{op.y, op.y_stride, op.element};
@@ -90,6 +107,12 @@ void product_row(const ExpertLinear& op, int64_t expert, int64_t row) {
     if (op.gelu) sum *= 0.5 * (1 + std::erf(sum * std::sqrt(0.5)));
     if (op.residual != nullptr) sum += residual.at(row, n);
     y.put(row, n, sum);
+  }
+  const int64_t width = ExpertLinear::kPartWidth;
+  const int64_t parts = (op.out_features + width - 1) / width;
+  for (int64_t p = 0; p < parts && op.y_parts != nullptr; ++p) {
+    const int64_t end = std::min(op.out_features, (p + 1) * width);
+    measure(y, row, p * width, end, op.y_parts + (row * parts + p) * 2);
   }
 }
 
@@ -133,6 +156,56 @@ void attend(const SharedAttention& op, const Places& keys, const Places& queries
     for (int64_t j = 0; j < limit; ++j) sum += weights[j] * v.at(keys.row(j), d);
     o.put(row, d, sum / total);
   }
+  if (op.parts == nullptr) return;
+  measure(o, row, first, first + op.head_dim, op.parts + (row * op.num_heads + head) * 2);
+}
+
+void attend_cached(const DecodeAttention& op, int64_t sequence, int64_t row, int64_t head) {
+  using Own = Rows<DecodeAttention::Element>;
+  const int64_t sample = op.samples != nullptr ? op.samples[sequence] : sequence;
+  const auto from = [](const void* data, int64_t begin) {
+    return static_cast<const uint16_t*>(data) + begin;
+  };
+  const Own q{from(op.q, sequence * op.q_sequence), op.q_stride, op.element};
+  const Own k{from(op.k, sample * op.k_sample), op.k_stride, op.element};
+  const Own v{from(op.v, sample * op.v_sample), op.v_stride, op.element};
+  const int64_t width = op.num_heads * op.head_dim, first = head * op.head_dim;
+  const Own o{from(op.o, (sequence * op.num_rows + row) * width), width, op.element};
+  const uint8_t* seen = op.seen + sequence * op.seen_sequence + row * op.seen_stride;
+  std::vector<double> weights(op.num_keys);
+  double total = 0;
+  for (int64_t j = 0; j < op.num_keys; ++j) {
+    double score = 0;
+    for (int64_t d = first; d < first + op.head_dim; ++d) score += q.at(row, d) * k.at(j, d);
+    if (j < op.front || seen[j - op.front] != 0) weights[j] = std::exp(score * op.scale);
+    total += weights[j];
+  }
+  for (int64_t d = first; d < first + op.head_dim; ++d) {
+    double sum = 0;
+    for (int64_t j = 0; j < op.num_keys; ++j) {
+      if (weights[j] > 0) sum += weights[j] * v.at(j, d);
+    }
+    o.put(0, d, total > 0 ? sum / total : 0.0);
+  }
+}
+
+void choose(const HeadTopK& op, int64_t row) {
+  using Own = Rows<HeadTopK::Element>;
+  const Own x{op.x, op.x_stride, op.element}, weight{op.weight, op.features, op.element};
+  const Own bias{op.bias, 0, op.element};
+  std::vector<std::pair<double, int64_t>> logits;
+  double total = 0;
+  for (int64_t n = 0; n < op.classes; ++n) {
+    double logit = op.bias != nullptr ? bias.at(0, n) : 0.0;
+    for (int64_t k = 0; k < op.features; ++k) logit += x.at(row, k) * weight.at(n, k);
+    total += std::exp(logit);
+    if (op.allowed == nullptr || op.allowed[n] != 0) logits.emplace_back(-logit, n);
+  }
+  std::sort(logits.begin(), logits.end());
+  for (int64_t i = 0; i < op.count; ++i) {
+    op.log_p[row * op.count + i] = static_cast<float>(-logits[i].first - std::log(total));
+    op.ids[row * op.count + i] = logits[i].second;
+  }
 }
 
 }  // namespace
@@ -141,13 +214,7 @@ const char* row_statistics(const RowStatistics& op, CUstream_st*) {
   const Rows<RowStatistics::Element> x{op.x, op.x_stride, op.element};
   for (int64_t i = 0; i < op.num_rows; ++i) {
     const int64_t row = op.rows != nullptr ? op.rows[i] : i;
-    double mean = 0, squares = 0;
-    for (int64_t k = 0; k < op.features; ++k) mean += x.at(row, k);
-    mean /= static_cast<double>(op.features);
-    for (int64_t k = 0; k < op.features; ++k)
-      squares += (x.at(row, k) - mean) * (x.at(row, k) - mean);
-    op.parts[row * 2] = static_cast<float>(mean);
-    op.parts[row * 2 + 1] = static_cast<float>(squares);
+    measure(x, row, 0, op.features, op.parts + row * 2);
   }
   return nullptr;
 }
@@ -178,6 +245,40 @@ const char* shared_attention(const SharedAttention& op, CUstream_st*) {
       for (int64_t head = 0; head < op.num_heads; ++head) attend(op, keys, queries, own, head);
     }
   }
+  return nullptr;
+}
+
+const char* decode_attention_obstacle(const DecodeAttention&) { return nullptr; }
+
+const char* decode_attention(const DecodeAttention& op, CUstream_st*) {
+  const auto copy = [&](const void* from, int64_t begin, void* to, int64_t place) {
+    std::memcpy(static_cast<uint16_t*>(to) + place, static_cast<const uint16_t*>(from) + begin,
+                2 * op.num_heads * op.head_dim);
+  };
+  for (int64_t i = 0; i < op.num_sequences * op.num_new; ++i) {
+    const int64_t sequence = i / op.num_new, row = i % op.num_new;
+    const int64_t sample = op.samples != nullptr ? op.samples[sequence] : sequence;
+    const int64_t key = row + (op.place != nullptr ? *op.place : op.first);
+    copy(op.new_k, sequence * op.new_k_sequence + row * op.new_k_stride, op.k,
+         sample * op.k_sample + key * op.k_stride);
+    copy(op.new_v, sequence * op.new_v_sequence + row * op.new_v_stride, op.v,
+         sample * op.v_sample + key * op.v_stride);
+  }
+  const Rows<DecodeAttention::Element> o{op.o, op.head_dim, op.element};
+  for (int64_t i = 0; i < op.num_sequences * op.num_rows * op.num_heads; ++i) {
+    const int64_t row = i / op.num_heads;
+    attend_cached(op, row / op.num_rows, row % op.num_rows, i % op.num_heads);
+    if (op.parts != nullptr) measure(o, i, 0, op.head_dim, op.parts + 2 * i);
+  }
+  return nullptr;
+}
+
+const char* head_top_k_obstacle(const HeadTopK& op) {
+  return op.features % 8 != 0 ? "planted: takes multiples of 8" : nullptr;
+}
+
+const char* head_top_k(const HeadTopK& op, CUstream_st*) {
+  for (int64_t row = 0; row < op.num_rows; ++row) choose(op, row);
   return nullptr;
 }
 

@@ -12,7 +12,7 @@ from op_cases import DTYPES, TARGETS, assert_near
 from torch import Tensor
 
 from beit3_fast.errors import KernelUnavailable
-from beit3_fast.ops import cached_attention
+from beit3_fast.ops import NewKeys, cached_attention
 from beit3_fast.parity import op_parity
 from beit3_fast.reference.cached_attention import cached_attention as formula
 
@@ -54,6 +54,36 @@ def test_against_the_formula(impl: str, dtype: str, samples: list[int]) -> None:
     ours = cached_attention(q, k, v, seen, num_heads=HEADS, samples=given, impl=impl)
     assert_near(op_parity(ours, plain(q, k[samples], v[samples], seen), truth), (impl, dtype))
     assert not ours[0, -1].any()
+
+
+@pytest.mark.parametrize("samples", [None, [2, 0]])
+@pytest.mark.parametrize("impl", ["auto", "composite", "reference"])
+@torch.no_grad()
+def test_new_keys_are_written_first(impl: str, samples: list[int] | None) -> None:
+    """Where an integer or a tensor says, into the samples of the sequences and nowhere else."""
+    own = [0, 1, 2, 3] if samples is None else samples
+    q, k, v, seen = operands(torch.float32, own)
+    rows = torch.randn(2, len(own), 3, WIDTH)
+    expected = [t.clone() for t in (k, v)]
+    for cache, new in zip(expected, rows, strict=True):
+        cache[own, 9:12] = new
+    options: dict[str, Any] = {"num_heads": HEADS, "samples": samples, "impl": impl}
+    o = cached_attention(q, *expected, seen, **options)
+    for place in (9, torch.tensor([9])):
+        now = [t.clone() for t in (k, v)]
+        done = cached_attention(q, *now, seen, new=NewKeys(*rows, place), **options)
+        assert torch.equal(done, o)
+        assert all(torch.equal(*pair) for pair in zip(now, expected, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["auto", "composite", "reference"])
+@torch.no_grad()
+def test_a_front_that_every_row_sees(impl: str) -> None:
+    q, k, v, seen = operands(torch.float32, [3, 1])
+    seen[:, :, :7] = True
+    options: dict[str, Any] = {"num_heads": HEADS, "samples": [3, 1], "impl": impl}
+    expected = cached_attention(q, k, v, seen, **options)
+    assert torch.equal(cached_attention(q, k, v, seen[:, :, 7:], front=7, **options), expected)
 
 
 def test_the_formula_itself() -> None:

@@ -22,7 +22,16 @@ from torch import Tensor
 
 from beit3_fast.errors import KernelUnavailable
 from beit3_fast.layout import TokenLayout
-from beit3_fast.ops import Norm, cuda_kernels, expert_linear, kernel_cases, shared_attention
+from beit3_fast.ops import (
+    Measured,
+    Norm,
+    cuda_kernels,
+    expert_linear,
+    kernel_cases,
+    measured_expert_linear,
+    measured_shared_attention,
+    shared_attention,
+)
 from beit3_fast.parity import op_parity, worst_of
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -70,7 +79,7 @@ def test_shared_attention(case: AttentionCase) -> None:
     assert_near(op_parity(ours.cpu(), plain, truth), case)
 
 
-@pytest.mark.parametrize("kernel", kernel_cases.CUDA_CASES)
+@pytest.mark.parametrize("kernel", ["cuda_expert_linear", "cuda_shared_attention"])
 @pytest.mark.full
 def test_the_checks_on_a_users_machine_pass(kernel: str) -> None:
     parity = worst_of(kernel_cases.CUDA_CASES[kernel](torch.bfloat16, DEVICE))
@@ -95,6 +104,27 @@ def test_more_experts_than_one_launch_takes() -> None:
 def test_groups_of_experts_leave_none_out() -> None:
     groups = cuda_kernels.expert_groups((0, 3, 3, 8, 8, 8, 8, 20))
     assert list(groups) == [(0, [0, 3, 3, 8]), (6, [8, 20])]
+
+
+def test_the_statistics_that_an_op_leaves_are_those_of_its_rows() -> None:
+    """In front of a LayerNorm they are read instead of the rows."""
+    x, first, second = draw(9, 64), [draw(136, 64) / 8], [draw(24, 136) / 12]
+    layout = TokenLayout.from_lengths((5, 2), (0, 2), DEVICE)
+    h = measured_expert_linear(x, first, bounds=(0, 9), impl="cuda")
+    q, k, v = (draw(9, 128) for _ in range(3))
+    o = measured_shared_attention(q, k, v, layout, num_heads=2, impl="cuda")
+    for own in (h, o):
+        assert own.parts is not None
+        expected = kernel_cases.moments(own.rows, own.width)
+        torch.testing.assert_close(own.parts, expected, rtol=1e-4, atol=1e-4)
+    norm = Norm([draw(136)], [draw(136)])
+    read = expert_linear(h, second, bounds=(0, 9), norm=norm, impl="cuda")
+    bare = expert_linear(h.rows, second, bounds=(0, 9), norm=norm, impl="cuda")
+    torch.testing.assert_close(read, bare, rtol=2e-2, atol=2e-2)
+    assert h.parts is not None
+    other = Measured(h.rows, h.parts * 2, h.width)
+    spoiled = expert_linear(other, second, bounds=(0, 9), norm=norm, impl="cuda")
+    assert (spoiled - bare).abs().max() > 0.1
 
 
 def test_rows_that_are_not_named_are_zero() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -134,7 +135,7 @@ def test_another_architecture_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"needs_grad": True}, "no gradients"),
         ({"op": "shared_attention", "mask_tensor": True}, "mask tensor"),
         ({"op": "masked_linear_cross_entropy"}, "no kernel for this op"),
-        ({"op": "cached_attention"}, "no kernel for this op"),
+        ({"op": "patch_embedding"}, "no kernel for this op"),
         ({"misfit": "takes heads of width 64"}, "takes heads of width 64"),
     ],
 )
@@ -153,6 +154,16 @@ def test_auto_takes_triton_first(op: str, hopper: Ran) -> None:
     assert hopper == [op], "CUDA's kernel was not needed, and not checked"
 
 
+@pytest.mark.parametrize("op", ["cached_attention", "head_top_k"])
+def test_auto_takes_them_where_triton_has_none(op: str, hopper: Ran) -> None:
+    """A mask of every key of its own is no obstacle to the attention of decoding steps."""
+    for _ in range(2):
+        choice = dispatch.choose(at(op, mask_tensor=op == "cached_attention"))
+        assert choice.impl == "cuda"
+        assert "no kernel for this op" in dict(choice.rejected)["triton"]
+    assert hopper == [f"cuda_{op}"]
+
+
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_auto_takes_them_without_triton_once_their_check_passed(
     op: str, hopper: Ran, monkeypatch: pytest.MonkeyPatch
@@ -162,6 +173,42 @@ def test_auto_takes_them_without_triton_once_their_check_passed(
     for _ in range(2):
         assert dispatch.choose(at(op)).impl == "cuda"
     assert hopper == [f"cuda_{op}"]
+
+
+def test_float8_has_a_check_of_its_own(hopper: Ran) -> None:
+    """Triton stands in front, but has no such products."""
+    choice = dispatch.choose(at(float8=True))
+    assert choice.impl == "cuda"
+    assert dict(choice.rejected)["triton"] == "has no float8 products"
+    assert hopper == ["cuda_float8_linear"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "words"),
+    [
+        (
+            (8, 0),
+            ("80", "90a"),
+            "from compute capability 8.9 on, and this GPU has 8.0; use 'bfloat",
+        ),
+        ((8, 9), ("80", "90a"), "not compiled with float8 .* BEIT3_FAST_CUDA_ARCHS=89"),
+        ((8, 9), ("89",), None),
+        ((9, 0), ("80", "90a"), None),
+        ((9, 0), ("80",), "was compiled for sm_80, and this GPU"),
+    ],
+)
+def test_float8_where_tensor_cores_have_it(
+    capability: tuple[int, int],
+    built: tuple[str, ...],
+    words: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine(monkeypatch, capability, built)
+    said = cuda_kernels.obstacle("float8_linear", "cuda", torch.bfloat16, False)
+    if words is None:
+        assert said is None
+    else:
+        assert re.search(words, str(said))
 
 
 def test_kernels_that_fail_are_left_out(hopper: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,11 +267,11 @@ def test_info_and_verify_name_them(
 ) -> None:
     machine(monkeypatch, (9, 0), ("90a",))
     monkeypatch.setattr(triton_kernels, "obstacle", lambda device, dtype: "planted")
-    names = [
-        (f"cuda_{op}", dtype) for dtype in (torch.bfloat16, torch.float16) for op in dispatch.OPS
-    ]
+    dtypes = (torch.bfloat16, torch.float16)
+    names = [(f"cuda_{op}", dtype) for dtype in dtypes for op in cuda_kernels.OPS]
+    names.remove(("cuda_float8_linear", torch.float16))
     assert kernel_check.runnable("cuda") == names
-    assert [name for name, _ in names[:2]] == [*kernel_cases.CUDA_CASES]
+    assert {name for name, _ in names} == {*kernel_cases.CUDA_CASES}
     status = library.LibraryStatus(True, "", stamp={"cuda_architectures": "80 90a"})
     assert "CUDA kernels: sm_80, sm_90a" in status.describe()
     assert info.environment()["cuda_kernels"] == "for sm_90a"

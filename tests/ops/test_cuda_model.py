@@ -11,11 +11,13 @@ import torch
 from cuda_cases import DEVICE, ROOT, compiled, take
 from torch import Tensor
 
+from beit3_fast.generate import Special
 from beit3_fast.model import create_model
+from beit3_fast.model.decoding import CaptionDecoder
 from beit3_fast.ops import dispatch
 from beit3_fast.parity import op_parity
 
-EMULATED = ("emulated_linear", "attention_host", "emulated_statistics")
+EMULATED = ("emulated_linear", "attention_host", "emulated_statistics", "emulated_decoding")
 
 
 @cache
@@ -61,4 +63,31 @@ def test_a_model_is_as_near_the_truth_as_composite(mask: str) -> None:
     truth = rows("reference", mask, torch.float64)
     plain = rows("composite", mask, torch.bfloat16)
     parity = op_parity(rows("cuda", mask, torch.bfloat16), plain, truth)
+    assert parity.passed, parity.reason
+
+
+@torch.no_grad()
+def caption_rows(impl: str, dtype: torch.dtype) -> Tensor:
+    """Log probabilities of the best words of three steps of two captions an image."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"embed_dim": 128, "num_heads": 2, "ffn_dim": 128, "num_layers": 2}
+    model: Any = create_model("beit3_tiny_patch16_32_captioning", impl=impl, **sizes)
+    model = model.bfloat16().to(dtype).to(DEVICE)
+    images = torch.randn(2, 3, 32, 32).bfloat16().to(DEVICE, dtype)
+    decoder = CaptionDecoder(model, images, 2, 4, 0, 91)
+    special, found = Special(0, 1, 2, 91), []
+    rows = decoder.start()[:, None].expand(-1, 2, -1)
+    for step in range(3):
+        found.append(decoder.likeliest(rows, 6, special)[0])
+        words = torch.tensor([[5, 6], [7, 8]], device=DEVICE) + step
+        rows = decoder.step(words, torch.tensor([[0, 0], [0, step > 0]], device=DEVICE).long())
+    return torch.cat(found).to(torch.float64 if dtype is torch.float64 else torch.float32).cpu()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_steps_of_captions_are_as_near_the_truth_as_composite() -> None:
+    truth = caption_rows("reference", torch.float64)
+    plain = caption_rows("composite", torch.bfloat16)
+    parity = op_parity(caption_rows("cuda", torch.bfloat16), plain, truth)
     assert parity.passed, parity.reason
