@@ -168,6 +168,27 @@ def test_the_checks_on_a_users_machine_pass(kernel: str) -> None:
     assert parity.passed, parity.reason
 
 
+@torch.no_grad()
+def test_under_autocast_operands_are_lowered() -> None:
+    """And the weights' copy is kept."""
+    x, weight, bias = (draw(*size).float().to(DEVICE) for size in ((3, 16), (40, 16), (40,)))
+    q, k, v = (draw(2, 5, 64).float().to(DEVICE) for _ in range(3))
+    seen = torch.rand(2, 5, 5, device=DEVICE) > 0.3
+    expected = head_top_k(*(t.bfloat16() for t in (x, weight, bias)), 4, impl="cuda")
+    lower = [t.bfloat16() for t in (q, k, v)]
+    new = NewKeys(k[:, :2] + 1, v[:, :2] + 1, 1)
+    lower_new = NewKeys(new.k.bfloat16(), new.v.bfloat16(), 1)
+    o = cached_attention(*lower, seen, num_heads=1, new=lower_new, impl="cuda")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for _ in range(2):
+            found = head_top_k(x, weight, bias, 4, impl="cuda")
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        done = cached_attention(q, k, v, seen, num_heads=1, new=new, impl="cuda")
+    assert done.dtype == torch.bfloat16
+    assert torch.equal(done, o)
+    assert torch.equal(k[:, 1:3], new.k), "the cache is in the dtype that it has"
+
+
 def attention(**changes: Any) -> dict[str, Any]:
     """Arguments of launch_decode_attention that fit together."""
     arguments: dict[str, Any] = {
