@@ -117,7 +117,7 @@ CUDA_DECODING_BUGS = (
     Bug(
         "graph-of-steps-that-stands-still",
         "beit3_fast/model/decoding.py",
-        "                steps.add_(1)\n",
+        "            steps.add_(1)\n",
         "",
         (STEP_GRAPH,),
     ),
