@@ -9,12 +9,11 @@ import pytest
 import torch
 from cuda_cases import DEVICE, on_device  # noqa: F401
 from model_cases import randomize
-from op_cases import DTYPES, assert_near
+from op_cases import DTYPES, assert_near, plain_best
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from beit3_fast.composite.cached_attention import cached_attention as composite_attention
-from beit3_fast.composite.head_top_k import likeliest
 from beit3_fast.errors import KernelUnavailable
 from beit3_fast.model import create_model
 from beit3_fast.model.decoding import CaptionDecoder
@@ -93,7 +92,7 @@ def test_head_top_k(dtype: str, restricted: bool) -> None:
     x = x[:, 8:]
     allowed = torch.arange(301) % 4 > 0 if restricted else None
     truth, order = head_formula(x.double(), weight.double(), bias.double(), allowed, 7)
-    plain, _ = likeliest(torch.nn.functional.linear(x, weight, bias), 7, allowed)
+    plain, _ = plain_best(x, weight, bias, 7, allowed)
     there = [None if t is None else t.to(DEVICE) for t in (x, weight, bias, allowed)]
     log_p, ids = head_top_k(*there[:3], 7, allowed=there[3], impl="cuda")  # type: ignore[arg-type]
     assert_near(op_parity(log_p.cpu(), plain, truth), dtype)
