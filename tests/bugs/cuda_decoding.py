@@ -73,13 +73,6 @@ CUDA_DECODING_BUGS = (
         _TIES,
     ),
     Bug(
-        "cuda-head-two-zeros",
-        "csrc/cuda/head_top_k.cuh",
-        "bits_of_float(logit + 0.0f)",
-        "bits_of_float(logit)",
-        _TIES,
-    ),
-    Bug(
         "cuda-head-what-is-not-allowed-does-not-count",
         "csrc/cuda/head_top_k.cuh",
         "ranks[i] = own < op.classes",
