@@ -20,6 +20,7 @@ from beit3_fast.model.decoding import CaptionDecoder
 from beit3_fast.ops import (
     NewKeys,
     cached_attention,
+    cuda_kernels,
     head_top_k,
     kernel_cases,
     measured_cached_attention,
@@ -137,8 +138,15 @@ _NO_LAUNCH = {"empty", "min", "max", "item", "_local_scalar_dense", "_unsafe_vie
 
 
 @torch.no_grad()
-def test_launches_of_a_step() -> None:
-    """Those that docs/kernels.md speaks of: five calls a layer, a fixed number around them, two for the words."""
+def test_launches_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that docs/kernels.md speaks of: five a layer, and a fixed number around them."""
+    kernels: Counter[str] = Counter()
+    launch = cuda_kernels.launch
+
+    def spy(kernel: str, *arguments: Any) -> None:
+        kernels[kernel] += 1
+        launch(kernel, *arguments)
+
     sizes: dict[str, Any] = {"embed_dim": 64, "num_heads": 1, "ffn_dim": 64, "num_layers": 3}
     name = "beit3_tiny_patch16_32_captioning"
     model: Any = randomize(create_model(name, impl="cuda", **sizes)).bfloat16().to(DEVICE)
@@ -150,13 +158,15 @@ def test_launches_of_a_step() -> None:
     decoder.step(words, torch.zeros_like(words))
     steps, used = (torch.tensor([n], device=DEVICE) for n in (decoder.steps, decoder.used))
     run, parents = decoder.fixed_step(steps, used), torch.zeros_like(words)
+    monkeypatch.setattr(cuda_kernels, "launch", spy)
     with Launches() as launches:
         run(words, parents)
+    assert kernels == {"expert_linear": 4 * 3, "decode_attention": 3, "row_statistics": 1}
     found = Counter(launches.names)
     assert found.pop("cuda_cached_attention") == 3
     assert found.pop("cuda_expert_linear") == 4 * 3
     assert not found.keys() & {"index_copy_", "index_put_"}, "attention writes the keys"
-    assert found.total() == 19, found
+    assert found.total() == 20, found
 
 
 @pytest.mark.parametrize("kernel", ["cuda_cached_attention", "cuda_head_top_k"])
