@@ -116,8 +116,8 @@ def steps(device: str, dry_run: bool, out: Path) -> list[Step]:
     else:
         for batch in ("1", "64"):
             for impl in ("auto", "composite"):
-                what = ("--device", device, "--batch", batch, "--impl", impl)
-                plan.append(Step(f"bench-decode-step-{impl}-{batch}", (*DECODE, *what), True))
+                where = (*DECODE, "--device", device, "--batch", batch, "--impl", impl)
+                plan.append(Step(f"bench-decode-step-{impl}-{batch}", where, True))
         for workload, batch in WORKLOADS.items():
             name = "bench-" + workload.replace("/", "-")
             what = ("--workloads", workload, "--batch", batch, "1", "--dtypes", "bf16")

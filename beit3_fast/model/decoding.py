@@ -69,6 +69,8 @@ class CaptionDecoder:
         self.keep_is_free = images.device.type == "cpu"
         self.graphs = images.device.type == "cuda" and not autocast_enabled("cuda")
         self.graph: StepGraph | None = None
+        # Of the last step that was no replay: its kernels are compiled and chosen.
+        self.ran: torch.Size | None = None
         self.shapes: dict[tuple[int, int], _Shape] = {}
         self.known: Tensor | None = None
         self.samples, self.num_samples = tuple(range(len(images))), len(images)
@@ -94,8 +96,10 @@ class CaptionDecoder:
 
         On a GPU the second step of a shape is captured in a CUDA graph, which it and the following ones replay.
         """
-        if self.graphs and self.steps > 1 and self._captured(words, parents) is not None:
-            return self._replayed(words, parents)
+        graph = self._captured(words, parents) if self.ran == words.shape else None
+        if graph is not None:
+            self.steps, self.used = self.steps + 1, self.used + words.shape[1]
+            return graph(words, parents)
         self.seen = self._chosen(parents)
         return self._step_by_step(words)
 
@@ -133,14 +137,12 @@ class CaptionDecoder:
     def _step_by_step(self, words: Tensor) -> Tensor:
         width = words.shape[1]
         rows = self._step(words, _Moment(self.steps, self.used, self.used + 2 * width))
-        self.steps, self.used = self.steps + 1, self.used + width
+        self.steps, self.used, self.ran = self.steps + 1, self.used + width, words.shape
         return rows
 
     def _captured(self, words: Tensor, parents: Tensor) -> StepGraph | None:
         """The graph of steps of this shape; where there can be none, none is asked for again."""
-        if self.seen.shape[1] != words.shape[1]:
-            return None
-        if self.graph is None or not self.graph.fits(words):
+        if self.graphs and (self.graph is None or not self.graph.fits(words)):
             steps, used = (torch.tensor([n], device=self.device) for n in (self.steps, self.used))
             self.graph = try_to_capture(self.fixed_step(steps, used), words, parents)
             self.graphs = self.graph is not None
@@ -160,12 +162,6 @@ class CaptionDecoder:
             return rows
 
         return run
-
-    def _replayed(self, words: Tensor, parents: Tensor) -> Tensor:
-        assert self.graph is not None
-        rows = self.graph(words, parents)
-        self.steps, self.used = self.steps + 1, self.used + words.shape[1]
-        return rows
 
     def _step(self, words: Tensor, moment: _Moment) -> Tensor:
         """Rows [S, W, C] of the mask tokens behind ``words``; keys and ``seen`` are brought up to date."""
@@ -197,17 +193,18 @@ class CaptionDecoder:
     def _shape(self, batch: int, width: int) -> _Shape:
         """Made once: lists reach a device by copies, which no graph may hold."""
         if (batch, width) not in self.shapes:
-            layouts = []
-            for tokens in (2 * width, width):
-                own = TokenLayout.from_lengths([0] * batch, [tokens] * batch, self.device)
-                layouts.append(replace(own, text_only=0) if self.pairs else own)
+            layout, last = (self._layout(batch, tokens) for tokens in (2 * width, width))
             captions = torch.arange(width, device=self.device)
             rows = torch.arange(2 * batch * width, device=self.device).view(batch, -1)
             ahead = torch.arange(2 * width, device=self.device) >= width
             masks = torch.full((batch, width), self.mask, device=self.device)
             asking = rows[:, width:].flatten()
-            self.shapes[batch, width] = _Shape(*layouts, captions, asking, ahead.long(), masks)
+            self.shapes[batch, width] = _Shape(layout, last, captions, asking, ahead.long(), masks)
         return self.shapes[batch, width]
+
+    def _layout(self, batch: int, tokens: int) -> TokenLayout:
+        own = TokenLayout.from_lengths([0] * batch, [tokens] * batch, self.device)
+        return replace(own, text_only=0) if self.pairs else own
 
     def _embed(self, words: Tensor, steps: int | Tensor, shape: _Shape) -> Tensor:
         """Rows [S * 2W, C]: words at this step's place, mask tokens at the next."""

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from beit3_fast.composite.head_top_k import likeliest
+from beit3_fast.derived import derived
 from beit3_fast.errors import ShapeError
 from beit3_fast.ops import cuda_decoding, dispatch
 from beit3_fast.ops.expert_linear import expert_linear
+from beit3_fast.ops.packed_weight import PackedWeight
 from beit3_fast.reference.head_top_k import head_top_k as reference_impl
 
 
@@ -41,17 +43,27 @@ def head_top_k(
     _check(x, weight, bias, count, allowed)
     operands = [x, weight] if bias is None else [x, weight, bias]
     misfit = cuda_decoding.head_misfit(x.shape[1], len(weight), count)
+    if isinstance(weight, PackedWeight):
+        misfit = "takes weights as they are, these are packed"
     choice = dispatch.choose(dispatch.situation("head_top_k", operands, misfit=misfit), impl)
     if choice.impl == "reference":
         return reference_impl(x, weight, bias, allowed, count)
     if choice.impl == "cuda":
         lower = dispatch.autocast_dtype(x) or x.dtype
-        own = None if bias is None else bias.to(lower)
-        log_p, ids = cuda_decoding.head_top_k(x.to(lower), weight.to(lower), own, allowed, count)
+        own = None if bias is None else _in_dtype(bias, lower)
+        plain = _in_dtype(weight, lower)
+        log_p, ids = cuda_decoding.head_top_k(x.to(lower), plain, own, allowed, count)
         return log_p, ids
     biases = None if bias is None else [bias]
     logits = expert_linear(x, [weight], biases, bounds=(0, len(x)), impl=impl)
     return likeliest(logits, count, allowed)
+
+
+def _in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Itself, or its copy, which is kept: autocast asks for it at every step."""
+    if weight.dtype == dtype:
+        return weight
+    return derived(f"in {dtype}", (weight,), lambda: weight.detach().to(dtype))
 
 
 def _check(

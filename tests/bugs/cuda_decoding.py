@@ -73,13 +73,6 @@ CUDA_DECODING_BUGS = (
         _TIES,
     ),
     Bug(
-        "cuda-head-two-zeros",
-        "csrc/cuda/head_top_k.cuh",
-        "bits_of_float(logit + 0.0f)",
-        "bits_of_float(logit)",
-        _TIES,
-    ),
-    Bug(
         "cuda-head-what-is-not-allowed-does-not-count",
         "csrc/cuda/head_top_k.cuh",
         "ranks[i] = own < op.classes",
@@ -117,7 +110,7 @@ CUDA_DECODING_BUGS = (
     Bug(
         "graph-of-steps-that-stands-still",
         "beit3_fast/model/decoding.py",
-        "                steps.add_(1)\n",
+        "            steps.add_(1)\n",
         "",
         (STEP_GRAPH,),
     ),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from beit3_fast.ops import library
@@ -96,3 +97,14 @@ def lay(x: Tensor, layout: str) -> Tensor:
 def assert_near(parity: Parity, what: object) -> None:
     """Fail with the figures where the parity rule is broken."""
     assert parity.passed, f"{what}: {parity.reason}"
+
+
+def plain_best(
+    x: Tensor, weight: Tensor, bias: Tensor, count: int, allowed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The highest log probabilities of a linear head, and their classes, by PyTorch's own calls."""
+    log_p = F.linear(x, weight, bias).float().log_softmax(-1)
+    if allowed is not None:
+        log_p = log_p.masked_fill(~allowed, float("-inf"))
+    best, ids = log_p.topk(count, dim=-1)
+    return best, ids

@@ -9,18 +9,18 @@ import pytest
 import torch
 from cuda_cases import DEVICE, on_device  # noqa: F401
 from model_cases import randomize
-from op_cases import DTYPES, assert_near
+from op_cases import DTYPES, assert_near, plain_best
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from beit3_fast.composite.cached_attention import cached_attention as composite_attention
-from beit3_fast.composite.head_top_k import likeliest
 from beit3_fast.errors import KernelUnavailable
 from beit3_fast.model import create_model
 from beit3_fast.model.decoding import CaptionDecoder
 from beit3_fast.ops import (
     NewKeys,
     cached_attention,
+    cuda_kernels,
     head_top_k,
     kernel_cases,
     measured_cached_attention,
@@ -93,7 +93,7 @@ def test_head_top_k(dtype: str, restricted: bool) -> None:
     x = x[:, 8:]
     allowed = torch.arange(301) % 4 > 0 if restricted else None
     truth, order = head_formula(x.double(), weight.double(), bias.double(), allowed, 7)
-    plain, _ = likeliest(torch.nn.functional.linear(x, weight, bias), 7, allowed)
+    plain, _ = plain_best(x, weight, bias, 7, allowed)
     there = [None if t is None else t.to(DEVICE) for t in (x, weight, bias, allowed)]
     log_p, ids = head_top_k(*there[:3], 7, allowed=there[3], impl="cuda")  # type: ignore[arg-type]
     assert_near(op_parity(log_p.cpu(), plain, truth), dtype)
@@ -138,8 +138,15 @@ _NO_LAUNCH = {"empty", "min", "max", "item", "_local_scalar_dense", "_unsafe_vie
 
 
 @torch.no_grad()
-def test_launches_of_a_step() -> None:
-    """Those that docs/kernels.md speaks of: five calls a layer, a fixed number around them, two for the words."""
+def test_launches_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that docs/kernels.md speaks of: five a layer, and a fixed number around them."""
+    kernels: Counter[str] = Counter()
+    launch = cuda_kernels.launch
+
+    def spy(kernel: str, *arguments: Any) -> None:
+        kernels[kernel] += 1
+        launch(kernel, *arguments)
+
     sizes: dict[str, Any] = {"embed_dim": 64, "num_heads": 1, "ffn_dim": 64, "num_layers": 3}
     name = "beit3_tiny_patch16_32_captioning"
     model: Any = randomize(create_model(name, impl="cuda", **sizes)).bfloat16().to(DEVICE)
@@ -151,13 +158,15 @@ def test_launches_of_a_step() -> None:
     decoder.step(words, torch.zeros_like(words))
     steps, used = (torch.tensor([n], device=DEVICE) for n in (decoder.steps, decoder.used))
     run, parents = decoder.fixed_step(steps, used), torch.zeros_like(words)
+    monkeypatch.setattr(cuda_kernels, "launch", spy)
     with Launches() as launches:
         run(words, parents)
+    assert kernels == {"expert_linear": 4 * 3, "decode_attention": 3, "row_statistics": 1}
     found = Counter(launches.names)
     assert found.pop("cuda_cached_attention") == 3
     assert found.pop("cuda_expert_linear") == 4 * 3
     assert not found.keys() & {"index_copy_", "index_put_"}, "attention writes the keys"
-    assert found.total() == 19, found
+    assert found.total() == 20, found
 
 
 @pytest.mark.parametrize("kernel", ["cuda_cached_attention", "cuda_head_top_k"])
@@ -166,6 +175,27 @@ def test_launches_of_a_step() -> None:
 def test_the_checks_on_a_users_machine_pass(kernel: str) -> None:
     parity = worst_of(kernel_cases.CUDA_CASES[kernel](torch.bfloat16, DEVICE))
     assert parity.passed, parity.reason
+
+
+@torch.no_grad()
+def test_under_autocast_operands_are_lowered() -> None:
+    """And the weights' copy is kept."""
+    x, weight, bias = (draw(*size).float().to(DEVICE) for size in ((3, 16), (40, 16), (40,)))
+    q, k, v = (draw(2, 5, 64).float().to(DEVICE) for _ in range(3))
+    seen = torch.rand(2, 5, 5, device=DEVICE) > 0.3
+    expected = head_top_k(*(t.bfloat16() for t in (x, weight, bias)), 4, impl="cuda")
+    lower = [t.bfloat16() for t in (q, k, v)]
+    new = NewKeys(k[:, :2] + 1, v[:, :2] + 1, 1)
+    lower_new = NewKeys(new.k.bfloat16(), new.v.bfloat16(), 1)
+    o = cached_attention(*lower, seen, num_heads=1, new=lower_new, impl="cuda")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for _ in range(2):
+            found = head_top_k(x, weight, bias, 4, impl="cuda")
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        done = cached_attention(q, k, v, seen, num_heads=1, new=new, impl="cuda")
+    assert done.dtype == torch.bfloat16
+    assert torch.equal(done, o)
+    assert torch.equal(k[:, 1:3], new.k), "the cache is in the dtype that it has"
 
 
 def attention(**changes: Any) -> dict[str, Any]:

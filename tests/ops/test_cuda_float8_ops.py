@@ -131,6 +131,27 @@ def test_a_model_passes_rows_on_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> No
     assert (found - expected).norm() / expected.norm() < 0.02
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="a GPU's order of blocks matters")
+@pytest.mark.full
+@torch.no_grad()
+def test_the_same_bits_every_time() -> None:
+    x, own = draw(12_000, 768), weights(3072, 768)
+    norm = Norm([draw(768) * 0 + 1] * 2, [draw(768)] * 2)
+    options: dict[str, Any] = {"norm": norm, "activation": "gelu", "impl": "cuda"}
+
+    def run() -> list[Tensor]:
+        left = measured_expert_linear(x, own, bounds=(0, 11_111, 12_000), **options)
+        assert left.parts is not None
+        assert left.rounded is not None
+        numbers, scales = left.rounded
+        return [left.rows, left.parts, numbers.view(torch.uint8), scales]
+
+    first = run()
+    assert not first[0].isnan().any()
+    for _ in range(249):
+        assert all(torch.equal(mine, expected) for mine, expected in zip(run(), first, strict=True))
+
+
 @torch.no_grad()
 def test_one_graph_and_the_same_numbers_under_torch_compile() -> None:
     x, own = draw(7, 32), weights(48, 32)
