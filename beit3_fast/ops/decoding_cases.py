@@ -47,8 +47,10 @@ def cuda_cached_attention(dtype: torch.dtype, device: str) -> dict[str, Parity]:
         rest = (named, *new, place, 0, front, heads, width**-0.5)
         o, moments = cuda_decoding.cached_attention(q.to(device), k, v, seen.to(device), *rest)
         name = f"{sequences} of {rows} rows, {keys} keys"
-        parities[name] = op_parity(o.cpu(), plain, truth)
-        left = (_moments(t, heads) for t in (plain, truth))
+        o = o.cpu()
+        parities[name] = op_parity(o, plain, truth)
+        # Those of the rows as they were stored.
+        left = (_moments(t, heads) for t in (o, o.double()))
         parities[f"statistics, {name}"] = op_parity(moments.cpu(), *left)
     return parities
 
