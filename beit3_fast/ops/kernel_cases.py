@@ -16,7 +16,7 @@ from beit3_fast.composite import expert_linear as composite_linear
 from beit3_fast.composite import shared_attention as composite_attention
 from beit3_fast.layout import TokenLayout
 from beit3_fast.ops import cuda_kernels, decoding_cases, triton_kernels
-from beit3_fast.ops.kernel_cases_float8 import cuda_float8_linear, moments
+from beit3_fast.ops.kernel_cases_float8 import cuda_float8_linear, moments, statistics_parity
 from beit3_fast.parity import Parity, op_parity
 from beit3_fast.reference import expert_linear as linear_formula
 from beit3_fast.reference import masked_linear_cross_entropy as head_formula
@@ -104,12 +104,13 @@ def masked_linear_cross_entropy_backward(dtype: torch.dtype, device: str) -> dic
 
 def cuda_expert_linear(dtype: torch.dtype, device: str) -> dict[str, Parity]:
     """The product with LayerNorm, bias, GELU and residual, and the row statistics that it leaves, in CUDA C++."""
-    own: dict[str, Any] = {"shapes": _LINEAR_ON_CUDA, "product": _on_cuda}
-    own["width"] = cuda_kernels.STATISTICS_WIDTH
     parities = {}
+    own: dict[str, Any] = {"shapes": _LINEAR_ON_CUDA, "product": _on_cuda}
     for name, *results in _linear(dtype, device, with_grad=False, **own):
-        for part in results[0]:
-            parities[f"{part}, {name}"] = op_parity(*(each[part] for each in results))
+        y, left = results[0]["y"], results[0]["statistics"]
+        parities[f"y, {name}"] = op_parity(*(each["y"] for each in results))
+        statistics = statistics_parity(left, y, cuda_kernels.STATISTICS_WIDTH)
+        parities[f"statistics, {name}"] = statistics
     return parities
 
 
@@ -118,11 +119,13 @@ def cuda_shared_attention(dtype: torch.dtype, device: str) -> dict[str, Parity]:
     results = _attention(
         dtype, device, with_grad=False, shapes=_ATTENTION_ON_CUDA, kernel=_attention_on_cuda
     )
-    return {
-        f"{name}, {mask}, {lengths}": op_parity(*(t[place] for t in own))
-        for lengths, mask, *own in results
-        for place, name in enumerate(("o", "statistics"))
-    }
+    parities = {}
+    for lengths, mask, *own in results:
+        o, left = own[0]
+        parities[f"o, {mask}, {lengths}"] = op_parity(*(each[0] for each in own))
+        statistics = statistics_parity(left, o, o.shape[1] // left.shape[1])
+        parities[f"statistics, {mask}, {lengths}"] = statistics
+    return parities
 
 
 CASES: dict[str, Callable[[torch.dtype, str], dict[str, Parity]]] = {
@@ -193,7 +196,6 @@ def _linear(
     with_grad: bool,
     shapes: tuple[Any, ...] = (),
     product: Callable[[_Product, Any, Any, bool], tuple[Tensor, ...]] = _on_triton,
-    width: int = triton_kernels.STATISTICS_WIDTH,
 ) -> list[Any]:
     """Name, and for kernel, plain PyTorch and formula: y, and with gradients those of all operands."""
     generator, results = torch.Generator().manual_seed(0), []
@@ -220,11 +222,11 @@ def _linear(
 
         def plain(own: _Product, rows: Any = rows, rest: Any = rest) -> tuple[Tensor, ...]:
             y = composite_linear.expert_linear(*own, rows, *rest)
-            return y, moments(y.detach(), width)
+            return y, moments(y.detach(), triton_kernels.STATISTICS_WIDTH)
 
         def formula(own: _Product, rows: Any = rows, rest: Any = rest) -> tuple[Tensor, ...]:
             y = linear_formula.expert_linear(*own, rows, *rest)
-            return y, moments(y.detach(), width)
+            return y, moments(y.detach(), triton_kernels.STATISTICS_WIDTH)
 
         moved = here.map(lambda t: t.to(device))
         found = [
