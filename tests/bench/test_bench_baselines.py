@@ -282,8 +282,8 @@ def test_int8_has_a_rule_of_its_own() -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """One thread, no seconds of measuring, no processes for the memory."""
     monkeypatch.setattr(measure, "measure_peak", lambda probe: 1.0)
-    monkeypatch.setattr("bench.roofline.MATMUL_SHAPES", ((64, 32, 48),))
-    monkeypatch.setattr("bench.roofline._COPY_BYTES", 1 << 16)
+    monkeypatch.setattr("bench.ceilings.MATMUL_SHAPES", ((64, 32, 48),))
+    monkeypatch.setattr("bench.ceilings._COPY_BYTES", 1 << 16)
     for pace in run.EFFORTS:
         monkeypatch.setitem(run.EFFORTS, pace, Effort(0, 3, 0.0))
     monkeypatch.setattr(run, "physical_cores", torch.get_num_threads)

@@ -38,8 +38,8 @@ def stand_in(change: Change = lambda model: None, **fields: Any) -> Runtime:
 def quick_and_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No subprocesses, no seconds of measuring, one thread."""
     monkeypatch.setattr(measure, "measure_peak", lambda probe: 10.0 + len(probe.runtime))
-    monkeypatch.setattr("bench.roofline.MATMUL_SHAPES", ((64, 32, 48),))
-    monkeypatch.setattr("bench.roofline._COPY_BYTES", 1 << 16)
+    monkeypatch.setattr("bench.ceilings.MATMUL_SHAPES", ((64, 32, 48),))
+    monkeypatch.setattr("bench.ceilings._COPY_BYTES", 1 << 16)
     for pace in run.EFFORTS:
         monkeypatch.setitem(run.EFFORTS, pace, Effort(0, 3, 0.0))
     monkeypatch.setattr(run, "physical_cores", torch.get_num_threads)
