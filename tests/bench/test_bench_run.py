@@ -139,7 +139,7 @@ def test_a_wrong_runtime_is_found_and_nothing_is_timed(
     dtype: str,
 ) -> None:
     monkeypatch.setitem(RUNTIMES, OURS, stand_in(change))
-    monkeypatch.setattr(measure, "interleave", lambda *a, **k: pytest.fail("timed"))
+    monkeypatch.setattr(measure, "timed_rounds", lambda *a, **k: pytest.fail("timed"))
     monkeypatch.setattr(measure, "measure_peak", lambda *a: pytest.fail("measured"))
     code, out = bench(tmp_path, *ONE[:2], "--dtypes", dtype, "--batch", "2")
     assert code == 1
