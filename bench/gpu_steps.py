@@ -35,6 +35,7 @@ RUNTIMES = (
     "beit3_fast-composite",
     "torchscale",
     "torchscale-compiled",
+    "torchscale-compiled-training",
     "timm",
 )
 FIGURES = ("products", "attention", "latency")

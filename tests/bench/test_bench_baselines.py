@@ -410,3 +410,20 @@ def test_the_real_library_is_in_parity(name: str, task: str) -> None:
         assert verdict.rel_rms < 0.3
     else:
         assert verdict.passed, verdict.reason
+
+
+def test_the_compiled_training_baseline_is_for_training_alone() -> None:
+    runtime = RUNTIMES["torchscale-compiled-training"]
+    for name, reason in (("image/tiny/32", "runs training only"), ("train/tiny/32", None)):
+        found = runtime.obstacle(parse_workload(name), torch.float32, CPU)
+        assert found == reason
+    assert not runtime.gate
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_the_compiled_training_baseline_is_in_parity() -> None:
+    case = Case(parse_workload("train/tiny/32"), "float32", 2)
+    name = "torchscale-compiled-training"
+    verdict = check_parity(case, [name], get, CPU)[name]
+    assert verdict.passed, verdict.reason

@@ -49,9 +49,9 @@ def test_an_attention_by_hand() -> None:
 def test_a_workload_by_hand() -> None:
     config = SIZES["tiny"]
     width, ffn, layers = config.embed_dim, config.ffn_dim, config.num_layers
-    work = encoder_work(config, 5, [7, 3])
+    work = encoder_work(config, 5, [7, 2])
     found = launches(work, "bfloat16")
-    rows = 5 + 5 + 7 + 3
+    rows = 5 + 5 + 7 + 2
     # Both experts are one launch: their rows together, their weights each.
     assert found[0] == Cost(
         layers * 2.0 * rows * width * 3 * width,
@@ -59,7 +59,7 @@ def test_a_workload_by_hand() -> None:
     )
     fc2 = 2.0 * (rows * ffn + 2 * width * ffn + 2 * rows * width)
     assert found[3].bytes == layers * fc2
-    assert found[4] == Cost(layers * 4.0 * width * (144 + 64), layers * 2.0 * 4 * rows * width)
+    assert found[4] == Cost(layers * 4.0 * width * (144 + 49), layers * 2.0 * 4 * rows * width)
     assert len(found) == 5
     assert sum(cost.flops for cost in found) == work.flops
     rates = Rates({"bfloat16": 1e-3}, 1e3, "by hand")
