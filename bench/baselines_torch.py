@@ -49,6 +49,16 @@ def build_compiled(
     return Compiled(workload, use_sdpa(load_torchscale(workload, weights, dtype, device)))
 
 
+def build_compiled_training(
+    workload: Workload, weights: Weights, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """torchscale with SDPA, forward and backward compiled; gradients stay with the official names."""
+    model = use_sdpa(load_torchscale(workload, weights, dtype, device))
+    # Graphs own the memory of gradients, which the step sets to None.
+    model.compile(dynamic=False, mode="max-autotune-no-cudagraphs")
+    return model
+
+
 def build_timm(
     workload: Workload, weights: Weights, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
@@ -103,6 +113,15 @@ RUNTIMES: dict[str, Runtime] = {
         build_compiled,
         "SDPA, inductor",
         lambda workload, dtype, device: None,
+    ),
+    "torchscale-compiled-training": Runtime(
+        "torchscale with scaled_dot_product_attention under torch.compile, max-autotune, training steps",
+        build_compiled_training,
+        lambda model: "SDPA, inductor",
+        lambda workload, dtype, device: None if workload.task.train else "runs training only",
+        default=False,
+        costly=True,
+        gate=False,
     ),
     "timm": converted(
         f"timm's vision-only BEiT-3 under {_HOW}", build_timm, "inductor", _timm_obstacle

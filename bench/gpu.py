@@ -4,129 +4,42 @@
     python -m bench.gpu --only races             # steps whose name holds a word
     python -m bench.gpu --device cpu --dry-run   # the same steps in small, in the interpreter
 
-Parity on the device first; the benchmark runs only when every step before it passed. Each step takes under nine
-minutes, leaves its output in DIR/STEP.log and its outcome in DIR/steps.json, and is not repeated once it passed: a
-run that was stopped goes on where it stopped.
+Parity on the device first; what is measured waits until every other step passed, in this run or in an earlier one by its
+record. Each step takes under nine minutes, leaves its output in DIR/STEP.log and its outcome in DIR/steps.json, and is
+not repeated once it passed with the sources, the GPU and the torch of now: a run that was stopped goes on where it
+stopped. DIR is bench/results/DATE-GPU; --out names that of an earlier day. report.md, report.png and report.json at
+its top sum up what there is.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from bench import gpu_record
+from bench.gpu_record import Record
+from bench.gpu_steps import Step, steps
+from bench.gpu_summary import summarize
+
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 530
-LOG_BYTES = 2_000_000
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "--tb=short")
-KERNEL_TESTS = (
-    "expert_linear",
-    "shared_attention",
-    "linear_gradients",
-    "cross_entropy",
-    "registration",
-    "model",
-    "tiles",
-    "dispatch",
-)
-WORKLOADS = {
-    "image/base/224": "256",
-    "image/large/224": "256",
-    "vqa/base/480": "64",
-    "retrieval-text/base/384": "256",
-}
-RUNTIMES = (
-    "beit3_fast",
-    "beit3_fast-cuda",
-    "beit3_fast-float8",
-    "beit3_fast-triton",
-    "torchscale",
-    "torchscale-compiled",
-    "timm",
-)
-# A step of captions beside its memory floor.
-DECODE = (sys.executable, "-m", "bench.decode_step")
-TINY = "beit3_tiny_patch16_32_captioning"
-# One small case for each kernel; the sanitizer is some 20 times slower.
-SANITIZED = "(one and row) or (mixed and 2x88) or descriptors"
-SANITIZED_CUDA = "three or one or mixed or rows"
-# The tests of the CUDA kernels; without a GPU their binding runs in front of plain loops.
-CUDA_TESTS = "tests/ops/test_cuda_binding.py"
-FLOAT8_TESTS = "tests/ops/test_cuda_float8_ops.py"
-CUDA_DECODING_TESTS = "tests/ops/test_cuda_decoding_binding.py"
-GRAPH_TESTS = ("tests/model/test_capture.py", "tests/model/test_step_graph.py")
+# Of all logs together; reports and pictures have the rest of 16 MiB.
+LOGS_BYTES = 12 << 20
+# A program that is missing is no verdict about the kernels.
+_BLOCKS = ("failed", "out of time", "not run")
 
 
-@dataclass(frozen=True)
-class Step:
-    """A command, and whether it waits until every step before it has passed."""
-
-    name: str
-    command: tuple[str, ...]
-    needs_all: bool = False
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-def steps(device: str, dry_run: bool, out: Path) -> list[Step]:
-    """What is to be done on a device."""
-    chosen = ("-m", "not full", "-k", "one") if dry_run else ("-m", "full or not full")
-    plan = [
-        Step(f"parity-{name}", (*PYTEST, f"tests/ops/test_triton_{name}.py", *chosen))
-        for name in KERNEL_TESTS
-        if not dry_run or name in KERNEL_TESTS[:2]
-    ]
-    plan.append(Step("parity-cuda", (*PYTEST, CUDA_TESTS, *chosen)))
-    plan.append(Step("parity-float8", (*PYTEST, FLOAT8_TESTS, *chosen)))
-    decoding = ("-m", "not full", "-k", "head_top_k") if dry_run else chosen
-    plan.append(Step("parity-cuda-decoding", (*PYTEST, CUDA_DECODING_TESTS, *decoding)))
-    plan.append(Step("graphs", (*PYTEST, *GRAPH_TESTS, "-k", "captions" if dry_run else "graph")))
-    if device == "cuda":
-        verify = (sys.executable, "-m", "beit3_fast", "verify", "--kernels", "--json")
-        plan.append(Step("verify", verify))
-    races = (*PYTEST, "tests/ops/test_triton_races.py")
-    every = ("-m", "full or not full")
-    plan.append(Step("races", (*races, *(("-k", "causal") if dry_run else every))))
-    if device == "cuda":
-        plan.append(Step("races-cuda", (*PYTEST, "tests/ops/test_cuda_races.py")))
-    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        if device == "cuda":
-            files = [f"tests/ops/test_triton_{name}.py" for name in KERNEL_TESTS[:4]]
-            command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *PYTEST)
-            uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            plan.append(Step(tool, (*command, *files, "-k", SANITIZED), False, uncached))
-            own = (*command, CUDA_TESTS, "-k", SANITIZED_CUDA)
-            plan.append(Step(f"{tool}-cuda", own, False, uncached))
-            rounded = (*command, FLOAT8_TESTS, "-k", "left or model")
-            plan.append(Step(f"{tool}-float8", rounded, False, uncached))
-            own = (*command, CUDA_DECODING_TESTS, "-k", "not captions and not refuses")
-            plan.append(Step(f"{tool}-cuda-decoding", own, False, uncached))
-    bench = (sys.executable, "bench/run.py", "--device", device)
-    if dry_run:
-        small = ("--quick", "--workloads", "image/base/224", "--batch", "1", "--dtypes", "fp32")
-        runtimes = ("--runtimes", "beit3_fast", "torchscale")
-        plan.append(Step("bench", (*bench, *small, *runtimes, "--out", str(out / "bench")), True))
-        plan.append(Step("bench-decode-step", (*DECODE, "--model", TINY, "--words", "3"), True))
-    else:
-        for batch in ("1", "64"):
-            for impl in ("auto", "composite"):
-                where = (*DECODE, "--device", device, "--batch", batch, "--impl", impl)
-                plan.append(Step(f"bench-decode-step-{impl}-{batch}", where, True))
-        for workload, batch in WORKLOADS.items():
-            name = "bench-" + workload.replace("/", "-")
-            what = ("--workloads", workload, "--batch", batch, "1", "--dtypes", "bf16")
-            peers = ("--runtimes", *RUNTIMES, "--out", str(out / name))
-            plan.append(Step(name, (*bench, *what, *peers), True))
-    return plan
-
-
-def run_step(step: Step, out: Path) -> dict[str, Any]:
+def run_step(step: Step, out: Path, log_bytes: int) -> dict[str, Any]:
     """Runs one step; its outcome is "passed", "failed", "out of time" or "not there: PROGRAM"."""
     if shutil.which(step.command[0]) is None:
         return {"outcome": f"not there: {step.command[0]}", "seconds": 0.0}
@@ -145,33 +58,72 @@ def run_step(step: Step, out: Path) -> dict[str, Any]:
             outcome = "failed" if code else "passed"
         except subprocess.TimeoutExpired:
             outcome = "out of time"
-    text = log.read_bytes()
-    if len(text) > LOG_BYTES:
-        log.write_bytes(text[: LOG_BYTES // 2] + b"\n...\n" + text[-LOG_BYTES // 2 :])
+    _shorten(log, log_bytes)
     return {"outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
 
 
-def run_all(plan: list[Step], out: Path) -> int:
-    """Runs what has not passed yet; 1 where a step did not pass."""
+def _shorten(log: Path, most: int) -> None:
+    """Leaves beginning and end of a long log, and no path of this machine in any."""
+    text = log.read_bytes().replace(str(ROOT).encode(), b".")
+    gap = b"\n...\n"
+    if len(text) > most:
+        half = (most - len(gap)) // 2
+        text = text[:half] + gap + text[-half:]
+    log.write_bytes(text)
+
+
+def run_all(plan: list[Step], out: Path, only: str = "", device: str = "cpu") -> int:
+    """Runs the steps whose name holds `only` and that have not passed yet; 1 where one of them did not pass."""
     out.mkdir(parents=True, exist_ok=True)
-    record = out / "steps.json"
-    done: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
-    for place, step in enumerate(plan):
-        if done.get(step.name, {}).get("outcome") == "passed":
+    path = out / "steps.json"
+    record, trouble = gpu_record.read(path)
+    if trouble:
+        print(f"== {trouble}", flush=True)
+    now = {step.name: _digest(step, device) for step in plan}
+    for name in [name for name in record if record[name].get("sources") != now.get(name)]:
+        if name in now and record[name]["outcome"] == "passed":
+            print(f"== {name}: passed with other sources, does not count", flush=True)
+        del record[name]
+    chosen = [step for step in plan if only in step.name]
+    for step in chosen:
+        if _outcome(record, step) == "passed":
             print(f"== {step.name}: passed before", flush=True)
             continue
-        failed = [own.name for own in plan[:place] if done[own.name]["outcome"] in _NOT_PASSED]
-        if step.needs_all and failed:
-            done[step.name] = {"outcome": f"waits for {', '.join(failed)}", "seconds": 0.0}
+        waits = [own for own in plan if step.needs_all and not own.needs_all]
+        missing = [
+            f"{own.name} ({why})" for own in waits if (why := _outcome(record, own)) in _BLOCKS
+        ]
+        if missing:
+            result = {"outcome": f"waits for {', '.join(missing)}", "seconds": 0.0}
         else:
             print(f"== {step.name}: {' '.join(step.command)}", flush=True)
-            done[step.name] = run_step(step, out)
-        print(f"== {step.name}: {done[step.name]['outcome']}", flush=True)
-        record.write_text(json.dumps(done, indent=2) + "\n")
-    return 0 if all(done[step.name]["outcome"] == "passed" for step in plan) else 1
+            result = run_step(step, out, LOGS_BYTES // len(plan))
+        record[step.name] = {**result, "sources": now[step.name]}
+        print(f"== {step.name}: {result['outcome']}", flush=True)
+        gpu_record.write(path, record)
+    print("\n".join(f"== {note}" for note in summarize(out, record, device)), flush=True)
+    return 0 if all(_outcome(record, step) == "passed" for step in chosen) else 1
 
 
-_NOT_PASSED = ("failed", "out of time")
+def _outcome(record: Record, step: Step) -> str:
+    outcome: str = record.get(step.name, {}).get("outcome", "not run")
+    return outcome
+
+
+def _digest(step: Step, device: str) -> str:
+    gpu = torch.cuda.get_device_name() if device == "cuda" else device
+    # The folder of results may be moved; what is run does not change by that.
+    command = [word for word in step.command if not Path(word).is_absolute()]
+    facts = [gpu, str(torch.__version__), *command, *map(str, step.environment.items())]
+    return gpu_record.digest(ROOT, step.sources, facts)
+
+
+def default_folder(device: str) -> Path:
+    """Where the results go: a folder to commit for a GPU, one that git ignores for a dry run."""
+    if device != "cuda":
+        return ROOT / "bench" / "out" / "gpu"
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    return ROOT / "bench" / "results" / f"{datetime.now(timezone.utc):%Y-%m-%d}-{name}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -180,16 +132,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--dry-run", action="store_true", help="every step in small")
     parser.add_argument("--only", default="", help="steps whose name holds this")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out" / "gpu")
+    parser.add_argument("--out", type=Path, help="default: bench/results/DATE-GPU")
     options = parser.parse_args(arguments)
-    if options.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            parser.error("there is no CUDA device; --device cpu --dry-run goes through the steps")
-    plan = steps(options.device, options.dry_run, options.out)
-    plan = [step for step in plan if options.only in step.name]
-    return run_all(plan, options.out)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; --device cpu --dry-run goes through the steps")
+    out = (options.out or default_folder(options.device)).resolve()
+    plan = steps(options.device, options.dry_run, out)
+    if not any(options.only in step.name for step in plan):
+        names = ", ".join(step.name for step in plan)
+        parser.error(f"no step's name holds {options.only!r}; there are: {names}")
+    return run_all(plan, out, options.only, options.device)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,13 @@ import torch
 from torch import nn
 
 from beit3_fast.parity import Parity, worst_of
-from beit3_fast.timing import Effort, Samples, interleave, quantiles, rates, speed_ups, synchronizer
+from beit3_fast.timing import Effort, Samples, quantiles, rates, speed_ups
 from bench.baselines import OURS, REFERENCE, RUNTIMES, build_reference
+from bench.ceilings import BareProducts, measure_ceilings
+from bench.cost_model import Rates, measured, workload_floor
 from bench.environment import available_memory, environment
+from bench.events import timed_rounds
 from bench.memory import MemoryProbeFailed, Probe, measure_peak, settle
-from bench.roofline import BareProducts, measure_ceilings
 from bench.tasks import Output
 from bench.workloads import Workload, move, step
 
@@ -149,10 +151,8 @@ def run(plan: Plan, progress: Progress) -> Report:
     if passed:
         progress("ceilings of this machine")
         dtypes = [getattr(torch, d) for d in dict.fromkeys(c.dtype for c in plan.cases)]
-        wait = synchronizer(plan.device)
-        ceilings = measure_ceilings(
-            dtypes, plan.device, seconds=plan.ceiling_seconds, synchronize=wait
-        )
+        ceilings = measure_ceilings(dtypes, plan.device, seconds=plan.ceiling_seconds)
+        own_rates = measured(ceilings)
         for case in plan.cases:
             progress(f"speed of {case.title}")
             able = [name for name in plan.runtimes if (case, name) in parities]
@@ -160,9 +160,8 @@ def run(plan: Plan, progress: Progress) -> Report:
             products = samples.pop(_PRODUCTS, None)
             if products is not None:
                 bare.append(_bare(case, products))
-            ceiling = ceilings["matmul_tflops"].get(case.dtype)
             for name, seconds in samples.items():
-                speeds[case, name] = _speed(case, seconds, ceiling, products)
+                speeds[case, name] = _speed(case, seconds, own_rates, products)
             ratios.extend(_ratios(case, samples))
         # The processes that measure memory need room, and the models of this one are done.
         del models
@@ -173,6 +172,7 @@ def run(plan: Plan, progress: Progress) -> Report:
     for (case, name), parity in parities.items():
         unmeasured = {"samples_per_s": None, "latency_ms": None, "rounds": 0}
         unmeasured |= {"ceiling_fraction": None, "onednn_fraction": None, "peak_memory_mib": None}
+        unmeasured |= {"floor_ms": None}
         results.append(
             {
                 "workload": case.workload.name,
@@ -287,7 +287,7 @@ def _time(case: Case, runtimes: list[str], models: _Models, plan: Plan) -> Sampl
     if plan.device.type == "cpu" and not case.workload.task.train:
         products = BareProducts(case.workload.work(case.workload.inputs(case.batch)), dtype)
         calls[_PRODUCTS] = products
-    return interleave(calls, plan.effort, synchronize=synchronizer(plan.device))
+    return timed_rounds(calls, plan.effort, plan.device)
 
 
 def _bare(case: Case, seconds: list[float]) -> dict[str, Any]:
@@ -303,16 +303,19 @@ def _bare(case: Case, seconds: list[float]) -> dict[str, Any]:
 
 
 def _speed(
-    case: Case, seconds: list[float], ceiling: float | None, products: list[float] | None
+    case: Case, seconds: list[float], own_rates: Rates | None, products: list[float] | None
 ) -> dict[str, Any]:
     middle = quantiles(seconds).p50
-    work = case.workload.flops(case.workload.inputs(case.batch))
+    work = case.workload.work(case.workload.inputs(case.batch))
+    ceiling = own_rates.tflops.get(case.dtype) if own_rates else None
+    floor = workload_floor(work, own_rates, case.dtype) if own_rates and ceiling else None
     return {
         "samples_per_s": {k: _round(v) for k, v in asdict(rates(seconds, case.batch)).items()},
         "latency_ms": _round(middle * 1e3),
         "rounds": len(seconds),
         "peak_memory_mib": None,
-        "ceiling_fraction": _round(work / middle / 1e12 / ceiling) if ceiling else None,
+        "ceiling_fraction": _round(work.flops / middle / 1e12 / ceiling) if ceiling else None,
+        "floor_ms": None if floor is None else _round(1e3 * floor),
         "onednn_fraction": _round(speed_ups(seconds, products).p50) if products else None,
     }
 

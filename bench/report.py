@@ -35,6 +35,7 @@ _HEADER = (
     "samples/s",
     "p20-p80",
     "ms",
+    "floor ms",
     f"{OURS} is",
     "memory MiB",
     "of ceiling",
@@ -47,6 +48,7 @@ _RIGHT = {
     "samples/s",
     "p20-p80",
     "ms",
+    "floor ms",
     "memory MiB",
     "of ceiling",
     "of oneDNN",
@@ -124,18 +126,19 @@ def rows(report: Report) -> list[list[str]]:
         line = [row["workload"], row["dtype"], str(row["batch"]), row["runtime"] + impl]
         if speed is None:
             why = "not timed" if parity["passed"] else "NOT IN PARITY"
-            line += [why, "", "", "", ""]
+            line += [why, "", "", "", "", ""]
         else:
             line += [
                 _number(speed["p50"]),
                 f"{_number(speed['p20'])}-{_number(speed['p80'])}",
                 _number(row["latency_ms"]),
+                # Reports of earlier versions have no such figure, nor the one of oneDNN below.
+                _number(row.get("floor_ms")),
                 "" if faster is None else f"{faster:.2f}x as fast",
                 _number(row["peak_memory_mib"]),
             ]
         fraction = row["ceiling_fraction"]
         line.append("-" if fraction is None else f"{fraction:.0%}")
-        # Reports of earlier versions have no such figure.
         fraction = row.get("onednn_fraction")
         line.append("-" if fraction is None else f"{fraction:.0%}")
         error = _error(parity["rel_rms"])
@@ -198,7 +201,8 @@ def markdown(report: Report, old: Report | None = None) -> str:
     lines += [
         "",
         f"*{OURS} is*: median over the rounds of (time of that runtime) / (time of {OURS}), both taken in "
-        "the same round. *memory*: peak beyond the parameters, in a process of its own. *of ceiling*: the "
+        "the same round. *floor ms*: the time of the same step if every launch ran at this machine's measured "
+        "product or copy rate, whichever limits it (bench/cost_model.py). *memory*: peak beyond the parameters, in a process of its own. *of ceiling*: the "
         "operations that the answer needs, without padding, at this machine's measured matrix-product "
         "rate. *of oneDNN*: the speed as a fraction of a loop of nothing but the products with weights, "
         "timed in the same rounds. *error*: relative rms against torchscale in fp32 with the same weights; *torchscale's*: "

@@ -1,170 +1,212 @@
-"""What this machine can do at most, and what the work needs at least.
+"""Floors on a named GPU: what ops and workloads take at least, and how much of attention's tiles is of use.
 
-Ceilings are measured in the same run as the runtimes: the rate of the fastest matrix product known
-here, PyTorch's or our own, on random data (zeros clock higher), and the rate of a copy that no cache
-holds. They are what software reaches, not what the data sheet says.
+    python -m bench.roofline --gpu h200                                  ops, tiles, the workloads of `make gpu`
+    python -m bench.roofline --gpu h200 --workload vqa/base/480 --batch 64
+    python -m bench.roofline --gpu h200 --report DIR/report.json         at the ceilings that a run measured
+    python -m bench.roofline --gpu h200 --json                           the same as JSON
+    python -m bench.roofline --write                                     docs/roofline.md again
+
+The model of a floor is bench/cost_model.py.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from beit3_fast.config import SIZES
+from beit3_fast.errors import Beit3FastError
+from beit3_fast.model.work import Product
+from bench import cost_model as model
+from bench import report as reports
+from bench.cost_model import Rates
+from bench.workloads import parse_workload
 
-from beit3_fast.model.work import Product, Work
-from beit3_fast.ops import expert_linear, library
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "roofline.md"
+WORKLOADS = {
+    "image/base/224": 256,
+    "image/large/224": 256,
+    "vqa/base/480": 64,
+    "retrieval-text/base/384": 256,
+    "train/base/224": 128,
+    "train-vqa/base/480": 32,
+}
+TOKENS = (197, 577, 901)
+ROWS = 256 * 197
+# Bytes of a number of a product's result in float8: bf16 for attention and the residual stream, 1 more where the
+# next product reads it, and 1 alone behind GELU.
+_FLOAT8_WRITTEN = {"qkv": 2.0, "out": 3.0, "fc1": 1.0, "fc2": 3.0}
 
-# (rows, in, out): eight images of 197 tokens through the projections of base and large, and one
-# square product, which some libraries run faster than any of them.
-MATMUL_SHAPES = (
-    (1576, 768, 2304),
-    (1576, 768, 3072),
-    (1576, 3072, 768),
-    (1576, 1024, 4096),
-    (2048, 2048, 2048),
-)
-_COPY_BYTES = 256 << 20
-# Bytes of a row: what a tile of at most 32 rows and its columns take, 32 KB, stays in the first cache.
-_TILE_DEPTH = 512
 
-
-def measure_ceilings(
-    dtypes: Sequence[torch.dtype],
-    device: torch.device,
-    *,
-    seconds: float = 0.25,
-    synchronize: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """The JSON contract's "ceilings": TFLOP/s for each dtype, copied GB/s (read plus written), tile loops.
-
-    Each shape runs for about `seconds`; the fastest call of the fastest shape counts, since whatever
-    else runs on the machine only ever slows a call down.
-    """
-    rates, tile_loop = {}, {}
-    for dtype in dtypes:
-        if device.type == "cpu":
-            tile_loop[str(dtype).removeprefix("torch.")] = measure_tile_loop(dtype, seconds)
-        best = 0.0
-        for rows, width, out in MATMUL_SHAPES:
-            x = torch.randn(rows, width).to(device, dtype)
-            w = torch.randn(out, width).to(device, dtype)
-            for product in (partial(F.linear, x, w), partial(_our_product, x, w)):
-                took = _fastest(product, seconds, synchronize)
-                best = max(best, 2 * rows * width * out / took)
-        rates[str(dtype).removeprefix("torch.")] = float(f"{best / 1e12:.4g}")
-    source = torch.randint(0, 255, (_COPY_BYTES,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    took = _fastest(lambda: target.copy_(source), seconds, synchronize)
+def products(size: str, rows: int) -> dict[str, Product]:
+    """The four products of a layer."""
+    config = SIZES[size]
+    width, ffn = config.embed_dim, config.ffn_dim
     return {
-        "matmul_tflops": rates,
-        "copy_gbps": round(2 * _COPY_BYTES / took / 1e9, 2),
-        "tile_loop_tflops": tile_loop,
+        "qkv": Product(rows, width, 3 * width),
+        "out": Product(rows, width, width, residual=True),
+        "fc1": Product(rows, width, ffn),
+        "fc2": Product(rows, ffn, width, residual=True),
     }
 
 
-def _our_product(x: Tensor, w: Tensor) -> Tensor:
-    return expert_linear(x, [w], bounds=(0, len(x)))
+def op_rows(rates: Rates, sizes: Sequence[str] = ("base", "large")) -> list[dict[str, Any]]:
+    """The floors of the ops: products of 50,432 rows, and the attention of as many or fewer."""
+    found = []
+    for size in sizes:
+        for dtype in ("bfloat16", "float8"):
+            if dtype not in rates.tflops:
+                continue
+            for name, product in products(size, ROWS).items():
+                written = _FLOAT8_WRITTEN[name] if dtype == "float8" else None
+                cost = model.linear_cost(product, model.BYTES[dtype], written)
+                what = f"{name} {product.width} -> {product.out}"
+                found.append(_op_row(what, size, dtype, cost, rates))
+        for tokens in TOKENS:
+            cost = model.attention_cost(tokens, SIZES[size].embed_dim, "bfloat16", 64)
+            what = f"attention, 64 x {tokens} tokens"
+            found.append(_op_row(what, size, "bfloat16", cost, rates))
+    return found
 
 
-def _fastest(call: Callable[[], object], seconds: float, synchronize: Callable[[], None]) -> float:
-    samples: list[float] = []
-    with torch.inference_mode():
-        start = time.perf_counter()
-        call()
-        synchronize()
-        first = time.perf_counter() - start
-        if first > 1:
-            # The CPU has no instructions for the dtype: the benefit of a warm call is nothing beside that.
-            return first
-        start = time.perf_counter()
-        while len(samples) < 4 or time.perf_counter() - start < seconds:
-            before = time.perf_counter()
-            call()
-            synchronize()
-            samples.append(time.perf_counter() - before)
-    return min(samples)
+def _op_row(op: str, size: str, dtype: str, cost: model.Cost, rates: Rates) -> dict[str, Any]:
+    floor = model.floor(cost, rates, dtype)
+    return {
+        "op": op,
+        "size": size,
+        "dtype": dtype,
+        "gflop": cost.flops / 1e9,
+        "mb": cost.bytes / 1e6,
+        "memory_us": 1e6 * floor.memory,
+        "products_us": 1e6 * floor.products,
+        "floor_us": 1e6 * floor.seconds,
+        "bound": floor.bound,
+    }
 
 
-def measure_tile_loop(dtype: torch.dtype, seconds: float) -> float | None:
-    """TFLOP/s of the innermost loop of our CPU kernels alone, on random data in the nearest cache, on all threads.
-
-    None without the compiled library, or for a dtype that it does not take.
-    """
-    if not library.available() or dtype not in (torch.float32, torch.bfloat16):
-        return None
-    ops = torch.ops.beit3_fast
-    depth = _TILE_DEPTH // dtype.itemsize
-    x, weight = (torch.randn(rows, depth).to(dtype) for rows in (32, 64))
-    packed = ops.pack_weight(weight)
-    repeats, best, start = 100, 0.0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        before = time.perf_counter()
-        done = ops.product_loop(x, packed, repeats)
-        took = time.perf_counter() - before
-        best = max(best, done / took)
-        if took < 0.005:
-            repeats *= 2
-    return float(f"{best / 1e12:.4g}")
+def workload_row(name: str, batch: int, rates: Rates, dtype: str = "bfloat16") -> dict[str, Any]:
+    """The floor of a workload with the benchmark's own inputs. Raises ConfigError for an unknown one."""
+    workload = parse_workload(name)
+    work = workload.work(workload.inputs(batch))
+    cost = sum(model.launches(work, dtype), model.Cost(0, 0))
+    seconds = model.workload_floor(work, rates, dtype)
+    return {
+        "workload": name,
+        "batch": batch,
+        "dtype": dtype,
+        "gflop": cost.flops / 1e9 / batch,
+        "mb": cost.bytes / 1e6 / batch,
+        "products_ms": 1e3 * model.floor(cost, rates, dtype).products,
+        "floor_ms": 1e3 * seconds,
+        "samples_per_s": batch / seconds,
+    }
 
 
-class BareProducts(nn.Module):
-    """Nothing but the products of some work, in the faster of oneDNN with packed weights and F.linear.
-
-    A runtime that calls a library for its products, however well it does the rest, ends here. Each product
-    has weights of its own, as in the model, so that they come from memory as often as there.
-    """
-
-    def __init__(self, work: Work, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._calls: list[Callable[[], Tensor]] = []
-        for product in work.products:
-            x = torch.randn(product.rows, product.width).to(dtype)
-            make = _fastest_linear(product, x)
-            self._calls += [
-                partial(make(_random_weight(product, dtype)), x) for _ in range(product.times)
-            ]
-
-    @torch.inference_mode()
-    def forward(self) -> None:
-        """Runs every product once and drops the results."""
-        for call in self._calls:
-            call()
-
-
-def _random_weight(product: Product, dtype: torch.dtype) -> Tensor:
-    return torch.randn(product.out, product.width).to(dtype)
-
-
-def _plain_linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: F.linear(x, weight)
-
-
-def _packed_linear(rows: int, weight: Tensor) -> Callable[[Tensor], Tensor]:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    call = torch.ops.mkldnn._linear_pointwise
-    return lambda x: call(x, packed, None, "none", [], "")
-
-
-def _fastest_linear(product: Product, x: Tensor) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
-    """What turns a weight into the call that runs this shape in the least time."""
-    ways: list[Callable[[Tensor], Callable[[Tensor], Tensor]]] = [
-        _plain_linear,
-        partial(_packed_linear, product.rows),
+def tile_rows() -> list[dict[str, Any]]:
+    """The useful share of attention's scores for each shipped file of tiles."""
+    files = [name for name in model._tiles.ARCHITECTURES if name != "interpreter"]
+    return [
+        {"tiles": name, **{str(tokens): model.tile_share(tokens, name) for tokens in TOKENS}}
+        for name in files
     ]
-    weight = _random_weight(product, x.dtype)
-    best, least = ways[0], math.inf
-    for way in ways:
-        try:
-            took = _fastest(partial(way(weight), x), 0.0, lambda: None)
-        except (NotImplementedError, RuntimeError):
-            # oneDNN does not have every dtype on every CPU.
-            continue
-        if took < least:
-            best, least = way, took
-    return best
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The tables of ``roofline`` for a screen or a document."""
+    rates = ", ".join(f"{dtype} {rate:g}" for dtype, rate in found["tflops"].items())
+    lines = [
+        f"{found['gpu']}: {rates} TFLOP/s, {found['gbps']:g} GB/s ({found['source']}).",
+        "",
+        f"Ops; products of {ROWS:,} rows (256 images of 197 tokens):",
+        "",
+        *_table(found["ops"]),
+        "",
+        "Workloads; GFLOP and MB a sample, the floors of the launches added up:",
+        "",
+        *_table(found["workloads"]),
+        "",
+        "Useful part of the scores that the Triton attention kernel multiplies, by tokens:",
+        "",
+        *_table(found["tiles"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return ["(none)"]
+    marks = ["---:" if isinstance(value, (int, float)) else "---" for value in rows[0].values()]
+    lines = [[key.replace("_", " ") for key in rows[0]], marks]
+    lines += [[_cell(value) for value in row.values()] for row in rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def roofline(name: str, workloads: dict[str, int], ceilings: dict[str, Any]) -> dict[str, Any]:
+    """All tables of a GPU as data. ``ceilings``: those of a report, empty for the data sheet's."""
+    gpu = model.gpu(name)
+    rates = model.measured(ceilings, gpu.rates) or gpu.rates
+    return {
+        "gpu": gpu.name,
+        "source": rates.source,
+        "tflops": dict(rates.tflops),
+        "gbps": rates.gbps,
+        "ops": op_rows(rates),
+        "workloads": [workload_row(own, batch, rates) for own, batch in workloads.items()],
+        "tiles": tile_rows(),
+    }
+
+
+def document() -> str:
+    """docs/roofline.md."""
+    start = (
+        "# What ops and workloads take at least\n\n"
+        "Written by `python -m bench.roofline --write`; a run's own ceilings: `--report DIR/report.json`. How a floor is\n"
+        "reckoned is in `bench/cost_model.py`. Nothing here was measured.\n\n"
+    )
+    return start + markdown(roofline("h200", WORKLOADS, {}))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the tables; 2 for an unknown GPU, workload or report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gpu", default="h200", help=f"one of {', '.join(model.GPUS)}")
+    parser.add_argument("--workload", nargs="+", metavar="T/S/R", help="task/size/resolution")
+    parser.add_argument("--batch", type=int, help="its samples; default: as in make gpu, or 64")
+    parser.add_argument("--report", type=Path, help="a report.json, whose ceilings are taken")
+    parser.add_argument("--json", action="store_true", help="JSON instead of tables")
+    parser.add_argument("--write", action="store_true", help=f"write docs/{DOCUMENT.name}")
+    options = parser.parse_args(arguments)
+    if options.batch is not None and options.batch < 1:
+        parser.error(f"--batch takes a positive number, got {options.batch}")
+    if options.write:
+        DOCUMENT.write_text(document(), encoding="utf-8")
+        return 0
+    try:
+        ceilings = reports.load(options.report)["ceilings"] if options.report else {}
+        names = options.workload or list(WORKLOADS)
+        chosen = {name: options.batch or WORKLOADS.get(name, 64) for name in names}
+        found = roofline(options.gpu, chosen, ceilings)
+    except Beit3FastError as error:
+        print(f"roofline: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(found, indent=1) if options.json else markdown(found), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,7 +7,7 @@ the batch (the best case of a runtime that computes padding; the official recipe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3_fast.config import BEiT3Config
-from beit3_fast.model.work import Work, embedding_work, encoder_work, linear_work
+from beit3_fast.model.work import Work, embedding_work, encoder_work, linear_work, training_work
 from bench import pretraining
 from bench.inputs import EOS, SCENES, photo_batch, text_batch
 
@@ -259,9 +259,41 @@ def _train_work(config: BEiT3Config, inputs: Inputs) -> Work:
     read = [tokens - 1] * len(images)
     forward = encoder_work(config, tokens, [0] * len(images), read=read)
     forward += linear_work(len(images), config.embed_dim, 1000)
-    # Backward is two products for each one of forward; pixels need no gradient.
-    patches = _patch_work(config, images)
-    return patches + patches + forward + forward + forward
+    return training_work(_patch_work(config, images), forward)
+
+
+# train-vqa: one forward and backward of question answering; two answers of each question count, one of them half
+
+
+def _train_vqa_inputs(config: BEiT3Config, samples: list[int]) -> Inputs:
+    targets = torch.zeros(len(samples), 3129)
+    for row, i in enumerate(samples):
+        targets[row, (37 * i + 11) % 3129] = 1.0
+        targets[row, (53 * i + 7) % 3129] = 0.5
+    return {**_vqa_inputs(config, samples), "targets": targets}
+
+
+def _run_train_vqa(model: nn.Module, inputs: Inputs) -> Any:
+    model.zero_grad(set_to_none=True)
+    own = {name: inputs[name] for name in ("image", "question", "padding_mask")}
+    logits = model(**own)
+    targets = inputs["targets"].float()
+    F.binary_cross_entropy_with_logits(logits.float(), targets).backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), gradients
+
+
+def _train_vqa_outputs(raw: Any, inputs: Inputs) -> dict[str, Output]:
+    # No answer depends on the last layer's text rows: torchscale has gradients of zeros where others have none.
+    logits, gradients = raw
+    return _train_outputs((logits, {n: g for n, g in gradients.items() if bool(g.any())}), inputs)
+
+
+def _train_vqa_work(config: BEiT3Config, inputs: Inputs) -> Work:
+    patches = _patch_work(config, inputs["image"])
+    whole = _vqa_work(config, inputs)
+    forward = replace(whole, products=whole.products[len(patches.products) :])
+    return training_work(patches, forward)
 
 
 # pretrain: the mixed step of masked data modelling
@@ -331,6 +363,15 @@ TASKS: Mapping[str, Task] = {
         _train_outputs,
         _train_work,
         run=_run_train,
+        train=True,
+    ),
+    "train-vqa": Task(
+        "visual question answering, one forward and backward, 3129 answers",
+        "vqav2",
+        _train_vqa_inputs,
+        _train_vqa_outputs,
+        _train_vqa_work,
+        run=_run_train_vqa,
         train=True,
     ),
     "pretrain": Task(

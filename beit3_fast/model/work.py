@@ -7,7 +7,7 @@ task's head reads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from beit3_fast.config import BEiT3Config
@@ -15,12 +15,16 @@ from beit3_fast.config import BEiT3Config
 
 @dataclass(frozen=True)
 class Product:
-    """[rows, width] times the transpose of [out, width], `times` times, each with weights of its own."""
+    """[rows, width] times the transpose of [out, width], `times` times, each with weights of its own.
+
+    ``residual``: rows of the result's size are added, and so read.
+    """
 
     rows: int
     width: int
     out: int
     times: int = 1
+    residual: bool = field(default=False, compare=False)
 
     @property
     def flops(self) -> float:
@@ -34,10 +38,12 @@ class Work:
 
     products: the products with weights.
     attention: floating-point operations of attention's two products, which have no weights.
+    attention_values: numbers that attention reads (queries, keys, values) and writes.
     """
 
     products: tuple[Product, ...] = ()
     attention: float = 0.0
+    attention_values: float = 0.0
 
     @property
     def flops(self) -> float:
@@ -45,7 +51,11 @@ class Work:
         return sum(product.flops for product in self.products) + self.attention
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.products + other.products, self.attention + other.attention)
+        return Work(
+            self.products + other.products,
+            self.attention + other.attention,
+            self.attention_values + other.attention_values,
+        )
 
 
 def embedding_work(config: BEiT3Config, images: int) -> Work:
@@ -74,7 +84,7 @@ def encoder_work(
         seq2seq: text sees the image and earlier text, the image sees only itself.
     """
     width, ffn, layers = config.embed_dim, config.ffn_dim, config.num_layers
-    attention = 0.0
+    attention = values = 0.0
     for i, text in enumerate(texts):
         tokens = vision + text
         last_rows = tokens if read is None else read[i]
@@ -87,6 +97,7 @@ def encoder_work(
         else:
             scores, last_scores = tokens * tokens, last_rows * tokens
         attention += 4.0 * width * ((layers - 1) * scores + last_scores)
+        values += 4.0 * width * (layers - 1) * tokens + 2.0 * width * (tokens + last_rows)
 
     experts = [rows for rows in (vision * len(texts), sum(texts)) if rows]
     products = []
@@ -94,16 +105,16 @@ def encoder_work(
     for rows in experts:
         products += [
             Product(rows, width, 3 * width, whole),
-            Product(rows, width, width, whole),
+            Product(rows, width, width, whole, residual=True),
             Product(rows, width, ffn, whole),
-            Product(rows, ffn, width, whole),
+            Product(rows, ffn, width, whole, residual=True),
         ]
     if read is not None:
         products += [Product(rows, width, 2 * width) for rows in experts]
         last = sum(read)
         products += [Product(last, width, width, 2)]
-        products += [Product(last, width, ffn), Product(last, ffn, width)]
-    return Work(tuple(products), attention)
+        products += [Product(last, width, ffn), Product(last, ffn, width, residual=True)]
+    return Work(tuple(products), attention, values)
 
 
 def linear_work(rows: int, *widths: int) -> Work:

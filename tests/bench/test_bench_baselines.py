@@ -282,8 +282,8 @@ def test_int8_has_a_rule_of_its_own() -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """One thread, no seconds of measuring, no processes for the memory."""
     monkeypatch.setattr(measure, "measure_peak", lambda probe: 1.0)
-    monkeypatch.setattr("bench.roofline.MATMUL_SHAPES", ((64, 32, 48),))
-    monkeypatch.setattr("bench.roofline._COPY_BYTES", 1 << 16)
+    monkeypatch.setattr("bench.ceilings.MATMUL_SHAPES", ((64, 32, 48),))
+    monkeypatch.setattr("bench.ceilings._COPY_BYTES", 1 << 16)
     for pace in run.EFFORTS:
         monkeypatch.setitem(run.EFFORTS, pace, Effort(0, 3, 0.0))
     monkeypatch.setattr(run, "physical_cores", torch.get_num_threads)
@@ -410,3 +410,20 @@ def test_the_real_library_is_in_parity(name: str, task: str) -> None:
         assert verdict.rel_rms < 0.3
     else:
         assert verdict.passed, verdict.reason
+
+
+def test_the_compiled_training_baseline_is_for_training_alone() -> None:
+    runtime = RUNTIMES["torchscale-compiled-training"]
+    for name, reason in (("image/tiny/32", "runs training only"), ("train/tiny/32", None)):
+        found = runtime.obstacle(parse_workload(name), torch.float32, CPU)
+        assert found == reason
+    assert not runtime.gate
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_the_compiled_training_baseline_is_in_parity() -> None:
+    case = Case(parse_workload("train/tiny/32"), "float32", 2)
+    name = "torchscale-compiled-training"
+    verdict = check_parity(case, [name], get, CPU)[name]
+    assert verdict.passed, verdict.reason

@@ -38,8 +38,8 @@ def stand_in(change: Change = lambda model: None, **fields: Any) -> Runtime:
 def quick_and_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No subprocesses, no seconds of measuring, one thread."""
     monkeypatch.setattr(measure, "measure_peak", lambda probe: 10.0 + len(probe.runtime))
-    monkeypatch.setattr("bench.roofline.MATMUL_SHAPES", ((64, 32, 48),))
-    monkeypatch.setattr("bench.roofline._COPY_BYTES", 1 << 16)
+    monkeypatch.setattr("bench.ceilings.MATMUL_SHAPES", ((64, 32, 48),))
+    monkeypatch.setattr("bench.ceilings._COPY_BYTES", 1 << 16)
     for pace in run.EFFORTS:
         monkeypatch.setitem(run.EFFORTS, pace, Effort(0, 3, 0.0))
     monkeypatch.setattr(run, "physical_cores", torch.get_num_threads)
@@ -139,7 +139,7 @@ def test_a_wrong_runtime_is_found_and_nothing_is_timed(
     dtype: str,
 ) -> None:
     monkeypatch.setitem(RUNTIMES, OURS, stand_in(change))
-    monkeypatch.setattr(measure, "interleave", lambda *a, **k: pytest.fail("timed"))
+    monkeypatch.setattr(measure, "timed_rounds", lambda *a, **k: pytest.fail("timed"))
     monkeypatch.setattr(measure, "measure_peak", lambda *a: pytest.fail("measured"))
     code, out = bench(tmp_path, *ONE[:2], "--dtypes", dtype, "--batch", "2")
     assert code == 1

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from beit3_fast.config import SIZES
 from beit3_fast.model.work import Product, encoder_work, linear_work
 from beit3_fast.timing import Effort, interleave, quantiles, rates, speed_ups
-from bench.roofline import BareProducts, measure_ceilings
+from bench.ceilings import BareProducts, measure_ceilings
 from bench.torchscale_heads import MODELS
 from bench.workloads import parse_workload, step
 
@@ -109,8 +109,8 @@ def test_work_does_not_grow_with_padding_and_counts_what_a_caption_may_see() -> 
 
 
 def test_ceilings_have_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.roofline.MATMUL_SHAPES", ((64, 32, 48),))
-    monkeypatch.setattr("bench.roofline._COPY_BYTES", 1 << 20)
+    monkeypatch.setattr("bench.ceilings.MATMUL_SHAPES", ((64, 32, 48),))
+    monkeypatch.setattr("bench.ceilings._COPY_BYTES", 1 << 20)
     found = measure_ceilings([torch.float32, torch.bfloat16], torch.device("cpu"), seconds=0.01)
     assert set(found["matmul_tflops"]) == {"float32", "bfloat16"}
     assert found["copy_gbps"] > 0
@@ -149,6 +149,6 @@ def test_dtypes_that_onednn_lacks_fall_back(monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*_: object) -> None:
         raise RuntimeError("not on this CPU")
 
-    monkeypatch.setattr("bench.roofline._packed_linear", refuse)
+    monkeypatch.setattr("bench.ceilings._packed_linear", refuse)
     work = parse_workload("image/tiny/32").work(parse_workload("image/tiny/32").inputs(1))
     BareProducts(work, torch.bfloat16)()

@@ -12,6 +12,7 @@ from bugs.distributed import DISTRIBUTED_BUGS
 from bugs.files import FILES_BUGS
 from bugs.finetuning import FINETUNING_BUGS
 from bugs.kernels import KERNELS_BUGS
+from bugs.measuring import MEASURING_BUGS
 from bugs.model import MODEL_BUGS
 from bugs.native import NATIVE_BUGS
 from bugs.ops import OPS_BUGS
@@ -27,6 +28,7 @@ BUGS = (
     *FILES_BUGS,
     *PRODUCT_BUGS,
     *KERNELS_BUGS,
+    *MEASURING_BUGS,
     *PRETRAINING_BUGS,
     *FINETUNING_BUGS,
     *VISUAL_TOKENS_BUGS,

@@ -68,6 +68,9 @@ MALFORMED = "tests/checkpoint/test_malformed_files.py"
 FUZZ = "tests/checkpoint/test_checkpoint_fuzz.py"
 BENCH_RUN = "tests/bench/test_bench_run.py"
 BENCH_TIMING = "tests/bench/test_bench_timing.py"
+COST_MODEL = "tests/bench/test_cost_model.py"
+FIGURES = "tests/bench/test_figures.py"
+GPU = "tests/bench/test_bench_gpu.py"
 
 
 @dataclass(frozen=True)

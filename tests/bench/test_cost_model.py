@@ -1,0 +1,218 @@
+"""The cost model by hand, its floors and its command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from beit3_fast.config import SIZES
+from beit3_fast.errors import ConfigError
+from beit3_fast.model.work import Product, Work, embedding_work, encoder_work, training_work
+from bench import events, roofline
+from bench import report as reports
+from bench.cost_model import (
+    GPUS,
+    Cost,
+    Rates,
+    attention_cost,
+    floor,
+    gpu,
+    launches,
+    linear_cost,
+    measured,
+    tile_share,
+    workload_floor,
+)
+
+FACTS = Rates({"bfloat16": 790.0}, 4300.0, "measured elsewhere")
+
+
+def test_a_product_by_hand() -> None:
+    # 3 rows of 5 numbers, 7 outputs: 3 * 5 + 7 * 5 + 3 * 7 numbers, 3 * 7 more for the residual.
+    assert linear_cost(Product(3, 5, 7), 2.0) == Cost(2 * 3 * 5 * 7, 2 * (15 + 35 + 21))
+    assert linear_cost(Product(3, 5, 7, residual=True), 2.0).bytes == 2 * (15 + 35 + 42)
+    assert linear_cost(Product(3, 5, 7, times=4), 2.0) == Cost(4 * 210, 4 * 142)
+    # Float8 operands, a result in both forms, a residual in bf16.
+    eighth = linear_cost(Product(3, 5, 7, residual=True), 1.0, 3.0)
+    assert eighth.bytes == 15 + 35 + 3 * 21 + 2 * 21
+
+
+def test_an_attention_by_hand() -> None:
+    # Two samples of 3 tokens and 8 columns: two products of 3 x 3 x 8, four tensors of 6 x 8.
+    assert attention_cost(3, 8, "bfloat16", 2) == Cost(2 * 2 * 2 * 9 * 8, 2 * 4 * 6 * 8)
+
+
+def test_a_workload_by_hand() -> None:
+    config = SIZES["tiny"]
+    width, ffn, layers = config.embed_dim, config.ffn_dim, config.num_layers
+    work = encoder_work(config, 5, [7, 2])
+    found = launches(work, "bfloat16")
+    rows = 5 + 5 + 7 + 2
+    # Both experts are one launch: their rows together, their weights each.
+    assert found[0] == Cost(
+        layers * 2.0 * rows * width * 3 * width,
+        layers * 2.0 * (rows * width + 2 * width * 3 * width + rows * 3 * width),
+    )
+    fc2 = 2.0 * (rows * ffn + 2 * width * ffn + 2 * rows * width)
+    assert found[3].bytes == layers * fc2
+    assert found[4] == Cost(layers * 4.0 * width * (144 + 49), layers * 2.0 * 4 * rows * width)
+    assert len(found) == 5
+    assert sum(cost.flops for cost in found) == work.flops
+    rates = Rates({"bfloat16": 1e-3}, 1e3, "by hand")
+    assert workload_floor(work, rates, "bfloat16") == pytest.approx(work.flops / 1e9)
+    slow = Rates({"bfloat16": 1e9}, 1.0, "by hand")
+    assert workload_floor(work, slow, "bfloat16") == pytest.approx(
+        sum(c.bytes for c in found) / 1e9
+    )
+
+
+def test_the_last_layer_moves_what_is_read() -> None:
+    config = SIZES["tiny"]
+    width, layers = config.embed_dim, config.num_layers
+    work = encoder_work(config, 5, [7], read=[2])
+    assert work.attention_values == 4 * width * (layers - 1) * 12 + 2 * width * (12 + 2)
+    pixels = embedding_work(config, 1)
+    assert training_work(pixels, work).attention_values == 3 * work.attention_values
+
+
+def test_floors_are_those_of_an_independent_reckoning() -> None:
+    """21,725 images a second for base at 224 pixels with five kernels a layer, which another sheet says."""
+    config, batch = SIZES["base"], 256
+    work = embedding_work(config, batch) + encoder_work(config, 197, [0] * batch)
+    assert batch / workload_floor(work, FACTS, "bfloat16") == pytest.approx(21_725, rel=0.01)
+    qkv = floor(linear_cost(Product(50_432, 768, 2304), 2.0), FACTS, "bfloat16")
+    assert (qkv.products, qkv.memory) == (
+        pytest.approx(226e-6, rel=0.005),
+        pytest.approx(73e-6, rel=0.01),
+    )
+    short = floor(attention_cost(197, 768, "bfloat16"), FACTS, "bfloat16")
+    assert short.bound == "memory"
+    assert short.seconds == pytest.approx(0.28e-6, rel=0.02)
+
+
+def test_a_measured_ceiling_takes_the_place_of_the_sheet() -> None:
+    sheet = GPUS["h200"].rates
+    found = measured({"matmul_tflops": {"bfloat16": 700.0}, "copy_gbps": 4100.0}, sheet)
+    assert found is not None
+    assert (found.tflops["bfloat16"], found.tflops["float8"], found.gbps) == (700.0, 1978.9, 4100.0)
+    assert "measured: bfloat16, memory" in found.source
+    assert measured({"matmul_tflops": {}, "copy_gbps": None}) is None
+    assert measured({"matmul_tflops": {}, "copy_gbps": None}, sheet) == sheet
+    with pytest.raises(ConfigError, match="a100, h100"):
+        gpu("h300")
+    with pytest.raises(ConfigError, match="no rate of float8"):
+        floor(Cost(1, 1), GPUS["a100"].rates, "float8")
+
+
+def test_the_useful_part_of_tiles_is_read_from_the_shipped_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short = {"block_q": 64, "block_k": 64, "whole": 224}
+    long = {"block_q": 128, "block_k": 64}
+    tiles = {"shared_attention": {"short": short, "long": long}}
+    monkeypatch.setattr("bench.cost_model._tiles.read", lambda name: tiles)
+    assert tile_share(197, "sm_90") == pytest.approx(197 * 197 / (256 * 224))
+    assert tile_share(577, "sm_90") == pytest.approx(577 * 577 / (640 * 640))
+    assert tile_share(901, "sm_90") == pytest.approx(901 * 901 / (1024 * 960))
+    short["whole"] = 0
+    assert tile_share(197, "sm_90") == pytest.approx(197 * 197 / (256 * 256))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["--workload", "vqa/tiny/32", "--batch", "2"]
+    assert roofline.main(["--gpu", "a100", *own]) == 0
+    shown = capsys.readouterr().out
+    assert "A100" in shown
+    assert "vqa/tiny/32" in shown
+    report = {"schema": 1, "environment": {}, "results": [], "ratios": []}
+    ceilings = {"matmul_tflops": {"bfloat16": 500.0}, "copy_gbps": 3000.0}
+    (tmp_path / "report.json").write_text(json.dumps(report | {"ceilings": ceilings}))
+    command = ["--gpu", "h200", *own, "--json", "--report", str(tmp_path / "report.json")]
+    assert roofline.main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["tflops"]["bfloat16"], found["gbps"]) == (500.0, 3000.0)
+    assert found["workloads"][0]["floor_ms"] > 0
+    assert roofline.main(["--gpu", "h300", *own]) == 2
+    assert "unknown GPU" in capsys.readouterr().err
+
+
+def test_the_document_holds_what_the_command_says() -> None:
+    text = roofline.DOCUMENT.read_text(encoding="utf-8")
+    rates = GPUS["h200"].rates
+    for rows in (roofline.op_rows(rates), roofline.tile_rows()):
+        for line in roofline._table(rows):
+            assert line in text
+
+
+@pytest.mark.full
+def test_the_document_is_current() -> None:
+    assert roofline.DOCUMENT.read_text(encoding="utf-8") == roofline.document()
+
+
+def test_a_report_sets_the_time_beside_the_floor() -> None:
+    row: dict[str, Any] = {
+        "workload": "image/base/224",
+        "runtime": "beit3_fast",
+        "impl": "cuda",
+        "dtype": "bfloat16",
+        "device": "cuda",
+        "batch": 1,
+        "samples_per_s": {"p20": 1.0, "p50": 1.0, "p80": 1.0},
+        "latency_ms": 12.5,
+        "floor_ms": 9.25,
+        "peak_memory_mib": None,
+        "ceiling_fraction": None,
+        "parity": {"max_abs": 0.0, "rel_rms": 0.0, "baseline_rel_rms": 0.0, "passed": True},
+    }
+    header, line = reports.rows({"results": [row], "ratios": []})
+    assert line[header.index("floor ms")] == "9.25"
+    assert line[header.index("ms")] == "12.5"
+
+
+class Stream:
+    """CUDA events on a clock that calls move; each wait is noted."""
+
+    def __init__(self) -> None:
+        self.now, self.log = 0.0, []  # type: float, list[str]
+
+    def event(self, enable_timing: bool) -> Stream.Event:
+        assert enable_timing
+        return Stream.Event(self)
+
+    class Event:
+        def __init__(self, stream: Stream) -> None:
+            self.stream, self.at = stream, 0.0
+
+        def record(self) -> None:
+            self.at = self.stream.now
+
+        def synchronize(self) -> None:
+            self.stream.log.append("wait")
+
+        def elapsed_time(self, other: Stream.Event) -> float:
+            return 1e3 * (other.at - self.at)
+
+
+def test_a_round_on_a_gpu_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream()
+    monkeypatch.setattr(torch.cuda, "Event", stream.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: stream.log.append("start"))
+
+    def call(name: str, seconds: float) -> None:
+        stream.log.append(name)
+        stream.now += seconds
+
+    calls = {"a": lambda: call("a", 2.0), "b": lambda: call("b", 3.0)}
+    effort = events.Effort(warmup=1, rounds=2, seconds=0.0)
+    samples = events.timed_rounds(calls, effort, torch.device("cuda"))
+    assert samples == {"a": [2.0, 2.0], "b": [3.0, 3.0]}
+    assert stream.log == ["a", "b", "start", "a", "b", "wait", "a", "b", "wait"]
+
+
+def test_work_adds_what_attention_moves() -> None:
+    both = Work((), 1.0, 2.0) + Work((), 3.0, 4.0)
+    assert (both.attention, both.attention_values) == (4.0, 6.0)

@@ -1,0 +1,57 @@
+"""Mistakes in what is measured on a GPU, and in what it is set beside."""
+
+from __future__ import annotations
+
+from bugs.bug import COST_MODEL, FIGURES, GPU, Bug
+
+MEASURING_BUGS = (
+    Bug(
+        "cost-of-a-product-without-its-residual",
+        "bench/cost_model.py",
+        "residual = result * max(read, 2.0) if product.residual else 0.0",
+        "residual = 0.0",
+        (f"{COST_MODEL}::test_a_product_by_hand",),
+    ),
+    Bug(
+        "cost-of-experts-as-launches-of-their-own",
+        "bench/cost_model.py",
+        "key = (product.width, product.out, product.times, product.residual)",
+        "key = (product.width, product.out, product.rows, product.residual)",
+        (f"{COST_MODEL}::test_a_workload_by_hand",),
+    ),
+    Bug(
+        "cost-of-the-shorter-of-products-and-memory",
+        "bench/cost_model.py",
+        "return max(self.products, self.memory)",
+        "return min(self.products, self.memory)",
+        (f"{COST_MODEL}::test_floors_are_those_of_an_independent_reckoning",),
+    ),
+    Bug(
+        "gpu-every-call-waits",
+        "bench/events.py",
+        "        call()\n        mark.record()\n",
+        "        call()\n        mark.record()\n        mark.synchronize()\n",
+        (f"{COST_MODEL}::test_a_round_on_a_gpu_waits_once",),
+    ),
+    Bug(
+        "gpu-a-step-that-never-ran-stops-nothing",
+        "bench/gpu.py",
+        '_BLOCKS = ("failed", "out of time", "not run")',
+        '_BLOCKS = ("failed", "out of time")',
+        (f"{GPU}::test_only_judges_earlier_steps_by_the_record",),
+    ),
+    Bug(
+        "gpu-a-step-passed-with-any-sources",
+        "bench/gpu.py",
+        'if record[name].get("sources") != now.get(name)]',
+        "if name not in now]",
+        (f"{GPU}::test_a_changed_source_runs_a_step_again",),
+    ),
+    Bug(
+        "gpu-figures-count-half-of-attention",
+        "bench/micro/figures.py",
+        "4.0 * samples * tokens**2 * width",
+        "2.0 * samples * tokens**2 * width",
+        (f"{FIGURES}::test_the_work_is_that_of_the_useful_operations",),
+    ),
+)
