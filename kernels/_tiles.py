@@ -7,6 +7,7 @@ that an architecture does not name is an error of the file, and ``read`` says so
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence, Set
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -23,6 +24,39 @@ CLASSES = {
     "shared_attention": ("fp32", "short", "long", "fp32 backward", "backward"),
     "masked_linear_cross_entropy": ("fp32", "16 bits"),
 }
+# What each field of an op's ``Tile`` may be. A block is at least as wide as a product of tensor cores.
+_BLOCK: Sequence[Any] = (16, 32, 64, 128, 256)
+_WARPS: Sequence[Any] = (1, 2, 4, 8, 16)
+_STAGES = range(1, 9)
+FIELDS: dict[str, dict[str, Sequence[Any]]] = {
+    "expert_linear": {
+        "block_m": _BLOCK,
+        "block_n": _BLOCK,
+        "block_k": _BLOCK,
+        "group_m": range(1, 65),
+        "num_warps": _WARPS,
+        "num_stages": _STAGES,
+        "slices": (1, 2, 4),
+        "tma": (False, True),
+        "per_sm": range(1, 17),
+    },
+    "shared_attention": {
+        "block_q": _BLOCK,
+        "block_k": _BLOCK,
+        "num_warps": _WARPS,
+        "num_stages": _STAGES,
+        "whole": range(257),
+    },
+    "masked_linear_cross_entropy": {
+        "block_m": _BLOCK,
+        "block_n": _BLOCK,
+        "block_k": _BLOCK,
+        "num_warps": _WARPS,
+        "num_stages": _STAGES,
+    },
+}
+OPTIONAL = {"slices", "tma", "per_sm", "whole"}
+_FIRST_WITH_TMA = 90
 T = TypeVar("T", bound=NamedTuple)
 
 
@@ -36,55 +70,71 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def read(name: str) -> dict[str, dict[str, dict[str, int]]]:
-    """The tiles of an architecture by op and class. Raises ValueError where the file is not as it should be."""
+    """The tiles of an architecture by op and class.
+
+    Raises ValueError where any part of the file is not as it should be: the file, the place, what it should hold and
+    what it holds.
+    """
     path = FOLDER / f"{name}.json"
-    content: Any = json.loads(path.read_text(encoding="utf-8"))
-    if content.get("schema") != 1:
-        raise ValueError(f"{path}: schema must be 1, got {content.get('schema')!r}")
-    tiles: Any = content.get("tiles")
-    if not isinstance(tiles, dict) or set(tiles) != set(CLASSES):
-        raise ValueError(f"{path}: tiles must have the ops {sorted(CLASSES)}")
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: it must be JSON in UTF-8, got {error}") from error
+    _check_keys(f"{path}: the document", content, ("schema", "tiles"))
+    if type(content["schema"]) is not int or content["schema"] != 1:
+        raise ValueError(f"{path}: schema must be 1, got {content['schema']!r}")
+    tiles = content["tiles"]
+    _check_keys(f"{path}: tiles", tiles, CLASSES)
     for op, classes in CLASSES.items():
-        if set(tiles[op]) != set(classes):
-            raise ValueError(
-                f"{path}: {op} must have the classes {list(classes)}, got {[*tiles[op]]}"
-            )
+        _check_keys(f"{path}: {op}", tiles[op], classes)
         for shape_class, tile in tiles[op].items():
-            for key, value in tile.items():
-                counts = key in ("group_m", "num_stages", "per_sm", "whole")
-                sound = isinstance(value, int) and (counts or value & (value - 1) == 0)
-                if not sound or value < 0:
-                    raise ValueError(
-                        f"{path}: {key} of {op}, {shape_class!r} must be a power of two, got {value!r}"
-                    )
-    _check_slices(path, tiles["expert_linear"])
-    return tiles
+            place = f"{path}: {op}, {shape_class!r}"
+            _check_tile(place, tile, FIELDS[op])
+            if op == "expert_linear":
+                _check_product(place, tile, name, measures="weights" not in shape_class)
+    return tiles  # type: ignore[no-any-return]
 
 
-def _check_slices(path: Path, classes: dict[str, dict[str, int]]) -> None:
-    for name, tile in classes.items():
-        if "weights" in name or "block_n" not in tile:
-            continue
-        columns, slices = tile["block_n"], tile.get("slices", 1)
-        if columns != STATISTICS_WIDTH * slices:
-            raise ValueError(
-                f"{path}: slices of expert_linear, {name!r} must be {STATISTICS_WIDTH} columns wide, got "
-                f"{slices} of {columns} columns"
-            )
+def _check_keys(
+    place: str, found: Any, keys: Iterable[str], optional: Set[str] = frozenset()
+) -> None:
+    if not isinstance(found, dict):
+        raise ValueError(f"{place} must be an object, got {type(found).__name__}")
+    unknown, missing = set(found) - set(keys), set(keys) - set(found) - optional
+    if unknown or missing:
+        raise ValueError(
+            f"{place} must have the keys {list(keys)}: unknown {sorted(unknown)}, "
+            f"missing {sorted(missing)}"
+        )
+
+
+def _check_tile(place: str, tile: Any, fields: dict[str, Sequence[Any]]) -> None:
+    _check_keys(place, tile, fields, OPTIONAL)
+    for key, value in tile.items():
+        allowed = fields[key]
+        # A bool is an int as well, and equal to one.
+        if type(value) is not type(allowed[0]) or value not in allowed:
+            wanted = f"one of {list(allowed)}"
+            if isinstance(allowed, range):
+                wanted = f"an integer from {allowed[0]} to {allowed[-1]}"
+            raise ValueError(f"{place}: {key} must be {wanted}, got {value!r}")
+
+
+def _check_product(place: str, tile: dict[str, int], name: str, measures: bool) -> None:
+    """``measures``: whether statistics of the result are left, in parts of STATISTICS_WIDTH columns."""
+    columns, slices = tile["block_n"], tile.get("slices", 1)
+    if measures and columns != STATISTICS_WIDTH * slices:
+        raise ValueError(
+            f"{place}: slices must be {STATISTICS_WIDTH} columns wide, got {slices} of {columns} columns"
+        )
+    number = name.removeprefix("sm_")
+    if tile.get("tma") and number.isdigit() and int(number) < _FIRST_WITH_TMA:
+        raise ValueError(
+            f"{place}: tma must be false before sm_{_FIRST_WITH_TMA}, which has the first such unit, got true"
+        )
 
 
 @cache
 def choose(tile: type[T], op: str, shape_class: str, name: str) -> T:
-    """The tile of a class on an architecture. Raises ValueError where the file's keys are not the tile's fields."""
-    values = read(name)[op][shape_class]
-    fields = tile._fields
-    unknown, missing = (
-        set(values) - set(fields),
-        set(fields) - set(values) - set(tile._field_defaults),
-    )
-    if unknown or missing:
-        raise ValueError(
-            f"{FOLDER / name}.json: {op}, {shape_class!r} must have the keys {list(fields)}: "
-            f"unknown {sorted(unknown)}, missing {sorted(missing)}"
-        )
-    return tile(**values)
+    """The tile of a class on an architecture. Raises ValueError as ``read`` does."""
+    return tile(**read(name)[op][shape_class])

@@ -26,15 +26,19 @@ from beit3_fast.reference import shared_attention as attention_formula
 _LINEAR = (
     ((0, 5, 5, 21), 72, 40, True, False),
     ((0, 7, 19), 35, 33, False, True),
+    # More parts of statistics than a product takes (_row_statistics.MOST_PARTS).
+    ((0, 4, 11), 24 * 17, 24, True, False),
 )
 _MANY_ROWS = ((0, 197, 300), 128, 192, True, False)
-# Vision and text rows of the samples, heads, head width (both of the models), mask.
+# Vision and text rows of the samples, heads, head width (both of the models), mask, the queries that are selected.
 _ATTENTION = (
-    ((5, 0, 17), (3, 4, 0), 2, 64, "bidirectional"),
-    ((33, 9), (13, 2), 1, 88, "seq2seq"),
-    ((17,), (6,), 1, 64, "causal"),
+    ((5, 0, 17), (3, 4, 0), 2, 64, "bidirectional", None),
+    ((33, 9), (13, 2), 1, 88, "seq2seq", None),
+    ((17,), (6,), 1, 64, "causal", None),
+    # Text queries behind a part of the image: their places are not those in the selection.
+    ((6, 3), (5, 7), 1, 64, "seq2seq", ("first", "all")),
 )
-_LONG = ((270,), (10,), 1, 64, "causal")
+_LONG = ((270,), (10,), 1, 64, "causal", None)
 # CUDA kernels take features in multiples of 8, and more rows show more of the order in which they work.
 _LINEAR_ON_CUDA = (
     ((0, 5, 5, 21), 72, 40, True, False),
@@ -43,9 +47,9 @@ _LINEAR_ON_CUDA = (
 )
 _ATTENTION_ON_CUDA = (
     *_ATTENTION,
-    ((197,) * 9, (0, 12, 3) * 3, 4, 64, "bidirectional"),
-    ((577, 250), (23, 0), 2, 88, "seq2seq"),
-    ((400, 0, 130), (0, 70, 9), 3, 64, "causal"),
+    ((197,) * 9, (0, 12, 3) * 3, 4, 64, "bidirectional", None),
+    ((577, 250), (23, 0), 2, 88, "seq2seq", None),
+    ((400, 0, 130), (0, 70, 9), 3, 64, "causal", None),
 )
 
 
@@ -262,34 +266,39 @@ def _product_gradients(
 
 
 class _Call(NamedTuple):
-    """A call of an attention: its layout is on the operands' device."""
+    """A call of an attention: its layouts are on the operands' device."""
 
     layout: TokenLayout
+    queries: TokenLayout  # ``layout``, or that of a selection of its rows
     heads: int
     scale: float
     mask: str
 
+    def on_gpu(self) -> tuple[Any, ...]:
+        """The arguments behind q, k and v of the GPU ops, but for the last."""
+        keys, own, *rest = self
+        rows: tuple[Any, ...] = (None, None, None)
+        if own is not keys:
+            rows = (own.cu_vision, own.cu_text, own.positions)
+        return (keys.cu_vision, keys.cu_text, *rows, keys.longest, own.longest, *rest)
+
 
 def _attention_on_triton(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, ...]:
-    own, *rest = call
-    where = (own.cu_vision, own.cu_text, None, None, None, own.longest, own.longest)
-    o, _, left = triton_kernels.shared_attention(q, k, v, *where, *rest, True)
+    o, _, left = triton_kernels.shared_attention(q, k, v, *call.on_gpu(), True)
     return o, left
 
 
 def _attention_on_cuda(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, ...]:
-    own, *rest = call
-    where = (own.cu_vision, own.cu_text, None, None, None, own.longest, own.longest)
-    return tuple(cuda_kernels.shared_attention(q, k, v, *where, *rest, True))
+    return tuple(cuda_kernels.shared_attention(q, k, v, *call.on_gpu(), True))
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, ...]:
-    o = composite_attention.shared_attention(q, k, v, call.layout, *call)
+    o = composite_attention.shared_attention(q, k, v, *call)
     return o, moments(o.detach(), q.shape[1] // call.heads)
 
 
 def _formula(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, ...]:
-    o = attention_formula.shared_attention(q, k, v, call.layout, *call)
+    o = attention_formula.shared_attention(q, k, v, *call)
     return o, moments(o.detach(), q.shape[1] // call.heads)
 
 
@@ -305,11 +314,19 @@ def _attention(
     draw, results = _Draw(torch.Generator().manual_seed(0), dtype), []
     # As above; the backward pass has one class for all lengths.
     more = () if with_grad or dtype == torch.float32 else (_LONG,)
-    for vision, text, heads, width, mask in shapes or (*_ATTENTION, *more):
-        layout = TokenLayout.from_lengths(vision, text)
-        here = _Call(layout, heads, width**-0.5, mask)
-        there = here._replace(layout=TokenLayout.from_lengths(vision, text, device))
-        q, k, v, seed = (draw(layout.num_rows, heads * width) for _ in range(4))
+    for vision, text, heads, width, mask, selected in shapes or (*_ATTENTION, *more):
+        here, there = (
+            _Call(
+                layout,
+                layout.select(*selected).layout if selected else layout,
+                heads,
+                width**-0.5,
+                mask,
+            )
+            for layout in (TokenLayout.from_lengths(vision, text, own) for own in ("cpu", device))
+        )
+        queries, keys = here.queries.num_rows, here.layout.num_rows
+        q, k, v, seed = (draw(rows, heads * width) for rows in (queries, keys, keys, queries))
         operands = [2 * q, k, v + 1]  # peaked, as trained attention is
         wide = [t.double() for t in operands]
         moved = [t.to(device) for t in operands]

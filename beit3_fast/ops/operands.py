@@ -89,18 +89,29 @@ def check(
         raise ShapeError(
             f"x must be a floating-point tensor [M, I], got {x.dtype} of shape {tuple(x.shape)}"
         )
+    if not x.shape[1]:
+        raise ShapeError(f"x must have at least one feature, got shape {list(x.shape)}")
     if parts is not None:
         _check_parts(parts, width, x)
     _check_tensors("weights", weights)
     if biases is not None:
         _check_tensors("biases", biases)
+    check_devices(
+        "x",
+        x,
+        weights=flat(weights),
+        biases=flat(biases or ()),
+        residual=(residual,),
+        rows=(rows,),
+        statistics=(parts,),
+    )
     if not dispatch.autocast_enabled(x.device.type):
         others = [] if residual is None else [residual]
         for tensor in (*flat(weights), *flat(biases or ()), *others):
-            if tensor.dtype != x.dtype or tensor.device != x.device:
+            if tensor.dtype != x.dtype:
                 raise ShapeError(
-                    f"weights, biases and residual must have x's dtype and device ({x.dtype}, {x.device}), "
-                    f"got {tensor.dtype}, {tensor.device}; convert them or run under torch.autocast"
+                    f"weights, biases and residual must have x's dtype {x.dtype}, got {tensor.dtype}; "
+                    "convert them or run under torch.autocast"
                 )
     rounded = {rounding(part) for part in flat(weights)}
     if len(rounded) > 1:
@@ -123,6 +134,7 @@ def check(
             raise ShapeError(f"norm must be a Norm of beit3_fast.ops, got {type(norm).__name__}")
         _check_tensors("norm.weights", norm.weights)
         _check_tensors("norm.biases", norm.biases)
+        check_devices("x", x, **{"norm.weights": norm.weights, "norm.biases": norm.biases})
         if not isinstance(norm.eps, (float, int)) or not 0 <= norm.eps < float("inf"):
             raise ShapeError(
                 f"norm.eps must be a number, finite and not negative, got {norm.eps!r}"
@@ -152,6 +164,17 @@ def check(
         raise ShapeError(
             f"residual must have shape [M, O] = [{x.shape[0]}, {out}], got {list(residual.shape)}"
         )
+
+
+def check_devices(first: str, expected: Tensor, **groups: Sequence[Tensor | None]) -> None:
+    """Raises ShapeError for a tensor that is not on the device of the first one."""
+    for name, tensors in groups.items():
+        for tensor in tensors:
+            if tensor is not None and tensor.device != expected.device:
+                raise ShapeError(
+                    f"{name} must be on {first}'s device {expected.device}, got {tensor.device}; "
+                    "move all operands of a call to one device"
+                )
 
 
 def _check_parts(parts: Tensor, width: int, x: Tensor) -> None:

@@ -206,9 +206,10 @@ def _check(
         if not isinstance(own, TokenLayout):
             raise ShapeError(f"{name} must be a TokenLayout, got {type(own).__name__}")
     check_numbers(num_heads, scale)
-    if q.dim() != 2 or num_heads < 1 or q.shape[1] % num_heads:
+    if q.dim() != 2 or num_heads < 1 or not q.shape[1] or q.shape[1] % num_heads:
         raise ShapeError(
-            f"q must have shape [Rq, H * D] with H = num_heads = {num_heads}, got {list(q.shape)}"
+            f"q must have shape [Rq, H * D] with H = num_heads = {num_heads} and D of 1 or more, "
+            f"got {list(q.shape)}"
         )
     if q.shape[0] != queries.num_rows:
         raise ShapeError(f"q must have one row per query: {queries.num_rows}, got {q.shape[0]}")
@@ -222,6 +223,12 @@ def _check(
             raise ShapeError(
                 f"{name} must have q's dtype and device ({q.dtype}, {q.device}), "
                 f"got {tensor.dtype}, {tensor.device}"
+            )
+    for name, own in (("layout", layout), ("queries", queries)):
+        # A layout may name a type of device alone, which stands for the current one.
+        if own.device.type != q.device.type or own.device.index not in (None, q.device.index):
+            raise ShapeError(
+                f"{name} must be on q's device {q.device}, got {own.device}; make it with device=q.device"
             )
     if queries is not layout and (
         queries.batch_size != layout.batch_size or queries.positions is None

@@ -11,6 +11,7 @@ from bugs.cuda_linear import CUDA_LINEAR_BUGS
 from bugs.distributed import DISTRIBUTED_BUGS
 from bugs.files import FILES_BUGS
 from bugs.finetuning import FINETUNING_BUGS
+from bugs.kernel_gates import KERNEL_GATES_BUGS
 from bugs.kernels import KERNELS_BUGS
 from bugs.measuring import MEASURING_BUGS
 from bugs.model import MODEL_BUGS
@@ -29,6 +30,7 @@ BUGS = (
     *PRODUCT_BUGS,
     *KERNELS_BUGS,
     *MEASURING_BUGS,
+    *KERNEL_GATES_BUGS,
     *PRETRAINING_BUGS,
     *FINETUNING_BUGS,
     *VISUAL_TOKENS_BUGS,

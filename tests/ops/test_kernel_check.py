@@ -235,6 +235,31 @@ def test_other_sources_and_versions_are_checked_again(
     monkeypatch.undo()
 
 
+def test_all_that_could_change_a_kernel_names_its_outcomes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernel_check, "_device", lambda: 0)
+    own = {"gpu": "name", "architecture": (9, 0), "driver": "1", "torch": "2.0", "triton": "3.6"}
+
+    def file() -> Path:
+        for module, function, key in (
+            (torch.cuda, "get_device_name", "gpu"),
+            (torch.cuda, "get_device_capability", "architecture"),
+            (kernel_check, "_driver", "driver"),
+            (kernel_check, "_triton_version", "triton"),
+        ):
+            monkeypatch.setattr(module, function, lambda *_, key=key: own[key])
+        monkeypatch.setattr(torch, "__version__", own["torch"])
+        kernel_check._identity.cache_clear()
+        return kernel_check.cache_file()
+
+    seen = [file()]
+    for key, value in own.items():
+        own[key] = (8, 0) if key == "architecture" else f"another {value}"
+        seen.append(file())
+    assert len(set(seen)) == 1 + len(own)
+    kernel_check._identity.cache_clear()
+
+
 def test_the_hash_of_the_sources_follows_every_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

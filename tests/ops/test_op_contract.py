@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from beit3_fast.errors import (
     Beit3FastError,
 )
 from beit3_fast.layout import TokenLayout
-from beit3_fast.ops import Norm
+from beit3_fast.ops import Measured, Norm
 
+META = torch.device("meta")
+elsewhere = TokenLayout.from_lengths([2, 1], [1, 2], META)
 BAD_LINEAR: list[tuple[dict[str, Any], str]] = [
     ({"x": [1]}, "x must be a tensor, got list"),
     ({"x": None}, "x must be a tensor, got NoneType"),
@@ -28,13 +31,20 @@ BAD_LINEAR: list[tuple[dict[str, Any], str]] = [
     ({"weights": ["w"]}, r"weights\[0\] must be a tensor.*got str"),
     ({"weights": [weight.T]}, r"weights\[0\] must have shape .* got \[8, 4\]"),
     ({"weights": [weight[None]]}, r"weights\[0\] must have shape"),
-    ({"weights": [weight.bfloat16()]}, "x's dtype and device.*got torch.bfloat16"),
-    ({"weights": [weight.to("meta")]}, "x's dtype and device.*meta"),
+    ({"weights": [weight.bfloat16()]}, "x's dtype torch.float32, got torch.bfloat16"),
+    ({"weights": [weight.to("meta")]}, "weights must be on x's device cpu, got meta; move"),
+    ({"biases": [bias.to("meta")]}, "biases must be on x's device cpu, got meta"),
+    ({"residual": residual.to("meta")}, "residual must be on x's device cpu, got meta"),
+    ({"rows": torch.arange(6, device="meta")}, "rows must be on x's device cpu, got meta"),
+    ({"norm": Norm([gamma.to("meta")], [gamma])}, "norm.weights must be on x's device cpu, got m"),
+    ({"norm": Norm([gamma], [gamma.to("meta")])}, "norm.biases must be on x's device cpu, got met"),
+    ({"x": Measured(x, torch.zeros(6, 1, 2, device="meta"), 8)}, "statistics must be on x's dev"),
+    ({"x": x[:, :0], "weights": [weight[:, :0]], "norm": None}, r"one feature, got shape \[6, 0\]"),
     ({"biases": [bias, bias]}, r"biases must hold 1 tensors of shape \[4\]"),
     ({"biases": [gamma]}, r"biases must hold .* got \[\[8\]\]"),
     ({"biases": [None]}, r"biases\[0\] must be a tensor.*got NoneType"),
     ({"biases": bias}, "biases must be a list.*got Tensor"),
-    ({"biases": [bias.bfloat16()]}, "x's dtype and device.*got torch.bfloat16"),
+    ({"biases": [bias.bfloat16()]}, "x's dtype torch.float32, got torch.bfloat16"),
     ({"bounds": (0,)}, r"2 ascending row numbers from 0 to 6, got \(0,\)"),
     ({"bounds": (6, 0)}, "ascending row numbers"),
     ({"bounds": (1, 6)}, "ascending row numbers"),
@@ -77,6 +87,12 @@ BAD_ATTENTION: list[tuple[dict[str, Any], str]] = [
     ({"v": q[:, :4]}, r"v must have shape .* got \[6, 4\]"),
     ({"k": q.bfloat16()}, "k must have q's dtype and device.*got torch.bfloat16"),
     ({"v": q.to("meta")}, "v must have q's dtype and device.*meta"),
+    ({"q": q[:, :0], "k": q[:, :0], "v": q[:, :0]}, r"D of 1 or more, got \[6, 0\]"),
+    ({"layout": elsewhere}, "layout must be on q's device cpu, got meta; make it with device="),
+    (
+        {"queries": replace(layout.select("all", "all").layout, device=META)},
+        "queries must be on q's device cpu, got m",
+    ),
     ({"num_heads": 3}, "num_heads = 3"),
     ({"num_heads": 0}, "num_heads = 0"),
     ({"num_heads": -2}, "num_heads = -2"),
@@ -102,6 +118,15 @@ BAD_ATTENTION: list[tuple[dict[str, Any], str]] = [
     ({"q": q[:4], "queries": layout.select("first", "first")}, "TokenLayout, got Selection"),
     ({"impl": "fast"}, "impl must be 'auto' or one of.*'fast'"),
 ]
+
+
+@pytest.mark.parametrize("operand", ["weights", "biases", "residual"])
+def test_autocast_changes_dtypes_not_devices(operand: str) -> None:
+    own = {"weights": [weight.to("meta")], "biases": [bias.to("meta")]}
+    changes = {operand: own.get(operand, residual.to("meta"))}
+    message = f"{operand} must be on x's device cpu"
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(Beit3FastError, match=message):
+        linear(**changes)
 
 
 @pytest.mark.parametrize("impl", ["auto", "composite", "reference", "cpu"])

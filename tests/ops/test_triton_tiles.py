@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from beit3_fast.kernels import (
     shared_attention,
 )
 
-TILES = {
+SHIPPED = _tiles.FOLDER
+TILES: dict[str, Any] = {
     "expert_linear": expert_linear.Tile,
     "shared_attention": shared_attention.Tile,
     "masked_linear_cross_entropy": masked_linear_cross_entropy.Tile,
@@ -33,52 +35,112 @@ def test_every_class_has_a_tile(name: str) -> None:
     assert {path.stem for path in _tiles.FOLDER.glob("*.json")} == set(_tiles.ARCHITECTURES)
 
 
-def spoil_schema(content: Any) -> None:
-    content["schema"] = 2
+@pytest.mark.parametrize("op", TILES)
+def test_the_schema_has_the_fields_of_the_tiles(op: str) -> None:
+    tile = TILES[op]
+    assert tuple(_tiles.FIELDS[op]) == tile._fields
+    assert _tiles.OPTIONAL & set(tile._fields) == set(tile._field_defaults)
 
 
-def spoil_op(content: Any) -> None:
-    del content["tiles"]["shared_attention"]
+Place = tuple[str, ...]
+LINEAR: Place = ("tiles", "expert_linear")
+FP32, WEIGHTS = (*LINEAR, "fp32"), (*LINEAR, "weights")
+SHORT: Place = ("tiles", "shared_attention", "short")
+HEAD: Place = ("tiles", "masked_linear_cross_entropy", "16 bits")
+BLOCKS = r"one of \[16, 32, 64, 128, 256\]"
+# Where something else stands, what, and what the error says.
+SPOILED: list[tuple[Place, Any, str]] = [
+    ((), [], "the document must be an object, got list"),
+    ((), None, "the document must be an object, got NoneType"),
+    (("schema",), 2, "schema must be 1, got 2"),
+    (("schema",), True, "schema must be 1, got True"),
+    (("comment",), "", r"the document must have the keys .* unknown \['comment'\]"),
+    (("tiles",), [], "tiles must be an object, got list"),
+    (("tiles", "other"), {}, r"tiles must have the keys .* unknown \['other'\], missing \[\]"),
+    (LINEAR, [1], "expert_linear must be an object, got list"),
+    ((*LINEAR, "huge"), {}, r"expert_linear must have the keys .* unknown \['huge'\]"),
+    (FP32, [1], "expert_linear, 'fp32' must be an object, got list"),
+    (
+        FP32,
+        {},
+        r"expert_linear, 'fp32' must have .* missing \['block_k', 'block_m', 'block_n', 'gr",
+    ),
+    ((*WEIGHTS, "block_z"), 64, r"expert_linear, 'weights' must have .* unknown \['block_z'\]"),
+    ((*FP32, "block_m"), 48, f"'fp32': block_m must be {BLOCKS}, got 48"),
+    ((*FP32, "block_m"), 1, "block_m must be .* got 1"),
+    ((*FP32, "block_m"), 1 << 20, "block_m must be .* got 1048576"),
+    ((*FP32, "block_m"), True, "block_m must be .* got True"),
+    ((*FP32, "block_n"), 64.0, "block_n must be .* got 64.0"),
+    ((*FP32, "block_k"), 0, "block_k must be .* got 0"),
+    ((*FP32, "num_warps"), 0, r"num_warps must be one of \[1, 2, 4, 8, 16\], got 0"),
+    ((*FP32, "num_warps"), 64, "num_warps must be .* got 64"),
+    ((*FP32, "num_stages"), 0, "num_stages must be an integer from 1 to 8, got 0"),
+    ((*FP32, "num_stages"), "2", "num_stages must be .* got '2'"),
+    ((*FP32, "per_sm"), 0, "per_sm must be an integer from 1 to 16, got 0"),
+    ((*FP32, "group_m"), 0, "group_m must be an integer from 1 to 64, got 0"),
+    ((*FP32, "tma"), 1, r"tma must be one of \[False, True\], got 1"),
+    ((*WEIGHTS, "slices"), 0, r"'weights': slices must be one of \[1, 2, 4\], got 0"),
+    ((*WEIGHTS, "slices"), 8, "slices must be .* got 8"),
+    ((*LINEAR, "many rows", "slices"), 2, "'many rows': slices .* 64 columns wide, got 2 of 256"),
+    ((*SHORT, "whole"), 1000, "shared_attention, 'short': whole must be .* 0 to 256, got 1000"),
+    ((*SHORT, "block_q"), -16, f"block_q must be {BLOCKS}, got -16"),
+    ((*HEAD, "block_n"), 24, f"entropy, '16 bits': block_n must be {BLOCKS}, got 24"),
+]
 
 
-def spoil_class(content: Any) -> None:
-    content["tiles"]["expert_linear"]["huge"] = {}
-
-
-def spoil_number(content: Any) -> None:
-    content["tiles"]["expert_linear"]["fp32"]["block_m"] = 48
-
-
-def spoil_key(content: Any) -> None:
-    content["tiles"]["expert_linear"]["fp32"]["block_z"] = 64
-
-
-def spoil_slices(content: Any) -> None:
-    content["tiles"]["expert_linear"]["many rows"]["slices"] = 2
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (spoil_schema, "schema must be 1"),
-        (spoil_op, "the ops"),
-        (spoil_class, "huge"),
-        (spoil_number, "power of two"),
-        (spoil_key, "block_z"),
-        (spoil_slices, "64 columns wide, got 2 of 256"),
-    ],
-)
-def test_a_spoiled_file_says_what_is_wrong(
-    spoil: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    content = json.loads((_tiles.FOLDER / "sm_90.json").read_text())
-    spoil(content)
-    (tmp_path / "sm_77.json").write_text(json.dumps(content))
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder in the place of the shipped one."""
     monkeypatch.setattr(_tiles, "FOLDER", tmp_path)
-    with pytest.raises(ValueError, match=words):
-        _tiles.choose(TILES["expert_linear"], "expert_linear", "fp32", "sm_77")
+    yield tmp_path
     _tiles.read.cache_clear()
     _tiles.choose.cache_clear()
+
+
+def shipped() -> Any:
+    return json.loads((SHIPPED / "sm_90.json").read_text())
+
+
+def refuse(path: Path, words: str) -> None:
+    """The file is refused for a class that may be another one than the spoiled, and the error names it."""
+    with pytest.raises(ValueError, match=f"{path.name}: .*{words}"):
+        _tiles.choose(TILES["expert_linear"], "expert_linear", "few rows", path.stem)
+
+
+@pytest.mark.parametrize(("place", "value", "words"), SPOILED)
+def test_a_spoiled_file_says_what_is_wrong(
+    place: Place, value: Any, words: str, folder: Path
+) -> None:
+    root = {"document": shipped()}
+    own = root
+    *before, last = "document", *place
+    for key in before:
+        own = own[key]
+    own[last] = value
+    path = folder / "sm_99.json"
+    path.write_text(json.dumps(root["document"]))
+    refuse(path, words)
+
+
+def test_a_missing_op_is_named(folder: Path) -> None:
+    content = shipped()
+    del content["tiles"]["shared_attention"]
+    path = folder / "sm_99.json"
+    path.write_text(json.dumps(content))
+    refuse(path, r"tiles must have .* missing \['shared_attention'\]")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{"])
+def test_a_file_that_is_no_json_is_named(content: bytes, folder: Path) -> None:
+    path = folder / "sm_99.json"
+    path.write_bytes(content)
+    refuse(path, "it must be JSON in UTF-8, got")
+
+
+def test_no_descriptors_before_the_unit_that_reads_them(folder: Path) -> None:
+    path = folder / "sm_80.json"
+    path.write_text(json.dumps(shipped()))
+    refuse(path, "'many rows': tma must be false before sm_90")
 
 
 @pytest.mark.parametrize(

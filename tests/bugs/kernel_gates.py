@@ -1,0 +1,140 @@
+"""Mistakes in the Triton kernels, and in what stands guard over them, that small even calls do not show."""
+
+from __future__ import annotations
+
+from bugs.bug import KERNEL_CHECK, OP_CONTRACT, TRITON_STRIDES, TRITON_TILES, Bug
+
+_FORWARD = "kernels/shared_attention.py"
+_BACKWARD = "kernels/_shared_attention_backward.py"
+_ATTENTION = (f"{TRITON_STRIDES}::test_attention",)
+_SELF_CHECK = (f"{KERNEL_CHECK}::test_the_kernels_pass_whatever_modes_the_caller_is_in",)
+_SPOILED = (f"{TRITON_TILES}::test_a_spoiled_file_says_what_is_wrong",)
+
+KERNEL_GATES_BUGS = (
+    Bug(
+        "triton-query-gradient-of-the-first-keys-only",
+        _BACKWARD,
+        "range(0, tl.max(limit, 0), BLOCK_K)",
+        "range(0, tl.minimum(tl.max(limit, 0), BLOCK_K), BLOCK_K)",
+        _ATTENTION,
+    ),
+    Bug(
+        "triton-key-gradient-of-the-first-queries-only",
+        _BACKWARD,
+        "range(start, num_queries, BLOCK_Q)",
+        "range(start, tl.minimum(num_queries, start + BLOCK_Q), BLOCK_Q)",
+        _ATTENTION,
+    ),
+    Bug(
+        "triton-values-read-by-the-stride-of-the-keys",
+        _FORWARD,
+        "load_heads(v_ptr, row, v_stride,",
+        "load_heads(v_ptr, row, k_stride,",
+        _ATTENTION,
+    ),
+    Bug(
+        "triton-values-read-by-the-stride-of-the-keys-in-whole-rows",
+        _FORWARD,
+        "load_heads(v_ptr, rows[i], v_stride,",
+        "load_heads(v_ptr, rows[i], k_stride,",
+        _ATTENTION,
+    ),
+    Bug(
+        "triton-query-gradient-reads-keys-by-the-stride-of-the-queries",
+        _BACKWARD,
+        "        k = load_heads(k_ptr + offset, key_row, k_stride,",
+        "        k = load_heads(k_ptr + offset, key_row, q_stride,",
+        _ATTENTION,
+    ),
+    Bug(
+        "triton-query-gradient-reads-values-by-the-stride-of-the-queries",
+        _BACKWARD,
+        "        v = load_heads(v_ptr + offset, key_row, v_stride,",
+        "        v = load_heads(v_ptr + offset, key_row, q_stride,",
+        _ATTENTION,
+    ),
+    Bug(
+        "triton-key-gradient-reads-keys-by-the-stride-of-the-queries",
+        _BACKWARD,
+        "    offset = head * D\n    k = load_heads(k_ptr + offset, key_row, k_stride,",
+        "    offset = head * D\n    k = load_heads(k_ptr + offset, key_row, q_stride,",
+        _ATTENTION,
+    ),
+    Bug(
+        "triton-key-gradient-reads-values-by-the-stride-of-the-queries",
+        _BACKWARD,
+        "\n    v = load_heads(v_ptr + offset, key_row, v_stride,",
+        "\n    v = load_heads(v_ptr + offset, key_row, q_stride,",
+        _ATTENTION,
+    ),
+    Bug(
+        "triton-residual-read-by-the-stride-of-the-result",
+        "kernels/expert_linear.py",
+        "residual_ptr + row[:, None] * residual_stride",
+        "residual_ptr + row[:, None] * y_stride",
+        (f"{TRITON_STRIDES}::test_linear",),
+    ),
+    Bug(
+        "triton-head-reads-weights-by-their-width",
+        "kernels/masked_linear_cross_entropy.py",
+        "weight_row[None, :] * weight_stride",
+        "weight_row[None, :] * D",
+        (f"{TRITON_STRIDES}::test_head",),
+    ),
+    Bug(
+        "self-check-takes-places-in-a-selection-for-places",
+        _FORWARD,
+        "place = tl.load(positions_ptr + row) + tl.where(own < num_vision_q, 0, num_vision)",
+        "place = own",
+        _SELF_CHECK,
+    ),
+    Bug(
+        "self-check-takes-places-in-a-selection-for-places-in-gradients",
+        _BACKWARD,
+        "place = tl.load(positions_ptr + row) + tl.where(own < num_vision_q, 0, num_vision)",
+        "place = own",
+        _SELF_CHECK,
+    ),
+    Bug(
+        "self-check-joins-squares-wrongly",
+        "kernels/_row_statistics.py",
+        "tl.store(joined_ptr + row * 2 + 1, squares, mask=real)",
+        "tl.store(joined_ptr + row * 2 + 1, squares * 4.0, mask=real)",
+        _SELF_CHECK,
+    ),
+    Bug(
+        "self-check-of-another-driver-counts",
+        "beit3_fast/ops/kernel_check.py",
+        '        named["driver"] = _driver()\n',
+        "",
+        (f"{KERNEL_CHECK}::test_all_that_could_change_a_kernel_names_its_outcomes",),
+    ),
+    Bug(
+        "tiles-of-true-rows",
+        "kernels/_tiles.py",
+        "type(value) is not type(allowed[0]) or value not in allowed",
+        "value not in allowed",
+        _SPOILED,
+    ),
+    Bug(
+        "tiles-without-a-class",
+        "kernels/_tiles.py",
+        "_check_keys(place, tile, fields, OPTIONAL)",
+        "_check_keys(place, tile, fields, set(fields))",
+        _SPOILED,
+    ),
+    Bug(
+        "norm-on-another-device",
+        "beit3_fast/ops/operands.py",
+        '        check_devices("x", x, **{"norm.weights": norm.weights, "norm.biases": norm.biases})\n',
+        "",
+        (f"{OP_CONTRACT}::test_expert_linear",),
+    ),
+    Bug(
+        "layout-on-another-device",
+        "beit3_fast/ops/shared_attention.py",
+        "own.device.type != q.device.type or",
+        "own.device.type == q.device.type and",
+        (f"{OP_CONTRACT}::test_shared_attention",),
+    ),
+)
