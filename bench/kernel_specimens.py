@@ -69,6 +69,7 @@ def specimens(name: str) -> Iterator[Specimen]:
     for shape_class in _kernels("_tiles").CLASSES["expert_linear"]:
         make = _linear_backward if "weights" in shape_class else _linear
         yield from make(shape_class, name)
+    yield _head("few rows", name)
     moments = _kernels("_row_statistics")
     with recorded(moments.row_statistics_kernel) as launches:
         moments.row_statistics(torch.empty(_ROWS, 3072, dtype=torch.bfloat16))
@@ -93,11 +94,12 @@ def _linear(shape_class: str, name: str) -> Iterator[Specimen]:
     linear, moments = _kernels("expert_linear"), _kernels("_row_statistics")
     tile = _kernels("_tiles").choose(linear.Tile, "expert_linear", shape_class, name)
     dtype = torch.float32 if shape_class == "fp32" else torch.bfloat16
-    x, residual, z = (torch.empty(_ROWS, width, dtype=dtype) for width in (768, 3072, 3072))
-    vectors = torch.empty(2, 3072)
-    folded = linear.FoldedWeights(torch.empty(2, 3072, 768, dtype=dtype), vectors, vectors)
-    # As many parts as the kernel takes, from 48 columns each.
-    statistics = moments.RowStatistics(torch.empty(_ROWS, 16, 2), 48)
+    features, out = (1001, 1003) if shape_class == "odd sizes" else (768, 3072)
+    x, residual, z = (torch.empty(_ROWS, width, dtype=dtype) for width in (features, out, out))
+    vectors = torch.empty(2, out)
+    folded = linear.FoldedWeights(torch.empty(2, out, features, dtype=dtype), vectors, vectors)
+    # As many parts as the kernel takes.
+    statistics = moments.RowStatistics(torch.empty(_ROWS, 16, 2), -(-features // 16))
     options = {"statistics": statistics, "tile": tile}
     for gathered in (None, torch.empty(_ROWS, dtype=torch.int64)):
         for keeps, kept in (("", None), (", z kept", z)):
@@ -113,6 +115,19 @@ def _linear(shape_class: str, name: str) -> Iterator[Specimen]:
                 wants_tma=tile.tma and gathered is None,
                 per_sm=tile.per_sm,
             )
+
+
+def _head(shape_class: str, name: str) -> Specimen:
+    """The head over 64,010 tokens, as captioning calls it: 16 does not divide its columns."""
+    linear = _kernels("expert_linear")
+    tile = _kernels("_tiles").choose(linear.Tile, "expert_linear", shape_class, name)
+    x, weights = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((512, 768), (64_010, 768)))
+    folded = linear.FoldedWeights(weights[None], None, torch.empty(1, 64_010))
+    with recorded(linear.expert_linear_kernel) as launches:
+        linear.expert_linear(x, folded, None, None, (0, 512), 1e-5, "none", tile=tile)
+    return Specimen(
+        "expert_linear", f"{shape_class}, head", launches[0], True, tile.tma, tile.per_sm
+    )
 
 
 def _linear_backward(shape_class: str, name: str) -> Iterator[Specimen]:

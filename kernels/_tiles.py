@@ -20,7 +20,14 @@ STATISTICS_WIDTH = 64
 FOLDER = Path(__file__).with_name("tiles")
 ARCHITECTURES = ("interpreter", "sm_80", "sm_90", "sm_100")
 CLASSES = {
-    "expert_linear": ("fp32", "few rows", "many rows", "fp32 weights", "weights"),
+    "expert_linear": (
+        "fp32",
+        "few rows",
+        "many rows",
+        "odd sizes",
+        "fp32 weights",
+        "weights",
+    ),
     "shared_attention": ("fp32", "short", "long", "fp32 backward", "backward"),
     "masked_linear_cross_entropy": ("fp32", "16 bits"),
 }

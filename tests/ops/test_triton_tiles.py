@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -40,6 +41,30 @@ def test_the_schema_has_the_fields_of_the_tiles(op: str) -> None:
     tile = TILES[op]
     assert tuple(_tiles.FIELDS[op]) == tile._fields
     assert _tiles.OPTIONAL & set(tile._fields) == set(tile._field_defaults)
+
+
+@pytest.mark.parametrize(
+    ("features", "out", "shape_class"),
+    [
+        (768, 3072, "many rows"),
+        (588, 1408, "odd sizes"),
+        (768, 1003, "odd sizes"),
+        (1001, 1003, "odd sizes"),
+    ],
+)
+def test_sizes_that_16_does_not_divide_have_their_own_tile(
+    features: int, out: int, shape_class: str
+) -> None:
+    assert expert_linear.shape_class(torch.bfloat16, 1024, features, out) == shape_class
+    assert expert_linear.shape_class(torch.float32, 1024, features, out) == "fp32"
+
+
+def test_a_plain_product_of_any_number_of_columns_keeps_the_large_tile() -> None:
+    def chosen(features: int) -> str:
+        return expert_linear.shape_class(torch.bfloat16, 1024, features, 64_010, plain=True)
+
+    assert chosen(768) == "many rows"
+    assert chosen(1001) == "odd sizes"
 
 
 Place = tuple[str, ...]
