@@ -208,6 +208,7 @@ def test_labels_for_the_first_scenes_only(tmp_path: Path) -> None:
     for task in ("coco_retrieval", "coco_captioning"):
         assert {row["image_path"] for row in rows(root, f"{task}.train.jsonl")} == first
         assert len(rows(root, f"{task}.val.jsonl")) == 3 * CAPTIONS
+    assert [row["image_id"] for row in rows(root, "pairs.train.jsonl")] == [3, 3, 4, 4]
     assert len(rows(root, "regions.train.jsonl")) == 5 * REGIONS
     assert len(rows(root, "imagenet.train.index.jsonl")) == 5
 

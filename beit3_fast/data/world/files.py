@@ -4,6 +4,7 @@
 world.spm                                         SentencePiece model trained on the world's sentences
 images/SPLIT/NUMBER.png                           the scenes; SPLIT is train, val or test
 coco_retrieval, coco_captioning .SPLIT.jsonl      image and caption, ``CAPTIONS`` to an image
+pairs.train.jsonl                                 image and caption of the scenes beyond ``labelled``
 regions.SPLIT.jsonl                               image and one of its things in a few words, ``REGIONS`` to an image
 vqa.{train,trainable_val,rest_val,test}.jsonl     image, question and answer; answer2label.txt
 nlvr2.{train,dev,test-P}.index.jsonl              two images, a statement, and whether it is true
@@ -63,7 +64,7 @@ _DRAWN, _SAID, _UNSEEN, _SPOKEN, _COMPARED, _TOLD = range(6)
 
 @dataclasses.dataclass(frozen=True)
 class WorldSize:
-    """Scenes and sentences of each split, and of how many scenes of train the first have captions and questions (None: all).
+    """Scenes and sentences of each split, and of how many scenes of train the first have captions and questions for tasks (None: all).
 
     All have regions and classes, what pretraining needs. Raises ConfigError unless all are at least 2 and ``labelled`` at most ``train``.
     """
@@ -153,6 +154,8 @@ def _write_split(
         of_ground = list(GROUNDS).index(scene.ground) * MOST_THINGS
         classes.append({"image_path": path, "label": of_ground + len(scene.things) - 1})
     labelled = count if name != "train" or size.labelled is None else size.labelled
+    if labelled < count:
+        _lines(root / f"pairs.{name}.jsonl", captions[labelled * CAPTIONS :])
     captions, questions = captions[: labelled * CAPTIONS], questions[: labelled * QUESTIONS]
     for task in ("coco_retrieval", "coco_captioning"):
         _lines(root / f"{task}.{name}.jsonl", captions)
