@@ -77,18 +77,20 @@ bench-baselines: build .venv/.stamp-bench-full
 
 # A world to learn in, a tiny model that does, and what it is then good for; what is there is kept, so a run that was stopped
 # goes on. A run takes one core: its figures do not depend on how many there are.
-DEMO_RUNS := run vqa vqa_scratch retrieval retrieval_scratch
+DEMO_RUNS := run contrastive vqa vqa_scratch retrieval retrieval_scratch
 demo: build
 	@echo "== demo in $(DEMO): the world, then $(DEMO_RUNS), $(JOBS) at a time"
-	@$(BIN)/beit3-fast world $(DEMO)/world --scenes 4000 --pixels 48
-	@cp examples/pretrain_world.toml examples/finetune_world_*.toml $(DEMO)/
+	@$(BIN)/beit3-fast world $(DEMO)/world --scenes 20000 --labelled 4000 --pixels 48
+	@cp examples/pretrain_world.toml examples/contrastive_world.toml examples/finetune_world_*.toml $(DEMO)/
 	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j $(JOBS) $(DEMO_RUNS:%=$(DEMO)/%/report.json)
 	@$(BIN)/beit3-fast report $(DEMO_RUNS:%=$(DEMO)/%) --out $(DEMO)/report.html
 
 demo_run = $(BIN)/beit3-fast $(1) --out $(DEMO)/$* 2>&1 | sed -u 's/^/$*: /'
 $(DEMO)/run/report.json: $(DEMO)/%/report.json:
 	@$(call demo_run,pretrain --config $(DEMO)/pretrain_world.toml)
-$(DEMO)/vqa/report.json $(DEMO)/retrieval/report.json: $(DEMO)/%/report.json: | $(DEMO)/run/report.json
+$(DEMO)/contrastive/report.json: $(DEMO)/%/report.json:
+	@$(call demo_run,finetune --config $(DEMO)/contrastive_world.toml)
+$(DEMO)/vqa/report.json $(DEMO)/retrieval/report.json: $(DEMO)/%/report.json: | $(DEMO)/contrastive/report.json
 	@$(call demo_run,finetune --config $(DEMO)/finetune_world_$*.toml)
 $(DEMO)/vqa_scratch/report.json $(DEMO)/retrieval_scratch/report.json: $(DEMO)/%/report.json:
 	@$(call demo_run,finetune --from-scratch --config $(DEMO)/finetune_world_$(*:_scratch=).toml)

@@ -66,6 +66,12 @@ def _world_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="for validation, and for the test",
     )
+    parser.add_argument(
+        "--labelled",
+        type=positive,
+        metavar="N",
+        help="so many scenes for training have captions and questions, the others only what pretraining needs (all)",
+    )
     parser.add_argument("--texts", type=positive, default=4000, metavar="N")
     parser.add_argument("--pixels", type=positive, default=64, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
@@ -86,6 +92,7 @@ def _draw(arguments: argparse.Namespace) -> int:
         test=arguments.held_out,
         texts=arguments.texts,
         pixels=arguments.pixels,
+        labelled=arguments.labelled,
     )
     folder = write_world(arguments.folder, size, arguments.seed)
     scenes = size.train + size.val + size.test

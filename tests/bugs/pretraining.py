@@ -57,6 +57,20 @@ PRETRAINING_BUGS = (
         (f"{WORLD}::test_answers_are_true",),
     ),
     Bug(
+        "world-asks-about-unlabelled-scenes",
+        "beit3_fast/data/world/files.py",
+        "questions[: labelled * QUESTIONS]",
+        "questions[:: count // labelled]",
+        (f"{WORLD}::test_labels_for_the_first_scenes_only",),
+    ),
+    Bug(
+        "world-says-the-place-of-another-thing",
+        "beit3_fast/data/world/language.py",
+        'return f"{thing.place}: {_named(thing)}"',
+        'return f"{scene.things[0].place}: {_named(thing)}"',
+        (f"{WORLD}::test_regions_are_true",),
+    ),
+    Bug(
         "pretraining-predicts-the-patch-before",
         "beit3_fast/model/pretraining.py",
         "[hidden.new_zeros(len(hidden), 1), hidden]",

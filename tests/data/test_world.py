@@ -22,15 +22,15 @@ from beit3_fast.data.world import (
     caption,
     digits,
     draw_scene,
-    fact,
     question,
+    region,
     render,
     statement,
     write_digits,
     write_world,
 )
 from beit3_fast.data.world.digits import WORDS
-from beit3_fast.data.world.files import CAPTIONS, CLASSES, FACTS, QUESTIONS
+from beit3_fast.data.world.files import CAPTIONS, CLASSES, QUESTIONS, REGIONS
 from beit3_fast.data.world.language import ANSWERS, NUMBERS, relation
 from beit3_fast.data.world.scene import COLOURS, GROUNDS
 from beit3_fast.errors import ConfigError
@@ -157,36 +157,23 @@ def test_captions_name_every_thing() -> None:
         assert relation(scene, luck)
 
 
-def test_facts_are_true() -> None:
-    kinds = Counter[str]()
-    for scene, luck in scenes(600):
-        text = fact(scene, luck)
-        things = [(t.place, t.size, t.colour, t.shape) for t in scene.things]
-        if match := re.fullmatch(r"a (\w+) (\w+) (\w+) at the (.+)", text):
-            assert (match[4], match[1], match[2], match[3]) in things
-        elif match := re.fullmatch(r"the (.+) has a (\w+) (\w+) (\w+)", text):
-            assert match.groups() in things
-        elif match := re.fullmatch(r"there (is|are) (\w+) (.+)", text):
-            what = re.sub("cross$", "crosses", match[3])
-            count = count_in(scene, f"how many {what} are there?")
-            assert (match[1] == "is", match[2]) == (count == 1, NUMBERS[count])
-        elif match := re.fullmatch(r"the ground is (\w+)", text):
-            assert match[1] == scene.ground
-        elif match := re.fullmatch(r"the (\w+) is (\w+)", text):
-            assert [t.colour for t in scene.things if t.shape == match[1]] == [match[2]]
-        elif match := re.fullmatch(r"the (\w+ \w+) is (.+) the (\w+ \w+)", text):
-            a, b = (
-                next(t for t in scene.things if f"{t.colour} {t.shape}" == m)
-                for m in match.group(1, 3)
-            )
-            above_or_left = (a.row, a.column) < (b.row, b.column)
-            assert above_or_left is (match[2] in ("above", "left of"))
+def test_regions_are_true() -> None:
+    manners = Counter[str]()
+    for scene, luck in scenes(200):
+        text = region(scene, luck)
+        things = [(t.size, t.colour, t.shape, t.place) for t in scene.things]
+        if match := re.fullmatch(r"(\w+) (\w+) (\w+) at (.+) on (\w+)", text):
+            assert match.groups()[:4] in things
+            assert match[5] == scene.ground
+        elif match := re.fullmatch(r"(\w+) (\w+) at (.+)", text):
+            assert match.groups() in [thing[1:] for thing in things]
         else:
-            assert len(scene.things) == 1
-            assert "alone" in text
-        kinds[match.re.pattern if match else "alone"] += 1
-    assert len(kinds) == 7
-    assert min(kinds.values()) > 15
+            match = re.fullmatch(r"(.+): (\w+) (\w+)", text)
+            assert match is not None
+            assert (match[2], match[3], match[1]) in [thing[1:] for thing in things]
+        manners[match.re.pattern] += 1
+    assert len(manners) == 3
+    assert min(manners.values()) > 40
 
 
 def test_the_same_seed_gives_the_same_files(world: Path, tmp_path: Path) -> None:
@@ -208,6 +195,22 @@ def test_a_finished_world_is_kept_and_another_refused(world: Path) -> None:
         write_world(world, SIZE, seed=5)
     with pytest.raises(ConfigError, match="train must be an integer of at least 2, got 1"):
         WorldSize(train=1)
+    with pytest.raises(ConfigError, match="labelled must be at most train, 3, got 4"):
+        WorldSize(train=3, labelled=4)
+
+
+def test_labels_for_the_first_scenes_only(tmp_path: Path) -> None:
+    root = write_world(tmp_path, WorldSize(train=5, val=3, test=2, texts=2, labelled=3))
+    asked = rows(root, "vqa.train.jsonl") + rows(root, "vqa.trainable_val.jsonl")
+    first = {f"images/train/{number:06}.png" for number in range(3)}
+    assert {row["image_path"] for row in asked} == first
+    assert len(asked) == 3 * QUESTIONS
+    for task in ("coco_retrieval", "coco_captioning"):
+        assert {row["image_path"] for row in rows(root, f"{task}.train.jsonl")} == first
+        assert len(rows(root, f"{task}.val.jsonl")) == 3 * CAPTIONS
+    assert [row["image_id"] for row in rows(root, "pairs.train.jsonl")] == [3, 3, 4, 4]
+    assert len(rows(root, "regions.train.jsonl")) == 5 * REGIONS
+    assert len(rows(root, "imagenet.train.index.jsonl")) == 5
 
 
 def test_the_files_of_the_official_tasks(world: Path) -> None:
@@ -224,9 +227,9 @@ def test_the_files_of_the_official_tasks(world: Path) -> None:
             assert 3 not in row["text_segment"], "every sentence has its words"
             assert "on " in tokenizer.decode(row["text_segment"])
         assert rows(world, f"coco_captioning.{split}.jsonl") == pairs
-        facts = rows(world, f"regions.{split}.jsonl")
-        assert Counter(row["image_id"] for row in facts) == dict.fromkeys(range(count), FACTS)
-        assert all(3 not in row["text_segment"] for row in facts)
+        regions = rows(world, f"regions.{split}.jsonl")
+        assert Counter(row["image_id"] for row in regions) == dict.fromkeys(range(count), REGIONS)
+        assert all(3 not in row["text_segment"] for row in regions)
     train = rows(world, "vqa.train.jsonl") + rows(world, "vqa.trainable_val.jsonl")
     assert len(train) == 12 * QUESTIONS
     assert len({row["qid"] for row in train}) == 12 * QUESTIONS

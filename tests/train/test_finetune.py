@@ -254,8 +254,19 @@ def test_presets_there_are() -> None:
         assert {f"{stage}_base", f"{stage}_large"} <= stems
     own = read_finetuning(EXAMPLES / "recipes/vqa_base.toml")
     assert (own.train.head_lr_scale, own.train.clip_grad) == (20.0, math.inf)
-    for name in ("vqa", "retrieval"):
-        assert read_finetuning(EXAMPLES / f"finetune_world_{name}.toml").train.steps > 0
+
+
+@needs_toml
+def test_the_stages_of_the_demonstration_fit() -> None:
+    sizes = dict(read_recipe(EXAMPLES / "pretrain_world.toml").model)
+    del sizes["name"], sizes["num_classes"]
+    stages = {"contrastive_world": None, "finetune_world_vqa": "contrastive"}
+    for name, before in {**stages, "finetune_world_retrieval": "contrastive"}.items():
+        own = read_finetuning(EXAMPLES / f"{name}.toml")
+        assert sizes.items() <= own.model.items()
+        assert own.model.get("checkpoint") == (before and f"{before}/model.safetensors")
+        assert own.held_out is not None
+        assert "train" not in str(own.held_out.index)
 
 
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])

@@ -6,7 +6,7 @@ the official tasks have their files.
 
 from beit3_fast.data.world.digits import write_digits
 from beit3_fast.data.world.files import WorldSize, write_world
-from beit3_fast.data.world.language import Question, Statement, caption, fact, question, statement
+from beit3_fast.data.world.language import Question, Statement, caption, question, region, statement
 from beit3_fast.data.world.scene import Rendering, Scene, Thing, draw_scene, render
 
 __all__ = [
@@ -18,8 +18,8 @@ __all__ = [
     "WorldSize",
     "caption",
     "draw_scene",
-    "fact",
     "question",
+    "region",
     "render",
     "statement",
     "write_digits",

@@ -4,7 +4,8 @@
 world.spm                                         SentencePiece model trained on the world's sentences
 images/SPLIT/NUMBER.png                           the scenes; SPLIT is train, val or test
 coco_retrieval, coco_captioning .SPLIT.jsonl      image and caption, ``CAPTIONS`` to an image
-regions.SPLIT.jsonl                               image and one of its facts in a few words, ``FACTS`` to an image
+pairs.train.jsonl                                 image and caption of the scenes beyond ``labelled``
+regions.SPLIT.jsonl                               image and one of its things in a few words, ``REGIONS`` to an image
 vqa.{train,trainable_val,rest_val,test}.jsonl     image, question and answer; answer2label.txt
 nlvr2.{train,dev,test-P}.index.jsonl              two images, a statement, and whether it is true
 imagenet.{train,val}.index.jsonl                  image and class (ground and number of things); classes.txt
@@ -32,8 +33,8 @@ from beit3_fast.data.world.language import (
     ANSWERS,
     NUMBERS,
     caption,
-    fact,
     question,
+    region,
     relation,
     statement,
 )
@@ -49,13 +50,13 @@ from beit3_fast.data.world.scene import (
 from beit3_fast.errors import ConfigError
 
 CAPTIONS = 2
-FACTS = 6
+REGIONS = 6
 QUESTIONS = 8
 SPLITS = ("train", "val", "test")
 CLASSES = tuple(f"{NUMBERS[n]} on {g}" for g in GROUNDS for n in range(1, MOST_THINGS + 1))
 
 _MARK = "world.json"
-_FORM = "beit3_fast world 4"
+_FORM = "beit3_fast world 5"
 _PIECES, _TRAINING_SCENES = 200, 400
 # What random numbers are drawn for; a scene is the same whatever is said about it.
 _DRAWN, _SAID, _UNSEEN, _SPOKEN, _COMPARED, _TOLD = range(6)
@@ -63,19 +64,27 @@ _DRAWN, _SAID, _UNSEEN, _SPOKEN, _COMPARED, _TOLD = range(6)
 
 @dataclasses.dataclass(frozen=True)
 class WorldSize:
-    """Scenes and sentences of each split. Raises ConfigError unless all are at least 2."""
+    """Scenes and sentences of each split, and of how many scenes of train the first have captions and questions for tasks (None: all).
+
+    All have regions and classes, what pretraining needs. Raises ConfigError unless all are at least 2 and ``labelled`` at most ``train``.
+    """
 
     train: int = 2000
     val: int = 200
     test: int = 200
     texts: int = 4000
     pixels: int = 64
+    labelled: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
             least = 24 if name == "pixels" else 2
+            if name == "labelled" and value is None:
+                continue
             if type(value) is not int or value < least:
                 raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if self.labelled is not None and self.labelled > self.train:
+            raise ConfigError(f"labelled must be at most train, {self.train}, got {self.labelled}")
 
 
 def write_world(folder: str | PathLike[str], size: WorldSize | None = None, seed: int = 0) -> Path:
@@ -113,9 +122,9 @@ def _write_split(
         (root / kind / name).mkdir(parents=True, exist_ok=True)
     scenes = [draw_scene(sample_generator(seed, _DRAWN, split, n)) for n in range(count)]
     captions: list[dict[str, Any]] = []
-    facts: list[dict[str, Any]] = []
+    regions: list[dict[str, Any]] = []
     questions: list[dict[str, Any]] = []
-    labelled: list[dict[str, Any]] = []
+    classes: list[dict[str, Any]] = []
     instances = _Instances()
     for number, scene in enumerate(scenes):
         path = f"images/{name}/{number:06}.png"
@@ -128,9 +137,9 @@ def _write_split(
             text = tokenizer.encode(caption(scene, luck))
             captions.append({"image_path": path, "text_segment": text, "image_id": number})
         told = sample_generator(seed, _TOLD, split, number)
-        for _ in range(FACTS):
-            text = tokenizer.encode(fact(scene, told))
-            facts.append({"image_path": path, "text_segment": text, "image_id": number})
+        for _ in range(REGIONS):
+            text = tokenizer.encode(region(scene, told))
+            regions.append({"image_path": path, "text_segment": text, "image_id": number})
         for _ in range(QUESTIONS):
             asked = question(scene, luck)
             questions.append(
@@ -143,10 +152,14 @@ def _write_split(
                 }
             )
         of_ground = list(GROUNDS).index(scene.ground) * MOST_THINGS
-        labelled.append({"image_path": path, "label": of_ground + len(scene.things) - 1})
+        classes.append({"image_path": path, "label": of_ground + len(scene.things) - 1})
+    labelled = count if name != "train" or size.labelled is None else size.labelled
+    if labelled < count:
+        _lines(root / f"pairs.{name}.jsonl", captions[labelled * CAPTIONS :])
+    captions, questions = captions[: labelled * CAPTIONS], questions[: labelled * QUESTIONS]
     for task in ("coco_retrieval", "coco_captioning"):
         _lines(root / f"{task}.{name}.jsonl", captions)
-    _lines(root / f"regions.{name}.jsonl", facts)
+    _lines(root / f"regions.{name}.jsonl", regions)
     if name == "train":
         kept = len(questions) // 10
         _lines(root / "vqa.train.jsonl", questions[kept:])
@@ -154,7 +167,7 @@ def _write_split(
     else:
         _lines(root / f"vqa.{'rest_val' if name == 'val' else 'test'}.jsonl", questions)
     if name != "test":
-        _lines(root / f"imagenet.{name}.index.jsonl", labelled)
+        _lines(root / f"imagenet.{name}.index.jsonl", classes)
     official = {"train": "train", "val": "dev", "test": "test-P"}[name]
     _lines(root / f"nlvr2.{official}.index.jsonl", _compared(scenes, name, split, seed, tokenizer))
     texts = size.texts if name == "train" else count
@@ -258,7 +271,7 @@ def _spoken(seed: int) -> Iterator[str]:
         scene, other = draw_scene(luck), draw_scene(luck)
         asked = question(scene, luck)
         yield from (caption(scene, luck), relation(scene, luck), asked.text, asked.answer)
-        yield fact(scene, luck)
+        yield region(scene, luck)
         yield statement(scene, other, luck).text
 
 

@@ -53,23 +53,16 @@ def relation(scene: Scene, generator: np.random.Generator) -> str:
     return f"the {_named(a)} is {_side(a, b)} the {_named(b)}"
 
 
-def fact(scene: Scene, generator: np.random.Generator) -> str:
-    """One thing that is true of a scene, in a few words: what is where, how it looks, how many there are, the ground."""
-    kind = int(generator.integers(5))
+def region(scene: Scene, generator: np.random.Generator) -> str:
+    """One thing of a scene in a few words, as descriptions of regions are: shape, colour and place say which, so that few
+    other scenes have it."""
     thing = _any(scene.things, generator)
-    if kind == 0:
-        return relation(scene, generator)
-    if kind == 1:
-        alone = sum(other.shape == thing.shape for other in scene.things) == 1
-        return f"the {thing.shape} is {thing.colour}" if alone else f"the ground is {scene.ground}"
-    if kind == 2:
-        word, what, count = _counted(scene, generator)
-        return (
-            f"there {'is' if count == 1 else 'are'} {NUMBERS[count]} {what if count != 1 else word}"
-        )
-    if generator.random() < 0.5:
-        return f"a {thing.size} {thing.colour} {thing.shape} at the {thing.place}"
-    return f"the {thing.place} has a {thing.size} {thing.colour} {thing.shape}"
+    manner = int(generator.integers(3))
+    if manner == 0:
+        return f"{_named(thing)} at {thing.place}"
+    if manner == 1:
+        return f"{thing.place}: {_named(thing)}"
+    return f"{thing.size} {_named(thing)} at {thing.place} on {scene.ground}"
 
 
 def question(scene: Scene, generator: np.random.Generator) -> Question:
