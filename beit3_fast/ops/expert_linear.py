@@ -79,6 +79,7 @@ def measured_expert_linear(
     ``stores=False``: such a product is their only reader, and they need not be in memory as they are."""
     x, parts, width, rounded = measured(x)
     check(x, parts, width, weights, biases, bounds, norm, activation, residual, rows)
+    rows = None if rows is None else dispatch.rows_in_memory(rows)
     used = [e for e in range(len(weights)) if bounds[e] < bounds[e + 1]] or [0]
     if len(used) < len(weights):
         weights = [weights[e] for e in used]
@@ -228,7 +229,7 @@ def _cpu(
         for group in ([_stack(bias) for bias in biases or ()], norm_weights, norm_biases)
     ]
     residual, rows, bounds, eps, activation = tail
-    residual, rows = (None if t is None else ordered(t) for t in (residual, rows))
+    residual = None if residual is None else ordered(residual)
     if with_grad and activation == "gelu" and x.dtype is torch.bfloat16:
         # In two steps, the first of which is kept: the op's own gradient would compute it again.
         y = F.gelu(op(ordered(x), stacked, packed, *vectors, None, rows, bounds, eps, "none"))

@@ -167,8 +167,8 @@ MODEL_BUGS = (
     Bug(
         "decoding-mask-token-sees-all-mask-tokens",
         "beit3_fast/model/decoding.py",
-        "seen[:, width + own, used + width + own] = True",
-        "seen[:, width:, used + width :] = True",
+        "seen[:, width:].scatter_(2, own + width, True)",
+        "seen[:, width:, self.used + width :] = True",
         (f"{CAPTIONING}::test_logits_of_every_step",),
     ),
     Bug(
@@ -181,15 +181,15 @@ MODEL_BUGS = (
     Bug(
         "decoding-pairs-to-the-text-expert",
         "beit3_fast/model/decoding.py",
-        "layout = replace(layout, text_only=0)",
-        "pass",
+        "return replace(own, text_only=0) if self.pairs else own",
+        "return own",
         (f"{CAPTIONING}::test_the_cache_gives_what_a_whole_forward_gives",),
     ),
     Bug(
         "decoding-mask-token-at-the-word-s-place",
         "beit3_fast/model/decoding.py",
-        "places[:, words.shape[1] :] += 1",
-        "pass",
+        "steps + shape.ahead",
+        "steps + 0 * shape.ahead",
         (f"{CAPTIONING}::test_logits_of_every_step",),
     ),
     Bug(

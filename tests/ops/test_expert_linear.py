@@ -238,24 +238,30 @@ def test_experts_without_rows_change_nothing(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("operand", ["weight", "residual", "x", "bias", "norm"])
+@pytest.mark.parametrize("operand", ["weight", "residual", "x", "bias", "norm", "rows"])
 def test_operands_in_any_memory_order(impl: str, operand: str) -> None:
     """A tensor whose last dimension is not contiguous gives the result of a contiguous one."""
     need(impl)
     x, weight, residual = torch.randn(9, 16), torch.randn(24, 16), torch.randn(9, 24)
     bias, gamma, beta = torch.randn(24), torch.randn(16), torch.randn(16)
 
-    def call(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor, gamma: Tensor) -> Tensor:
-        norm = Norm([gamma], [beta])
-        return expert_linear(
-            x, [weight], [bias], bounds=(0, 9), norm=norm, residual=residual, impl=impl
-        )
+    def call(
+        x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor, gamma: Tensor, rows: Tensor
+    ) -> Tensor:
+        operands: dict[str, Any] = {
+            "norm": Norm([gamma], [beta]),
+            "residual": residual,
+            "rows": rows,
+        }
+        return expert_linear(x, [weight], [bias], bounds=(0, 9), **operands, impl=impl)
 
     def strided(t: Tensor) -> Tensor:
         return torch.stack([t, t], dim=-1)[..., 0]
 
-    expected = call(x, weight, residual, bias, gamma)
+    rows = torch.randperm(9)
+    expected = call(x, weight, residual, bias, gamma, rows)
     parts = {"x": x, "weight": weight, "residual": residual, "bias": bias, "norm": gamma}
+    parts["rows"] = rows
     parts[operand] = strided(parts[operand])
     for grad_mode in (True, False):
         with torch.set_grad_enabled(grad_mode):
