@@ -16,7 +16,7 @@ PACKAGE = ROOT / "beit3_fast"
 FLOORS = (
     ("errors", "kernels", "progress", "torchrun"),
     ("derived",),
-    ("layout", "config", "parity", "timing"),
+    ("layout", "config", "float8", "parity", "timing"),
     ("padded_layout",),
     ("reference",),
     ("composite",),
@@ -33,10 +33,14 @@ CPU_OPS = ("cached_attention", "expert_linear", "patch_embedding", "shared_atten
 OPS_HELPERS = {
     "__init__",
     "cpu_kernels",
+    "cuda_decoding",
+    "cuda_float8",
     "cuda_kernels",
+    "decoding_cases",
     "dispatch",
     "folding",
     "kernel_cases",
+    "kernel_cases_float8",
     "kernel_check",
     "kernel_process",
     "library",
@@ -179,7 +183,7 @@ def test_names_of_ops_are_guessable() -> None:
         if not (ROOT / path).is_file()
     ]
     missing += [path for op in CPU_OPS if not (ROOT / (path := f"csrc/cpu/{op}.cpp")).is_file()]
-    assert op_names() == {*CPU_OPS, "masked_linear_cross_entropy"}
+    assert op_names() == {*CPU_OPS, "float8_linear", "head_top_k", "masked_linear_cross_entropy"}
     assert not missing, missing
 
 
