@@ -194,7 +194,7 @@ def table(findings: list[dict[str, Any]]) -> str:
     lines = [
         "# Triton kernels: what the compiled code uses",
         "",
-        "Written by `python -m bench.kernel_resources`; no GPU is needed. Every kernel with every tile of `kernels/tiles/`, all options on,",
+        "Written by `python -m bench.kernel_resources`; no GPU is needed. Every kernel with every tile of `kernels/tiles/`, at the models' sizes (what spills beside these: kernels/README.md),",
         f"compiled by Triton {triton.__version__} and read with cuobjdump. The tests hold each line to: no stack and no local memory, shared memory within the",
         "architecture's limit, tensor-core instructions (HMMA, HGMMA, UTCHMMA) where the products are 16-bit and none of another architecture, TMA loads",
         "where a tile asks for them. These are facts about code, not speeds.",
