@@ -54,16 +54,6 @@ void quantize_rows(Tensor x, Tensor rounded, Tensor scales, std::optional<Tensor
   raise(op, beit3_fast::cuda::quantize_rows(call, stream_of(stream)));
 }
 
-void take_bounds(Float8Linear& call, const std::vector<int64_t>& bounds, const char* op) {
-  for (std::size_t e = 0; e < bounds.size(); ++e) {
-    call.bounds[e] = bounds[e];
-    require(bounds[e] >= (e > 0 ? bounds[e - 1] : 0), op,
-            ": bounds must be ascending and not negative");
-  }
-  require(bounds.back() <= call.num_rows, op, ": bounds end at ", bounds.back(), ", but x has ",
-          call.num_rows, " rows");
-}
-
 void float8_linear(Tensor x, Tensor x_scales, Tensor weights, Tensor weight_scales,
                    std::optional<Tensor> sums, std::optional<Tensor> biases,
                    std::optional<Tensor> parts, int64_t part_width, double eps,
@@ -92,13 +82,7 @@ void float8_linear(Tensor x, Tensor x_scales, Tensor weights, Tensor weight_scal
   call.weight_scales = floats(weight_scales, experts * out, "weight_scales");
   call.sums = floats(sums, experts * out, "sums");
   call.biases = floats(biases, experts * out, "biases");
-  require(sums.has_value() == parts.has_value(), op, ": sums and parts come together");
-  if (parts.has_value()) {
-    require(part_width > 0, op, ": part_width must be positive, got ", part_width);
-    call.num_parts = (in + part_width - 1) / part_width;
-    call.part_width = part_width;
-    call.parts = floats(parts, count * call.num_parts * 2, "parts");
-  }
+  take_moments(call, x, count, in, sums.has_value(), parts, part_width, op);
   call.eps = static_cast<float>(eps);
   if (residual.has_value()) {
     require_bfloat16(*residual, x, count, out, op, "residual");
@@ -118,6 +102,8 @@ void float8_linear(Tensor x, Tensor x_scales, Tensor weights, Tensor weight_scal
   call.out_features = out;
   call.num_experts = experts;
   take_bounds(call, bounds, op);
+  require(bounds.back() <= count, op, ": bounds end at ", bounds.back(), ", but x has ", count,
+          " rows");
   raise(op, beit3_fast::cuda::float8_linear_obstacle(call));
   const DeviceGuard guard(x);
   raise(op, beit3_fast::cuda::float8_linear(call, stream_of(stream)));

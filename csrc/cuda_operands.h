@@ -6,6 +6,9 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include <optional>
+#include <vector>
+
 #include "operands.h"
 
 struct CUstream_st;  // what cudaStream_t points to
@@ -60,6 +63,29 @@ Number* numbers_of(const Tensor& t, const Tensor& first, ScalarType type, int64_
 template <class Op>
 typename Op::Element element_of(const Tensor& t) {
   return t.scalar_type() == ScalarType::Half ? Op::Element::kFloat16 : Op::Element::kBFloat16;
+}
+
+// Bounds of the experts; whether the rows reach so far is the caller's to ask.
+template <class Op>
+void take_bounds(Op& call, const std::vector<int64_t>& bounds, const char* op) {
+  for (std::size_t e = 0; e < bounds.size(); ++e) {
+    call.bounds[e] = bounds[e];
+    require(bounds[e] >= (e > 0 ? bounds[e - 1] : 0), op,
+            ": bounds must be ascending and not negative");
+  }
+}
+
+// Statistics of the rows x, in parts of `part_width` of their `in` columns, for a folded LayerNorm.
+template <class Op>
+void take_moments(Op& call, const Tensor& x, int64_t count, int64_t in, bool with_sums,
+                  const std::optional<Tensor>& parts, int64_t part_width, const char* op) {
+  require(with_sums == parts.has_value(), op, ": sums and parts come together");
+  if (!parts.has_value()) return;
+  require(part_width > 0, op, ": part_width must be positive, got ", part_width);
+  call.num_parts = (in + part_width - 1) / part_width;
+  call.part_width = part_width;
+  call.parts =
+      numbers_of<float>(*parts, x, ScalarType::Float, count * call.num_parts * 2, op, "parts");
 }
 
 inline void raise(const char* op, const char* error) { require(error == nullptr, op, ": ", error); }

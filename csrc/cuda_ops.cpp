@@ -71,13 +71,7 @@ void expert_linear(Tensor x, Tensor weights, std::optional<Tensor> sums,
   call.weights = weights.const_data_ptr();
   call.sums = floats(sums, experts * out, "sums");
   call.biases = floats(biases, experts * out, "biases");
-  require(sums.has_value() == parts.has_value(), op, ": sums and parts come together");
-  if (parts.has_value()) {
-    require(part_width > 0, op, ": part_width must be positive, got ", part_width);
-    call.num_parts = (in + part_width - 1) / part_width;
-    call.part_width = part_width;
-    call.parts = floats(parts, count * call.num_parts * 2, "parts");
-  }
+  take_moments(call, x, count, in, sums.has_value(), parts, part_width, op);
   call.eps = static_cast<float>(eps);
   if (residual.has_value()) {
     require_rows(*residual, x, op, "residual");
@@ -86,11 +80,7 @@ void expert_linear(Tensor x, Tensor weights, std::optional<Tensor> sums,
     call.residual = residual->const_data_ptr();
     call.residual_stride = residual->stride(0);
   }
-  for (int64_t e = 0; e <= experts; ++e) {
-    call.bounds[e] = bounds[static_cast<std::size_t>(e)];
-    require(call.bounds[e] >= (e > 0 ? call.bounds[e - 1] : 0), op,
-            ": bounds must be ascending and not negative");
-  }
+  take_bounds(call, bounds, op);
   const int64_t last = call.bounds[experts];
   if (rows.has_value()) {
     require(last <= rows->numel(), op, ": bounds end at ", last, ", behind the last of rows");

@@ -39,14 +39,21 @@ def expert_linear(
         part = part @ weight.to(compute).T
         if biases:
             part = part + biases[expert].to(compute)
-        if activation == "gelu":
-            part = part * 0.5 * (1.0 + torch.erf(part * 0.5**0.5))
-        parts.append(part)
-    y = torch.cat(parts)
+        parts.append(activated(part, activation))
+    return placed(torch.cat(parts), x, residual, rows)
+
+
+def activated(part: Tensor, activation: str) -> Tensor:
+    """Exact GELU, or nothing for "none"."""
+    return part * 0.5 * (1.0 + torch.erf(part * 0.5**0.5)) if activation == "gelu" else part
+
+
+def placed(y: Tensor, x: Tensor, residual: Tensor | None, rows: Tensor | None) -> Tensor:
+    """Sorted rows y at their rows of the result, plus the residual there; the last rounding, to x's dtype."""
     if rows is not None:
         y = y.new_zeros(x.shape[0], y.shape[1]).index_copy(0, rows, y)
     if residual is not None:
-        addend = residual.to(compute)
+        addend = residual.to(y.dtype)
         if rows is not None:
             named = torch.zeros(x.shape[0], 1, dtype=torch.bool, device=x.device)
             addend = addend * named.index_fill(0, rows, True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from beit3_fast.float8 import Quantized, dequantize, quantize
+from beit3_fast.reference.expert_linear import activated, placed
 
 
 def float8_linear(
@@ -44,16 +45,5 @@ def float8_linear(
             part = dequantize(quantize(part)).to(compute) @ plain.T
         if biases:
             part = part + biases[expert].to(compute)
-        if activation == "gelu":
-            part = part * 0.5 * (1.0 + torch.erf(part * 0.5**0.5))
-        parts.append(part)
-    y = torch.cat(parts)
-    if rows is not None:
-        y = y.new_zeros(x.shape[0], y.shape[1]).index_copy(0, rows, y)
-    if residual is not None:
-        addend = residual.to(compute)
-        if rows is not None:
-            named = torch.zeros(x.shape[0], 1, dtype=torch.bool, device=x.device)
-            addend = addend * named.index_fill(0, rows, True)
-        y = y + addend
-    return y.to(x.dtype)
+        parts.append(activated(part, activation))
+    return placed(torch.cat(parts), x, residual, rows)

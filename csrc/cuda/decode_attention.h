@@ -20,8 +20,8 @@ struct DecodeAttention {
   // fp32 [num_sequences, num_rows, num_heads, 2]: mean and sum of squared deviations of each head
   // of o; may be null.
   float* parts = nullptr;
-  int64_t q_sequence = 0;   // from a sequence to the next
-  int64_t q_stride = 0;     // from a row to the next
+  int64_t q_sequence = 0;  // from a sequence to the next
+  int64_t q_stride = 0;    // from a row to the next
   int64_t k_sample = 0;
   int64_t k_stride = 0;
   int64_t v_sample = 0;

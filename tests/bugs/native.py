@@ -197,7 +197,7 @@ NATIVE_BUGS = (
         "beit3_fast/ops/packed_weight.py",
         "weight.unpack(torch.float32 if weight.is_rounded else None)",
         "weight.unpack()",
-        ("tests/model/test_int8.py::test_the_state_dict_holds_what_is_multiplied",),
+        ("tests/model/test_rounded_weights.py::test_the_state_dict_holds_what_is_multiplied",),
     ),
     Bug(
         "positions-of-every-size-kept",

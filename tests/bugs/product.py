@@ -73,7 +73,9 @@ PRODUCT_BUGS = (
         "beit3_fast/model/registry.py",
         "wanted = torch.float32 if int8 or float8 else _dtype(dtype)",
         "wanted = torch.bfloat16 if int8 or float8 else _dtype(dtype)",
-        ("tests/model/test_int8.py::test_a_checkpoint_is_rounded_from_its_own_precision",),
+        (
+            "tests/model/test_rounded_weights.py::test_a_checkpoint_is_rounded_from_its_own_precision",
+        ),
     ),
     Bug(
         "incremental-words-of-a-pair-to-the-text-expert",

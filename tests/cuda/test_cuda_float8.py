@@ -8,7 +8,7 @@ import pytest
 import torch
 from emulated_float8 import Result, Weights, float8_linear, quantize_rows
 from emulated_linear import ORDERS
-from test_cuda_expert_linear import moments
+from test_cuda_expert_linear import Case, moments
 from torch import Tensor
 
 from beit3_fast.composite.float8_linear import float8_linear as plain_linear
@@ -16,19 +16,6 @@ from beit3_fast.float8 import BLOCK, E4M3, Quantized, dequantize, quantize
 from beit3_fast.ops.cuda_float8 import folded
 from beit3_fast.parity import op_parity
 from beit3_fast.reference.float8_linear import float8_linear as formula
-
-
-class Case(NamedTuple):
-    """One call: rows of the experts, features in and out, and what is asked for."""
-
-    bounds: tuple[int, ...]
-    inner: int
-    out: int
-    norm: bool = False
-    bias: bool = True
-    gelu: bool = False
-    residual: bool = False
-
 
 CASES = {
     "one row": Case((0, 1), 16, 16, norm=True),
