@@ -191,8 +191,3 @@ class PaddedLayout(TokenLayout):
         if self.valid is not None:
             text = torch.where(self.valid[..., None], text, 0.0)
         return torch.cat([vision, text], dim=1)
-
-
-def padding_is_masked(layout: TokenLayout) -> bool:
-    """Whether a layout holds rows of padding, which only a mask tensor keeps from being seen."""
-    return isinstance(layout, PaddedLayout) and layout.valid is not None

@@ -11,6 +11,7 @@ import triton.language as tl
 
 CAUSAL = tl.constexpr("causal")
 SEQ2SEQ = tl.constexpr("seq2seq")
+_BEYOND = tl.constexpr(1 << 30)
 
 
 @triton.jit
@@ -39,6 +40,24 @@ def limits(place, num_vision, num_keys, MASK: tl.constexpr):
     else:
         limit = tl.zeros_like(place) + num_keys
     return limit
+
+
+@triton.jit
+def without_padding(place, row, num_vision, num_keys, valid_ptr):
+    """The places of keys, those of padding moved beyond every limit. ``valid_ptr`` counts from row 0, as ``row``."""
+    if valid_ptr is not None:
+        text = (place >= num_vision) & (place < num_keys)
+        valid = tl.load(valid_ptr + row, mask=text, other=1)
+        place = tl.where(valid != 0, place, _BEYOND)
+    return place
+
+
+@triton.jit
+def valid_from_row_0(valid_ptr, cu_vision_ptr, batch):
+    """``valid_ptr``, which counts text rows, moved so that rows of the whole batch index it; None stays None."""
+    if valid_ptr is not None:
+        valid_ptr = valid_ptr - tl.load(cu_vision_ptr + batch)
+    return valid_ptr
 
 
 @triton.jit

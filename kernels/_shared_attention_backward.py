@@ -24,6 +24,8 @@ from beit3_fast.kernels._attention_rows import (
     scores_of,
     segment,
     store_heads,
+    valid_from_row_0,
+    without_padding,
     zero_heads,
 )
 from beit3_fast.kernels.shared_attention import _LOG2_E, Segments, Tile, split_width
@@ -76,6 +78,7 @@ def query_gradient_kernel(
     cu_vision_q_ptr,
     cu_text_q_ptr,
     positions_ptr,  # int32 [Rq] or None
+    valid_ptr,  # uint8 [Rt] or None
     batch,
     num_heads,
     tiles,  # query tiles of the longest sample
@@ -103,6 +106,7 @@ def query_gradient_kernel(
         first, positions_ptr, vision_q, num_vision_q, text_q, num_queries, num_vision, num_keys,
         MASK, BLOCK_Q,
     )  # fmt: skip
+    valid_ptr = valid_from_row_0(valid_ptr, cu_vision_ptr, batch)
 
     offset = head * D
     q = load_heads(q_ptr + offset, row, q_stride, D, WIDTH, REST)
@@ -121,6 +125,7 @@ def query_gradient_kernel(
         k = load_heads(k_ptr + offset, key_row, k_stride, D, WIDTH, REST)
         v = load_heads(v_ptr + offset, key_row, v_stride, D, WIDTH, REST)
         weights = tl.exp2(scores_of(q, k, REST) * scale_log2e - lse[:, None])
+        place = without_padding(place, key_row, num_vision, num_keys, valid_ptr)
         weights = tl.where(place[None, :] < limit[:, None], weights, 0.0)
         dscores = weights * (scores_of(grad, v, REST) - delta[:, None])
         dq = add_weighted(dq, dscores.to(k_ptr.dtype.element_ty), k, REST)
@@ -147,6 +152,7 @@ def key_gradient_kernel(
     cu_vision_q_ptr,
     cu_text_q_ptr,
     positions_ptr,  # int32 [Rq] or None
+    valid_ptr,  # uint8 [Rt] or None
     batch,
     num_heads,
     tiles,  # key tiles of the longest sample
@@ -173,6 +179,8 @@ def key_gradient_kernel(
     place = first_key + tl.arange(0, BLOCK_K)
     real_key = place < num_keys
     key_row = row_of(tl.minimum(place, num_keys - 1), vision, num_vision, text)
+    valid_ptr = valid_from_row_0(valid_ptr, cu_vision_ptr, batch)
+    place = without_padding(place, key_row, num_vision, num_keys, valid_ptr)
 
     offset = head * D
     k = load_heads(k_ptr + offset, key_row, k_stride, D, WIDTH, REST)
@@ -231,6 +239,7 @@ def shared_attention_backward(
     batch = keys.cu_vision.shape[0] - 1
     inputs = (grad, grad.stride(0), q, q.stride(0), k, k.stride(0), v, v.stride(0))
     rows = (keys.cu_vision, keys.cu_text, queries.cu_vision, queries.cu_text, queries.positions)
+    rows += (keys.valid,)
     width, rest = split_width(head_dim)
     scales = (scale, scale * _LOG2_E)
     options = {

@@ -7,6 +7,7 @@ every mask structure is one number for each query, its limit: it sees the places
 
     bidirectional: N      causal: p + 1      seq2seq: max(p + 1, Nv)      p: the query's own place
 
+Where a batch is padded, one byte for each text row tells padding from text: no query sees a key that is padding.
 Key blocks below the limits of all queries of a tile need no mask; those beyond all limits are not read. Where the
 samples are short, such as the 197 tokens of an image, a tile holds whole rows of scores instead: one pass, the maximum
 known before the first exponential, nothing rescaled.
@@ -30,6 +31,8 @@ from beit3_fast.kernels._attention_rows import (
     scores_of,
     segment,
     store_heads,
+    valid_from_row_0,
+    without_padding,
     zero_heads,
 )
 from beit3_fast.kernels._row_statistics import RowStatistics
@@ -48,6 +51,9 @@ class Segments(NamedTuple):
     cu_text: Tensor  # int32 [B + 1], counted from the last vision row
     longest: int
     positions: Tensor | None = None  # int32 [R]: place within the sample's vision or text rows
+    valid: Tensor | None = (
+        None  # uint8 [Rt], as keys: 0 where a text row is padding (None: nowhere)
+    )
 
 
 class Tile(NamedTuple):
@@ -78,6 +84,7 @@ def _attend(
     num_vision,
     text,
     num_keys,
+    valid_ptr,
     scale,
     MASKED: tl.constexpr,
     D: tl.constexpr,
@@ -93,6 +100,7 @@ def _attend(
         k = load_heads(k_ptr, row, k_stride, D, WIDTH, REST)
         scores = scores_of(q, k, REST) * scale
         if MASKED:
+            place = without_padding(place, row, num_vision, num_keys, valid_ptr)
             scores = tl.where(place[None, :] < limit[:, None], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         # A query that has seen no key yet: any finite number instead of inf - inf.
@@ -119,6 +127,7 @@ def _score_pieces(
     num_vision,
     text,
     num_keys,
+    valid_ptr,
     scale,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -132,6 +141,7 @@ def _score_pieces(
         row = row_of(tl.minimum(place, num_keys - 1), vision, num_vision, text)
         k = load_heads(k_ptr, row, k_stride, D, WIDTH, REST)
         scores = scores_of(q, k, REST) * scale
+        place = without_padding(place, row, num_vision, num_keys, valid_ptr)
         pieces += (tl.where(place[None, :] < limit[:, None], scores, float("-inf")),)
         rows += (row,)
     return pieces, rows
@@ -149,6 +159,7 @@ def _attend_whole(
     num_vision,
     text,
     num_keys,
+    valid_ptr,
     scale,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -161,8 +172,8 @@ def _attend_whole(
     pieces, rows = (), ()
     for i in tl.static_range(4):
         pieces, rows = _score_pieces(
-            pieces, rows, q, limit, k_ptr, k_stride, vision, num_vision, text, num_keys, scale,
-            D, WIDTH, REST, KEYS, 256 >> i,
+            pieces, rows, q, limit, k_ptr, k_stride, vision, num_vision, text, num_keys, valid_ptr,
+            scale, D, WIDTH, REST, KEYS, 256 >> i,
         )  # fmt: skip
     top = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
     for i in tl.static_range(PIECES):
@@ -194,6 +205,7 @@ def shared_attention_kernel(
     cu_vision_q_ptr,
     cu_text_q_ptr,
     positions_ptr,  # int32 [Rq] or None: all rows are queries
+    valid_ptr,  # uint8 [Rt] or None: no row is padding
     batch,
     num_heads,
     tiles,  # query tiles of the longest sample
@@ -229,13 +241,14 @@ def shared_attention_kernel(
     if positions_ptr is not None:
         place = tl.load(positions_ptr + row) + tl.where(own < num_vision_q, 0, num_vision)
     limit = limits(place, num_vision, num_keys, MASK)
+    valid_ptr = valid_from_row_0(valid_ptr, cu_vision_ptr, batch)
 
     offset = head * D
     q = load_heads(q_ptr + offset, row, q_stride, D, WIDTH, REST)
     if KEYS > 0:
         top, total, acc = _attend_whole(
             q, limit, k_ptr + offset, k_stride, v_ptr + offset, v_stride, vision, num_vision, text,
-            num_keys, scale, D, WIDTH, REST, BLOCK_Q, KEYS, PIECES,
+            num_keys, valid_ptr, scale, D, WIDTH, REST, BLOCK_Q, KEYS, PIECES,
         )  # fmt: skip
     else:
         carry = (
@@ -243,15 +256,18 @@ def shared_attention_kernel(
             tl.zeros((BLOCK_Q,), dtype=tl.float32),
             zero_heads(BLOCK_Q, WIDTH, REST),
         )
-        seen_by_all = tl.min(limit, 0) // BLOCK_K * BLOCK_K
+        seen_by_all = tl.min(limit, 0)
+        if valid_ptr is not None:
+            seen_by_all = tl.minimum(seen_by_all, num_vision)
+        seen_by_all = seen_by_all // BLOCK_K * BLOCK_K
         seen = tl.max(limit, 0)
         carry = _attend(
             carry, q, 0, seen_by_all, limit, k_ptr + offset, k_stride, v_ptr + offset, v_stride,
-            vision, num_vision, text, num_keys, scale, False, D, WIDTH, REST, BLOCK_K,
+            vision, num_vision, text, num_keys, valid_ptr, scale, False, D, WIDTH, REST, BLOCK_K,
         )  # fmt: skip
         carry = _attend(
             carry, q, seen_by_all, seen, limit, k_ptr + offset, k_stride, v_ptr + offset, v_stride,
-            vision, num_vision, text, num_keys, scale, True, D, WIDTH, REST, BLOCK_K,
+            vision, num_vision, text, num_keys, valid_ptr, scale, True, D, WIDTH, REST, BLOCK_K,
         )  # fmt: skip
         top, total, acc = carry
 
@@ -337,6 +353,7 @@ def shared_attention(
             queries.cu_vision,
             queries.cu_text,
             queries.positions,
+            keys.valid,
             batch,
             num_heads,
             tiles,

@@ -7,9 +7,9 @@ DropPath (each sample by itself, what is kept divided by the probability of keep
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,22 +18,30 @@ from torch import Tensor, nn
 
 from beit3_fast.layout import TokenLayout
 
-_off: ContextVar[bool] = ContextVar("beit3_fast_no_drop_path", default=False)
+
+class _State(threading.local):
+    """Of each thread. torch.compile traces this, where a ContextVar would break its graph."""
+
+    def __init__(self) -> None:
+        self.off = False
+
+
+_state = _State()
 
 
 @contextmanager
 def without_drop_path() -> Iterator[None]:
     """Within it models drop nothing, whatever mode they are in: answers do not depend on chance. Changes no module."""
-    token = _off.set(True)
+    before, _state.off = _state.off, True
     try:
         yield
     finally:
-        _off.reset(token)
+        _state.off = before
 
 
 def acts() -> bool:
     """Whether a model in train mode drops anything."""
-    return torch.compiler.is_compiling() or not _off.get()
+    return not _state.off
 
 
 class Kept(NamedTuple):

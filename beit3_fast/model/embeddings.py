@@ -12,7 +12,14 @@ from beit3_fast.data import Processor
 from beit3_fast.errors import ConfigError, InputError
 from beit3_fast.layout import Pick
 from beit3_fast.model.drop_path import without_drop_path
-from beit3_fast.model.inputs import check_batch_size, image_tensors, listed, text_tensors
+from beit3_fast.model.inputs import (
+    check_batch_size,
+    image_batch,
+    image_tensors,
+    is_image_batch,
+    listed,
+    text_tensors,
+)
 
 OUTPUTS = ("pooled", "cls", "tokens")
 
@@ -43,9 +50,15 @@ class Embeddings:
 
         ``images``: one or a list, of any sizes; see ``BEiT3ForCaptioning.caption`` for the kinds. Returns [B, C] in the
         model's dtype and on its device, or for "tokens" a list of B tensors [Nv, C]. Nothing is kept for gradients.
+        Up to ``batch_size`` images in one normalised tensor [B, 3, H, W] are one graph for torch.compile, for every B.
         Raises ConfigError, InputError and ShapeError for what cannot be used.
         """
         _check(output, batch_size)
+        if is_image_batch(images):
+            batch = image_batch(self.backbone, images, processor)
+            whole = batch.shape[0] <= batch_size
+            cut = [batch] if whole else batch.split(batch_size)
+            return _joined([self._encoded("image", output, own, None) for own in cut])
         sources = listed(images)
         parts = []
         for start in range(0, len(sources), batch_size):
@@ -109,16 +122,30 @@ class Embeddings:
     @torch.no_grad()
     @without_drop_path()
     def _encoded(
-        self, kind: str, output: str, images: list[Tensor] | None, texts: list[Tensor] | None
+        self,
+        kind: str,
+        output: str,
+        images: list[Tensor] | Tensor | None,
+        texts: list[Tensor] | None,
     ) -> Any:
         head = self._pooling_head(kind) if output == "pooled" else None
         first = output == "cls" or head is not None
         vision: Pick = "none" if images is None else "first" if first else "all"
-        text: Pick = "none" if texts is None or (images and first) else "first" if first else "all"
-        encoded = self.backbone.forward_packed(images, texts, read_vision=vision, read_text=text)
+        text: Pick = (
+            "none" if texts is None or (kind == "pair" and first) else "first" if first else "all"
+        )
+        if isinstance(images, Tensor):
+            encoded = self.backbone.encode(images, read_vision=vision)
+        else:
+            encoded = self.backbone.forward_packed(
+                images, texts, read_vision=vision, read_text=text
+            )
         if first:
             rows = encoded.text() if images is None else encoded.vision()
             return rows if head is None else head(rows)
+        if isinstance(images, Tensor):
+            tokens = encoded.rows.view(images.shape[0], -1, encoded.rows.shape[1])
+            return list(tokens) if output == "tokens" else tokens.mean(1)
         samples = [
             torch.cat([encoded.rows[own] for own in encoded.layout.segments(sample)])
             for sample in range(encoded.layout.batch_size)

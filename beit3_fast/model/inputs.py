@@ -23,6 +23,20 @@ def listed(images: Any) -> list[Any]:
     return items
 
 
+def is_image_batch(images: Any) -> bool:
+    """Whether these are images that are ready for the model, in one tensor."""
+    return isinstance(images, Tensor) and images.dim() == 4 and images.is_floating_point()
+
+
+def image_batch(backbone: Any, images: Tensor, processor: Processor | None) -> Tensor:
+    """[B, 3, H, W] on the model's device and in its dtype. Raises InputError where B is 0."""
+    check_processor(processor)
+    if not images.shape[0]:
+        raise InputError("expected at least one image, got none")
+    weight = branch(backbone, "vision_embed").proj.weight
+    return images.to(weight.device, weight.dtype)
+
+
 def image_tensors(
     backbone: Any, images: list[Any], processor: Processor | None, first: int = 0
 ) -> list[Tensor]:

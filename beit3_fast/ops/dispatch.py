@@ -32,6 +32,8 @@ _NOT_BUILT = (
     "is not part of this version of beit3_fast; use 'auto', 'cpu', 'cuda', 'triton', 'composite' "
     "or 'reference'"
 )
+_NO_MASK_TENSOR = "takes mask structures, not a mask tensor"
+_NO_PADDING = "takes batches without padding, this one is padded (torch.compile, capture)"
 _INTERPRETED = "runs in an interpreter on CPU tensors: where it is asked for by name, not in 'auto'"
 
 
@@ -45,6 +47,7 @@ class Situation(NamedTuple):
     autocast: bool
     compiling: bool
     mask_tensor: bool
+    padding: bool = False
     int8: bool = False
     packed: bool = False
     float8: bool = False
@@ -77,6 +80,7 @@ def situation(
     op: str,
     tensors: list[Tensor],
     mask_tensor: bool = False,
+    padding: bool = False,
     int8: bool = False,
     packed: bool = False,
     float8: bool = False,
@@ -84,7 +88,7 @@ def situation(
 ) -> Situation:
     """The situation of a call: ``tensors`` are all operands, the first one gives device and dtype.
 
-    ``int8``: whether the weights are rounded to int8, which only the CPU kernels multiply as such; ``packed``: whether
+    ``padding``: whether rows of the batch are padding that no query may see (``PaddedLayout``); ``int8``: whether the weights are rounded to int8, which only the CPU kernels multiply as such; ``packed``: whether
     they are kept only in the layout of those kernels; ``float8``: whether they are rounded to float8; ``misfit``: why
     the CUDA kernels do not take these sizes.
     """
@@ -98,6 +102,7 @@ def situation(
         autocast=lower is not None,
         compiling=torch.compiler.is_compiling(),
         mask_tensor=mask_tensor,
+        padding=padding,
         int8=int8,
         packed=packed,
         float8=float8,
@@ -119,7 +124,9 @@ def _cpu_obstacle(at: Situation) -> str | None:
         if at.needs_grad:
             return "has no gradients of cached keys"
     elif at.mask_tensor:
-        return "takes mask structures, not a mask tensor"
+        return _NO_MASK_TENSOR
+    elif at.padding:
+        return _NO_PADDING
     if library.available():
         return None
     return f"needs the compiled library, which {library.why_unavailable()}"
@@ -151,7 +158,9 @@ def _cpu_slower(at: Situation) -> str | None:
 def _cuda_obstacle(at: Situation) -> str | None:
     """Why the CUDA kernels cannot take this call, or None."""
     if at.mask_tensor and at.op != "cached_attention":
-        return "takes mask structures, not a mask tensor"
+        return _NO_MASK_TENSOR
+    if at.padding:
+        return _NO_PADDING
     return cuda_kernels.obstacle(_cuda_op(at), at.device, at.dtype, at.needs_grad) or at.misfit
 
 
@@ -165,7 +174,7 @@ def _triton_obstacle(at: Situation) -> str | None:
     if at.op not in (*OPS, "masked_linear_cross_entropy"):
         return "has no kernel for this op"
     if at.mask_tensor:
-        return "takes mask structures, not a mask tensor"
+        return _NO_MASK_TENSOR
     if at.float8:
         return "has no float8 products"
     return triton_kernels.obstacle(at.device, at.dtype)

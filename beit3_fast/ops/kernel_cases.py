@@ -13,14 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit3_fast.composite import expert_linear as composite_linear
-from beit3_fast.composite import shared_attention as composite_attention
-from beit3_fast.layout import TokenLayout
-from beit3_fast.ops import cuda_kernels, decoding_cases, triton_kernels
+from beit3_fast.ops import cuda_kernels, triton_kernels
+from beit3_fast.ops.kernel_cases_attention import (
+    cuda_shared_attention,
+    shared_attention,
+    shared_attention_backward,
+)
+from beit3_fast.ops.kernel_cases_decoding import cuda_cached_attention, cuda_head_top_k
 from beit3_fast.ops.kernel_cases_float8 import cuda_float8_linear, moments, statistics_parity
 from beit3_fast.parity import Parity, op_parity
 from beit3_fast.reference import expert_linear as linear_formula
 from beit3_fast.reference import masked_linear_cross_entropy as head_formula
-from beit3_fast.reference import shared_attention as attention_formula
 
 # Row ranges of the experts, features in and out, LayerNorm, gathered rows.
 _LINEAR = (
@@ -30,26 +33,11 @@ _LINEAR = (
     ((0, 4, 11), 24 * 17, 24, True, False),
 )
 _MANY_ROWS = ((0, 197, 300), 128, 192, True, False)
-# Vision and text rows of the samples, heads, head width (both of the models), mask, the queries that are selected.
-_ATTENTION = (
-    ((5, 0, 17), (3, 4, 0), 2, 64, "bidirectional", None),
-    ((33, 9), (13, 2), 1, 88, "seq2seq", None),
-    ((17,), (6,), 1, 64, "causal", None),
-    # Text queries behind a part of the image: their places are not those in the selection.
-    ((6, 3), (5, 7), 1, 64, "seq2seq", ("first", "all")),
-)
-_LONG = ((270,), (10,), 1, 64, "causal", None)
 # CUDA kernels take features in multiples of 8, and more rows show more of the order in which they work.
 _LINEAR_ON_CUDA = (
     ((0, 5, 5, 21), 72, 40, True, False),
     ((0, 7, 19), 136, 200, False, True),
     ((0, 2100, 2500), 264, 392, True, False),
-)
-_ATTENTION_ON_CUDA = (
-    *_ATTENTION,
-    ((197,) * 9, (0, 12, 3) * 3, 4, 64, "bidirectional", None),
-    ((577, 250), (23, 0), 2, 88, "seq2seq", None),
-    ((400, 0, 130), (0, 70, 9), 3, 64, "causal", None),
 )
 
 
@@ -69,26 +57,6 @@ def expert_linear_backward(dtype: torch.dtype, device: str) -> dict[str, Parity]
         for operand in results[0]:
             own = (result[operand] for result in results)
             parities[f"{operand}, {name}"] = op_parity(*own, gradient=operand != "y")
-    return parities
-
-
-def shared_attention(dtype: torch.dtype, device: str) -> dict[str, Parity]:
-    """The forward pass, and the row statistics that it leaves."""
-    parities = {}
-    for lengths, mask, *results in _attention(dtype, device, with_grad=False):
-        for place, name in enumerate(("o", "statistics")):
-            own = (result[place] for result in results)
-            parities[f"{name}, {mask}, {lengths}"] = op_parity(*own)
-    return parities
-
-
-def shared_attention_backward(dtype: torch.dtype, device: str) -> dict[str, Parity]:
-    """The forward pass again, and the gradients of query, key and value."""
-    parities = {}
-    for lengths, mask, *results in _attention(dtype, device, with_grad=True):
-        for place, name in enumerate(("o", "dq", "dk", "dv")):
-            own = (result[place] for result in results)
-            parities[f"{name}, {mask}, {lengths}"] = op_parity(*own, gradient=place > 0)
     return parities
 
 
@@ -118,20 +86,6 @@ def cuda_expert_linear(dtype: torch.dtype, device: str) -> dict[str, Parity]:
     return parities
 
 
-def cuda_shared_attention(dtype: torch.dtype, device: str) -> dict[str, Parity]:
-    """The forward pass and the row statistics that it leaves, in CUDA C++."""
-    results = _attention(
-        dtype, device, with_grad=False, shapes=_ATTENTION_ON_CUDA, kernel=_attention_on_cuda
-    )
-    parities = {}
-    for lengths, mask, *own in results:
-        o, left = own[0]
-        parities[f"o, {mask}, {lengths}"] = op_parity(*(each[0] for each in own))
-        statistics = statistics_parity(left, o, o.shape[1] // left.shape[1])
-        parities[f"statistics, {mask}, {lengths}"] = statistics
-    return parities
-
-
 CASES: dict[str, Callable[[torch.dtype, str], dict[str, Parity]]] = {
     "expert_linear": expert_linear,
     "expert_linear_backward": expert_linear_backward,
@@ -144,8 +98,8 @@ CUDA_CASES: dict[str, Callable[[torch.dtype, str], dict[str, Parity]]] = {
     "cuda_expert_linear": cuda_expert_linear,
     "cuda_float8_linear": cuda_float8_linear,
     "cuda_shared_attention": cuda_shared_attention,
-    "cuda_cached_attention": decoding_cases.cuda_cached_attention,
-    "cuda_head_top_k": decoding_cases.cuda_head_top_k,
+    "cuda_cached_attention": cuda_cached_attention,
+    "cuda_head_top_k": cuda_head_top_k,
 }
 
 
@@ -263,93 +217,6 @@ def _product_gradients(
         gradients = torch.autograd.grad(found["y"], leaves, seed)
         found |= dict(zip(names, gradients, strict=True))
     return {name: t.detach().cpu() for name, t in found.items()}
-
-
-class _Call(NamedTuple):
-    """A call of an attention: its layouts are on the operands' device."""
-
-    layout: TokenLayout
-    queries: TokenLayout  # ``layout``, or that of a selection of its rows
-    heads: int
-    scale: float
-    mask: str
-
-    def on_gpu(self) -> tuple[Any, ...]:
-        """The arguments behind q, k and v of the GPU ops, but for the last."""
-        keys, own, *rest = self
-        rows: tuple[Any, ...] = (None, None, None)
-        if own is not keys:
-            rows = (own.cu_vision, own.cu_text, own.positions)
-        return (keys.cu_vision, keys.cu_text, *rows, keys.longest, own.longest, *rest)
-
-
-def _attention_on_triton(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, ...]:
-    o, _, left = triton_kernels.shared_attention(q, k, v, *call.on_gpu(), True)
-    return o, left
-
-
-def _attention_on_cuda(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, ...]:
-    return tuple(cuda_kernels.shared_attention(q, k, v, *call.on_gpu(), True))
-
-
-def _plain(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, ...]:
-    o = composite_attention.shared_attention(q, k, v, *call)
-    return o, moments(o.detach(), q.shape[1] // call.heads)
-
-
-def _formula(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, ...]:
-    o = attention_formula.shared_attention(q, k, v, *call)
-    return o, moments(o.detach(), q.shape[1] // call.heads)
-
-
-def _attention(
-    dtype: torch.dtype,
-    device: str,
-    *,
-    with_grad: bool,
-    shapes: tuple[Any, ...] = (),
-    kernel: Callable[[Tensor, Tensor, Tensor, _Call], tuple[Tensor, ...]] = _attention_on_triton,
-) -> list[Any]:
-    """Lengths, mask, and for kernel, plain PyTorch and formula: o, and dq, dk, dv or the statistics of o."""
-    draw, results = _Draw(torch.Generator().manual_seed(0), dtype), []
-    # As above; the backward pass has one class for all lengths.
-    more = () if with_grad or dtype == torch.float32 else (_LONG,)
-    for vision, text, heads, width, mask, selected in shapes or (*_ATTENTION, *more):
-        here, there = (
-            _Call(
-                layout,
-                layout.select(*selected).layout if selected else layout,
-                heads,
-                width**-0.5,
-                mask,
-            )
-            for layout in (TokenLayout.from_lengths(vision, text, own) for own in ("cpu", device))
-        )
-        queries, keys = here.queries.num_rows, here.layout.num_rows
-        q, k, v, seed = (draw(rows, heads * width) for rows in (queries, keys, keys, queries))
-        operands = [2 * q, k, v + 1]  # peaked, as trained attention is
-        wide = [t.double() for t in operands]
-        moved = [t.to(device) for t in operands]
-        found = [
-            _with_gradients(kernel, moved, there, seed.to(device), with_grad),
-            _with_gradients(_plain, operands, here, seed, with_grad),
-            _with_gradients(_formula, wide, here, seed.double(), with_grad),
-        ]
-        results.append(((vision, text), mask, *found))
-    return results
-
-
-def _with_gradients(
-    attention: Callable[[Tensor, Tensor, Tensor, _Call], tuple[Tensor, ...]],
-    operands: list[Tensor],
-    call: _Call,
-    seed: Tensor,
-    with_grad: bool,
-) -> list[Tensor]:
-    q, k, v = (t.detach().requires_grad_(with_grad) for t in operands)
-    o, *left = attention(q, k, v, call)
-    others = torch.autograd.grad(o, (q, k, v), seed) if with_grad else left
-    return [t.detach().cpu() for t in (o, *others)]
 
 
 def _head(dtype: torch.dtype, device: str, *, with_grad: bool) -> list[dict[str, Tensor]]:

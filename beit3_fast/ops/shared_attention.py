@@ -24,7 +24,7 @@ from beit3_fast.errors import ShapeError
 from beit3_fast.layout import TokenLayout
 from beit3_fast.ops import cuda_kernels, dispatch, library, triton_kernels
 from beit3_fast.ops.operands import Measured
-from beit3_fast.padded_layout import PaddedLayout, padding_is_masked
+from beit3_fast.padded_layout import PaddedLayout
 from beit3_fast.reference.shared_attention import shared_attention as reference_impl
 
 MASKS = ("bidirectional", "seq2seq", "causal")
@@ -75,10 +75,11 @@ def measured_shared_attention(
     leaves them ("triton" and "cuda" do)."""
     queries = layout if queries is None else queries
     _check(q, k, v, layout, queries, num_heads, scale, mask)
-    masked = isinstance(mask, Tensor) or padding_is_masked(layout)
+    valid = layout.valid if isinstance(layout, PaddedLayout) else None
     # There are no weights whose copy in autocast's dtype would have to be kept, as for expert_linear.
     misfit = cuda_kernels.attention_misfit(q.shape[1] // num_heads)
-    at = dispatch.situation("shared_attention", [q, k, v], masked, misfit=misfit)
+    given = (isinstance(mask, Tensor), valid is not None)
+    at = dispatch.situation("shared_attention", [q, k, v], *given, misfit=misfit)
     at = at._replace(autocast=False)
     choice = dispatch.choose(at, impl)
     lower = dispatch.autocast_dtype(q)
@@ -103,15 +104,18 @@ def measured_shared_attention(
         how = (num_heads, scale, mask)
         if choice.impl == "cpu":
             return Measured(_op()(q, k, v, *where, *how))
-        where_on_gpu = (*where, layout.longest, queries.longest)
+        lengths = (layout.longest, queries.longest)
         if choice.impl == "cuda":
-            o, parts = cuda_kernels.shared_attention(q, k, v, *where_on_gpu, *how, measure)
+            o, parts = cuda_kernels.shared_attention(q, k, v, *where, *lengths, *how, measure)
             return Measured(o, parts, q.shape[1] // num_heads) if measure else Measured(o)
-        o, _, parts = triton_kernels.shared_attention(q, k, v, *where_on_gpu, *how, measure)
+        real = None if valid is None else valid.flatten()
+        o, _, parts = triton_kernels.shared_attention(
+            q, k, v, *where, real, *lengths, *how, measure
+        )
         return Measured(o, parts, q.shape[1] // num_heads) if measure else Measured(o)
     if choice.impl != "reference":
         return Measured(composite_impl(q, k, v, layout, queries, num_heads, scale, mask))
-    if isinstance(layout, PaddedLayout) and layout.valid is not None:
+    if isinstance(layout, PaddedLayout) and valid is not None:
         mask = visible_places(layout, layout, mask)
     return Measured(reference_impl(q, k, v, layout, queries, num_heads, scale, mask))
 

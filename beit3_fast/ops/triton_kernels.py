@@ -211,6 +211,7 @@ def shared_attention(
     cu_vision_q: Tensor | None,
     cu_text_q: Tensor | None,
     positions_q: Tensor | None,
+    valid: Tensor | None,
     longest: int,
     longest_q: int,
     num_heads: int,
@@ -219,10 +220,11 @@ def shared_attention(
     measure: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o [Rq, C], log-sum-exp fp32 [Rq, H], with ``measure`` the row statistics of o in parts of one head, fp32
-    [Rq, H, 2] (else empty); ``longest``: most keys and most queries of a sample."""
+    [Rq, H, 2] (else empty). ``valid`` bool [Rt]: the text keys that are no padding (None: all); ``longest``: most keys and most
+    queries of a sample."""
     kernels = _kernels("shared_attention", q.device.type)
     keys, queries = _segments(
-        cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q, longest, longest_q
+        cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q, valid, longest, longest_q
     )
     options = {"with_lse": True, "with_statistics": measure}
     done = kernels.shared_attention(q, k, v, keys, queries, num_heads, scale, mask, **options)
@@ -255,6 +257,7 @@ def _shared_attention_backward(
     cu_vision_q: Tensor | None,
     cu_text_q: Tensor | None,
     positions_q: Tensor | None,
+    valid: Tensor | None,
     longest: int,
     longest_q: int,
     num_heads: int,
@@ -263,7 +266,7 @@ def _shared_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = _kernels("_shared_attention_backward", q.device.type)
     keys, queries = _segments(
-        cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q, longest, longest_q
+        cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q, valid, longest, longest_q
     )
     gradients = kernels.shared_attention_backward(
         grad.contiguous(), q, k, v, o, lse, keys, queries, num_heads, scale, mask
@@ -285,7 +288,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     numbers = (ctx.longest, ctx.longest_q, ctx.num_heads, ctx.scale, ctx.mask)
-    return (*_shared_attention_backward(grad, *ctx.saved_tensors, *numbers), *[None] * 11)
+    return (*_shared_attention_backward(grad, *ctx.saved_tensors, *numbers), *[None] * 12)
 
 
 shared_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -330,11 +333,14 @@ def _segments(
     cu_vision_q: Tensor | None,
     cu_text_q: Tensor | None,
     positions_q: Tensor | None,
+    valid: Tensor | None,
     longest: int,
     longest_q: int,
 ) -> tuple[Any, Any]:
     make = _import("shared_attention").Segments
     keys = make(cu_vision, cu_text, longest)
+    if valid is not None:
+        keys = keys._replace(valid=valid.contiguous().view(torch.uint8))
     if positions_q is None:
         return keys, keys
     return keys, make(cu_vision_q, cu_text_q, longest_q, positions_q)

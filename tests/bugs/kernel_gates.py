@@ -2,15 +2,73 @@
 
 from __future__ import annotations
 
-from bugs.bug import KERNEL_CHECK, OP_CONTRACT, TRITON_STRIDES, TRITON_TILES, Bug
+from bugs.bug import (
+    COMPILE,
+    KERNEL_CHECK,
+    OP_CONTRACT,
+    TRITON_PADDING,
+    TRITON_STRIDES,
+    TRITON_TILES,
+    Bug,
+)
 
 _FORWARD = "kernels/shared_attention.py"
 _BACKWARD = "kernels/_shared_attention_backward.py"
 _ATTENTION = (f"{TRITON_STRIDES}::test_attention",)
+_PADDED = (f"{TRITON_PADDING}::test_the_numbers_without_padding",)
 _SELF_CHECK = (f"{KERNEL_CHECK}::test_the_kernels_pass_whatever_modes_the_caller_is_in",)
 _SPOILED = (f"{TRITON_TILES}::test_a_spoiled_file_says_what_is_wrong",)
 
 KERNEL_GATES_BUGS = (
+    Bug(
+        "triton-padding-is-seen-step-by-step",
+        _FORWARD,
+        "            place = without_padding(place, row, num_vision, num_keys, valid_ptr)\n",
+        "",
+        _PADDED,
+    ),
+    Bug(
+        "triton-padding-is-seen-in-whole-rows",
+        _FORWARD,
+        "* scale\n        place = without_padding(place, row, num_vision, num_keys, valid_ptr)\n",
+        "* scale\n",
+        _PADDED,
+    ),
+    Bug(
+        "triton-padding-in-keys-that-all-queries-see",
+        _FORWARD,
+        "seen_by_all = tl.minimum(seen_by_all, num_vision)",
+        "seen_by_all = seen_by_all + 0",
+        _PADDED,
+    ),
+    Bug(
+        "triton-padding-is-seen-by-the-gradient-of-queries",
+        _BACKWARD,
+        "        place = without_padding(place, key_row, num_vision, num_keys, valid_ptr)\n",
+        "",
+        _PADDED,
+    ),
+    Bug(
+        "triton-padding-has-a-gradient",
+        _BACKWARD,
+        "    place = without_padding(place, key_row, num_vision, num_keys, valid_ptr)\n\n",
+        "\n",
+        _PADDED,
+    ),
+    Bug(
+        "triton-padding-is-dropped-by-the-op",
+        "beit3_fast/ops/shared_attention.py",
+        "real = None if valid is None else valid.flatten()",
+        "real = None",
+        (*_PADDED, f"{TRITON_PADDING}::test_a_captured_model_with_text"),
+    ),
+    Bug(
+        "compiled-embeddings-of-images-break-the-graph",
+        "beit3_fast/model/embeddings.py",
+        "if is_image_batch(images):",
+        "if False and is_image_batch(images):",
+        (f"{COMPILE}::test_embeddings_of_images_in_one_graph",),
+    ),
     Bug(
         "triton-query-gradient-of-the-first-keys-only",
         _BACKWARD,

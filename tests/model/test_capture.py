@@ -172,7 +172,7 @@ def test_weights_that_change_are_noticed() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
-@pytest.mark.parametrize("impl", ["auto", "composite"])
+@pytest.mark.parametrize("impl", ["auto", "composite", "triton"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_graphs_on_a_gpu(kind: str, impl: str) -> None:

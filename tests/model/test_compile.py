@@ -92,6 +92,20 @@ def test_one_graph_of_the_other_tasks(task: str) -> None:
     assert_one_graph(task_model("captioning" if task == "masked words" else task), task)
 
 
+@pytest.mark.parametrize("output", ["pooled", pytest.param("cls", marks=pytest.mark.full)])
+def test_embeddings_of_images_in_one_graph(output: str) -> None:
+    """In train mode, too: drop path does not act."""
+    model = small("retrieval", drop_path_rate=0.5).train()
+    compiled = torch.compile(model.encode_image, fullgraph=True, backend="eager")
+    for batch in BATCHES:
+        pictures = images(batch, seed=batch)
+        torch._dynamo.mark_dynamic(pictures, 0)
+        expected = model.encode_image(list(pictures), output)
+        torch.testing.assert_close(compiled(pictures, output), expected, rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
 @pytest.mark.full
 def test_one_more_graph_where_nothing_is_marked() -> None:
     """The second batch size makes the first dimension dynamic; the others compile nothing."""

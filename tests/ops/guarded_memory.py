@@ -186,6 +186,9 @@ def check_shared_attention(kernels: Any, side: str) -> None:
             )
             for own in (layout, queries)
         ]
+        if mask != "causal":
+            valid = torch.randint(2, (layout.num_text_rows,), dtype=torch.uint8)
+            segments[0] = segments[0]._replace(valid=guarded(valid, side))
         call = (q, k, v, *segments, heads, 0.5, mask)
         for whole in (64, 0):
             tile = kernels.Tile(16, 16, 4, 1, whole)

@@ -58,6 +58,8 @@ PLANTED = [
         "part, mask=real[:, None]",
     ),
     ("_attention_rows", "text + tl.load(cu_vision_ptr + batch)", "text + 4096"),
+    ("_attention_rows", "tl.load(valid_ptr + row, mask=text, other=1)", "tl.load(valid_ptr + row)"),
+    ("_attention_rows", "valid_ptr - tl.load(cu_vision_ptr + batch)", "valid_ptr"),
 ]
 # The files whose check goes through the others as well.
 WHOLE = (

@@ -72,11 +72,13 @@ def test_opcheck_expert_linear(grad: bool, rows: bool) -> None:
 def test_opcheck_shared_attention(grad: bool, selected: bool) -> None:
     layout = TokenLayout.from_lengths((5, 0), (2, 3), DEVICE)
     q, k, v = (draw(layout.num_rows, 16, grad=grad) for _ in range(3))
-    chosen: tuple[Any, ...] = (None, None, None, layout.longest, layout.longest)
+    chosen: tuple[Any, ...] = (None,) * 4 + (layout.longest,) * 2
     if selected:
         rows, own = layout.select("first", "all")
         q = draw(len(rows), 16, grad=grad)
-        chosen = (own.cu_vision, own.cu_text, own.positions, layout.longest, own.longest)
+        chosen = (own.cu_vision, own.cu_text, own.positions)
+        valid = torch.tensor([True, False, True, True, False], device=DEVICE)
+        chosen += (valid, layout.longest, own.longest)
     arguments = (q, k, v, layout.cu_vision, layout.cu_text, *chosen, 2, 0.3, "seq2seq", selected)
     torch.library.opcheck(OPS.triton_shared_attention.default, arguments)
 
