@@ -12,6 +12,7 @@ KERNEL_TESTS = (
     "shared_attention",
     "linear_gradients",
     "cross_entropy",
+    "padding",
     "registration",
     "model",
     "tiles",

@@ -16,6 +16,7 @@ from beit3_fast.model import create_model
 from beit3_fast.model.drop_path import Kept
 from beit3_fast.model.encoder import encoder_layer
 from beit3_fast.ops import Measured
+from beit3_fast.parity import assert_parity, model_parity
 
 
 def run(impl: str, mask: str) -> dict[str, Tensor]:
@@ -75,3 +76,37 @@ def test_a_model_gives_the_numbers_of_composite(mask: str) -> None:
     for name, theirs in expected.items():
         largest = float(theirs.detach().abs().max())
         torch.testing.assert_close(ours[name], theirs, rtol=0, atol=2e-5 * largest, msg=name)
+
+
+def test_autocast_as_near_to_the_truth_as_composite() -> None:
+    """fp16 on a CPU, where the interpreter multiplies bf16 wrongly; gradients come in the dtype of the weights."""
+    torch.manual_seed(0)
+    pictures, words = torch.randn(2, 3, 32, 32), torch.randint(4, 60, (2, 5))
+    padding = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]).bool()
+    given = [t.to(DEVICE) for t in (pictures, words, padding)]
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, impl, on in (
+        ("triton", "triton", True),
+        ("composite", "composite", True),
+        ("truth", "reference", False),
+    ):
+        torch.manual_seed(0)
+        model: Any = create_model("beit3_tiny_patch16_32_vqav2", impl=impl).to(DEVICE).eval()
+        with torch.autocast(DEVICE, torch.float16, enabled=on):
+            logits = model(*given)
+        weights = dict(model.named_parameters())
+        chosen = [n for n in weights if "layers.1" in n and n.endswith("B.weight")][:2]
+        chosen += ["beit3.encoder.layers.0.ffn.A.fc1.weight"]
+        gradients = torch.autograd.grad(
+            logits.float().square().sum(), [weights[n] for n in chosen], allow_unused=True
+        )
+        found[name] = {"logits": logits.detach()}
+        found[name] |= {n: g for n, g in zip(chosen, gradients, strict=True) if g is not None}
+    assert found["triton"]["logits"].dtype == torch.float16
+    assert len(found["triton"]) > 1
+    for name, ours in found["triton"].items():
+        truth, plain = found["truth"][name], found["composite"][name]
+        if name != "logits":
+            assert ours.dtype == torch.float32
+            ours, plain = ours.half(), plain.half()
+        assert_parity(model_parity(ours, truth, plain, gradient=name != "logits"), name)

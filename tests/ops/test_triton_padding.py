@@ -201,3 +201,20 @@ def test_a_captured_model_with_text() -> None:
     for tokens in (6, 2):
         given = pairs(2, tokens)
         torch.testing.assert_close(captured(*given), expected(*given), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.full
+def test_training_a_compiled_model_with_text(fresh_compiler: None) -> None:
+    model = model_of("triton").train()
+    # Drop path draws and drops as it does in the plain model.
+    model.beit3.encoder.drop_path_rates = (0.5,)
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(3)
+        model.zero_grad()
+        logits = run(*pairs(3))
+        logits.square().sum().backward()
+        results.append([logits, *[p.grad for p in model.parameters() if p.grad is not None]])
+    assert len(results[0]) > 30
+    for ours, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
