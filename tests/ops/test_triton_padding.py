@@ -125,9 +125,10 @@ def check(batch: Batch, width: int, dtype: str) -> None:
             assert_near(op_parity(*own, gradient=place > 0), name)
 
 
+# Where all queries see 32 keys, the second tile of 16 has padding.
 CASES = [
     (num_vision, width, mask, read)
-    for num_vision, width in ((5, 64), (0, 16), (37, 88))
+    for num_vision, width in ((5, 64), (0, 16), (27, 88))
     for mask in MASKS
     for read in READS
 ]
