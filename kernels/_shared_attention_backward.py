@@ -5,7 +5,8 @@
 The scores are computed again from q, k and the saved log-sum-exp. The first launch owns query tiles: it writes dQ and
 delta, the row sums of dO * O; the second owns key tiles and walks over the queries that see them. Places, limits
 and letters are those of ``shared_attention.py``. The scores are summed and scaled as they were there: a query that
-sees one key has a weight of exactly 1 again.
+sees one key has a weight of exactly 1 again. As O is stored, so exact is delta: in 16 bits, where one key has almost all
+of a query's weight, what the others get is as inexact as O's rounding makes it (as in FlashAttention, whose method this is).
 """
 
 from __future__ import annotations
