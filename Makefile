@@ -40,7 +40,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test test-full planted-bugs bench bench-baselines demo gpu lint format build clean distclean
+.PHONY: help test test-full test-triton planted-bugs bench bench-baselines demo gpu lint format build clean distclean
 
 help:
 	@echo "make test        environment, then style, types and tests (a first run: a few minutes to install; then at most 10 minutes)"
@@ -49,10 +49,11 @@ help:
 	@echo "make gpu         on a machine with a GPU: parity, races, sanitizer, benchmark, one folder of results; GPU_ARGS='--device cpu --dry-run' without one"
 	@echo "make demo        draws a small world, pretrains a tiny model on it, fine-tunes it, and writes DEMO/report.html"
 	@echo "make test-full   the tests with the long matrices"
+	@echo "make test-triton TRITON=3.9.0  the tests of the Triton kernels, interpreted and compiled, with that Triton in an environment of its own"
 	@echo "make planted-bugs  bugs planted in a copy, one at a time: does the gate catch them? (half an hour; BUGS_ARGS='--list')"
 	@echo "make build       environment and compiled ops only"
 	@echo "make lint        ruff and mypy;  make format  rewrites the files"
-	@echo "make clean       removes what was built;  make distclean  removes .venv too"
+	@echo "make clean       removes what was built;  make distclean  removes the environments too"
 	@echo "variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  JOBS=$(JOBS)  BENCH_ARGS  PYTEST_ARGS  BUGS_ARGS  GPU_ARGS"
 
 test: lint
@@ -62,6 +63,22 @@ test: lint
 test-full: lint
 	@echo "== tests, long matrices included: pytest on $(JOBS) processes"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -p no:benchmark -m "full or not full" $(PYTEST_ARGS)
+
+# Another Triton than that of .venv. The kernels need torch, the tests no compiled op: nothing is built.
+OTHER_TRITON := $(patsubst triton==%,%,$(TRITON))
+OTHER        := .venv-triton-$(OTHER_TRITON)
+TRITON_TESTS := tests/ops/test_triton_*.py tests/bench/test_kernel_resources.py
+test-triton: $(OTHER)/.stamp
+	@echo "== tests: $(TRITON_TESTS) with Triton $(OTHER_TRITON), in the interpreter, then compiled for sm_80, sm_90 and sm_100"
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(OTHER)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS) $(TRITON_TESTS)
+
+$(OTHER)/.stamp:
+	@$(if $(OTHER_TRITON),,echo 'TRITON= names no version: make test-triton TRITON=3.9.0'; exit 1)
+	@echo "== environment: $(OTHER) with $(TORCH) and Triton $(OTHER_TRITON) (a few minutes)"
+	@$(PYTHON) -m venv $(OTHER)
+	@$(OTHER)/bin/python -m pip --disable-pip-version-check --no-input install '$(TORCH)' numpy 'pytest>=8' pytest-timeout pytest-xdist hypothesis $(QUIET)
+	@$(OTHER)/bin/python -m pip --disable-pip-version-check --no-input install --no-deps 'triton==$(OTHER_TRITON)' $(QUIET)
+	@touch $@
 
 planted-bugs: build
 	@echo "== planted bugs: tests/planted_bugs.py $(BUGS_ARGS)"
@@ -162,4 +179,4 @@ clean:
 	find beit3_fast bench tests kernels -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv
+	rm -rf .venv .venv-triton-*

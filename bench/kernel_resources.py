@@ -1,7 +1,7 @@
 """What the compiled Triton kernels use of a GPU, read from the code: no GPU is needed.
 
     python -m bench.kernel_resources                                 # writes docs/triton-kernels.md
-    python -m bench.kernel_resources --json --architectures sm_90    # prints what was read
+    python -m bench.kernel_resources --json "sm_90, slope, *"        # prints what was read of some
 
 Every kernel with every shipped tile: the launch is recorded instead of run, compiled ahead of time for the
 architecture, and its machine code is read.
@@ -18,21 +18,19 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.kernel_residency import resident
 from bench.kernel_specimens import Launch, specimens
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "triton-kernels.md"
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
-# Bytes of shared memory that a block may have; the compiler does not check. The tiles of sm_80 serve sm_86, sm_89
-# and sm_120 as well, which have fewer than its own 166,912.
-SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
-REGISTERS = 65_536
 # Tensor-core instructions in the machine code.
 MMA = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 _TYPES = {
@@ -62,13 +60,13 @@ class Resources:
         self, architecture: int, *, wants_mma: bool, wants_tma: bool, per_sm: int
     ) -> list[str]:
         """Each rule that the compiled code breaks, with its figures."""
-        shared, registers = self.shared * per_sm, self.registers * self.threads * per_sm
+        fits = resident(self.registers, self.shared, self.threads, architecture)
         rules = {
             f"{self.stack} bytes of stack, {self.local_accesses} accesses to local memory": not (
                 self.stack or self.local_accesses
             ),
-            f"{shared} bytes of shared memory": shared <= SHARED_LIMIT[architecture],
-            f"{registers} registers": registers <= REGISTERS,
+            f"room for {fits} of {per_sm} programs on a multiprocessor, each with {self.threads} threads of "
+            f"{self.registers} registers and {self.shared} bytes of shared memory": fits >= per_sm,
             f"{self.tensor_core} {MMA[architecture]} instructions": (self.tensor_core > 0)
             is wants_mma,
             f"{self.other_tensor_core} tensor-core instructions of another architecture": (
@@ -158,12 +156,12 @@ def _cuobjdump(option: str, cubin: Path) -> str:
     return done.stdout
 
 
-def examine(names: list[str], wanted: str) -> Iterator[dict[str, Any]]:
-    """What the code of the specimens uses whose "kernel, class" holds ``wanted``, and each rule that it breaks."""
-    for name in names:
-        architecture = ARCHITECTURES[name]
+def examine(patterns: list[str]) -> Iterator[dict[str, Any]]:
+    """What the code of the specimens uses, and each rule that it breaks: of those whose "architecture, kernel, class" fits a pattern."""
+    for name, architecture in ARCHITECTURES.items():
         for specimen in specimens(name):
-            if wanted not in f"{specimen.name}, {specimen.shape_class}":
+            title = f"{name}, {specimen.name}, {specimen.shape_class}"
+            if not any(fnmatchcase(title, pattern) for pattern in patterns):
                 continue
             resources = read(compile_for(specimen.launch, architecture), architecture)
             yield {
@@ -172,6 +170,7 @@ def examine(names: list[str], wanted: str) -> Iterator[dict[str, Any]]:
                 "class": specimen.shape_class,
                 "constants": _shown(specimen.launch),
                 **asdict(resources),
+                "per_sm": specimen.per_sm,
                 "broken": resources.broken(
                     architecture,
                     wants_mma=specimen.wants_mma,
@@ -195,34 +194,40 @@ def table(findings: list[dict[str, Any]]) -> str:
     lines = [
         "# Triton kernels: what the compiled code uses",
         "",
-        "Written by `python -m bench.kernel_resources`; no GPU is needed. Every kernel with every tile of `kernels/tiles/`, at the models' sizes (what spills beside these: kernels/README.md),",
-        f"compiled by Triton {triton.__version__} and read with cuobjdump. The tests hold each line to: no stack and no local memory, shared memory within the",
-        "architecture's limit, tensor-core instructions (HMMA, HGMMA, UTCHMMA) where the products are 16-bit and none of another architecture, TMA loads",
-        "where a tile asks for them. These are facts about code, not speeds.",
+        "Written by `python -m bench.kernel_resources`; no GPU is needed. Every kernel with every tile of `kernels/tiles/`, in each dtype of the tile,",
+        f"compiled by Triton {triton.__version__} and read with cuobjdump. The tests hold each line to: no stack and no local memory, room on a multiprocessor for the",
+        "programs wanted at a time (`per_sm` of the tile, or bench/kernel_residency.py), tensor-core instructions (HMMA, HGMMA, UTCHMMA) where the products",
+        "are 16-bit and none of another architecture, TMA loads where a tile asks for them. These are facts about code, not speeds.",
         "",
-        "| architecture | kernel | class | tile | registers | shared memory (bytes) | tensor-core instructions | TMA loads | rules broken |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| architecture | kernel | class | tile | registers | shared memory (bytes) | programs wanted | tensor-core instructions | TMA loads | rules broken |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for own in findings:
-        figures = [own[key] for key in ("registers", "shared", "tensor_core", "tma_loads")]
-        cells = [own["architecture"], own["kernel"], own["class"], own["constants"], *figures]
-        cells.append("; ".join(own["broken"]) or "none")
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append(line(own))
     return "\n".join(lines) + "\n"
+
+
+def line(own: dict[str, Any]) -> str:
+    """The row of the table for one finding."""
+    names = ("architecture", "kernel", "class", "constants")
+    figures = ("registers", "shared", "per_sm", "tensor_core", "tma_loads")
+    cells = [own[key] for key in (*names, *figures)]
+    return f"| {' | '.join(map(str, cells))} | {'; '.join(own['broken']) or 'none'} |"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints or writes the findings; 1 where a rule is broken."""
     parser = argparse.ArgumentParser(description="What the compiled Triton kernels use of a GPU.")
     parser.add_argument(
-        "--architectures", nargs="+", default=[*ARCHITECTURES], choices=ARCHITECTURES
+        "--json",
+        nargs="+",
+        metavar="PATTERN",
+        help="print what is found of these instead of writing the table: 'architecture, kernel, class', with * and ?",
     )
-    parser.add_argument("--kernels", default="", help='part of "kernel, class", as in the table')
-    parser.add_argument("--json", action="store_true", help="print instead of writing the table")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 interprets the kernels; unset it to compile them")
-    findings = list(examine(options.architectures, options.kernels))
+    findings = list(examine(options.json or ["*"]))
     if options.json:
         print(json.dumps(findings))
     else:

@@ -68,9 +68,12 @@ LINEAR = {
     "many rows": ((50_432, 0, 768, 3072), (50_432, 512, 3072, 768), (25_216, 512, 1024, 3072)),
     "few rows": ((197, 0, 768, 2304), (197, 16, 3072, 768), (0, 128, 1024, 4096)),
     "odd sizes": ((50_432, 0, 588, 1408), (1_576, 128, 1001, 1003)),
+    "odd columns": ((9_600, 0, 768, 64_010), (9_600, 0, 1024, 64_010)),
     "fp32": ((1_576, 0, 768, 3072), (1_576, 128, 3072, 768)),
     "weights": ((50_432, 0, 768, 3072), (50_432, 512, 3072, 768), (25_216, 512, 1024, 3072)),
     "fp32 weights": ((1_576, 0, 768, 3072), (1_576, 128, 3072, 768)),
+    "odd weights": ((50_432, 0, 588, 1408), (1_576, 128, 1001, 1003)),
+    "fp32 odd weights": ((1_576, 0, 588, 1408),),
 }
 # Vision and text tokens of each of so many samples, heads, head width.
 ATTENTION = {
@@ -80,6 +83,12 @@ ATTENTION = {
     "backward": ((197, 0, 128, 12, 64), (901, 12, 32, 12, 64)),
     "fp32 backward": ((197, 16, 16, 12, 64),),
 }
+# The same of giant's heads.
+ATTENTION |= {
+    f"wide {name}": tuple((*shape[:-2], 16, 88) for shape in shapes)
+    for name, shapes in ATTENTION.items()
+}
+ATTENTION["wide selected backward"] = ATTENTION["wide backward"]
 # Masked rows, features, classes: the heads of text and of image tokens.
 HEAD = ((9_600, 768, 64_010), (20_000, 768, 8_192), (9_600, 1024, 64_010))
 Call = Callable[[Any], list[Tensor]]

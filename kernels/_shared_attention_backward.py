@@ -232,8 +232,8 @@ def shared_attention_backward(
     """Gradients of q [Rq, C], k and v [R, C], given that of o [Rq, C], and o and lse of ``shared_attention``."""
     head_dim = q.shape[1] // num_heads
     if tile is None:
-        own_class = forward.shape_class(q.dtype, 0)
-        own_class = "fp32 backward" if own_class == "fp32" else "backward"
+        selected = queries.positions is not None
+        own_class = forward.shape_class(q.dtype, head_dim, None, selected=selected)
         tile = _tiles.choose(Tile, "shared_attention", own_class, _tiles.architecture(q.device))
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     delta = torch.empty_like(lse)

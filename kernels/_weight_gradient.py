@@ -148,7 +148,7 @@ def weight_gradient(
     """
     out, features = dz.shape[1], operand.shape[1]
     if tile is None:
-        own_class = "fp32 weights" if dz.dtype == torch.float32 else "weights"
+        own_class = shape_class(dz.dtype, features, out)
         tile = _tiles.choose(Tile, "expert_linear", own_class, _tiles.architecture(dz.device))
     tiles = triton.cdiv(out, tile.block_m) * triton.cdiv(features, tile.block_n)
     # About two parts of every tile's rows for each program that can run at a time.
@@ -188,6 +188,12 @@ def weight_gradient(
                 num_stages=tile.num_stages,
             )
     return parts, places
+
+
+def shape_class(dtype: torch.dtype, features: int, out: int) -> str:
+    """The class of ``tiles/*.json`` for the gradients of weights [out, features]; those of odd sizes as in ``expert_linear.py``."""
+    words = ["fp32"] * (dtype == torch.float32) + ["odd"] * bool(features % 16 or out % 16)
+    return " ".join([*words, "weights"])
 
 
 def finish(

@@ -341,7 +341,10 @@ def shape_class(
     if features % 16 or (out % 16 and not plain):
         # Loads of single elements take an address and a mask each: in large tiles these spill.
         return "odd sizes"
-    return "few rows" if rows <= 256 else "many rows"
+    if rows <= 256:
+        return "few rows"
+    # Single elements are stored as well, which the largest tile has no registers for.
+    return "odd columns" if out % 16 else "many rows"
 
 
 def _fits_tma(t: Tensor) -> bool:

@@ -331,7 +331,7 @@ def shared_attention(
     if with_statistics:
         parts = torch.empty(q.shape[0], num_heads, 2, dtype=torch.float32, device=q.device)
     if tile is None:
-        own_class = shape_class(q.dtype, keys.longest)
+        own_class = shape_class(q.dtype, head_dim, keys.longest)
         tile = _tiles.choose(Tile, "shared_attention", own_class, _tiles.architecture(q.device))
     batch = keys.cu_vision.shape[0] - 1
     tiles = triton.cdiv(queries.longest, tile.block_q)
@@ -382,8 +382,17 @@ def split_width(head_dim: int) -> tuple[int, int]:
     return whole, 0
 
 
-def shape_class(dtype: torch.dtype, longest: int) -> str:
-    """The class of ``tiles/*.json`` for samples of up to ``longest`` keys."""
-    if dtype == torch.float32:
-        return "fp32"
-    return "short" if longest <= 256 else "long"
+def shape_class(
+    dtype: torch.dtype, head_dim: int, longest: int | None, *, selected: bool = False
+) -> str:
+    """The class of ``tiles/*.json`` for samples of up to ``longest`` keys, or (None) for the gradients.
+
+    Heads of more than 64 hold two parts of each sum in registers: the tiles of narrow ones spill with them, and those
+    of their gradients where the queries are a ``selected`` part of the rows, whose places are looked up.
+    """
+    words = ["wide"] * (head_dim > 64) + ["fp32"] * (dtype == torch.float32)
+    if longest is None:
+        words += ["selected"] * (selected and words == ["wide"]) + ["backward"]
+    elif dtype != torch.float32:
+        words.append("short" if longest <= 256 else "long")
+    return " ".join(words)

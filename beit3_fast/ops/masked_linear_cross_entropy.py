@@ -46,7 +46,10 @@ def masked_linear_cross_entropy(
     of them also twice; ``targets`` int64 [M] their classes, 0 to V - 1. Returns a scalar for the reductions "mean"
     (over the named rows; zero where there are none) and "sum", losses [M] for "none": in fp32, for fp64 in fp64.
 
-    Differentiable (once) in x, weight and bias; the gradient of a row that is not named is zero. Raises ShapeError
+    Differentiable (once) in x, weight and bias; the gradient of a row that is not named is zero. In fp16 the loss must be
+    scaled, as in PyTorch's own calls: the logits' gradients (about 1/V each) and those of the weights are rounded to
+    fp16, which holds nothing below 3e-8 and loses digits below 6e-5. With 64,010 classes and no scale the gradient of
+    most rows of the weight is rounding, and many are zero; bf16 and fp32 have the range. Raises ShapeError
     for operands that do not fit (rows and targets out of range: on the CPU; on a GPU their values are not read),
     ConfigError and KernelUnavailable for ``impl``.
     """

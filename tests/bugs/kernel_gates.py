@@ -5,6 +5,7 @@ from __future__ import annotations
 from bugs.bug import (
     COMPILE,
     KERNEL_CHECK,
+    KERNEL_RESOURCES,
     OP_CONTRACT,
     TRITON_PADDING,
     TRITON_STRIDES,
@@ -180,6 +181,27 @@ KERNEL_GATES_BUGS = (
         "_check_keys(place, tile, fields, OPTIONAL)",
         "_check_keys(place, tile, fields, set(fields))",
         _SPOILED,
+    ),
+    Bug(
+        "tiles-of-narrow-heads-for-wide-ones",
+        _FORWARD,
+        'words = ["wide"] * (head_dim > 64)',
+        'words = ["wide"] * (head_dim > 128)',
+        (f"{TRITON_TILES}::test_wide_heads_have_their_own_tile",),
+    ),
+    Bug(
+        "tiles-of-even-weights-for-odd-ones",
+        "kernels/_weight_gradient.py",
+        "bool(features % 16 or out % 16)",
+        "bool(features % 16 and out % 16)",
+        (f"{TRITON_TILES}::test_weights_of_odd_sizes_have_their_own_tile",),
+    ),
+    Bug(
+        "budget-of-registers-for-one-program",
+        "bench/kernel_residency.py",
+        "whole.registers // (-(-registers // 8) * 8 * threads)",
+        "whole.registers // 256",
+        (f"{KERNEL_RESOURCES}::test_each_rule_can_be_broken",),
     ),
     Bug(
         "norm-on-another-device",

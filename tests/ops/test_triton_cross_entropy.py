@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from cross_entropy_cases import FACTORS, SHAPES, Case, check, draw
+from cross_entropy_cases import FACTORS, SHAPES, Case, Operands, check, draw
 from op_cases import Rotation
 from torch import Tensor
 from triton_cases import DEVICE, TARGETS, one_target_each
@@ -82,3 +82,33 @@ def test_operands_in_any_memory_order() -> None:
 
     strided = [every_second(t) for t in (x, weight, bias, rows, targets)]
     assert torch.equal(masked_linear_cross_entropy(*strided, impl="triton"), expected)
+
+
+@pytest.mark.parametrize("impl", ["triton", "composite"])
+def test_in_fp16_small_slopes_need_a_scaled_loss(impl: str) -> None:
+    """Slopes and gradients are rounded to fp16: below its normal numbers their direction is rounding, and then zero."""
+    own = draw("few of many", torch.float16)
+
+    def gradient(operands: Operands, how: str, scale: float) -> Tensor:
+        x, weight, bias, rows, targets = operands
+        weight = weight.detach().requires_grad_()
+        losses = masked_linear_cross_entropy(
+            x, weight, bias, rows, targets, reduction="none", impl=how
+        )
+        (scale * losses.sum()).backward()
+        assert weight.grad is not None
+        return weight.grad.cpu().double()
+
+    here = own if impl == "composite" else Operands(*(t.to(DEVICE) for t in own))
+    double = [None if t is None else t.double() for t in own[:3]]
+    truth = gradient(Operands(*double, own.rows, own.targets), "reference", 1.0)
+
+    def turned(found: Tensor) -> Tensor:
+        return 1 - torch.cosine_similarity(found, truth, dim=1)
+
+    assert turned(gradient(here, impl, 2.0**10)).max() < 1e-4
+    unscaled = gradient(here, impl, 2.0**-17)
+    assert (unscaled == 0).all(dim=1).any()
+    assert turned(unscaled).max() > 0.01
+    # No result in fp16 could be right: the gradient itself, rounded once, is not.
+    assert turned((truth * 2.0**-17).half().double()).max() > 0.01

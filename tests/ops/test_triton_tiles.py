@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from beit3_fast.kernels import (
     _tiles,
+    _weight_gradient,
     expert_linear,
     masked_linear_cross_entropy,
     shared_attention,
@@ -59,12 +60,49 @@ def test_sizes_that_16_does_not_divide_have_their_own_tile(
     assert expert_linear.shape_class(torch.float32, 1024, features, out) == "fp32"
 
 
-def test_a_plain_product_of_any_number_of_columns_keeps_the_large_tile() -> None:
-    def chosen(features: int) -> str:
-        return expert_linear.shape_class(torch.bfloat16, 1024, features, 64_010, plain=True)
+def test_a_plain_product_of_any_number_of_columns_keeps_a_large_tile() -> None:
+    def chosen(features: int, rows: int = 1024) -> str:
+        return expert_linear.shape_class(torch.bfloat16, rows, features, 64_010, plain=True)
 
-    assert chosen(768) == "many rows"
+    assert chosen(768) == "odd columns"
+    assert chosen(768, rows=256) == "few rows"
     assert chosen(1001) == "odd sizes"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "features", "out", "expected"),
+    [
+        (torch.bfloat16, 3072, 768, "weights"),
+        (torch.float32, 3072, 768, "fp32 weights"),
+        (torch.float16, 588, 1408, "odd weights"),
+        (torch.float32, 768, 1003, "fp32 odd weights"),
+    ],
+)
+def test_weights_of_odd_sizes_have_their_own_tile(
+    dtype: torch.dtype, features: int, out: int, expected: str
+) -> None:
+    assert _weight_gradient.shape_class(dtype, features, out) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "longest", "selected", "expected"),
+    [
+        (torch.bfloat16, 64, 197, True, "short"),
+        (torch.float16, 88, 197, True, "wide short"),
+        (torch.bfloat16, 88, 257, False, "wide long"),
+        (torch.float32, 64, 577, False, "fp32"),
+        (torch.float32, 65, 577, False, "wide fp32"),
+        (torch.bfloat16, 64, None, True, "backward"),
+        (torch.bfloat16, 88, None, False, "wide backward"),
+        (torch.float16, 88, None, True, "wide selected backward"),
+        (torch.float32, 88, None, True, "wide fp32 backward"),
+    ],
+)
+def test_wide_heads_have_their_own_tile(
+    dtype: torch.dtype, width: int, longest: int | None, selected: bool, expected: str
+) -> None:
+    assert shared_attention.shape_class(dtype, width, longest, selected=selected) == expected
+    assert expected in _tiles.CLASSES["shared_attention"]
 
 
 Place = tuple[str, ...]
