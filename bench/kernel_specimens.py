@@ -245,7 +245,8 @@ def _attention(
 ) -> Iterator[Specimen]:
     attention, backward = _kernels("shared_attention"), _kernels("_shared_attention_backward")
     ends = torch.empty(9, dtype=torch.int32)
-    shape_class = attention.shape_class(dtype, heads.width, longest, selected=heads.selected)
+    looked_up = heads.selected or heads.padded
+    shape_class = attention.shape_class(dtype, heads.width, longest, looked_up=looked_up)
     tile = _kernels("_tiles").choose(attention.Tile, "shared_attention", shape_class, name)
     # The longest whole rows of scores that the tile takes.
     keys = attention.Segments(ends, ends, max(longest or 197, tile.whole))

@@ -43,21 +43,21 @@ def limits(place, num_vision, num_keys, MASK: tl.constexpr):
 
 
 @triton.jit
-def without_padding(place, row, num_vision, num_keys, valid_ptr):
-    """The places of keys, those of padding moved beyond every limit. ``valid_ptr`` counts from row 0, as ``row``."""
+def valid_by_place(valid_ptr, cu_text_ptr, sample, num_vision):
+    """``valid_ptr`` moved so that the places of a sample's text index it; None stays None."""
     if valid_ptr is not None:
-        text = (place >= num_vision) & (place < num_keys)
-        valid = tl.load(valid_ptr + row, mask=text, other=1)
-        place = tl.where(valid != 0, place, _BEYOND)
-    return place
+        valid_ptr = valid_ptr + (tl.load(cu_text_ptr + sample) - num_vision)
+    return valid_ptr
 
 
 @triton.jit
-def valid_from_row_0(valid_ptr, cu_vision_ptr, batch):
-    """``valid_ptr``, which counts text rows, moved so that rows of the whole batch index it; None stays None."""
+def without_padding(place, num_vision, num_keys, valid_ptr):
+    """The places of keys, those of padding moved beyond every limit."""
     if valid_ptr is not None:
-        valid_ptr = valid_ptr - tl.load(cu_vision_ptr + batch)
-    return valid_ptr
+        text = (place >= num_vision) & (place < num_keys)
+        valid = tl.load(valid_ptr + place, mask=text, other=1)
+        place = tl.where(valid != 0, place, _BEYOND)
+    return place
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from beit3_fast.kernels._attention_rows import (
     scores_of,
     segment,
     store_heads,
-    valid_from_row_0,
+    valid_by_place,
     without_padding,
     zero_heads,
 )
@@ -107,7 +107,7 @@ def query_gradient_kernel(
         first, positions_ptr, vision_q, num_vision_q, text_q, num_queries, num_vision, num_keys,
         MASK, BLOCK_Q,
     )  # fmt: skip
-    valid_ptr = valid_from_row_0(valid_ptr, cu_vision_ptr, batch)
+    valid_ptr = valid_by_place(valid_ptr, cu_text_ptr, sample, num_vision)
 
     offset = head * D
     q = load_heads(q_ptr + offset, row, q_stride, D, WIDTH, REST)
@@ -126,7 +126,7 @@ def query_gradient_kernel(
         k = load_heads(k_ptr + offset, key_row, k_stride, D, WIDTH, REST)
         v = load_heads(v_ptr + offset, key_row, v_stride, D, WIDTH, REST)
         weights = tl.exp2(scores_of(q, k, REST) * scale_log2e - lse[:, None])
-        place = without_padding(place, key_row, num_vision, num_keys, valid_ptr)
+        place = without_padding(place, num_vision, num_keys, valid_ptr)
         weights = tl.where(place[None, :] < limit[:, None], weights, 0.0)
         dscores = weights * (scores_of(grad, v, REST) - delta[:, None])
         dq = add_weighted(dq, dscores.to(k_ptr.dtype.element_ty), k, REST)
@@ -180,8 +180,8 @@ def key_gradient_kernel(
     place = first_key + tl.arange(0, BLOCK_K)
     real_key = place < num_keys
     key_row = row_of(tl.minimum(place, num_keys - 1), vision, num_vision, text)
-    valid_ptr = valid_from_row_0(valid_ptr, cu_vision_ptr, batch)
-    place = without_padding(place, key_row, num_vision, num_keys, valid_ptr)
+    valid_ptr = valid_by_place(valid_ptr, cu_text_ptr, sample, num_vision)
+    place = without_padding(place, num_vision, num_keys, valid_ptr)
 
     offset = head * D
     k = load_heads(k_ptr + offset, key_row, k_stride, D, WIDTH, REST)
@@ -232,8 +232,8 @@ def shared_attention_backward(
     """Gradients of q [Rq, C], k and v [R, C], given that of o [Rq, C], and o and lse of ``shared_attention``."""
     head_dim = q.shape[1] // num_heads
     if tile is None:
-        selected = queries.positions is not None
-        own_class = forward.shape_class(q.dtype, head_dim, None, selected=selected)
+        looked_up = queries.positions is not None or keys.valid is not None
+        own_class = forward.shape_class(q.dtype, head_dim, None, looked_up=looked_up)
         tile = _tiles.choose(Tile, "shared_attention", own_class, _tiles.architecture(q.device))
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     delta = torch.empty_like(lse)

@@ -31,7 +31,7 @@ from beit3_fast.kernels._attention_rows import (
     scores_of,
     segment,
     store_heads,
-    valid_from_row_0,
+    valid_by_place,
     without_padding,
     zero_heads,
 )
@@ -100,7 +100,7 @@ def _attend(
         k = load_heads(k_ptr, row, k_stride, D, WIDTH, REST)
         scores = scores_of(q, k, REST) * scale
         if MASKED:
-            place = without_padding(place, row, num_vision, num_keys, valid_ptr)
+            place = without_padding(place, num_vision, num_keys, valid_ptr)
             scores = tl.where(place[None, :] < limit[:, None], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         # A query that has seen no key yet: any finite number instead of inf - inf.
@@ -141,7 +141,7 @@ def _score_pieces(
         row = row_of(tl.minimum(place, num_keys - 1), vision, num_vision, text)
         k = load_heads(k_ptr, row, k_stride, D, WIDTH, REST)
         scores = scores_of(q, k, REST) * scale
-        place = without_padding(place, row, num_vision, num_keys, valid_ptr)
+        place = without_padding(place, num_vision, num_keys, valid_ptr)
         pieces += (tl.where(place[None, :] < limit[:, None], scores, float("-inf")),)
         rows += (row,)
     return pieces, rows
@@ -241,7 +241,7 @@ def shared_attention_kernel(
     if positions_ptr is not None:
         place = tl.load(positions_ptr + row) + tl.where(own < num_vision_q, 0, num_vision)
     limit = limits(place, num_vision, num_keys, MASK)
-    valid_ptr = valid_from_row_0(valid_ptr, cu_vision_ptr, batch)
+    valid_ptr = valid_by_place(valid_ptr, cu_text_ptr, sample, num_vision)
 
     offset = head * D
     q = load_heads(q_ptr + offset, row, q_stride, D, WIDTH, REST)
@@ -383,16 +383,16 @@ def split_width(head_dim: int) -> tuple[int, int]:
 
 
 def shape_class(
-    dtype: torch.dtype, head_dim: int, longest: int | None, *, selected: bool = False
+    dtype: torch.dtype, head_dim: int, longest: int | None, *, looked_up: bool = False
 ) -> str:
     """The class of ``tiles/*.json`` for samples of up to ``longest`` keys, or (None) for the gradients.
 
     Heads of more than 64 hold two parts of each sum in registers: the tiles of narrow ones spill with them, and those
-    of their gradients where the queries are a ``selected`` part of the rows, whose places are looked up.
+    of their gradients where something is ``looked_up`` for each row: places of selected queries, or what is padding.
     """
     words = ["wide"] * (head_dim > 64) + ["fp32"] * (dtype == torch.float32)
     if longest is None:
-        words += ["selected"] * (selected and words == ["wide"]) + ["backward"]
+        words += ["selected"] * (looked_up and words == ["wide"]) + ["backward"]
     elif dtype != torch.float32:
         words.append("short" if longest <= 256 else "long")
     return " ".join(words)

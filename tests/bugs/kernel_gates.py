@@ -24,14 +24,14 @@ KERNEL_GATES_BUGS = (
     Bug(
         "triton-padding-is-seen-step-by-step",
         _FORWARD,
-        "            place = without_padding(place, row, num_vision, num_keys, valid_ptr)\n",
+        "            place = without_padding(place, num_vision, num_keys, valid_ptr)\n",
         "",
         _PADDED,
     ),
     Bug(
         "triton-padding-is-seen-in-whole-rows",
         _FORWARD,
-        "* scale\n        place = without_padding(place, row, num_vision, num_keys, valid_ptr)\n",
+        "* scale\n        place = without_padding(place, num_vision, num_keys, valid_ptr)\n",
         "* scale\n",
         _PADDED,
     ),
@@ -45,14 +45,14 @@ KERNEL_GATES_BUGS = (
     Bug(
         "triton-padding-is-seen-by-the-gradient-of-queries",
         _BACKWARD,
-        "        place = without_padding(place, key_row, num_vision, num_keys, valid_ptr)\n",
+        "        place = without_padding(place, num_vision, num_keys, valid_ptr)\n",
         "",
         _PADDED,
     ),
     Bug(
         "triton-padding-has-a-gradient",
         _BACKWARD,
-        "    place = without_padding(place, key_row, num_vision, num_keys, valid_ptr)\n\n",
+        "    place = without_padding(place, num_vision, num_keys, valid_ptr)\n\n",
         "\n",
         _PADDED,
     ),

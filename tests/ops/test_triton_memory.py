@@ -58,8 +58,16 @@ PLANTED = [
         "part, mask=real[:, None]",
     ),
     ("_attention_rows", "text + tl.load(cu_vision_ptr + batch)", "text + 4096"),
-    ("_attention_rows", "tl.load(valid_ptr + row, mask=text, other=1)", "tl.load(valid_ptr + row)"),
-    ("_attention_rows", "valid_ptr - tl.load(cu_vision_ptr + batch)", "valid_ptr"),
+    (
+        "_attention_rows",
+        "tl.load(valid_ptr + place, mask=text, other=1)",
+        "tl.load(valid_ptr + place)",
+    ),
+    (
+        "_attention_rows",
+        "tl.load(cu_text_ptr + sample) - num_vision)",
+        "tl.load(cu_text_ptr + sample) + num_vision)",
+    ),
 ]
 # The files whose check goes through the others as well.
 WHOLE = (
