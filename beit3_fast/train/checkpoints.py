@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from beit3_fast.checkpoint.atomic import mend, sync_folder
 from beit3_fast.errors import CheckpointError
@@ -68,7 +70,7 @@ class Checkpoints:
                 _quietly(
                     dcp.save,
                     state,
-                    storage_writer=dcp.FileSystemWriter(partial, sync_files=True),
+                    storage_writer=_Writer(partial, sync_files=True),
                 )
             self.processes.lead(finish)
         finally:
@@ -125,6 +127,19 @@ class Checkpoints:
         return "there is no older one; give another folder to begin anew"
 
 
+class _Writer(dcp.FileSystemWriter):
+    """Raises the error of the system itself: the other ranks are told of a failure without its context."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            failure = _of_the_system(error)
+            if failure is None:
+                raise
+            raise failure from None
+
+
 @contextmanager
 def _explained(target: Path) -> Iterator[None]:
     try:
@@ -150,7 +165,7 @@ def _quietly(call: Any, state: dict[str, Any], **options: Any) -> None:
             call(state, **options)
         except dcp.CheckpointException as error:
             failure = next(iter(error.failures.values()))[0]
-            raise _of_the_system(failure) or failure from error
+            raise failure from error
 
 
 def _of_the_system(error: BaseException) -> OSError | None:

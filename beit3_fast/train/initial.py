@@ -17,11 +17,14 @@ class Initial:
 
     ``linear``: of the matrices of linear layers. Officially 0.0108 (0.02, cut at 0.02) at any width, which suits base (768): at
     width C a branch then adds ``(C / 768) ** 0.5`` times as much to the residual stream. ``C ** -0.5`` keeps the size of rows.
-    ``image_positions`` and ``text_positions``: of the position tables. Officially 1, beside words of ``C ** -0.5`` and patches below 1:
-    large data teach to see past that, a short run does not. Raises ConfigError for what is no positive number.
+    ``patches``: of the projection of patches. Officially ``1 / (3 * patch_size)``, which leaves little of what differs between the
+    patches of an image beside what such branches add. ``image_positions`` and ``text_positions``: of the position tables.
+    Officially 1, beside words of ``C ** -0.5`` and patches below 1: large data teach to see past that, a short run does not.
+    Raises ConfigError for what is no positive number.
     """
 
     linear: float | None = None
+    patches: float | None = None
     image_positions: float | None = None
     text_positions: float | None = None
 
@@ -40,6 +43,8 @@ class Initial:
             std = None
             if isinstance(module, nn.Linear):
                 std = self.linear
+            elif isinstance(module, nn.Conv2d):
+                std = self.patches
             elif isinstance(module, nn.Embedding):
                 before, _, last = name.rpartition(".")
                 std = tables.get(last) if before.endswith("embed_positions") else None

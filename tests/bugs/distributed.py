@@ -46,6 +46,13 @@ DISTRIBUTED_BUGS = (
         (f"{RANKS}::test_weights_that_are_gathered_anew_are_packed_anew",),
     ),
     Bug(
+        "a-full-disk-of-another-rank-is-an-error-of-torch",
+        "beit3_fast/train/checkpoints.py",
+        "storage_writer=_Writer(",
+        "storage_writer=dcp.FileSystemWriter(",
+        (f"{RANKS}::test_a_disk_that_is_full_for_one_rank",),
+    ),
+    Bug(
         "drop-path-depends-on-the-rank",
         "beit3_fast/train/loop.py",
         "_seed(options.seed, number)",

@@ -93,6 +93,13 @@ FINETUNING_BUGS = (
         (f"{INITIAL}::test_each_option_is_the_spread_of_its_weights_and_of_no_others",),
     ),
     Bug(
+        "patches-drawn-like-linear-layers",
+        "beit3_fast/train/initial.py",
+        "std = self.patches",
+        "std = self.linear",
+        (f"{INITIAL}::test_each_option_is_the_spread_of_its_weights_and_of_no_others",),
+    ),
+    Bug(
         "fine-tuning-from-scratch-begins-officially",
         "beit3_fast/train/finetune.py",
         "        self.initial.draw(model)\n",

@@ -29,21 +29,23 @@ def test_each_option_is_the_spread_of_its_weights_and_of_no_others() -> None:
     official = drawn(Initial())
     for initial, std, chosen in (
         (Initial(linear=0.3), 0.3, ("_proj.", ".fc", "dense.", "head.0.w", "head.3.w")),
+        (Initial(patches=0.4), 0.4, ("vision_embed.proj.w",)),
         (Initial(image_positions=0.2), 0.2, (f"{TABLES}A.",)),
         (Initial(text_positions=0.1), 0.1, (f"{TABLES}B.",)),
     ):
         own = drawn(initial)
         changed = {name for name in own if not torch.equal(own[name], official[name])}
-        matrices = {name for name in own if own[name].dim() == 2}
-        assert changed == {name for name in matrices if any(part in name for part in chosen)}
+        weights = {name for name in own if own[name].dim() in (2, 4)}
+        assert changed == {name for name in weights if any(part in name for part in chosen)}
         for name in changed:
             assert float(own[name].std()) == pytest.approx(std, rel=0.2), name
 
 
-def test_officially_positions_are_ten_times_as_large_as_words() -> None:
+def test_officially_positions_are_ten_times_as_large_as_words_and_patches_smaller() -> None:
     own = drawn(Initial())
     assert float(own[f"{TABLES}B.weight"].std()) == pytest.approx(1, rel=0.1)
     assert float(own["beit3.text_embed.weight"].std()) == pytest.approx(64**-0.5, rel=0.1)
+    assert float(own["beit3.vision_embed.proj.weight"].std()) == pytest.approx(1 / 48, rel=0.1)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, "small", True, float("inf")])

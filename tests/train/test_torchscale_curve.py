@@ -48,13 +48,18 @@ def right(own: Any, world: Path) -> float:
     return sum(s.accuracy * s.predictions for s in scores) / sum(s.predictions for s in scores)
 
 
-def assert_same_curve(theirs: list[Any], ours: list[Any], within: float) -> float:
+def assert_same_curve(theirs: list[Any], ours: list[Any], steps: int = 1) -> float:
+    """Means of so many steps in a row are less than 1 % apart, of the loss and of each of its terms."""
     worst = 0.0
-    for a, b in zip(theirs, ours, strict=True):
-        for key in ("loss", *TERMS):
-            worst = max(worst, abs(a[key] - b[key]) / a[key])
-    assert worst < within, f"the curves are {worst:.2%} apart"
+    for key in ("loss", *TERMS):
+        a, b = (means([line[key] for line in lines], steps) for lines in (theirs, ours))
+        worst = max(worst, *(abs(x - y) / x for x, y in zip(a, b, strict=True)))
+    assert worst < 0.01, f"the curves are {worst:.2%} apart"
     return worst
+
+
+def means(values: list[float], steps: int) -> list[float]:
+    return [sum(values[n : n + steps]) / steps for n in range(len(values) - steps + 1)]
 
 
 def test_the_loss_of_one_batch(world: Path) -> None:
@@ -69,7 +74,7 @@ def test_the_loss_of_one_batch(world: Path) -> None:
 
 def test_twenty_steps_are_the_same(world: Path, tmp_path: Path) -> None:
     _, _, theirs, ours = curves(world, tmp_path, 20, "float32")
-    assert_same_curve(theirs, ours, 0.01)
+    assert_same_curve(theirs, ours)
     assert theirs[-1]["loss"] < 0.97 * theirs[0]["loss"]
 
 
@@ -77,7 +82,8 @@ def test_twenty_steps_are_the_same(world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_two_hundred_steps_are_the_same(precision: str, world: Path, tmp_path: Path) -> None:
     a, b, theirs, ours = curves(world, tmp_path, 200, precision)
-    worst = assert_same_curve(theirs, ours, 0.01 if precision == "float32" else 0.03)
+    # Single steps in bfloat16 are rounding: torchscale's own curve from weights 1e-6 apart is up to 3.4 % from itself.
+    worst = assert_same_curve(theirs, ours, 1 if precision == "float32" else 20)
     last = [sum(line["loss"] for line in lines[-20:]) / 20 for lines in (theirs, ours)]
     print(f"{precision}: curves at most {worst:.3%} apart, last 20 steps {last}")
     assert last[1] == pytest.approx(last[0], rel=0.01)

@@ -134,7 +134,6 @@ def test_sigterm_to_any_rank_and_a_gradient_that_is_not_finite_on_one(
     assert not (tmp_path / "run/model.safetensors").exists()
 
 
-@pytest.mark.full
 def test_a_disk_that_is_full_for_one_rank(world: Path, tmp_path: Path) -> None:
     options = replace(THREE, parallel="fsdp2", save_every=1)
 
