@@ -85,7 +85,7 @@ def test_weights_of_odd_sizes_have_their_own_tile(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width", "longest", "selected", "expected"),
+    ("dtype", "width", "longest", "looked_up", "expected"),
     [
         (torch.bfloat16, 64, 197, True, "short"),
         (torch.float16, 88, 197, True, "wide short"),
@@ -99,9 +99,9 @@ def test_weights_of_odd_sizes_have_their_own_tile(
     ],
 )
 def test_wide_heads_have_their_own_tile(
-    dtype: torch.dtype, width: int, longest: int | None, selected: bool, expected: str
+    dtype: torch.dtype, width: int, longest: int | None, looked_up: bool, expected: str
 ) -> None:
-    assert shared_attention.shape_class(dtype, width, longest, selected=selected) == expected
+    assert shared_attention.shape_class(dtype, width, longest, looked_up=looked_up) == expected
     assert expected in _tiles.CLASSES["shared_attention"]
 
 
