@@ -43,16 +43,8 @@ def limits(place, num_vision, num_keys, MASK: tl.constexpr):
 
 
 @triton.jit
-def valid_by_place(valid_ptr, cu_text_ptr, sample, num_vision):
-    """``valid_ptr`` moved so that the places of a sample's text index it; None stays None."""
-    if valid_ptr is not None:
-        valid_ptr = valid_ptr + (tl.load(cu_text_ptr + sample) - num_vision)
-    return valid_ptr
-
-
-@triton.jit
 def without_padding(place, num_vision, num_keys, valid_ptr):
-    """The places of keys, those of padding moved beyond every limit."""
+    """The places of keys, those of padding moved beyond every limit. ``valid_ptr`` is indexed by the places of text."""
     if valid_ptr is not None:
         text = (place >= num_vision) & (place < num_keys)
         valid = tl.load(valid_ptr + place, mask=text, other=1)

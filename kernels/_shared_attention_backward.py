@@ -25,7 +25,6 @@ from beit3_fast.kernels._attention_rows import (
     scores_of,
     segment,
     store_heads,
-    valid_by_place,
     without_padding,
     zero_heads,
 )
@@ -107,7 +106,8 @@ def query_gradient_kernel(
         first, positions_ptr, vision_q, num_vision_q, text_q, num_queries, num_vision, num_keys,
         MASK, BLOCK_Q,
     )  # fmt: skip
-    valid_ptr = valid_by_place(valid_ptr, cu_text_ptr, sample, num_vision)
+    if valid_ptr is not None:
+        valid_ptr = valid_ptr + (tl.load(cu_text_ptr + sample) - num_vision)
 
     offset = head * D
     q = load_heads(q_ptr + offset, row, q_stride, D, WIDTH, REST)
@@ -180,7 +180,8 @@ def key_gradient_kernel(
     place = first_key + tl.arange(0, BLOCK_K)
     real_key = place < num_keys
     key_row = row_of(tl.minimum(place, num_keys - 1), vision, num_vision, text)
-    valid_ptr = valid_by_place(valid_ptr, cu_text_ptr, sample, num_vision)
+    if valid_ptr is not None:
+        valid_ptr = valid_ptr + (tl.load(cu_text_ptr + sample) - num_vision)
     place = without_padding(place, num_vision, num_keys, valid_ptr)
 
     offset = head * D

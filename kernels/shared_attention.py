@@ -31,7 +31,6 @@ from beit3_fast.kernels._attention_rows import (
     scores_of,
     segment,
     store_heads,
-    valid_by_place,
     without_padding,
     zero_heads,
 )
@@ -241,7 +240,8 @@ def shared_attention_kernel(
     if positions_ptr is not None:
         place = tl.load(positions_ptr + row) + tl.where(own < num_vision_q, 0, num_vision)
     limit = limits(place, num_vision, num_keys, MASK)
-    valid_ptr = valid_by_place(valid_ptr, cu_text_ptr, sample, num_vision)
+    if valid_ptr is not None:
+        valid_ptr = valid_ptr + (tl.load(cu_text_ptr + sample) - num_vision)
 
     offset = head * D
     q = load_heads(q_ptr + offset, row, q_stride, D, WIDTH, REST)

@@ -64,7 +64,7 @@ PLANTED = [
         "tl.load(valid_ptr + place)",
     ),
     (
-        "_attention_rows",
+        "shared_attention",
         "tl.load(cu_text_ptr + sample) - num_vision)",
         "tl.load(cu_text_ptr + sample) + num_vision)",
     ),
