@@ -22,10 +22,15 @@ ATTENTION_FORMS = ("decoupled", "shared")
 class BEiT3Config:
     """Everything that fixes the shapes of a BEiT-3 backbone.
 
-    ``img_size`` is in pixels: one number for a square image or ``(height, width)``. ``attention`` is
-    "decoupled" (released checkpoints: one set of attention weights per modality) or "shared" (the paper).
-    ``vl_expert_layers`` counts the top layers that own a third, vision-language expert for pairs.
-    ``modalities`` leaves a branch out when only one is named. Raises ConfigError when fields contradict.
+    ``embed_dim``: width C of a row; ``num_heads``: attention heads, of C / num_heads each; ``ffn_dim``: width inside of
+    an expert; ``num_layers``. ``img_size`` is in pixels: one number for a square image or ``(height, width)``;
+    ``patch_size``: side of a patch in pixels; ``in_chans``: channels of an image. ``vocab_size``: rows of the text
+    embedding; ``max_text_positions``: rows of its position table, two of them reserved. ``layer_norm_eps``: in every
+    LayerNorm; ``normalize_output``: one behind the last layer. ``drop_path_rate``: of the last layer in training, from
+    0 in the first, rising evenly. ``attention`` is "decoupled" (released checkpoints: one set of attention weights per
+    modality) or "shared" (the paper). ``vl_expert_layers`` counts the top layers that own a third, vision-language
+    expert for pairs. ``modalities`` leaves a branch out when only one is named. ``checkpoint_activations``: layers
+    compute their activations again in the backward pass. Raises ConfigError when fields contradict.
     """
 
     embed_dim: int = 768

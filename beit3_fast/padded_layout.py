@@ -39,7 +39,8 @@ class PaddedLayout(TokenLayout):
     """B samples of ``num_vision`` and ``num_text`` rows each.
 
     ``valid`` bool [B, Nt]: the text rows that are not padding (None: all). No query sees a key that is padding; what is
-    computed in rows of padding means nothing. A sample whose whole text is padding counts as a pair.
+    computed in rows of padding means nothing. A sample whose whole text is padding counts as a pair. Raises ShapeError for
+    another ``valid``.
     """
 
     num_vision: int
@@ -55,6 +56,14 @@ class PaddedLayout(TokenLayout):
         valid: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> None:
+        if valid is not None and (valid.dtype is not torch.bool or valid.dim() != 2):
+            raise ShapeError(
+                f"valid must be bool [B, Nt], True where a text row is no padding, got {valid.dtype} of shape {list(valid.shape)}"
+            )
+        if valid is not None and tuple(valid.shape) != (batch_size, num_text):
+            raise ShapeError(
+                f"valid must be bool [B, Nt] = {[batch_size, num_text]}, got {list(valid.shape)}"
+            )
         samples = torch.arange(batch_size + 1, dtype=torch.int32, device=device)
         fields = {
             "_batch_size": batch_size,

@@ -13,6 +13,8 @@ KERNEL_TESTS = (
     "linear_gradients",
     "cross_entropy",
     "padding",
+    "strides",
+    "long",
     "registration",
     "model",
     "tiles",
@@ -44,7 +46,9 @@ FIGURES = ("products", "attention", "latency")
 DECODE = (sys.executable, "-m", "bench.decode_step")
 TINY = "beit3_tiny_patch16_32_captioning"
 # One small case for each kernel; the sanitizer is some 20 times slower.
-SANITIZED = "(one and row) or (mixed and 2x88) or descriptors"
+SANITIZED = (
+    "(one and row) or (mixed and 2x88) or descriptors or 5-64 or 27-88 or every_mask or joined"
+)
 SANITIZED_CUDA = "three or one or mixed or rows"
 BENCH = (sys.executable, "bench/run.py")
 # The tests of the CUDA kernels; without a GPU their binding runs in front of plain loops.
@@ -95,7 +99,7 @@ def steps(device: str, dry_run: bool, out: Path) -> list[Step]:
         plan.append(Step("races-cuda", (*PYTEST, "tests/ops/test_cuda_races.py")))
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         if device == "cuda":
-            files = [f"tests/ops/test_triton_{name}.py" for name in KERNEL_TESTS[:4]]
+            files = [f"tests/ops/test_triton_{name}.py" for name in KERNEL_TESTS[:6]]
             command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *PYTEST)
             uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             plan.append(Step(tool, (*command, *files, "-k", SANITIZED), False, uncached))

@@ -245,7 +245,7 @@ def _attention(
 ) -> Iterator[Specimen]:
     attention, backward = _kernels("shared_attention"), _kernels("_shared_attention_backward")
     ends = torch.empty(9, dtype=torch.int32)
-    looked_up = heads.selected or heads.padded
+    looked_up = heads.padded or (heads.selected and longest is None)
     shape_class = attention.shape_class(dtype, heads.width, longest, looked_up=looked_up)
     tile = _kernels("_tiles").choose(attention.Tile, "shared_attention", shape_class, name)
     # The longest whole rows of scores that the tile takes.

@@ -126,7 +126,6 @@ def _score_pieces(
     num_vision,
     text,
     num_keys,
-    valid_ptr,
     scale,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -140,7 +139,6 @@ def _score_pieces(
         row = row_of(tl.minimum(place, num_keys - 1), vision, num_vision, text)
         k = load_heads(k_ptr, row, k_stride, D, WIDTH, REST)
         scores = scores_of(q, k, REST) * scale
-        place = without_padding(place, num_vision, num_keys, valid_ptr)
         pieces += (tl.where(place[None, :] < limit[:, None], scores, float("-inf")),)
         rows += (row,)
     return pieces, rows
@@ -158,7 +156,6 @@ def _attend_whole(
     num_vision,
     text,
     num_keys,
-    valid_ptr,
     scale,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -171,8 +168,8 @@ def _attend_whole(
     pieces, rows = (), ()
     for i in tl.static_range(4):
         pieces, rows = _score_pieces(
-            pieces, rows, q, limit, k_ptr, k_stride, vision, num_vision, text, num_keys, valid_ptr,
-            scale, D, WIDTH, REST, KEYS, 256 >> i,
+            pieces, rows, q, limit, k_ptr, k_stride, vision, num_vision, text, num_keys, scale,
+            D, WIDTH, REST, KEYS, 256 >> i,
         )  # fmt: skip
     top = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
     for i in tl.static_range(PIECES):
@@ -248,7 +245,7 @@ def shared_attention_kernel(
     if KEYS > 0:
         top, total, acc = _attend_whole(
             q, limit, k_ptr + offset, k_stride, v_ptr + offset, v_stride, vision, num_vision, text,
-            num_keys, valid_ptr, scale, D, WIDTH, REST, BLOCK_Q, KEYS, PIECES,
+            num_keys, scale, D, WIDTH, REST, BLOCK_Q, KEYS, PIECES,
         )  # fmt: skip
     else:
         carry = (
@@ -331,12 +328,14 @@ def shared_attention(
     if with_statistics:
         parts = torch.empty(q.shape[0], num_heads, 2, dtype=torch.float32, device=q.device)
     if tile is None:
-        own_class = shape_class(q.dtype, head_dim, keys.longest)
+        padded = keys.valid is not None
+        own_class = shape_class(q.dtype, head_dim, keys.longest, looked_up=padded)
         tile = _tiles.choose(Tile, "shared_attention", own_class, _tiles.architecture(q.device))
     batch = keys.cu_vision.shape[0] - 1
     tiles = triton.cdiv(queries.longest, tile.block_q)
     width, rest = split_width(head_dim)
-    whole = triton.cdiv(keys.longest, 32) * 32 if keys.longest <= tile.whole else 0
+    takes_whole = keys.valid is None and keys.longest <= tile.whole
+    whole = triton.cdiv(keys.longest, 32) * 32 if takes_whole else 0
     if batch and tiles:
         shared_attention_kernel[(tiles * num_heads * batch,)](
             q,
@@ -389,10 +388,11 @@ def shape_class(
 
     Heads of more than 64 hold two parts of each sum in registers: the tiles of narrow ones spill with them, and those
     of their gradients where something is ``looked_up`` for each row: places of selected queries, or what is padding.
+    Whole rows of scores leave no registers to look up padding: padded batches go step by step.
     """
     words = ["wide"] * (head_dim > 64) + ["fp32"] * (dtype == torch.float32)
     if longest is None:
         words += ["selected"] * (looked_up and words == ["wide"]) + ["backward"]
     elif dtype != torch.float32:
-        words.append("short" if longest <= 256 else "long")
+        words.append("short" if longest <= 256 and not looked_up else "long")
     return " ".join(words)

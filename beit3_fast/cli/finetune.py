@@ -24,12 +24,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _options() -> str:
+    from beit3_fast.config import BEiT3Config
     from beit3_fast.train.downstream import DOWNSTREAM
     from beit3_fast.train.finetune import SECTIONS, FineTuning
     from beit3_fast.train.option_text import option_text
 
     losses = {f"loss, of _{name}": own.objective for name, own in DOWNSTREAM.items()}
-    return option_text(FineTuning, {**SECTIONS, **losses})
+    return option_text(FineTuning, BEiT3Config, {**SECTIONS, **losses})
 
 
 def _finetune(arguments: argparse.Namespace, processes: Processes) -> int:

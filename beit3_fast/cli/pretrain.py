@@ -19,10 +19,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _options() -> str:
+    from beit3_fast.config import BEiT3Config
     from beit3_fast.train.option_text import option_text
     from beit3_fast.train.recipe import SECTIONS, Recipe
 
-    return option_text(Recipe, SECTIONS)
+    return option_text(Recipe, BEiT3Config, SECTIONS)
 
 
 def _pretrain(arguments: argparse.Namespace, processes: Processes) -> int:

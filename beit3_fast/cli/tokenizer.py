@@ -19,10 +19,11 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _options() -> str:
+    from beit3_fast.model.visual_tokenizer import VisualTokenizerConfig
     from beit3_fast.train.option_text import option_text
     from beit3_fast.train.tokenizer_recipe import SECTIONS, TokenizerRecipe
 
-    return option_text(TokenizerRecipe, SECTIONS)
+    return option_text(TokenizerRecipe, VisualTokenizerConfig, SECTIONS)
 
 
 def _train_tokenizer(arguments: argparse.Namespace, processes: Processes) -> int:
@@ -68,14 +69,18 @@ def _train_tokenizer(arguments: argparse.Namespace, processes: Processes) -> int
 def _tokenize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sources",
-        nargs="+",
+        nargs="*",
         metavar="SOURCE",
         help="images, folders of them, .jsonl indices in the official form",
     )
-    parser.add_argument("--out", required=True, metavar="FILE", help="such as codes.safetensors")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a pretraining recipe: its images, [codes] tokenizer and cache, where no others are named",
+    )
+    parser.add_argument("--out", metavar="FILE", help="such as codes.safetensors")
     parser.add_argument(
         "--checkpoint",
-        required=True,
         metavar="FILE",
         help="a published vqkd_....pth, or model.safetensors of train-tokenizer",
     )
@@ -97,24 +102,51 @@ def _tokenize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
+def _what_to_tokenize(arguments: argparse.Namespace) -> tuple[list[str | Path], Path, Path]:
+    """Sources, checkpoint and output of the command line, or of the recipe. Raises ConfigError where one is in neither."""
+    from beit3_fast.errors import ConfigError
+
+    sources: list[str | Path] = list(arguments.sources)
+    checkpoint, out = arguments.checkpoint, arguments.out
+    if arguments.config is not None:
+        from beit3_fast.train import read_recipe
+
+        recipe = read_recipe(arguments.config)
+        own, folder = recipe.data.under(recipe.folder), recipe.folder
+        sources = sources or [*own["image"], *own["pair"]]
+        if checkpoint is None and recipe.codes.tokenizer is not None:
+            checkpoint = folder / recipe.codes.tokenizer
+        if out is None and recipe.codes.cache is not None:
+            out = folder / recipe.codes.cache
+    for what, value in (
+        ("SOURCE ([data] image or pair of a recipe)", sources),
+        ("--checkpoint ([codes] tokenizer)", checkpoint),
+        ("--out ([codes] cache)", out),
+    ):
+        if not value:
+            raise ConfigError(f"expected {what}, or a --config that names it; got neither")
+    return sources, Path(checkpoint), Path(out)
+
+
 def _tokenize(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from beit3_fast.model.visual_tokenizer import create_visual_tokenizer
     from beit3_fast.train.tokenize_images import tokenize_images
 
-    tokenizer = create_visual_tokenizer(arguments.model, arguments.checkpoint, arguments.device)
+    sources, checkpoint, out = _what_to_tokenize(arguments)
+    tokenizer = create_visual_tokenizer(arguments.model, checkpoint, arguments.device)
     done = tokenize_images(
         tokenizer,
-        arguments.sources,
-        arguments.out,
+        sources,
+        out,
         batch_size=arguments.batch_size,
         workers=arguments.workers,
         progress=not arguments.quiet,
     )
-    report = {"file": arguments.out, **asdict(done), "num_codes": tokenizer.config.num_codes}
+    report = {"file": str(out), **asdict(done), "num_codes": tokenizer.config.num_codes}
     line = (
-        f"{arguments.out}: codes of {done.images} images, {done.skipped} skipped; "
+        f"{out}: codes of {done.images} images, {done.skipped} skipped; "
         f"{done.used} of {tokenizer.config.num_codes} codes used"
     )
     if done.resumed:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 from beit3_fast.errors import InputError
 
 T = TypeVar("T")
+
+_MOST_IDS = 2**31
 
 KINDS = ("image", "text", "pair")
 
@@ -33,6 +36,18 @@ def read_index(path: str | PathLike[str], kind: str) -> list[IndexRow]:
         places = [str(folder / image) for image in images]
         rows += [IndexRow(place, text) for place in places] if places else [IndexRow(None, text)]
     return rows
+
+
+def names_of_images(images: Sequence[str]) -> list[str]:
+    """Paths without the folder that all share, so that a data set which was moved has the same ones."""
+    if not images:
+        return []
+    first, last = min(images), max(images)
+    same = sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    )
+    shared = first.rfind("/", 0, same) + 1
+    return [image[shared:] for image in images]
 
 
 def read_entries(path: str | PathLike[str], make: Callable[[Any], T]) -> list[T]:
@@ -68,6 +83,9 @@ def images_and_text(entry: Any, kind: str) -> tuple[list[str], str | tuple[int, 
     if kind != "image":
         text = entry.get("text_segment")
         if isinstance(text, list) and all(type(token) is int for token in text):
+            unfit = [token for token in text if not 0 <= token < _MOST_IDS]
+            if unfit:
+                raise InputError(f"token ids are numbers from 0 to {_MOST_IDS - 1}, got {unfit[0]}")
             text = tuple(text)
         elif not isinstance(text, str):
             raise InputError('expected "text_segment", a list of token ids or a sentence')

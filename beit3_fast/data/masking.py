@@ -60,8 +60,10 @@ class Masking:
             raise ConfigError(f"pair_masks must be one of {_PAIR_MASKS}, got {self.pair_masks!r}")
         if type(self.min_block) is not int or self.min_block < 1:
             raise ConfigError(f"min_block must be a positive integer, got {self.min_block!r}")
-        if not (_is_number(self.max_aspect) and self.max_aspect >= 1):
-            raise ConfigError(f"max_aspect must be at least 1, got {self.max_aspect!r}")
+        if not (_is_number(self.max_aspect) and 1 <= self.max_aspect < math.inf):
+            raise ConfigError(
+                f"max_aspect must be a finite number of at least 1, got {self.max_aspect!r}"
+            )
 
     def shares(self, kind: str, generator: np.random.Generator) -> tuple[float, float]:
         """Shares of the patches and of the words of one sample; ``kind`` is "image", "text" or "pair"."""

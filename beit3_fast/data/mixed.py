@@ -14,7 +14,7 @@ from torch import Tensor
 
 from beit3_fast.data.augment import Augment
 from beit3_fast.data.codes_of_files import CodesOfFiles
-from beit3_fast.data.index_files import KINDS, IndexRow, read_index
+from beit3_fast.data.index_files import KINDS, IndexRow, names_of_images, read_index
 from beit3_fast.data.masked_batch import MaskedBatch, MaskedSample, masked_batch
 from beit3_fast.data.masking import (
     Masking,
@@ -136,6 +136,10 @@ class MixedData:
             *(
                 repr((kind, [row.text for row in rows], len(rows)))
                 for kind, rows in self.rows.items()
+            ),
+            *(
+                repr(names_of_images([row.image for row in rows if row.image is not None]))
+                for rows in self.rows.values()
             ),
         ]
         return hashlib.sha256("\n".join(made_of).encode("utf-8", "surrogatepass")).hexdigest()

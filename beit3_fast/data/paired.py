@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 
 from beit3_fast.data.augment import Augment
-from beit3_fast.data.index_files import images_and_text, read_entries
+from beit3_fast.data.index_files import images_and_text, names_of_images, read_entries
 from beit3_fast.data.masking import sample_generator, sample_order
 from beit3_fast.data.pair_batch import PairBatch
 from beit3_fast.data.processor import Processor
@@ -98,8 +98,12 @@ class PairedData(Generic[B]):
     def identity(self) -> str:
         """A digest of what the batches are made of, so that a run is not continued with other data; pixels are not read."""
         processor = self.processor
+        tokenizer = processor.tokenizer
+        vocabulary = b"" if tokenizer is None else tokenizer.__getstate__()
         made_of = (
             [(row.text, row.target) for row in self.rows],
+            names_of_images([row.image for row in self.rows]),
+            hashlib.sha256(vocabulary).hexdigest(),
             self.batch_size,
             self.seed,
             self.views.augment,

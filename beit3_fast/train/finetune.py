@@ -23,7 +23,13 @@ from beit3_fast.train.downstream import DOWNSTREAM, Downstream
 from beit3_fast.train.initial import Initial
 from beit3_fast.train.options import TrainOptions
 from beit3_fast.train.recipe import embeddings_for
-from beit3_fast.train.recipe_file import names_of, read_sections, read_tables
+from beit3_fast.train.recipe_file import (
+    check_count,
+    check_name,
+    names_of,
+    read_sections,
+    read_tables,
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,10 @@ class TaskSources:
 
     def __post_init__(self) -> None:
         _check_index(self.index)
+        check_count("max_length", self.max_length, 3)
+        check_count("keep_images", self.keep_images, 0)
+        check_name("tokenizer", self.tokenizer)
+        check_name("answers", self.answers)
         if type(self.batch_size) is not int or self.batch_size < 1:
             raise ConfigError(f"batch_size must be a positive integer, got {self.batch_size!r}")
         for name in ("epochs", "warmup_epochs"):

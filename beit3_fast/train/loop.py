@@ -30,10 +30,10 @@ from beit3_fast.train.optimizer import Optimizer
 from beit3_fast.train.options import TrainOptions
 from beit3_fast.train.parallel import clip, engine_for, own_numbers, whole
 from beit3_fast.train.processes import Processes, joined
-from beit3_fast.train.stop import Stop
+from beit3_fast.train.stop import Stop, leave_to_the_run
 from beit3_fast.train.throughput import Throughput
 
-_FORM = "beit3_fast run 2"
+_FORM = "beit3_fast run 3"
 
 
 class Data(Protocol):
@@ -139,10 +139,10 @@ class _Run:
         log = Log(self.root, self.step, options.tensorboard) if self.processes.leads else None
         throughput = Throughput(self.model, options, self.processes.size)
         bar = Progress(options.steps, self.step, shown)
-        batches = self._batches()
         self.model.train()
         try:
             with Stop() as stop:
+                batches = self._batches()
                 while self.step < options.steps:
                     start = time.perf_counter()
                     micro = [next(batches) for _ in self._numbers(self.step)]
@@ -157,15 +157,16 @@ class _Run:
                     bar.add(1, 0 if line["lr"] is not None else 1)
                     if self.step % options.save_every == 0 and self.step < options.steps:
                         self._save()
+                # Within: a second signal does not end what the first one asked for.
+                if self.step > self.resumed:
+                    self._save()
+                complete = self.step == options.steps
+                if complete:
+                    self._write_weights()
         finally:
             bar.close()
             if log:
                 log.close()
-        if self.step > self.resumed:
-            self._save()
-        complete = self.step == options.steps
-        if complete:
-            self._write_weights()
         return TrainReport(self.step, self.skipped, self.resumed, self.loss, complete)
 
     def _agree(self, micro: list[Any], done: Mapping[str, float], stop: Stop) -> list[Counter[str]]:
@@ -225,6 +226,7 @@ class _Run:
             sampler=numbers,
             num_workers=options.workers,
             persistent_workers=False,
+            worker_init_fn=leave_to_the_run,
             # Else the loader would draw from the numbers that belong to the model.
             generator=torch.Generator(),
         )
@@ -274,6 +276,8 @@ class _Run:
             "options": self.options.fixed(),
             "data": getattr(self.data, "identity", None),
             "objective": repr(self.objective),
+            # Sizes are in the weights; heads and drop path are not.
+            "model": repr((type(self.model).__name__, getattr(self.model, "config", None))),
         }
 
     def _save(self) -> None:

@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def option_text(recipe: type[Any], sections: Mapping[str, Any]) -> str:
-    """What a recipe file may say: ``recipe`` documents ``[model]``, each section's class the rest."""
-    parts = [f"[model]\n{_indented(inspect.getdoc(recipe) or '')}"]
-    for name, make in sections.items():
-        fields = [f"  {own.name} = {_default(own)}" for own in dataclasses.fields(make)]
-        parts.append(
-            "\n".join([f"[{name}]", *fields, "", _indented(inspect.getdoc(make) or "")]).rstrip()
-        )
+def option_text(recipe: type[Any], config: type[Any], sections: Mapping[str, Any]) -> str:
+    """What a recipe file may say: ``recipe`` and ``config`` document ``[model]``, each section's class the rest."""
+    parts = [_section("model", config, inspect.getdoc(recipe) or "")]
+    parts += [_section(name, make) for name, make in sections.items()]
     return "\n\n".join(parts)
+
+
+def _section(name: str, make: type[Any], before: str = "") -> str:
+    fields = [f"  {own.name} = {_default(own)}" for own in dataclasses.fields(make)]
+    texts = [_indented(text) for text in (before, inspect.getdoc(make) or "") if text]
+    return "\n\n".join(["\n".join([f"[{name}]", *fields]), *texts]).rstrip()
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

@@ -30,6 +30,7 @@ class TrainOptions:
     """Defaults are the paper's, for its 6,144 samples a step.
 
     ``steps``: optimizer steps in all. ``lr`` is reached after ``warmup_steps``, linearly, and falls to ``min_lr`` by a cosine.
+    ``weight_decay``, ``betas``, ``eps``: of AdamW; vectors do not decay. ``seed``: of first weights, order of samples and masks.
     ``layer_decay``: factor of the rate from each layer to the one below (1: none); ``head_lr_scale``: factor of the rate of
     what is named ``head`` (the official 20 of question answering; there it needs a layer_decay of 1). ``clip_grad``: largest
     norm of the gradient, None (in TOML inf) for any. ``accumulation``: micro-batches of a step, of which each process under
@@ -79,7 +80,11 @@ class TrainOptions:
                 )
             if field.type == "float" and not _is_number(value):
                 raise ConfigError(f"{name} must be a number of at least 0, got {value!r}")
-        if len(self.betas) != 2 or not all(_is_number(b) and b < 1 for b in self.betas):
+        if (
+            not isinstance(self.betas, (list, tuple))
+            or len(self.betas) != 2
+            or not all(_is_number(b) and b < 1 for b in self.betas)
+        ):
             raise ConfigError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         object.__setattr__(self, "betas", tuple(self.betas))
         for name in ("clip_grad", "ema_decay", "peak_tflops"):

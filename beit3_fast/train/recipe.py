@@ -21,7 +21,13 @@ from beit3_fast.model import BEiT3ForPretraining, create_model
 from beit3_fast.train.initial import Initial
 from beit3_fast.train.objective import MaskedDataModelling
 from beit3_fast.train.options import TrainOptions
-from beit3_fast.train.recipe_file import names_of, read_sections, read_tables
+from beit3_fast.train.recipe_file import (
+    check_count,
+    check_name,
+    names_of,
+    read_sections,
+    read_tables,
+)
 from beit3_fast.train.visual_tokens import visual_tokens_for
 
 # Ids of the official tokenizer, whose models have a few embeddings more.
@@ -45,6 +51,11 @@ class Sources:
     keep_images: int = 0
     batches: int = 8
 
+    def __post_init__(self) -> None:
+        for name, least in (("max_length", 3), ("keep_images", 0), ("batches", 1)):
+            check_count(name, getattr(self, name), least)
+        check_name("tokenizer", self.tokenizer)
+
     def under(self, folder: Path) -> dict[str, list[Path]]:
         """The index files by kind. Raises ConfigError for what is no list of names."""
         own = {kind: names_of(getattr(self, kind), kind, "an index file") for kind in KINDS}
@@ -60,6 +71,11 @@ class Codes:
     images: int = 300
     tokenizer: str | None = None
     cache: str | None = None
+
+    def __post_init__(self) -> None:
+        check_count("images", self.images, 1)
+        check_name("tokenizer", self.tokenizer)
+        check_name("cache", self.cache)
 
 
 @dataclass(frozen=True)
@@ -78,6 +94,13 @@ class Recipe:
     loss: MaskedDataModelling = field(default_factory=MaskedDataModelling)
     initial: Initial = field(default_factory=Initial)
     train: TrainOptions = field(default_factory=TrainOptions)
+
+    def __post_init__(self) -> None:
+        if self.codes.cache is not None and self.augment != Augment():
+            raise ConfigError(
+                "[codes] cache has codes of whole images, not of those that [augment] changes; leave augment out, or name "
+                "a tokenizer, which then makes the codes"
+            )
 
     def make_model(self) -> BEiT3ForPretraining:
         """The model, its weights drawn with ``train.seed`` or read. Raises ConfigError and CheckpointError."""
@@ -141,7 +164,7 @@ class Recipe:
             )
         kept, patch = out / "codes.safetensors", model.config.patch_size
         if kept.exists():
-            return PatchCodes(read_checkpoint(kept).state["centres"], patch)
+            return self._kept_codes(model, kept)
         kind = "image" if self.mix.image else "pair"
         rows = [row for path in sources[kind] for row in read_index(path, kind)]
         processor = self._processor(model)
@@ -151,8 +174,20 @@ class Recipe:
         ]
         codes = PatchCodes.fit(images, model.mim_head.out_features, patch, self.train.seed)
         out.mkdir(parents=True, exist_ok=True)
-        save_checkpoint({"centres": codes.centres}, kept)
+        save_checkpoint({"centres": codes.centres, "images": torch.tensor(self.codes.images)}, kept)
         return codes
+
+    def _kept_codes(self, model: Any, kept: Path) -> PatchCodes:
+        """Those of an earlier call. Raises ConfigError where that had another recipe."""
+        state, patch = read_checkpoint(kept).state, model.config.patch_size
+        images = int(state["images"]) if "images" in state else self.codes.images
+        expected = (model.mim_head.out_features, 3 * patch * patch)
+        if images != self.codes.images or tuple(state["centres"].shape) != expected:
+            raise ConfigError(
+                f"{kept} has {len(state['centres'])} codes of {images} images, the recipe asks for {expected[0]} of "
+                f"{self.codes.images}, patches of {patch}; give another folder"
+            )
+        return PatchCodes(state["centres"], patch)
 
 
 def embeddings_for(tokenizer: Tokenizer) -> int:

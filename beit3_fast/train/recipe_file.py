@@ -41,7 +41,20 @@ def read_sections(
         made[name] = table if name == "model" else _section(path, name, sections[name], table)
     if not isinstance(made.get("model", {}).get("name"), str):
         raise ConfigError(f'{path}: [model] needs a name, such as "{example}"')
+    check_name(f"{path}: [model] checkpoint", made["model"].get("checkpoint"))
     return made
+
+
+def check_name(field: str, value: Any) -> None:
+    """Raises ConfigError for what names no file, None apart."""
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"{field} must name a file, got {value!r}")
+
+
+def check_count(field: str, value: Any, least: int) -> None:
+    """Raises ConfigError for what is no integer, or a smaller one."""
+    if type(value) is not int or value < least:
+        raise ConfigError(f"{field} must be an integer of at least {least}, got {value!r}")
 
 
 def names_of(value: Any, field: str, what: str) -> list[str]:

@@ -8,6 +8,11 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
+def leave_to_the_run(worker: int) -> None:
+    """In a process that prepares batches: a signal to the whole group is the run's, which still needs them to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class Stop:
     """Whether SIGTERM has asked this process to end; without it the signal would end the process at once."""
 

@@ -113,7 +113,7 @@ def _attention(
     device: torch.device, dtype: torch.dtype, vision: int, text: int, samples: int, heads: int
 ) -> Group:
     tokens, width = vision + text, heads * HEAD_WIDTH
-    layout = TokenLayout.from_lengths([vision] * samples, [text] * samples)
+    layout = TokenLayout.from_lengths([vision] * samples, [text] * samples, device)
     packed = torch.randn(samples * tokens, 3 * width, device=device).to(dtype)
     q, k, v = packed.split(width, dim=1)
     calls: dict[str, Call] = {

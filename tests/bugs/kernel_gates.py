@@ -31,8 +31,8 @@ KERNEL_GATES_BUGS = (
     Bug(
         "triton-padding-is-seen-in-whole-rows",
         _FORWARD,
-        "* scale\n        place = without_padding(place, num_vision, num_keys, valid_ptr)\n",
-        "* scale\n",
+        "takes_whole = keys.valid is None and keys.longest",
+        "takes_whole = keys.longest",
         _PADDED,
     ),
     Bug(

@@ -140,7 +140,7 @@ def test_pairs_hide_both_or_one() -> None:
         ("kept_words", True, "kept_words must be a share"),
         ("pair_masks", "neither", "pair_masks must be one of"),
         ("min_block", 0, "min_block must be a positive"),
-        ("max_aspect", 0.5, "max_aspect must be at least 1"),
+        ("max_aspect", 0.5, "max_aspect must be a finite number"),
     ],
 )
 def test_values_that_make_no_sense(field: str, value: Any, message: str) -> None:

@@ -141,17 +141,16 @@ CASES = [
         for place, case in enumerate(CASES)
     ],
 )
-@pytest.mark.parametrize("whole", [True, False], ids=["whole rows", "steps"])
 def test_the_numbers_without_padding(
-    num_vision: int, width: int, mask: str, read: str, whole: bool, monkeypatch: pytest.MonkeyPatch
+    num_vision: int, width: int, mask: str, read: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = CASES.index((num_vision, width, mask, read)) + whole
+    place = CASES.index((num_vision, width, mask, read))
     dtype = TARGETS[place % len(TARGETS)][1]
     choose = kernels._tiles.choose
 
     def chosen(kind: Any, op: str, own_class: str, *rest: Any) -> Any:
         tile = choose(kind, op, own_class, *rest)
-        return tile._replace(whole=64 if whole else 0, block_q=16, block_k=16)
+        return tile._replace(whole=64, block_q=16, block_k=16)
 
     monkeypatch.setattr(kernels._tiles, "choose", chosen)
     check(batch_of(num_vision, VALID, 2, mask, read), width, dtype)

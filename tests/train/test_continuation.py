@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from held_elsewhere import held_elsewhere
-from train_cases import OPTIONS, curve, data, model, run, small, weights
+from train_cases import OPTIONS, Watched, curve, data, model, run, small, weights
 
 from beit3_fast.errors import CheckpointError, ConfigError
 from beit3_fast.train import MaskedDataModelling, TrainOptions, checkpoints, loop, read_log
@@ -226,6 +226,55 @@ def test_sigterm_saves_and_returns(
     assert_same(tmp_path, whole)
 
 
+def test_a_second_sigterm_does_not_end_the_save(
+    world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = checkpoints.dcp.save
+
+    def terminated(state: Any, storage_writer: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(state, storage_writer=storage_writer)
+
+    with monkeypatch.context() as patch:
+        # The first one comes while step 3 is saved, the second in the save that it asks for.
+        patch.setattr(checkpoints.dcp, "save", terminated)
+        assert run(world, tmp_path).step == 3
+    assert run(world, tmp_path).resumed == 3
+    assert_same(tmp_path, whole)
+
+
+def test_sigterm_to_all_processes_of_a_run_with_workers(
+    world: Path, whole: Path, tmp_path: Path
+) -> None:
+    """As schedulers send it: to the whole group, and again."""
+    ready, options = tmp_path / "ready", replace(OPTIONS, workers=2)
+
+    def wait(number: int) -> None:
+        if number == 9:
+            ready.touch()
+            time.sleep(1.0)
+
+    def work() -> None:
+        os.setpgid(0, 0)
+        run(world, tmp_path / "run", options, objective=Watched(wait))
+
+    process = os.fork()
+    if not process:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    while not ready.exists():
+        time.sleep(0.02)
+    for _ in range(2):
+        os.killpg(process, signal.SIGTERM)
+        time.sleep(0.05)
+    assert os.waitpid(process, 0)[1] == 0
+    assert Checkpoints(tmp_path / "run", 2).steps() == [3, 5]
+    assert run(world, tmp_path / "run", options).resumed == 5
+    assert_same(tmp_path / "run", whole)
+
+
 def test_a_finished_run_is_left_as_it_is(world: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     own = small(world, seed=5)
@@ -243,9 +292,23 @@ def test_another_run_is_refused(world: Path, whole: Path) -> None:
         run(world, whole, data=data(world, seed=1))
     with pytest.raises(ConfigError, match="of another objective"):
         run(world, whole, objective=MaskedDataModelling(text=2.0))
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        run(world, whole, own=model(world, embed_dim=16))
+    for change in ({"num_heads": 4}, {"drop_path_rate": 0.9}, {"embed_dim": 16}):
+        with pytest.raises(ConfigError, match="of another model"):
+            run(world, whole, own=model(world, attention="shared", **change))
     assert curve(whole) == before
+
+
+def test_other_images_are_another_run_and_a_moved_folder_is_not(
+    world: Path, whole: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(world, moved)
+    assert run(world, whole, data=data(moved)).resumed == 8
+    index = moved / "imagenet.train.index.jsonl"
+    lines = index.read_text().splitlines()
+    index.write_text("\n".join([lines[0]] * len(lines)))
+    with pytest.raises(ConfigError, match="of another data"):
+        run(world, whole, data=data(moved))
 
 
 def test_a_damaged_checkpoint_names_the_one_before(

@@ -16,10 +16,12 @@ from train_cases import model
 
 from beit3_fast import cli
 from beit3_fast.checkpoint import save_checkpoint
+from beit3_fast.config import BEiT3Config
 from beit3_fast.data import Processor, Tokenizer
 from beit3_fast.data.paired import PairedData, read_paired
 from beit3_fast.data.question_batch import answer_scores, question_batch
 from beit3_fast.errors import ConfigError
+from beit3_fast.model.visual_tokenizer import VisualTokenizerConfig
 from beit3_fast.train import TrainOptions, read_finetuning, read_log, read_recipe
 from beit3_fast.train.downstream import DOWNSTREAM
 from beit3_fast.train.question_answering import QuestionAnswering, answer_accuracy
@@ -278,6 +280,7 @@ def test_every_option_is_documented(command: str, capsys: pytest.CaptureFixture[
     assert "  clip_grad = 3.0\n" in said
     for field in fields(TrainOptions):
         assert f"  {field.name} = " in said
-        assert f"``{field.name}``" in said or field.name in (
-            "min_lr", "weight_decay", "betas", "eps", "seed"
-        )  # fmt: skip
+        assert f"``{field.name}``" in said
+    for own in fields(VisualTokenizerConfig if "tokenizer" in command else BEiT3Config):
+        assert f"  {own.name} = " in said
+        assert "tokenizer" in command or f"``{own.name}``" in said

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from train_cases import OPTIONS, data, model, run
+from train_cases import OPTIONS, Watched, data, model, run
 
 from beit3_fast.checkpoint import load_checkpoint
 from beit3_fast.data.masked_batch import TERMS
@@ -84,6 +84,23 @@ def test_too_many_in_a_row_stop_the_run(world: Path, tmp_path: Path) -> None:
         assert torch.equal(own["tokens"], batch.tokens)
         assert torch.equal(own["hidden_patches"], batch.hidden_patches)
     assert [line["skipped"] for line in read_log(tmp_path)] == [0, 1, 1, 2, 3]
+
+
+def test_steps_in_a_row_are_counted_over_a_continuation(world: Path, tmp_path: Path) -> None:
+    options = replace(PLAIN, max_skipped=2, save_every=3, steps=6)
+
+    class Ended(Exception):
+        pass
+
+    def end(call: int) -> None:
+        if call == 4:
+            raise Ended
+
+    # Steps 2 and 3 are skipped, 3 is saved, then the run ends; the next one begins with step 4.
+    with pytest.raises(Ended):
+        run(world, tmp_path, options, objective=Watched(end, spoil=(2, 3)))
+    with pytest.raises(TrainingError, match="not finite in 3 steps in a row, at last in step 4"):
+        run(world, tmp_path, options, objective=Watched(lambda call: None, spoil=(1,)))
 
 
 def test_it_learns(world: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from beit3_fast import cli
 from beit3_fast.checkpoint import read_checkpoint, save_checkpoint
 from beit3_fast.data.masked_batch import TERMS
 from beit3_fast.data.mixed import Mix
-from beit3_fast.errors import ConfigError
+from beit3_fast.errors import ConfigError, InputError
 from beit3_fast.train import TrainOptions, evaluate, read_log, read_recipe
 
 EXAMPLE = Path(__file__).parents[2] / "examples/pretrain_world.toml"
@@ -140,6 +140,17 @@ def test_a_run_begins_with_given_weights(recipe: Path, world: Path) -> None:
         ("[model]", "[model", "cannot be read"),
         ('text = "text.train', 'text = 3 # "text.train', "must be an index file or a list"),
         ("embed_dim = 32", "depth = 32", "unknown configuration fields"),
+        ("embed_dim = 32", "checkpoint = 3", r"\[model\] checkpoint must name a file, got 3"),
+        ("betas = [0.9, 0.99]", "betas = 0.9", "betas must be two numbers"),
+        ("min_block = 4", "max_aspect = inf", "max_aspect must be a finite number"),
+        ("batches = 2", "batches = 0", r"\[held_out\] batches must be an integer of at least 1"),
+        ("[loss]", '[codes]\nimages = "x"\n[loss]', r"\[codes\] images must be an integer"),
+        ("[loss]", "[codes]\ntokenizer = 3\n[loss]", r"\[codes\] tokenizer must name a file"),
+        (
+            "[loss]",
+            '[codes]\ncache = "codes.safetensors"\n[augment]\nflip = 0.5\n[loss]',
+            r"codes of whole images, not of those that \[augment\] changes",
+        ),
     ],
 )
 def test_recipes_that_make_no_sense(
@@ -153,6 +164,34 @@ def test_recipes_that_make_no_sense(
 
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@needs_toml
+def test_codes_of_another_recipe_are_not_taken_over(recipe: Path, tmp_path: Path) -> None:
+    own = read_recipe(recipe)
+    own.make_data(own.make_model(), tmp_path)
+    assert own.make_data(own.make_model(), tmp_path).visual_tokens is not None
+    for old, new in (
+        ("num_classes = 16", "num_classes = 8"),
+        ("[loss]", "[codes]\nimages = 5\n[loss]"),
+    ):
+        recipe.write_text(RECIPE.replace(old, new))
+        other = read_recipe(recipe)
+        with pytest.raises(ConfigError, match=r"has 16 codes of 300 images, the recipe asks for"):
+            other.make_data(other.make_model(), tmp_path)
+
+
+@needs_toml
+def test_an_id_that_is_none_names_its_line(recipe: Path, world: Path, tmp_path: Path) -> None:
+    text = world / "text.train.jsonl"
+    before = text.read_text()
+    text.write_text(before + '{"text_segment": [5, 99999999999999999999999]}\n')
+    own = read_recipe(recipe)
+    try:
+        with pytest.raises(InputError, match=r"line \d+ of .*token ids are numbers from 0 to"):
+            own.make_data(own.make_model(), tmp_path)
+    finally:
+        text.write_text(before)
 
 
 @needs_toml

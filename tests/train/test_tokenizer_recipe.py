@@ -14,6 +14,7 @@ from train_cases import config, model
 
 from beit3_fast import cli
 from beit3_fast.checkpoint import save_checkpoint
+from beit3_fast.data.index_files import read_index
 from beit3_fast.errors import ConfigError
 from beit3_fast.model import BEiT3
 from beit3_fast.train import read_log, read_recipe
@@ -88,6 +89,34 @@ def begun(world: Path) -> Path:
     call += ["--checkpoint", str(world / "tokenizer/model.safetensors")]
     assert cli.main([*call, "--out", str(world / "codes.safetensors")]) == 0
     return world
+
+
+@needs_toml
+def test_images_of_a_recipe(
+    begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe names images, tokenizer and file; the command line goes before it."""
+    recipe, tokenizer = begun / "codes.toml", begun / "tokenizer/model.safetensors"
+    call = ["tokenize-images", "--config", str(recipe), "--quiet", "--json"]
+    out = tmp_path / "codes.safetensors"
+    own = read_recipe(recipe)
+    assert own.codes.cache is not None
+    assert cli.main([*call, "--checkpoint", str(tokenizer), "--out", str(out)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    sources = own.data.under(begun)
+    images = {
+        row.image
+        for kind in ("image", "pair")
+        for path in sources[kind]
+        for row in read_index(path, kind)
+    }
+    assert report["file"] == str(out)
+    assert report["images"] == len(images)
+    assert cli.main([*call, "--out", str(out)]) == 1
+    assert (
+        "expected --checkpoint ([codes] tokenizer), or a --config that names it"
+        in capsys.readouterr().err
+    )
 
 
 @needs_toml
