@@ -57,3 +57,9 @@ def test_a_call_that_cannot_run_is_a_row_with_its_reason() -> None:
     assert here["ms"] is not None
     assert there["ms"] is None
     assert there["reason"] == "flash_attn is not installed"
+
+
+def test_operands_lie_on_the_device_that_is_asked_for() -> None:
+    """Without numbers ("meta"), as no other device may be at hand."""
+    for group in figures.attention_groups(torch.device("meta"), small=True):
+        assert group.calls["composite"]().device.type == "meta"

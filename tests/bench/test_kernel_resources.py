@@ -46,6 +46,7 @@ IN_THE_GATE = (
     "sm_90, query_gradient, backward, 64 wide, causal",
     "sm_90, row_statistics, *",
     "sm_90, shared_attention, short, 64 wide, bidirectional",
+    "sm_90, shared_attention, long, 64 wide, bidirectional, padded",
     "sm_90, slope, weights",
     "sm_90, weight_gradient, weights",
     "sm_80, expert_linear, few rows, gathered",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -154,9 +155,34 @@ def test_descriptors_load_what_pointers_load(shape: str) -> None:
 def test_more_experts_than_one_launch_takes() -> None:
     bounds = (0, 3, 3, 8, 9, 20)
     x, weights = draw(20, 24), [draw(40, 24) for _ in range(5)]
-    y = expert_linear(x, weights, bounds=bounds, impl="triton")
-    expected = expert_linear(x, weights, bounds=bounds, impl="reference")
+    biases, norm = (
+        [draw(40) for _ in range(5)],
+        Norm([draw(24) for _ in range(5)], [draw(24) for _ in range(5)]),
+    )
+    how: dict[str, Any] = {"biases": biases, "norm": norm, "bounds": bounds, "activation": "gelu"}
+    y = expert_linear(x, weights, **how, impl="triton")
+    expected = expert_linear(x, weights, **how, impl="reference")
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_operands_between_16_bytes_are_read_without_descriptors(
+    first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The descriptors' rows must begin at multiples of 16 bytes; the interpreter would take any."""
+    made: list[int] = []
+    make = kernels.TensorDescriptor.from_tensor
+
+    def seen(tensor: Tensor, *rest: Any) -> Any:
+        made.append(tensor.data_ptr() % 16)
+        return make(tensor, *rest)
+
+    monkeypatch.setattr(kernels.TensorDescriptor, "from_tensor", seen)
+    x, weight = draw(6, 40)[:, first : first + 24], draw(40, 24)
+    folded, tile = kernels.FoldedWeights(weight[None], None, None), EDGES._replace(tma=True)
+    y, _ = kernels.expert_linear(x, folded, None, None, (0, 6), 1e-5, "none", tile=tile)
+    torch.testing.assert_close(y, x @ weight.T, rtol=1e-5, atol=1e-5)
+    assert made == ([] if first else [0, 0])
 
 
 def test_the_same_parts_as_one_expert_or_two_are_not_confused() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from triton_cases import DEVICE, TARGETS
 
+from beit3_fast.errors import ShapeError
 from beit3_fast.kernels import shared_attention as kernels
 from beit3_fast.layout import TokenLayout
 from beit3_fast.model import create_model
@@ -154,6 +155,14 @@ def test_the_numbers_without_padding(
 
     monkeypatch.setattr(kernels._tiles, "choose", chosen)
     check(batch_of(num_vision, VALID, 2, mask, read), width, dtype)
+
+
+@pytest.mark.parametrize(
+    "valid", [VALID.long(), VALID.float(), VALID[:2], VALID[:, :4], VALID.flatten()]
+)
+def test_what_does_not_say_which_rows_are_padding(valid: Tensor) -> None:
+    with pytest.raises(ShapeError, match=r"valid must be bool \[B, Nt\]"):
+        PaddedLayout(4, 3, 5, torch.device("cpu"), valid)
 
 
 @pytest.fixture
