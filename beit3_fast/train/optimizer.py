@@ -38,7 +38,7 @@ def parameter_groups(model: nn.Module, options: TrainOptions) -> list[dict[str, 
         )
     num_layers = 0 if layers is None else layers()
     exempt: Any = getattr(model, "no_weight_decay", set)()
-    groups: dict[tuple[int, bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[int, bool, bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -47,7 +47,8 @@ def parameter_groups(model: nn.Module, options: TrainOptions) -> list[dict[str, 
         in_head = name.startswith(_HEAD)
         scale = options.layer_decay ** (num_layers + 1 - layer)
         group = groups.setdefault(
-            (layer, decays, in_head),
+            # Single numbers by themselves: with FSDP2 they alone are whole, and no group may have both.
+            (layer, decays, in_head, not parameter.dim()),
             {
                 "params": [],
                 "names": [],

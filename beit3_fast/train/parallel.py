@@ -84,11 +84,12 @@ class Sharded(Engine):
     """A part of each layer's weights, gradients and optimizer state in each process.
 
     In bfloat16 a layer's weights are gathered and used in bfloat16, without autocast; gradients are added in float32.
+    A parameter that is a single number is whole in each.
     """
 
     def __init__(self, model: nn.Module, options: TrainOptions, processes: Processes) -> None:
         super().__init__(model, options, processes)
-        _check_shardable(model)
+        _check_version()
         self._watched: set[str] = set()
         self._used: set[str] = set()
         policy = MixedPrecisionPolicy()
@@ -98,8 +99,9 @@ class Sharded(Engine):
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(self.device.type, (processes.size,))
         units = [(name, own) for name, own in model.named_modules() if isinstance(own, Layer)]
+        singles = {parameter for parameter in model.parameters() if not parameter.dim()}
         for name, module in (*units, ("", model)):
-            self.called = fully_shard(module, mesh=mesh, mp_policy=policy)
+            self.called = fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=singles)
             module.register_forward_pre_hook(
                 lambda module, _, name=name: self._gathered(module, name)
             )
@@ -120,13 +122,20 @@ class Sharded(Engine):
         return nullcontext()
 
     def settle(self) -> None:
-        """What no process used gets zeros from FSDP2; as without it, it is to have no gradient, and not to decay."""
+        """What no process used gets zeros from FSDP2; as without it, it is to have no gradient, and not to decay.
+
+        Single numbers get the mean of the processes' gradients here, as the parts get it from FSDP2.
+        """
         used = torch.tensor([name in self._used for name in self._parameters], dtype=torch.uint8)
         used = used.to(self.device)
         dist.all_reduce(used, dist.ReduceOp.MAX)
         for parameter, one in zip(self._parameters.values(), used.tolist(), strict=True):
             if not one:
                 parameter.grad = None
+            elif not parameter.dim():
+                mean = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                dist.all_reduce(mean)
+                parameter.grad = mean / self.processes.size
         self._used.clear()
 
     def _gathered(self, module: nn.Module, name_of_module: str) -> None:
@@ -167,9 +176,18 @@ def own_numbers(step: int, accumulation: int, processes: Processes) -> range:
 def clip(parameters: Iterable[Tensor], limit: float) -> float:
     """The norm of the whole gradient, of all processes' parts, before it is cut down to ``limit``."""
     parameters = list(parameters)
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    # PyTorch takes parts and whole tensors in calls of their own.
+    kinds = [[p for p in parameters if isinstance(p, DTensor) is parts] for parts in (True, False)]
+    kinds = [kind for kind in kinds if any(p.grad is not None for p in kind)]
+    norms = [nn.utils.get_total_norm([p.grad for p in own if p.grad is not None]) for own in kinds]
+    norms = [own.full_tensor() if isinstance(own, DTensor) else own for own in norms]
+    norm = (
+        norms[0]
+        if len(norms) == 1
+        else torch.linalg.vector_norm(torch.stack(norms or [torch.zeros(())]))
+    )
+    for own in kinds:
+        nn.utils.clip_grads_with_norm_(own, limit, norm)
     return float(norm)
 
 
@@ -199,13 +217,8 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _check_shardable(model: nn.Module) -> None:
+def _check_version() -> None:
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise ConfigError(
             f'parallel = "fsdp2" needs a newer PyTorch, such as 2.13, this is {torch.__version__}'
-        )
-    scalars = [name for name, parameter in model.named_parameters() if not parameter.dim()]
-    if scalars:
-        raise ConfigError(
-            f'parallel = "fsdp2" cannot divide {scalars[0]}, a single number; take parallel = "ddp"'
         )

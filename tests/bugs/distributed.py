@@ -81,4 +81,11 @@ DISTRIBUTED_BUGS = (
         '"none" if depth % what else "layer"',
         ("tests/model/test_training.py::test_layers_that_are_recomputed",),
     ),
+    Bug(
+        "fsdp2-single-numbers-of-each-process",
+        "beit3_fast/train/parallel.py",
+        "                dist.all_reduce(mean)\n",
+        "",
+        (f"{RANKS}::test_contrastive_tuning_with_parts_is_that_with_whole_weights",),
+    ),
 )

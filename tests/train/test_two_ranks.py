@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import shutil
@@ -13,14 +14,26 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
-from torch import nn
-from train_cases import OPTIONS, Watched, assert_close, curve, data, run, small, weights
+from train_cases import (
+    OPTIONS,
+    Watched,
+    assert_close,
+    config,
+    curve,
+    data,
+    run,
+    small,
+    weights,
+)
 
 from beit3_fast import derived
 from beit3_fast.data.mixed import Mix
+from beit3_fast.data.paired import PairedData, read_paired
 from beit3_fast.errors import CheckpointError, ConfigError, TrainingError
-from beit3_fast.train import MaskedDataModelling, parallel, read_log
+from beit3_fast.model import BEiT3ForRetrieval
+from beit3_fast.train import MaskedDataModelling, parallel, read_log, train
 from beit3_fast.train.checkpoints import Checkpoints
+from beit3_fast.train.contrastive import ContrastiveTuning
 from beit3_fast.train.optimizer import Optimizer
 from beit3_fast.train.processes import Processes, joined
 
@@ -198,6 +211,38 @@ def test_bfloat16_of_sharded_weights(world: Path, one: Path, tmp_path: Path) -> 
     assert {tensor.dtype for tensor in weights(tmp_path / "half").values()} == {torch.float32}
 
 
+def test_contrastive_tuning_with_parts_is_that_with_whole_weights(
+    world: Path, tmp_path: Path
+) -> None:
+    """The scale of the loss is a single number, which FSDP2 leaves whole."""
+    rows = read_paired(world / "coco_retrieval.train.jsonl", lambda entry: None)
+
+    def trained(engine: str) -> None:
+        torch.manual_seed(0)
+        own: Any = BEiT3ForRetrieval(config(world))
+        processor = data(world).processor
+        pairs = PairedData(rows, 3, processor, lambda batch, _: batch)
+        options = replace(THREE, parallel=engine, clip_grad=0.5, accumulation=4)
+        train(own, pairs, ContrastiveTuning(), options, tmp_path / engine, progress=False)
+
+    def work(_: int) -> None:
+        with joined():
+            for engine in ("ddp", "fsdp2"):
+                trained(engine)
+
+    on_ranks(2, tmp_path / "ranks", work)
+    curves = [
+        [(line["loss"], line["grad_norm"]) for line in read_log(tmp_path / engine)]
+        for engine in ("ddp", "fsdp2")
+    ]
+    for ours, expected in zip(*curves, strict=True):
+        assert ours == pytest.approx(expected, rel=1e-4)
+    ours, expected = (weights(tmp_path / engine) for engine in ("fsdp2", "ddp"))
+    assert expected["logit_scale"] != math.log(1 / 0.07)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_what_cannot_be_shared(world: Path, tmp_path: Path) -> None:
     def work(rank: int) -> list[str]:
         said = []
@@ -205,10 +250,6 @@ def test_what_cannot_be_shared(world: Path, tmp_path: Path) -> None:
             with pytest.raises(ConfigError, match="must be a multiple of the 2 processes") as error:
                 run(world, tmp_path / "run", replace(THREE, accumulation=3))
             said.append(str(error.value))
-            scalar = nn.Module()
-            scalar.logit_scale = nn.Parameter(torch.zeros(()))
-            with pytest.raises(ConfigError, match="cannot divide logit_scale"):
-                parallel.engine_for(scalar, replace(THREE, parallel="fsdp2"), processes)
             disk = tmp_path / f"disk {rank}"
             disk.mkdir(exist_ok=True)
             with pytest.raises(CheckpointError, match="1 of 2 processes do not see what rank 0"):
