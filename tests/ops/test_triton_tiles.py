@@ -87,8 +87,10 @@ def test_weights_of_odd_sizes_have_their_own_tile(
 @pytest.mark.parametrize(
     ("dtype", "width", "longest", "looked_up", "expected"),
     [
-        (torch.bfloat16, 64, 197, True, "short"),
-        (torch.float16, 88, 197, True, "wide short"),
+        (torch.bfloat16, 64, 197, False, "short"),
+        (torch.bfloat16, 64, 197, True, "long"),
+        (torch.float16, 88, 197, False, "wide short"),
+        (torch.float16, 88, 197, True, "wide long"),
         (torch.bfloat16, 88, 257, False, "wide long"),
         (torch.float32, 64, 577, False, "fp32"),
         (torch.float32, 65, 577, False, "wide fp32"),
