@@ -15,6 +15,7 @@ of the released models has 64010 rows, of which the last eight are unused.
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import os
 import stat
@@ -77,6 +78,11 @@ class Tokenizer:
         self._content = content
         self._model: Any = model
         self._pieces = int(pieces)
+
+    @property
+    def identity(self) -> str:
+        """A digest of the SentencePiece model."""
+        return hashlib.sha256(self.__getstate__()).hexdigest()
 
     def __getstate__(self) -> bytes:
         return self._content

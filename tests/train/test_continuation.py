@@ -102,15 +102,20 @@ MOMENTS: dict[str, tuple[int, Callable[[pytest.MonkeyPatch], None]]] = {
 REPEATS = ("before the new name", "at the end")
 
 
-def child(work: Callable[[], Any]) -> int:
-    """Do something in a process of its own; how it ended, as ``os.waitpid`` has it."""
+def started(work: Callable[[], Any]) -> int:
+    """Begin something in a process of its own, whose number is returned."""
     process = os.fork()
     if not process:
         try:
             work()
         finally:
             os._exit(0)
-    return os.waitpid(process, 0)[1]
+    return process
+
+
+def child(work: Callable[[], Any]) -> int:
+    """Do something in a process of its own; how it ended, as ``os.waitpid`` has it."""
+    return os.waitpid(started(work), 0)[1]
 
 
 @pytest.mark.parametrize(
@@ -258,12 +263,7 @@ def test_sigterm_to_all_processes_of_a_run_with_workers(
         os.setpgid(0, 0)
         run(world, tmp_path / "run", options, objective=Watched(wait))
 
-    process = os.fork()
-    if not process:
-        try:
-            work()
-        finally:
-            os._exit(0)
+    process = started(work)
     while not ready.exists():
         time.sleep(0.02)
     for _ in range(2):
