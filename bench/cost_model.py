@@ -9,8 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
+import torch
+
+from beit3_fast.config import BEiT3Config
 from beit3_fast.errors import ConfigError
 from beit3_fast.kernels import _tiles
 from beit3_fast.model.work import Product, Work
@@ -144,10 +148,47 @@ def linear_cost(product: Product, read: float, written: float | None = None) -> 
     return Cost(product.flops, product.times * moved)
 
 
-def attention_cost(tokens: int, width: int, dtype: str, samples: int = 1) -> Cost:
-    """Bidirectional attention over `samples` samples of so many tokens, `width` columns in all heads together."""
-    rows = samples * tokens
-    return Cost(4.0 * rows * tokens * width, BYTES[dtype] * 4 * rows * width)
+def linear_backward_costs(product: Product, read: float, gelu: bool = False) -> tuple[Cost, Cost]:
+    """The gradients of one expert's product: of its rows, then of its weights.
+
+    read: bytes of a number of the rows, of the weights and of both gradients. gelu: both launches read the
+    pre-activation beside the gradient of the result.
+    """
+    rows, weights = product.rows * product.width, product.out * product.width
+    result = product.rows * product.out * (2 if gelu else 1)
+    moved = read * product.times * (result + weights + rows)
+    return Cost(product.flops, moved), Cost(product.flops, moved)
+
+
+def attention_cost(scores: float, rows: int, width: int, dtype: str) -> Cost:
+    """Attention of `rows` rows with `width` columns in all heads together, of whose pairs a mask lets `scores` through."""
+    return Cost(4.0 * scores * width, BYTES[dtype] * 4 * rows * width)
+
+
+def attention_backward_cost(scores: float, rows: int, width: int, dtype: str) -> Cost:
+    """Its gradients: five products (scores again, and one each for the probabilities, queries, keys and values).
+
+    Read: queries, keys, values, the result and its gradient; written: three gradients.
+    """
+    return Cost(10.0 * scores * width, BYTES[dtype] * 8 * rows * width)
+
+
+def cross_entropy_cost(rows: int, width: int, classes: int, dtype: str) -> Cost:
+    """The losses of `rows` rows over `classes` classes whose logits stay on the chip."""
+    return Cost(2.0 * rows * width * classes, BYTES[dtype] * (rows + classes) * width)
+
+
+def cross_entropy_backward_cost(rows: int, width: int, classes: int, dtype: str) -> Cost:
+    """Its gradients: three products, as the logits are made again; gradients of rows and weights are written."""
+    return Cost(6.0 * rows * width * classes, BYTES[dtype] * 2 * (rows + classes) * width)
+
+
+def patch_embedding_cost(config: BEiT3Config, images: int, dtype: str) -> Cost:
+    """The patches of `images` images as rows: pixels, weights and positions are read."""
+    patches = config.num_vision_tokens - 1
+    pixels = config.in_chans * config.patch_size**2
+    cost = linear_cost(Product(images * patches, pixels, config.embed_dim), BYTES[dtype])
+    return cost + Cost(0, BYTES[dtype] * patches * config.embed_dim)
 
 
 def launches(work: Work, dtype: str) -> list[Cost]:
@@ -165,13 +206,16 @@ def workload_floor(work: Work, rates: Rates, dtype: str) -> float:
     return sum(floor(cost, rates, dtype).seconds for cost in launches(work, dtype))
 
 
-def tile_share(tokens: int, tiles: str) -> float:
+def tile_share(tokens: int, tiles: str, head_width: int = 64, backward: bool = False) -> float:
     """Which part of the scores that a launch of the Triton attention kernel multiplies is asked for, in 16 bits.
 
     tiles: a file of kernels/tiles/. Queries fill whole tiles, keys whole steps or, in the form that holds whole rows
-    of scores, 32 columns.
+    of scores, 32 columns. In each of the two launches of ``backward`` one of them fills tiles and the other one steps.
     """
-    tile = _tiles.read(tiles)["shared_attention"]["short" if tokens <= 256 else "long"]
-    step = 32 if tokens <= tile.get("whole", 0) else tile["block_k"]
+    longest = None if backward else tokens
+    kernels = import_module("beit3_fast.kernels.shared_attention")
+    own_class = kernels.shape_class(torch.bfloat16, head_width, longest)
+    tile = _tiles.read(tiles)["shared_attention"][own_class]
+    step = 32 if longest is not None and tokens <= tile.get("whole", 0) else tile["block_k"]
     queries = tile["block_q"] * math.ceil(tokens / tile["block_q"])
     return tokens**2 / (queries * step * math.ceil(tokens / step))

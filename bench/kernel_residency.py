@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from beit3_fast.kernels._tiles import SHARED_MEMORY
+
 # Bytes of shared memory that the driver keeps of each program's.
 RESERVED = 1024
 
@@ -21,11 +23,11 @@ class Multiprocessor(NamedTuple):
     programs: int = 16
 
 
-# The tiles of sm_80 serve sm_86, sm_89 and sm_120 as well, which have less than its own 167,936 bytes and 2048 threads.
+# The tiles of sm_80 serve sm_86, sm_89 and sm_120 as well, which have fewer than its own 2048 threads.
 MULTIPROCESSORS = {
-    80: Multiprocessor(shared=102_400, threads=1536),
-    90: Multiprocessor(shared=233_472, threads=2048),
-    100: Multiprocessor(shared=233_472, threads=2048),
+    80: Multiprocessor(shared=SHARED_MEMORY["sm_80"], threads=1536),
+    90: Multiprocessor(shared=SHARED_MEMORY["sm_90"], threads=2048),
+    100: Multiprocessor(shared=SHARED_MEMORY["sm_100"], threads=2048),
 }
 # Programs wanted at a time on sm_80, sm_90 and sm_100, by kernel and class of kernels/tiles/, where they are not one for
 # all; products have ``per_sm`` in their tile. A program alone hides the latency of memory by its warps and stages only.

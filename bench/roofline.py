@@ -15,12 +15,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from beit3_fast.config import SIZES
 from beit3_fast.errors import Beit3FastError
-from beit3_fast.model.work import Product
+from beit3_fast.model.work import Product, attention_scores
 from bench import cost_model as model
 from bench import report as reports
 from bench.cost_model import Rates
@@ -35,9 +36,24 @@ WORKLOADS = {
     "retrieval-text/base/384": 256,
     "train/base/224": 128,
     "train-vqa/base/480": 32,
+    "caption/base/480": 64,
+    "image/giant/224": 256,
+    "pair/giant/224": 256,
 }
+HEAD_WIDTHS = (64, 88)
 TOKENS = (197, 577, 901)
-ROWS = 256 * 197
+IMAGES = 256
+ROWS = IMAGES * 197
+SAMPLES = 64
+# Vision and text tokens of a sample, and the mask: images of three sizes, a caption that is written, text alone.
+ATTENTION = (
+    *((tokens, 0, "bidirectional") for tokens in TOKENS),
+    (901, 20, "seq2seq"),
+    (0, 64, "causal"),
+)
+# Those of visual codes and of words; rows: 40 % of the patches of 64 images of 196, about.
+CLASSES = (8192, 64010)
+MASKED_ROWS = 5120
 # Bytes of a number of a product's result in float8: bf16 for attention and the residual stream, 1 more where the
 # next product reads it, and 1 alone behind GELU.
 _FLOAT8_WRITTEN = {"qkv": 2.0, "out": 3.0, "fc1": 1.0, "fc2": 3.0}
@@ -55,22 +71,51 @@ def products(size: str, rows: int) -> dict[str, Product]:
     }
 
 
-def op_rows(rates: Rates, sizes: Sequence[str] = ("base", "large")) -> list[dict[str, Any]]:
-    """The floors of the ops: products of 50,432 rows, and the attention of as many or fewer."""
+def op_rows(
+    rates: Rates, sizes: Sequence[str] = ("base", "large", "giant")
+) -> list[dict[str, Any]]:
+    """The floors of the ops, forward and backward."""
     found = []
     for size in sizes:
-        for dtype in ("bfloat16", "float8"):
-            if dtype not in rates.tflops:
-                continue
+        costs = _ops(size, "bfloat16")
+        found += [_op_row(op, size, "bfloat16", cost, rates) for op, cost in costs.items()]
+        if "float8" in rates.tflops:
             for name, product in products(size, ROWS).items():
-                written = _FLOAT8_WRITTEN[name] if dtype == "float8" else None
-                cost = model.linear_cost(product, model.BYTES[dtype], written)
-                what = f"{name} {product.width} -> {product.out}"
-                found.append(_op_row(what, size, dtype, cost, rates))
-        for tokens in TOKENS:
-            cost = model.attention_cost(tokens, SIZES[size].embed_dim, "bfloat16", 64)
-            what = f"attention, 64 x {tokens} tokens"
-            found.append(_op_row(what, size, "bfloat16", cost, rates))
+                cost = model.linear_cost(product, model.BYTES["float8"], _FLOAT8_WRITTEN[name])
+                found.append(_op_row(_product_name(name, product), size, "float8", cost, rates))
+    return found
+
+
+def _product_name(name: str, product: Product) -> str:
+    return f"{name} {product.width} -> {product.out}"
+
+
+def _ops(size: str, dtype: str) -> dict[str, model.Cost]:
+    """The ops of a size with what they cost, in the order of a forward."""
+    config = SIZES[size]
+    width = config.embed_dim
+    found = {f"patch embedding, {IMAGES} images": model.patch_embedding_cost(config, IMAGES, dtype)}
+    for name, product in products(size, ROWS).items():
+        own = _product_name(name, product)
+        found[own] = model.linear_cost(product, model.BYTES[dtype])
+        of_rows, of_weights = model.linear_backward_costs(
+            product, model.BYTES[dtype], gelu=name == "fc1"
+        )
+        found |= {f"{own}, gradient of rows": of_rows, f"{own}, gradient of weights": of_weights}
+    for vision, text, mask in ATTENTION:
+        one = attention_scores(vision, text, mask)
+        size_of_all = SAMPLES * one, SAMPLES * (vision + text), width, dtype
+        words = [f"{SAMPLES} x {vision + text} tokens"]
+        words += [f"{text} of text"] * bool(vision and text) + [mask] * (mask != "bidirectional")
+        found["attention, " + ", ".join(words)] = model.attention_cost(*size_of_all)
+        found["attention backward, " + ", ".join(words)] = model.attention_backward_cost(
+            *size_of_all
+        )
+    for classes in CLASSES:
+        head = MASKED_ROWS, width, classes, dtype
+        name = f"cross entropy, {MASKED_ROWS:,} rows of {classes:,} classes"
+        found[name] = model.cross_entropy_cost(*head)
+        found[f"{name}, backward"] = model.cross_entropy_backward_cost(*head)
     return found
 
 
@@ -91,7 +136,7 @@ def _op_row(op: str, size: str, dtype: str, cost: model.Cost, rates: Rates) -> d
 
 def workload_row(name: str, batch: int, rates: Rates, dtype: str = "bfloat16") -> dict[str, Any]:
     """The floor of a workload with the benchmark's own inputs. Raises ConfigError for an unknown one."""
-    workload = parse_workload(name)
+    workload = parse_workload(name, SIZES)
     work = workload.work(workload.inputs(batch))
     cost = sum(model.launches(work, dtype), model.Cost(0, 0))
     seconds = model.workload_floor(work, rates, dtype)
@@ -108,12 +153,21 @@ def workload_row(name: str, batch: int, rates: Rates, dtype: str = "bfloat16") -
 
 
 def tile_rows() -> list[dict[str, Any]]:
-    """The useful share of attention's scores for each shipped file of tiles."""
-    files = [name for name in model._tiles.ARCHITECTURES if name != "interpreter"]
-    return [
-        {"tiles": name, **{str(tokens): model.tile_share(tokens, name) for tokens in TOKENS}}
-        for name in files
-    ]
+    """The useful share of attention's scores for each shipped file of tiles, head width and direction."""
+    found = []
+    for name in model._tiles.ARCHITECTURES:
+        if name == "interpreter":
+            continue
+        for width in HEAD_WIDTHS:
+            for direction in ("forward", "backward"):
+                share = partial(model.tile_share, tiles=name, head_width=width)
+                row: dict[str, Any] = {"tiles": name, "head width": width, "direction": direction}
+                row |= {
+                    str(tokens): share(tokens, backward=direction == "backward")
+                    for tokens in TOKENS
+                }
+                found.append(row)
+    return found
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -122,7 +176,7 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         f"{found['gpu']}: {rates} TFLOP/s, {found['gbps']:g} GB/s ({found['source']}).",
         "",
-        f"Ops; products of {ROWS:,} rows (256 images of 197 tokens):",
+        f"Ops; products of {ROWS:,} rows ({IMAGES} images of 197 tokens):",
         "",
         *_table(found["ops"]),
         "",

@@ -102,11 +102,16 @@ class Trial(NamedTuple):
     reason: str = ""
 
 
-def candidates(op: str, shipped: Any, dry_run: bool, architecture: str) -> Iterator[Any]:
+def candidates(
+    op: str, shape_class: str, shipped: Any, dry_run: bool, architecture: str
+) -> Iterator[Any]:
     """Every tile of the space but the shipped one, and none that an architecture cannot run."""
+    tiles = import_module("beit3_fast.kernels._tiles")
     space = (DRY_SPACE if dry_run else SPACE)[op]
     for values in product(*space.values()):
         tile = shipped._replace(**dict(zip(space, values, strict=True)))
+        if tiles.misfit(tile._asdict(), architecture, shape_class):
+            continue
         if tile != shipped and _fits(op, tile, shipped, architecture):
             yield tile
 
@@ -267,7 +272,7 @@ def tune(classes: list[str], device: str, dry_run: bool, out: Path, record: Path
             effort = DRY_EFFORT if dry_run else EFFORT
             trials = [
                 attempt(calls, shipped, tile, device, effort)
-                for tile in candidates(op, shipped, dry_run, architecture)
+                for tile in candidates(op, name, shipped, dry_run, architecture)
             ]
             best = max(trials, key=lambda trial: trial.speed_up or 0.0, default=None)
             said = "the shipped tile stays"

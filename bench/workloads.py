@@ -6,7 +6,7 @@ A new size or resolution needs nothing here; a new task is one entry of `bench.t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -116,10 +116,10 @@ def step(model: nn.Module, workload: Workload, inputs: Inputs) -> Any:
         return task.run(model, inputs)
 
 
-def parse_workload(name: str) -> Workload:
+def parse_workload(name: str, sizes: Collection[str] = BENCH_SIZES) -> Workload:
     """``task/size/resolution`` -> Workload. Raises ConfigError, with what there is, for anything else."""
     parts = name.split("/")
-    if len(parts) == 3 and parts[0] in TASKS and parts[1] in BENCH_SIZES and parts[2].isdecimal():
+    if len(parts) == 3 and parts[0] in TASKS and parts[1] in sizes and parts[2].isdecimal():
         pixels, patch = int(parts[2]), SIZES[parts[1]].patch_size
         if pixels and pixels % patch == 0:
             return Workload(parts[0], parts[1], pixels)
@@ -128,5 +128,5 @@ def parse_workload(name: str) -> Workload:
         )
     raise ConfigError(
         f"unknown workload {name!r}; expected task/size/resolution with a task of {', '.join(TASKS)} "
-        f"and a size of {', '.join(BENCH_SIZES)}, for instance one of: {', '.join(FULL)}"
+        f"and a size of {', '.join(sizes)}, for instance one of: {', '.join(FULL)}"
     )

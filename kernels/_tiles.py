@@ -7,7 +7,7 @@ that an architecture does not name is an error of the file, and ``read`` says so
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -67,7 +67,7 @@ FIELDS: dict[str, dict[str, Sequence[Any]]] = {
         "block_k": _BLOCK,
         "num_warps": _WARPS,
         "num_stages": _STAGES,
-        "whole": range(257),
+        "whole": range(0, 257, 32),
     },
     "masked_linear_cross_entropy": {
         "block_m": _BLOCK,
@@ -78,6 +78,12 @@ FIELDS: dict[str, dict[str, Sequence[Any]]] = {
     },
 }
 OPTIONAL = {"slices", "tma", "per_sm", "whole"}
+# Bytes of shared memory of a multiprocessor. The file of sm_80 serves sm_86, sm_89 and sm_120 as well, which have less
+# than its own 167,936.
+SHARED_MEMORY = {"sm_80": 102_400, "sm_90": 233_472, "sm_100": 233_472}
+# Rows and columns of a warp's part of a product of tensor cores.
+_FRAGMENT = 16 * 8
+_THREADS = 32
 _FIRST_WITH_TMA = 90
 T = TypeVar("T", bound=NamedTuple)
 
@@ -112,6 +118,8 @@ def read(name: str) -> dict[str, dict[str, dict[str, int]]]:
         for shape_class, tile in tiles[op].items():
             place = f"{path}: {op}, {shape_class!r}"
             _check_tile(place, tile, FIELDS[op])
+            if fault := misfit(tile, name, shape_class):
+                raise ValueError(f"{place}: {fault}")
             if op == "expert_linear":
                 _check_product(place, tile, name, measures="weights" not in shape_class)
     return tiles  # type: ignore[no-any-return]
@@ -137,9 +145,41 @@ def _check_tile(place: str, tile: Any, fields: dict[str, Sequence[Any]]) -> None
         # A bool is an int as well, and equal to one.
         if type(value) is not type(allowed[0]) or value not in allowed:
             wanted = f"one of {list(allowed)}"
-            if isinstance(allowed, range):
+            if isinstance(allowed, range) and allowed.step == 1:
                 wanted = f"an integer from {allowed[0]} to {allowed[-1]}"
             raise ValueError(f"{place}: {key} must be {wanted}, got {value!r}")
+
+
+def misfit(tile: Mapping[str, int], name: str, shape_class: str) -> str | None:
+    """What keeps a tile of allowed values from running on an architecture; None where nothing does.
+
+    Every warp needs a part of the product, and the operands that wait for it must fit into shared memory.
+    """
+    queries = "block_q" in tile
+    rows, columns = ("block_q", "block_k") if queries else ("block_m", "block_n")
+    half = "fp32" not in shape_class
+    most = tile[rows] * tile[columns] // (_FRAGMENT if half else _THREADS)
+    if tile["num_warps"] > most:
+        return (
+            f"num_warps must be at most {most} for {tile[rows]} x {tile[columns]}, "
+            f"got {tile['num_warps']}"
+        )
+    # Keys and values wait, of heads that are padded to 64 or 128 columns, or both operands of a product.
+    columns_of_head = 128 if "wide" in shape_class else 64
+    numbers = (
+        2 * tile["block_k"] * columns_of_head
+        if queries
+        else (tile["block_m"] + tile["block_n"]) * tile["block_k"]
+    )
+    programs = tile.get("per_sm", 1)
+    waiting = max(tile["num_stages"] - 1, 1) * numbers * (2 if half else 4) * programs
+    limit = SHARED_MEMORY.get(name, waiting)
+    if waiting > limit:
+        return (
+            f"the operands of num_stages {tile['num_stages']} in per_sm {programs} programs take {waiting} "
+            f"bytes of the {limit} of shared memory that {name} has; take fewer, or smaller blocks"
+        )
+    return None
 
 
 def _check_product(place: str, tile: dict[str, int], name: str, measures: bool) -> None:

@@ -7,10 +7,11 @@ task's head reads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from beit3_fast.config import BEiT3Config
+from beit3_fast.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,21 @@ def embedding_work(config: BEiT3Config, images: int) -> Work:
     return Work((Product(rows, config.in_chans * config.patch_size**2, config.embed_dim),))
 
 
+def attention_scores(vision: int, text: int, mask: str) -> int:
+    """How many pairs of a query and a key a mask lets through in a sample of so many vision and text tokens.
+
+    mask: as in ``shared_attention``. Raises ConfigError for another.
+    """
+    tokens = vision + text
+    if mask == "bidirectional":
+        return tokens * tokens
+    if mask == "seq2seq":
+        return vision * tokens + text * (text + 1) // 2
+    if mask == "causal":
+        return tokens * (tokens + 1) // 2
+    raise ConfigError(f"mask must be bidirectional, seq2seq or causal, got {mask!r}")
+
+
 def encoder_work(
     config: BEiT3Config,
     vision: int,
@@ -88,29 +104,39 @@ def encoder_work(
     for i, text in enumerate(texts):
         tokens = vision + text
         last_rows = tokens if read is None else read[i]
-        if seq2seq:
+        scores = attention_scores(vision, text, "seq2seq" if seq2seq else "bidirectional")
+        if read is None:
+            last_scores: float = scores
+        elif seq2seq:
             # A head that reads rows of a captioning model reads text rows: the mean of what they see.
-            scores = vision * vision + text * vision + text * (text + 1) // 2
-            last_scores = (
-                scores if read is None else last_rows * (vision + (text + 1) / 2 if text else 0)
-            )
+            last_scores = last_rows * (vision + (text + 1) / 2 if text else 0)
         else:
-            scores, last_scores = tokens * tokens, last_rows * tokens
+            last_scores = last_rows * tokens
         attention += 4.0 * width * ((layers - 1) * scores + last_scores)
         values += 4.0 * width * (layers - 1) * tokens + 2.0 * width * (tokens + last_rows)
 
     experts = [rows for rows in (vision * len(texts), sum(texts)) if rows]
-    products = []
+    paired = sum(vision + text for text in texts if vision and text)
+    projected = [sum(experts)] if config.attention == "shared" and experts else experts
+    # Rows of pairs have an expert of their own in the top layers; samples of one kind keep theirs.
+    top = [sum(experts) - paired, paired] if config.vl_expert_layers else experts
     whole = layers if read is None else layers - 1
-    for rows in experts:
+    products = []
+    for rows in projected:
         products += [
             Product(rows, width, 3 * width, whole),
             Product(rows, width, width, whole, residual=True),
-            Product(rows, width, ffn, whole),
-            Product(rows, ffn, width, whole, residual=True),
         ]
+    above = max(config.vl_expert_layers - (layers - whole), 0)
+    for own, times in ((experts, whole - above), (top, above)):
+        for rows in own:
+            if rows and times:
+                products += [
+                    Product(rows, width, ffn, times),
+                    Product(rows, ffn, width, times, residual=True),
+                ]
     if read is not None:
-        products += [Product(rows, width, 2 * width) for rows in experts]
+        products += [Product(rows, width, 2 * width) for rows in projected]
         last = sum(read)
         products += [Product(last, width, width, 2)]
         products += [Product(last, width, ffn), Product(last, ffn, width, residual=True)]
@@ -123,5 +149,11 @@ def linear_work(rows: int, *widths: int) -> Work:
 
 
 def training_work(pixels: Work, forward: Work) -> Work:
-    """Forward and backward, which is two products for each one of forward; pixels need no gradient."""
-    return pixels + pixels + forward + forward + forward
+    """Forward and backward, which is two products for each one of forward; pixels need no gradient.
+
+    The gradient of a residual is that of the result: nothing is read for it.
+    """
+    backward = replace(
+        forward, products=tuple(replace(product, residual=False) for product in forward.products)
+    )
+    return pixels + pixels + forward + backward + backward

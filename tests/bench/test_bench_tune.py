@@ -88,10 +88,11 @@ def test_the_space_holds_tiles_that_an_architecture_can_run(op: str, name: str) 
     module = import_module(f"beit3_fast.kernels.{op}")
     for shape_class in _tiles.CLASSES[op]:
         shipped = _tiles.choose(module.Tile, op, shape_class, name)
-        found = list(tune.candidates(op, shipped, False, name))
+        found = list(tune.candidates(op, shape_class, shipped, False, name))
         assert 20 <= len(found) <= 500
         assert len(set(found)) == len(found)
         assert shipped not in found
+        assert not any(_tiles.misfit(tile._asdict(), name, shape_class) for tile in found)
         if op == "expert_linear":
             assert any(tile.tma for tile in found) is (name == "sm_90")
 

@@ -11,19 +11,32 @@ import torch
 
 from beit3_fast.config import SIZES
 from beit3_fast.errors import ConfigError
-from beit3_fast.model.work import Product, Work, embedding_work, encoder_work, training_work
+from beit3_fast.model.work import (
+    Product,
+    Work,
+    attention_scores,
+    embedding_work,
+    encoder_work,
+    linear_work,
+    training_work,
+)
 from bench import events, roofline
 from bench import report as reports
 from bench.cost_model import (
     GPUS,
     Cost,
     Rates,
+    attention_backward_cost,
     attention_cost,
+    cross_entropy_backward_cost,
+    cross_entropy_cost,
     floor,
     gpu,
     launches,
+    linear_backward_costs,
     linear_cost,
     measured,
+    patch_embedding_cost,
     tile_share,
     workload_floor,
 )
@@ -41,9 +54,49 @@ def test_a_product_by_hand() -> None:
     assert eighth.bytes == 15 + 35 + 3 * 21 + 2 * 21
 
 
+def test_gradients_of_a_product_by_hand() -> None:
+    # Rows [3, 5], weights [7, 5], result [3, 7]: each launch reads two of them and writes the third's gradient.
+    of_rows, of_weights = linear_backward_costs(Product(3, 5, 7), 2.0)
+    assert of_rows == of_weights == Cost(210, 2 * (15 + 35 + 21))
+    # GELU's slope is that at the pre-activation, 3 x 7 numbers more.
+    assert linear_backward_costs(Product(3, 5, 7), 2.0, gelu=True)[0].bytes == 2 * (15 + 35 + 42)
+    assert linear_backward_costs(Product(3, 5, 7, times=4), 2.0)[1] == Cost(840, 8 * 71)
+
+
 def test_an_attention_by_hand() -> None:
     # Two samples of 3 tokens and 8 columns: two products of 3 x 3 x 8, four tensors of 6 x 8.
-    assert attention_cost(3, 8, "bfloat16", 2) == Cost(2 * 2 * 2 * 9 * 8, 2 * 4 * 6 * 8)
+    assert attention_cost(2 * 9, 6, 8, "bfloat16") == Cost(2 * 2 * 2 * 9 * 8, 2 * 4 * 6 * 8)
+    # Scores again, then the slopes of probabilities, queries, keys and values; five tensors read and three written.
+    backward = attention_backward_cost(2 * 9, 6, 8, "bfloat16")
+    assert backward == Cost(5 * 2 * 2 * 9 * 8, 2 * 8 * 6 * 8)
+
+
+@pytest.mark.parametrize(("vision", "text"), [(3, 0), (0, 4), (5, 3)])
+def test_scores_of_a_mask_are_those_that_the_op_lets_through(vision: int, text: int) -> None:
+    place = torch.arange(vision + text)
+    earlier = place[None, :] <= place[:, None]
+    seen = {
+        "bidirectional": torch.ones_like(earlier),
+        "causal": earlier,
+        "seq2seq": earlier | (place < vision)[None, :],
+    }
+    for mask, allowed in seen.items():
+        assert attention_scores(vision, text, mask) == int(allowed.sum())
+    with pytest.raises(ConfigError, match="bidirectional, seq2seq or causal, got 'prefix'"):
+        attention_scores(vision, text, "prefix")
+
+
+def test_a_head_by_hand() -> None:
+    # 3 rows of 5 numbers, 7 classes: the logits are not written; their gradient needs them again.
+    assert cross_entropy_cost(3, 5, 7, "bfloat16") == Cost(210, 2 * (15 + 35))
+    assert cross_entropy_backward_cost(3, 5, 7, "bfloat16") == Cost(3 * 210, 2 * 2 * (15 + 35))
+
+
+def test_a_patch_embedding_by_hand() -> None:
+    # Two images of 2 x 2 patches of 16 x 16 x 3: pixels and weights in, positions of one image in, rows out.
+    config = SIZES["tiny"]
+    cost = patch_embedding_cost(config, 2, "bfloat16")
+    assert cost == Cost(2 * 8 * 768 * 64, 2 * (8 * 768 + 64 * 768 + 4 * 64 + 8 * 64))
 
 
 def test_a_workload_by_hand() -> None:
@@ -76,7 +129,31 @@ def test_the_last_layer_moves_what_is_read() -> None:
     work = encoder_work(config, 5, [7], read=[2])
     assert work.attention_values == 4 * width * (layers - 1) * 12 + 2 * width * (12 + 2)
     pixels = embedding_work(config, 1)
-    assert training_work(pixels, work).attention_values == 3 * work.attention_values
+    step = training_work(pixels, work)
+    assert step.attention_values == 3 * work.attention_values
+    assert step.flops == 2 * pixels.flops + 3 * work.flops
+    # Of a residual only the forward reads something.
+    residuals = [product.residual for product in step.products]
+    assert sum(residuals) == sum(product.residual for product in work.products)
+
+
+def test_giant_multiplies_its_shared_and_its_third_weights_once() -> None:
+    tiny = SIZES["tiny"].replace(num_layers=4, attention="shared", vl_expert_layers=3)
+    width, ffn = tiny.embed_dim, tiny.ffn_dim
+    pairs = encoder_work(tiny, 5, [7, 2])
+    rows, own = 5 + 5 + 7 + 2, (5 + 5, 7 + 2)
+    assert pairs.products[0] == Product(rows, width, 3 * width, 4)
+    assert Product(own[0], width, ffn, 1) in pairs.products
+    assert Product(rows, width, ffn, 3) in pairs.products
+    assert pairs.flops == encoder_work(SIZES["tiny"].replace(num_layers=4), 5, [7, 2]).flops
+    read = encoder_work(tiny, 5, [7, 2], read=[1, 1])
+    assert Product(rows, width, ffn, 2) in read.products
+    images = encoder_work(tiny, 5, [0, 0])
+    assert {product.rows for product in images.products} == {10}
+
+
+def test_a_chain_of_linear_layers() -> None:
+    assert linear_work(3, 5, 7, 2).products == (Product(3, 5, 7), Product(3, 7, 2))
 
 
 def test_floors_are_those_of_an_independent_reckoning() -> None:
@@ -89,7 +166,7 @@ def test_floors_are_those_of_an_independent_reckoning() -> None:
         pytest.approx(226e-6, rel=0.005),
         pytest.approx(73e-6, rel=0.01),
     )
-    short = floor(attention_cost(197, 768, "bfloat16"), FACTS, "bfloat16")
+    short = floor(attention_cost(197 * 197, 197, 768, "bfloat16"), FACTS, "bfloat16")
     assert short.bound == "memory"
     assert short.seconds == pytest.approx(0.28e-6, rel=0.02)
 
@@ -114,12 +191,33 @@ def test_the_useful_part_of_tiles_is_read_from_the_shipped_file(
     short = {"block_q": 64, "block_k": 64, "whole": 224}
     long = {"block_q": 128, "block_k": 64}
     tiles = {"shared_attention": {"short": short, "long": long}}
+    backward = {"block_q": 32, "block_k": 64}
+    tiles["shared_attention"] |= {"wide long": {"block_q": 64, "block_k": 64}, "backward": backward}
     monkeypatch.setattr("bench.cost_model._tiles.read", lambda name: tiles)
     assert tile_share(197, "sm_90") == pytest.approx(197 * 197 / (256 * 224))
     assert tile_share(577, "sm_90") == pytest.approx(577 * 577 / (640 * 640))
     assert tile_share(901, "sm_90") == pytest.approx(901 * 901 / (1024 * 960))
+    assert tile_share(577, "sm_90", head_width=88) == pytest.approx(577 * 577 / (640 * 640))
+    assert tile_share(197, "sm_90", backward=True) == pytest.approx(197 * 197 / (224 * 256))
     short["whole"] = 0
     assert tile_share(197, "sm_90") == pytest.approx(197 * 197 / (256 * 256))
+
+
+def test_the_sheet_lists_every_op_mask_and_size() -> None:
+    rows = roofline.op_rows(GPUS["h200"].rates)
+    for size in ("base", "large", "giant"):
+        named = " ".join(row["op"] for row in rows if row["size"] == size)
+        for words in (
+            "patch embedding",
+            "gradient of rows",
+            "gradient of weights",
+            "attention backward",
+            "seq2seq",
+            "causal",
+            "64,010 classes, backward",
+            "8,192 classes",
+        ):
+            assert words in named
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,6 +234,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     found = json.loads(capsys.readouterr().out)
     assert (found["tflops"]["bfloat16"], found["gbps"]) == (500.0, 3000.0)
     assert found["workloads"][0]["floor_ms"] > 0
+    assert roofline.main(["--workload", "image/giant/224", "--batch", "1"]) == 0
+    assert "image/giant/224" in capsys.readouterr().out
     assert roofline.main(["--gpu", "h300", *own]) == 2
     assert "unknown GPU" in capsys.readouterr().err
 

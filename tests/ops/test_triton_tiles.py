@@ -147,7 +147,9 @@ SPOILED: list[tuple[Place, Any, str]] = [
     ((*WEIGHTS, "slices"), 0, r"'weights': slices must be one of \[1, 2, 4\], got 0"),
     ((*WEIGHTS, "slices"), 8, "slices must be .* got 8"),
     ((*LINEAR, "many rows", "slices"), 2, "'many rows': slices .* 64 columns wide, got 2 of 256"),
-    ((*SHORT, "whole"), 1000, "shared_attention, 'short': whole must be .* 0 to 256, got 1000"),
+    ((*SHORT, "whole"), 1000, r"'short': whole must be one of \[0, 32, .* 256\], got 1000"),
+    ((*SHORT, "whole"), 100, "shared_attention, 'short': whole must be .* got 100"),
+    ((*FP32, "num_warps"), 256, "num_warps must be .* got 256"),
     ((*SHORT, "block_q"), -16, f"block_q must be {BLOCKS}, got -16"),
     ((*HEAD, "block_n"), 24, f"entropy, '16 bits': block_n must be {BLOCKS}, got 24"),
 ]
@@ -184,6 +186,48 @@ def test_a_spoiled_file_says_what_is_wrong(
     own[last] = value
     path = folder / "sm_99.json"
     path.write_text(json.dumps(root["document"]))
+    refuse(path, words)
+
+
+@pytest.mark.parametrize(
+    ("place", "changes", "words"),
+    [
+        (
+            SHORT,
+            {"block_q": 16, "num_warps": 16},
+            "num_warps must be at most 8 for 16 x 64, got 16",
+        ),
+        (
+            (*SHORT[:2], "fp32"),
+            {"block_k": 16, "num_warps": 16, "block_q": 16},
+            "at most 8 for 16 x",
+        ),
+        (
+            (*LINEAR, "many rows"),
+            {"num_stages": 8},
+            "num_stages 8 in per_sm 1 .* 344064 bytes of the 23",
+        ),
+        (
+            (*LINEAR, "many rows"),
+            {"per_sm": 16},
+            "num_stages 3 in per_sm 16 .* take fewer, or smaller",
+        ),
+        (
+            (*SHORT[:2], "wide long"),
+            {"num_stages": 8, "block_k": 128},
+            "458752 bytes of the 233472",
+        ),
+        ((*FP32,), {"num_stages": 8, "per_sm": 8}, "917504 bytes"),
+    ],
+)
+def test_a_tile_that_no_multiprocessor_can_hold_is_refused(
+    place: Place, changes: dict[str, int], words: str, folder: Path
+) -> None:
+    content = shipped()
+    _, op, own_class = place
+    content["tiles"][op][own_class] |= changes
+    path = folder / "sm_90.json"
+    path.write_text(json.dumps(content))
     refuse(path, words)
 
 
