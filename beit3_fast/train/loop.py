@@ -122,6 +122,8 @@ class _Run:
     ) -> None:
         self.model, self.data, self.objective, self.options = model, data, objective, options
         self.root, self.processes = root, processes
+        # Sizes are in the weights; heads and drop path are not. FSDP2 gives the model a class of its own.
+        self.kind = repr((type(model).__name__, getattr(model, "config", None)))
         own_numbers(0, options.accumulation, processes)
         _set_recompute(model, options.checkpoint_activations)
         self.engine = engine_for(model, options, processes)
@@ -276,8 +278,7 @@ class _Run:
             "options": self.options.fixed(),
             "data": getattr(self.data, "identity", None),
             "objective": repr(self.objective),
-            # Sizes are in the weights; heads and drop path are not.
-            "model": repr((type(self.model).__name__, getattr(self.model, "config", None))),
+            "model": self.kind,
         }
 
     def _save(self) -> None:

@@ -60,6 +60,13 @@ DISTRIBUTED_BUGS = (
         (_ONE,),
     ),
     Bug(
+        "a-model-is-another-one-once-it-is-sharded",
+        "beit3_fast/train/loop.py",
+        '"model": self.kind,',
+        '"model": repr((type(self.model).__name__, getattr(self.model, "config", None))),',
+        (f"{RANKS}::test_a_lost_rank_ends_the_run_and_nothing_is_lost",),
+    ),
+    Bug(
         "ranks-know-only-their-own-sums",
         _PROCESSES,
         "dist.all_gather_object(told, own)",

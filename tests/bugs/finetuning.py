@@ -53,7 +53,7 @@ FINETUNING_BUGS = (
     Bug(
         "work-of-a-step-is-that-of-a-forward",
         "beit3_fast/model/work.py",
-        "pixels + pixels + forward + forward + forward",
+        "pixels + pixels + forward + backward + backward",
         "pixels + forward",
         (f"{THROUGHPUT}::test_counted_work_of_a_step_is_three_forwards_but_the_pixels",),
     ),

@@ -19,6 +19,7 @@ _ATTENTION = (f"{TRITON_STRIDES}::test_attention",)
 _PADDED = (f"{TRITON_PADDING}::test_the_numbers_without_padding",)
 _SELF_CHECK = (f"{KERNEL_CHECK}::test_the_kernels_pass_whatever_modes_the_caller_is_in",)
 _SPOILED = (f"{TRITON_TILES}::test_a_spoiled_file_says_what_is_wrong",)
+_MISFIT = (f"{TRITON_TILES}::test_a_tile_that_no_multiprocessor_can_hold_is_refused",)
 
 KERNEL_GATES_BUGS = (
     Bug(
@@ -174,6 +175,13 @@ KERNEL_GATES_BUGS = (
         "type(value) is not type(allowed[0]) or value not in allowed",
         "value not in allowed",
         _SPOILED,
+    ),
+    Bug(
+        "tiles-of-more-memory-than-there-is",
+        "kernels/_tiles.py",
+        'waiting = max(tile["num_stages"] - 1, 1) * numbers',
+        "waiting = numbers",
+        _MISFIT,
     ),
     Bug(
         "tiles-without-a-class",

@@ -27,6 +27,27 @@ MEASURING_BUGS = (
         (f"{COST_MODEL}::test_floors_are_those_of_an_independent_reckoning",),
     ),
     Bug(
+        "cost-of-a-backward-without-the-scores-again",
+        "bench/cost_model.py",
+        "return Cost(10.0 * scores * width, BYTES[dtype] * 8 * rows * width)",
+        "return Cost(8.0 * scores * width, BYTES[dtype] * 8 * rows * width)",
+        (f"{COST_MODEL}::test_an_attention_by_hand",),
+    ),
+    Bug(
+        "scores-of-text-that-sees-later-text",
+        "beit3_fast/model/work.py",
+        "return vision * tokens + text * (text + 1) // 2",
+        "return vision * tokens + text * text",
+        (f"{COST_MODEL}::test_scores_of_a_mask_are_those_that_the_op_lets_through",),
+    ),
+    Bug(
+        "work-of-the-third-expert-in-a-layer-too-many",
+        "beit3_fast/model/work.py",
+        "above = max(config.vl_expert_layers - (layers - whole), 0)",
+        "above = config.vl_expert_layers",
+        (f"{COST_MODEL}::test_giant_multiplies_its_shared_and_its_third_weights_once",),
+    ),
+    Bug(
         "gpu-every-call-waits",
         "bench/events.py",
         "        call()\n        mark.record()\n",

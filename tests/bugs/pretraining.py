@@ -115,7 +115,7 @@ PRETRAINING_BUGS = (
     Bug(
         "resume-with-another-model",
         "beit3_fast/train/loop.py",
-        '"model": repr((type(self.model).__name__, getattr(self.model, "config", None))),',
+        '"model": self.kind,',
         '"model": "",',
         (f"{RESUME}::test_another_run_is_refused",),
     ),

@@ -89,7 +89,7 @@ def test_two_ranks_are_one(engine: str, world: Path, one: Path, tmp_path: Path) 
     assert "beit3.encoder.layers.0.ffn.A.fc1.weight" not in untouched
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.full)])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_a_lost_rank_ends_the_run_and_nothing_is_lost(
     engine: str, world: Path, one: Path, tmp_path: Path
 ) -> None:
