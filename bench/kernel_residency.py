@@ -55,6 +55,7 @@ WANTED: dict[tuple[str, str], tuple[int, int, int]] = {
     ("query_gradient", "backward"): (2, 2, 2),
     ("query_gradient", "wide fp32 backward"): (2, 2, 2),
     ("key_gradient", "fp32 backward"): (4, 6, 6),
+    ("key_gradient", "backward"): (1, 2, 1),
     ("key_gradient", "wide fp32 backward"): (3, 4, 4),
     ("masked_linear_cross_entropy loss", "fp32"): (4, 4, 4),
     ("masked_linear_cross_entropy loss", "16 bits"): (2, 1, 1),
