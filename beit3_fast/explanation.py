@@ -42,7 +42,7 @@ def explain(model: nn.Module, *, quiet: bool = False) -> list[Explanation]:
         )
     kept = [p for p in model.parameters() if isinstance(p, PackedWeight)]
     int8, float8 = any(p.is_int8 for p in kept), any(p.is_float8 for p in kept)
-    misfits = _misfits(model, float8)
+    sizes = _sizes(model, float8)
     lower = dispatch.autocast_dtype(parameter)
     explanations = []
     for needs_grad in (False, True):
@@ -58,7 +58,7 @@ def explain(model: nn.Module, *, quiet: bool = False) -> list[Explanation]:
                 mask_tensor=False,
                 int8=int8,
                 float8=float8 and op == "expert_linear",
-                misfit=misfits.get(op),
+                **sizes.get(op, {}),
             )
             choice = dispatch.choose(at, impl)
             name = f"{op} ({'training' if needs_grad else 'inference'})"
@@ -74,15 +74,17 @@ def _impl(module: nn.Module) -> object:
     return getattr(module, "impl", None) or getattr(vars(module).get("forward"), "impl", None)
 
 
-def _misfits(model: nn.Module, float8: bool) -> dict[str, str | None]:
-    """Why the CUDA kernels do not take the sizes of the model, by op."""
+def _sizes(model: nn.Module, float8: bool) -> dict[str, dict[str, Any]]:
+    """What a choice depends on of the sizes of the model, by op."""
     for module in model.modules():
         heads, projection = getattr(module, "num_heads", None), getattr(module, "q_proj", None)
         if isinstance(heads, int) and isinstance(projection, nn.Module):
             width = next(projection.parameters()).shape[0]
+            head = width // heads
+            misfit = cuda_kernels.attention_misfit(head)
             return {
-                "expert_linear": cuda_kernels.linear_misfit(width, width, float8),
-                "shared_attention": cuda_kernels.attention_misfit(width // heads),
+                "expert_linear": {"misfit": cuda_kernels.linear_misfit(width, width, float8)},
+                "shared_attention": {"misfit": misfit, "head_width": head},
             }
     return {}
 

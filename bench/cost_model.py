@@ -81,9 +81,17 @@ def gpu(name: str) -> Gpu:
 
 
 def measured(ceilings: Mapping[str, Any], sheet: Rates | None = None) -> Rates | None:
-    """The rates of a report's "ceilings", those of the sheet where nothing was measured; None without either."""
-    tflops = {dtype: rate for dtype, rate in ceilings.get("matmul_tflops", {}).items() if rate}
-    gbps = ceilings.get("copy_gbps")
+    """The rates of a report's "ceilings", those of the sheet where nothing was measured; None without either.
+
+    Raises ConfigError for a rate that is no number.
+    """
+    rates, gbps = ceilings.get("matmul_tflops", {}), ceilings.get("copy_gbps")
+    if not isinstance(rates, Mapping):
+        raise ConfigError(f"ceilings: matmul_tflops must be an object, got {rates!r}")
+    for name, rate in (*rates.items(), ("copy_gbps", gbps)):
+        if rate is not None and (type(rate) not in (int, float) or not 0 <= rate < math.inf):
+            raise ConfigError(f"ceilings: {name} must be a positive number or null, got {rate!r}")
+    tflops = {dtype: rate for dtype, rate in rates.items() if rate}
     if sheet is not None:
         source = sheet.source
         if tflops or gbps:
@@ -197,7 +205,7 @@ def launches(work: Work, dtype: str) -> list[Cost]:
     for product in work.products:
         key = (product.width, product.out, product.times, product.residual)
         groups[key] = groups.get(key, Cost(0, 0)) + linear_cost(product, BYTES[dtype])
-    attention = Cost(work.attention, BYTES[dtype] * work.attention_values)
+    attention = Cost(work.attention + work.scores_again, BYTES[dtype] * work.attention_values)
     return [*groups.values(), *([attention] if attention.flops else [])]
 
 

@@ -348,8 +348,12 @@ def shape_class(
 
 
 def _fits_tma(t: Tensor) -> bool:
-    """Whether the tensor memory accelerator can address the rows: they begin at multiples of 16 bytes."""
-    return t.data_ptr() % 16 == 0 and t.stride(-2) * t.element_size() % 16 == 0
+    """Whether the tensor memory accelerator can address the rows.
+
+    They begin at multiples of 16 bytes, and none in another one: descriptors take no stride of zero.
+    """
+    apart = t.stride(-2) >= t.shape[-1]
+    return apart and t.data_ptr() % 16 == 0 and t.stride(-2) * t.element_size() % 16 == 0
 
 
 @cache

@@ -89,7 +89,12 @@ def masked_linear_cross_entropy_backward(
             dbias[own] = sums
         torch.mm(slope.T, named, out=dweight[own])
         dnamed += slope @ weight[own]
-    dx = x.new_zeros(x.shape).index_add_(0, rows, dnamed.to(x.dtype))
+    dx, dnamed = x.new_zeros(x.shape), dnamed.to(x.dtype)
+    if x.is_cuda:
+        # index_add_ adds by atomics there: rows that are named more than once would differ from run to run.
+        dx.index_put_((rows,), dnamed, accumulate=True)
+    else:
+        dx.index_add_(0, rows, dnamed)
     return dx, dweight, dbias
 
 

@@ -40,15 +40,18 @@ class Work:
     products: the products with weights.
     attention: floating-point operations of attention's two products, which have no weights.
     attention_values: numbers that attention reads (queries, keys, values) and writes.
+    scores_again: floating-point operations of scores that a backward pass makes again, as nobody keeps them; as is the
+        custom, ``flops`` leaves them out.
     """
 
     products: tuple[Product, ...] = ()
     attention: float = 0.0
     attention_values: float = 0.0
+    scores_again: float = 0.0
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of all of it."""
+        """Floating-point operations of all of it, but for scores that are made again."""
         return sum(product.flops for product in self.products) + self.attention
 
     def __add__(self, other: Work) -> Work:
@@ -56,6 +59,7 @@ class Work:
             self.products + other.products,
             self.attention + other.attention,
             self.attention_values + other.attention_values,
+            self.scores_again + other.scores_again,
         )
 
 
@@ -153,7 +157,7 @@ def training_work(pixels: Work, forward: Work) -> Work:
 
     The gradient of a residual is that of the result: nothing is read for it.
     """
-    backward = replace(
-        forward, products=tuple(replace(product, residual=False) for product in forward.products)
-    )
-    return pixels + pixels + forward + backward + backward
+    products = tuple(replace(product, residual=False) for product in forward.products)
+    backward = replace(forward, products=products)
+    again = Work(scores_again=forward.attention / 2)
+    return pixels + pixels + forward + backward + backward + again

@@ -53,6 +53,8 @@ class Situation(NamedTuple):
     float8: bool = False
     # Why the CUDA kernels do not take operands of these sizes.
     misfit: str | None = None
+    # Columns of a head of attention.
+    head_width: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,13 @@ def situation(
     packed: bool = False,
     float8: bool = False,
     misfit: str | None = None,
+    head_width: int = 0,
 ) -> Situation:
     """The situation of a call: ``tensors`` are all operands, the first one gives device and dtype.
 
     ``padding``: whether rows of the batch are padding that no query may see (``PaddedLayout``); ``int8``: whether the weights are rounded to int8, which only the CPU kernels multiply as such; ``packed``: whether
     they are kept only in the layout of those kernels; ``float8``: whether they are rounded to float8; ``misfit``: why
-    the CUDA kernels do not take these sizes.
+    the CUDA kernels do not take these sizes; ``head_width``: columns of a head of attention.
     """
     first = tensors[0]
     lower = autocast_dtype(first)
@@ -107,6 +110,7 @@ def situation(
         packed=packed,
         float8=float8,
         misfit=misfit,
+        head_width=head_width,
     )
 
 
@@ -177,6 +181,8 @@ def _triton_obstacle(at: Situation) -> str | None:
         return _NO_MASK_TENSOR
     if at.float8:
         return "has no float8 products"
+    if at.head_width > triton_kernels.WIDEST_HEAD:
+        return f"takes heads of at most {triton_kernels.WIDEST_HEAD} columns, got {at.head_width}"
     return triton_kernels.obstacle(at.device, at.dtype)
 
 

@@ -25,19 +25,44 @@ from beit3_fast.parity import Parity, op_parity
 from beit3_fast.reference import expert_linear as linear_formula
 from beit3_fast.reference import masked_linear_cross_entropy as head_formula
 
-# Row ranges of the experts, features in and out, LayerNorm, gathered rows.
+
+class _Shape(NamedTuple):
+    """Row ranges of the experts, features in and out, whether there are LayerNorm and named rows.
+
+    ``plain``: no GELU and no residual, as in the head over all tokens.
+    """
+
+    bounds: tuple[int, ...]
+    inner: int
+    out: int
+    norm: bool = True
+    named: bool = False
+    plain: bool = False
+
+    @property
+    def name(self) -> str:
+        """Rows and features."""
+        return f"{self.bounds[-1]} rows, {self.inner} -> {self.out}"
+
+
 _LINEAR = (
-    ((0, 5, 5, 21), 72, 40, True, False),
-    ((0, 7, 19), 35, 33, False, True),
+    _Shape((0, 5, 5, 21), 72, 40),
+    _Shape((0, 7, 19), 35, 33, norm=False, named=True),
     # More parts of statistics than a product takes (_row_statistics.MOST_PARTS).
-    ((0, 4, 11), 24 * 17, 24, True, False),
+    _Shape((0, 4, 11), 24 * 17, 24),
+    # More steps along the features than a tile has stages.
+    _Shape((0, 23, 40), 336, 80),
 )
-_MANY_ROWS = ((0, 197, 300), 128, 192, True, False)
+# 16 bits have classes of their own for many rows.
+_MANY_ROWS = (
+    _Shape((0, 197, 300), 336, 192),
+    _Shape((0, 260), 208, 131, norm=False, plain=True),
+)
 # CUDA kernels take features in multiples of 8, and more rows show more of the order in which they work.
 _LINEAR_ON_CUDA = (
-    ((0, 5, 5, 21), 72, 40, True, False),
-    ((0, 7, 19), 136, 200, False, True),
-    ((0, 2100, 2500), 264, 392, True, False),
+    _Shape((0, 5, 5, 21), 72, 40),
+    _Shape((0, 7, 19), 136, 200, norm=False, named=True),
+    _Shape((0, 2100, 2500), 264, 392),
 )
 
 
@@ -121,7 +146,7 @@ class _Product(NamedTuple):
     biases: list[Tensor]
     norm_weights: list[Tensor]
     norm_biases: list[Tensor]
-    residual: Tensor
+    residual: Tensor | None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> _Product:
         """The same product with every tensor changed."""
@@ -129,13 +154,14 @@ class _Product(NamedTuple):
             [change(t) for t in group] for group in self[1:5]
         )
         own = (weights, biases, norm_weights, norm_biases)
-        return _Product(change(self.x), *own, change(self.residual))
+        residual = None if self.residual is None else change(self.residual)
+        return _Product(change(self.x), *own, residual)
 
 
 def _on_triton(own: _Product, rows: Any, rest: Any, with_grad: bool) -> tuple[Tensor, ...]:
     x, weights, *others = own
     # With statistics of x, as an op before would have left them, and without.
-    given = moments(x.detach(), 24) if rows is None else None
+    given = moments(x.detach(), 24) if own.norm_weights and rows is None else None
     options = (rows, *rest, with_grad, not with_grad)
     y, _, left = triton_kernels.expert_linear(x, given, 24, weights, [], *others, *options)
     return y, left
@@ -152,27 +178,27 @@ def _linear(
     device: str,
     *,
     with_grad: bool,
-    shapes: tuple[Any, ...] = (),
+    shapes: tuple[_Shape, ...] = (),
     product: Callable[[_Product, Any, Any, bool], tuple[Tensor, ...]] = _on_triton,
 ) -> list[Any]:
     """Name, and for kernel, plain PyTorch and formula: y, and with gradients those of all operands."""
     generator, results = torch.Generator().manual_seed(0), []
     draw = _Draw(generator, dtype)
-    # fp32 has one class of tiles, 16 bits have another one for many rows.
-    more = () if dtype == torch.float32 else (_MANY_ROWS,)
-    for bounds, inner, out, with_norm, with_rows in shapes or (*_LINEAR, *more):
-        experts, count = len(bounds) - 1, bounds[-1]
+    more = () if dtype == torch.float32 else _MANY_ROWS
+    for shape in shapes or (*_LINEAR, *more):
+        experts, count = len(shape.bounds) - 1, shape.bounds[-1]
+        held = count + 2 * shape.named
         here = _Product(
-            draw(count + 2 * with_rows, inner, shift=3.0),
-            [draw(out, inner, scale=inner**-0.5) for _ in range(experts)],
-            [draw(out) for _ in range(experts)],
-            [draw(inner, scale=0.5, shift=1.0) for _ in range(experts * with_norm)],
-            [draw(inner) for _ in range(experts * with_norm)],
-            draw(count + 2 * with_rows, out),
+            draw(held, shape.inner, shift=3.0),
+            [draw(shape.out, shape.inner, scale=shape.inner**-0.5) for _ in range(experts)],
+            [draw(shape.out) for _ in range(experts)],
+            [draw(shape.inner, scale=0.5, shift=1.0) for _ in range(experts * shape.norm)],
+            [draw(shape.inner) for _ in range(experts * shape.norm)],
+            None if shape.plain else draw(held, shape.out),
         )
-        seed = draw(count + 2 * with_rows, out)
-        rows = torch.randperm(count + 2, generator=generator)[:count] if with_rows else None
-        rest = (list(bounds), 1e-5, "gelu")
+        seed = draw(held, shape.out)
+        rows = torch.randperm(held, generator=generator)[:count] if shape.named else None
+        rest = (list(shape.bounds), 1e-5, "none" if shape.plain else "gelu")
 
         def kernel(own: _Product, rows: Any = rows, rest: Any = rest) -> tuple[Tensor, ...]:
             moved = None if rows is None else rows.to(device)
@@ -192,7 +218,7 @@ def _linear(
             _product_gradients(plain, here, seed, with_grad),
             _product_gradients(formula, here.map(Tensor.double), seed.double(), with_grad),
         ]
-        results.append((f"{count} rows", *found))
+        results.append((shape.name, *found))
     return results
 
 
@@ -208,14 +234,14 @@ def _product_gradients(
     if left and not with_grad:
         found["statistics"] = left[0]
     if with_grad:
-        names = [
-            f"{field}[{place}]"
+        leaves = {
+            f"{field}[{place}]": leaf
             for field, group in own._asdict().items()
-            for place in range(len(group) if isinstance(group, list) else 1)
-        ]
-        leaves = [t for group in own for t in (group if isinstance(group, list) else [group])]
-        gradients = torch.autograd.grad(found["y"], leaves, seed)
-        found |= dict(zip(names, gradients, strict=True))
+            for place, leaf in enumerate(group if isinstance(group, list) else [group])
+            if leaf is not None
+        }
+        gradients = torch.autograd.grad(found["y"], list(leaves.values()), seed)
+        found |= dict(zip(leaves, gradients, strict=True))
     return {name: t.detach().cpu() for name, t in found.items()}
 
 

@@ -32,8 +32,9 @@ class _Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Mask, lengths, and whether there is padding."""
-        return f"{self.mask}, {(self.vision, self.text)}{', padded' * self.padded}"
+        """Mask, width of a head, lengths, and whether there is padding."""
+        lengths = (self.vision, self.text)
+        return f"{self.mask}, {self.width} wide, {lengths}{', padded' * self.padded}"
 
     def call(self, device: str) -> _Call:
         """The call on a device."""
@@ -58,10 +59,15 @@ _CASES = (
     # Text queries behind a part of the image: their places are not those in the selection.
     _Case((6, 3), (5, 7), 1, 64, "seq2seq", ("first", "all")),
 )
-_ON_TRITON = (*_CASES, _Case((9, 9), (2, 7), 1, 64, "bidirectional", padded=True))
+_ON_TRITON = (
+    *_CASES,
+    _Case((9, 9), (2, 7), 1, 64, "bidirectional", padded=True),
+    _Case((6, 3), (5, 7), 1, 88, "seq2seq", ("first", "all")),
+)
 # fp32 has one class of tiles for all lengths, as the backward pass has.
 _LONG = (
     _Case((270,), (10,), 1, 64, "causal"),
+    _Case((270,), (10,), 1, 88, "seq2seq"),
     _Case((261, 261), (7, 3), 1, 64, "bidirectional", padded=True),
 )
 # More rows show more of the order in which CUDA kernels work.

@@ -77,9 +77,10 @@ def measured_shared_attention(
     _check(q, k, v, layout, queries, num_heads, scale, mask)
     valid = layout.valid if isinstance(layout, PaddedLayout) else None
     # There are no weights whose copy in autocast's dtype would have to be kept, as for expert_linear.
-    misfit = cuda_kernels.attention_misfit(q.shape[1] // num_heads)
+    width = q.shape[1] // num_heads
+    sizes: dict[str, Any] = {"misfit": cuda_kernels.attention_misfit(width), "head_width": width}
     given = (isinstance(mask, Tensor), valid is not None)
-    at = dispatch.situation("shared_attention", [q, k, v], *given, misfit=misfit)
+    at = dispatch.situation("shared_attention", [q, k, v], *given, **sizes)
     at = at._replace(autocast=False)
     choice = dispatch.choose(at, impl)
     lower = dispatch.autocast_dtype(q)

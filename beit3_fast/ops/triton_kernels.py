@@ -19,6 +19,8 @@ from beit3_fast.kernels._tiles import STATISTICS_WIDTH
 from beit3_fast.ops.folding import folded_weights
 
 _CAPABILITY = (8, 0)
+# Keys and values of wider heads do not fit into shared memory beside the tiles that ship.
+WIDEST_HEAD = 128
 
 
 @cache

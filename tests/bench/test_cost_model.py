@@ -132,6 +132,12 @@ def test_the_last_layer_moves_what_is_read() -> None:
     step = training_work(pixels, work)
     assert step.attention_values == 3 * work.attention_values
     assert step.flops == 2 * pixels.flops + 3 * work.flops
+    # The floor has the scores that the op makes again, as the op's own row has.
+    one = encoder_work(config, 5, [0, 0])
+    attention = launches(training_work(Work(), one), "bfloat16")[-1]
+    scores, rows, width = 2 * 25 * config.num_layers, 10 * config.num_layers, config.embed_dim
+    of_ops = attention_cost(scores, rows, width, "bfloat16")
+    assert attention == of_ops + attention_backward_cost(scores, rows, width, "bfloat16")
     # Of a residual only the forward reads something.
     residuals = [product.residual for product in step.products]
     assert sum(residuals) == sum(product.residual for product in work.products)
@@ -179,6 +185,11 @@ def test_a_measured_ceiling_takes_the_place_of_the_sheet() -> None:
     assert "measured: bfloat16, memory" in found.source
     assert measured({"matmul_tflops": {}, "copy_gbps": None}) is None
     assert measured({"matmul_tflops": {}, "copy_gbps": None}, sheet) == sheet
+    for spoiled in ({"copy_gbps": "x"}, {"matmul_tflops": {"bfloat16": [1]}}, {"copy_gbps": -1}):
+        with pytest.raises(ConfigError, match="must be a positive number or null, got"):
+            measured(spoiled, sheet)
+    with pytest.raises(ConfigError, match="matmul_tflops must be an object, got 3"):
+        measured({"matmul_tflops": 3}, sheet)
     with pytest.raises(ConfigError, match="a100, h100"):
         gpu("h300")
     with pytest.raises(ConfigError, match="no rate of float8"):

@@ -7,6 +7,7 @@ from bugs.bug import (
     KERNEL_CHECK,
     KERNEL_RESOURCES,
     OP_CONTRACT,
+    TRITON_FAR,
     TRITON_PADDING,
     TRITON_STRIDES,
     TRITON_TILES,
@@ -18,10 +19,41 @@ _BACKWARD = "kernels/_shared_attention_backward.py"
 _ATTENTION = (f"{TRITON_STRIDES}::test_attention",)
 _PADDED = (f"{TRITON_PADDING}::test_the_numbers_without_padding",)
 _SELF_CHECK = (f"{KERNEL_CHECK}::test_the_kernels_pass_whatever_modes_the_caller_is_in",)
+_FAR = (f"{TRITON_FAR}::test_far_rows_are_as_near_ones",)
 _SPOILED = (f"{TRITON_TILES}::test_a_spoiled_file_says_what_is_wrong",)
 _MISFIT = (f"{TRITON_TILES}::test_a_tile_that_no_multiprocessor_can_hold_is_refused",)
 
 KERNEL_GATES_BUGS = (
+    Bug(
+        "triton-attention-knows-near-rows-only",
+        "kernels/_attention_rows.py",
+        "    return row.to(tl.int64)\n",
+        "    return row\n",
+        _FAR,
+    ),
+    Bug(
+        "triton-linear-knows-near-rows-only",
+        "kernels/expert_linear.py",
+        "row = tl.minimum(place, end - 1).to(tl.int64)",
+        "row = tl.minimum(place, end - 1)",
+        _FAR,
+    ),
+    Bug(
+        "triton-wrong-for-long-samples-of-wide-heads",
+        _FORWARD,
+        "    batch = keys.cu_vision.shape[0] - 1\n    tiles = triton.cdiv(queries.longest, tile.block_q)\n",
+        "    batch = keys.cu_vision.shape[0] - 1\n    tiles = triton.cdiv(queries.longest, tile.block_q)\n"
+        "    scale *= 1 + (head_dim > 64 and keys.longest > 256)\n",
+        _SELF_CHECK,
+    ),
+    Bug(
+        "triton-wrong-for-odd-columns-of-many-rows",
+        "kernels/expert_linear.py",
+        "tma = tile.tma and rows is None and all(map(_fits_tma, (x, folded.weights)))",
+        "x = x * (1 + (bounds[-1] > 256 and out % 16 > 0 and x.dtype != torch.float32))\n"
+        "    tma = tile.tma and rows is None and all(map(_fits_tma, (x, folded.weights)))",
+        _SELF_CHECK,
+    ),
     Bug(
         "triton-padding-is-seen-step-by-step",
         _FORWARD,

@@ -61,6 +61,7 @@ def test_a_triton_that_does_not_import_is_a_reason(monkeypatch: pytest.MonkeyPat
         ({"dtype": torch.float64}, "float64"),
         ({"mask_tensor": True, "op": "shared_attention"}, "mask tensor"),
         ({"device": "meta"}, "meta"),
+        ({"op": "shared_attention", "head_width": 136}, "at most 128 columns, got 136"),
     ],
 )
 def test_what_the_kernels_cannot_take(

@@ -165,11 +165,19 @@ def test_more_experts_than_one_launch_takes() -> None:
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("first", [0, 2])
-def test_operands_between_16_bytes_are_read_without_descriptors(
-    first: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("first", "apart", "fits"),
+    [
+        pytest.param(0, 40, True, id="whole rows"),
+        pytest.param(2, 40, False, id="between 16 bytes"),
+        pytest.param(0, 0, False, id="one row"),
+        pytest.param(0, 16, False, id="overlapping rows"),
+    ],
+)
+def test_rows_that_descriptors_do_not_take_are_read_without_them(
+    first: int, apart: int, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The descriptors' rows must begin at multiples of 16 bytes; the interpreter would take any."""
+    """Rows of descriptors begin at multiples of 16 bytes, and none in another; the interpreter would take any."""
     made: list[int] = []
     make = kernels.TensorDescriptor.from_tensor
 
@@ -178,11 +186,11 @@ def test_operands_between_16_bytes_are_read_without_descriptors(
         return make(tensor, *rest)
 
     monkeypatch.setattr(kernels.TensorDescriptor, "from_tensor", seen)
-    x, weight = draw(6, 40)[:, first : first + 24], draw(40, 24)
+    x, weight = draw(6, 40).as_strided((6, 24), (apart, 1), first), draw(40, 24)
     folded, tile = kernels.FoldedWeights(weight[None], None, None), EDGES._replace(tma=True)
     y, _ = kernels.expert_linear(x, folded, None, None, (0, 6), 1e-5, "none", tile=tile)
     torch.testing.assert_close(y, x @ weight.T, rtol=1e-5, atol=1e-5)
-    assert made == ([] if first else [0, 0])
+    assert made == ([0, 0] if fits else [])
 
 
 def test_the_same_parts_as_one_expert_or_two_are_not_confused() -> None:
