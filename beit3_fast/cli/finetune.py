@@ -54,7 +54,7 @@ def _finetune(arguments: argparse.Namespace, processes: Processes) -> int:
     model = read_again(model, lambda: recipe.make_model()[0], out, done, processes)
     held_out = recipe.make_held_out(model)
     report: dict[str, Any] = {**run_facts(out, done), "begun": begun}
-    lines = [f"{out}: {done.step} steps, {done.skipped} skipped, {begun}"]
+    lines = [f"{out}: {done.said}, {begun}"]
     if not done.complete:
         lines[0] += f"; {options.steps} are to do, the same call goes on"
     else:

@@ -41,7 +41,7 @@ def _pretrain(arguments: argparse.Namespace, processes: Processes) -> int:
     model = read_again(model, recipe.make_model, out, done, processes)
     held_out = recipe.make_held_out(model, data)
     report = run_facts(out, done)
-    lines = [f"{out}: {done.step} steps, {done.skipped} skipped"]
+    lines = [f"{out}: {done.said}"]
     if not done.complete:
         lines[0] += f" of {recipe.train.steps}; the same call goes on"
     elif held_out is not None and recipe.held_out is not None:

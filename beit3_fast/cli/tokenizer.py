@@ -50,7 +50,7 @@ def _train_tokenizer(arguments: argparse.Namespace, processes: Processes) -> int
     tokenizer = read_again(tokenizer, lambda: recipe.make_tokenizer(teacher), out, done, processes)
     held_out = recipe.make_held_out(tokenizer)
     report = run_facts(out, done)
-    lines = [f"{out}: {done.step} steps, {done.skipped} skipped"]
+    lines = [f"{out}: {done.said}"]
     if not done.complete:
         lines[0] += f" of {recipe.train.steps}; the same call goes on"
     elif held_out is not None and recipe.held_out is not None:

@@ -32,6 +32,7 @@ _FACTS = "run.json"
 class Checkpoints:
     """The checkpoints in a folder, the last ``keep`` of which stay. What killed processes left is swept at the start.
 
+    Those of steps that were skipped (fact "in_a_row") take the place of none: older weights may be the last good ones.
     All processes of a run make one, save and load together; rank 0 alone sweeps, names and removes.
     """
 
@@ -109,10 +110,20 @@ class Checkpoints:
         self._prune()
 
     def _prune(self) -> None:
-        for old in self.steps()[: -self.keep]:
-            # Renamed first: what is deleted halfway must not look like a checkpoint.
-            os.rename(self._path(old), self._partial(old))
-            shutil.rmtree(self._partial(old), ignore_errors=True)
+        steps = self.steps()
+        counted = [step for step in steps if not self._skipped(step)]
+        first = counted[-self.keep] if len(counted) >= self.keep else 0
+        for old in steps:
+            if old < first:
+                # Renamed first: what is deleted halfway must not look like a checkpoint.
+                os.rename(self._path(old), self._partial(old))
+                shutil.rmtree(self._partial(old), ignore_errors=True)
+
+    def _skipped(self, step: int) -> bool:
+        try:
+            return bool(self.facts(step).get("in_a_row"))
+        except CheckpointError:
+            return False
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{_PREFIX}{step:08}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ NAME = "log.jsonl"
 class Log:
     """Appends to ``folder``/log.jsonl what was not written before: lines past ``step`` are dropped, half a line too.
 
-    With ``tensorboard`` every number goes to ``folder``/tensorboard, too. Raises ConfigError where that is not installed.
+    With ``tensorboard`` every number goes to ``folder``/tensorboard, too. Raises ConfigError where that is not installed,
+    and as ``read_log``.
     """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool = False) -> None:
         self._board = _board(folder / "tensorboard", step) if tensorboard else None
         self.path = folder / NAME
         if self.path.exists():
-            kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= step]
+            whole = zip(_whole_lines(self.path), read_log(folder), strict=True)
+            kept = [line for line, read in whole if read["step"] <= step]
             with replacing(self.path) as file:
                 file.write("".join(f"{line}\n" for line in kept).encode())
         self._file = self.path.open("a", buffering=1)
@@ -50,14 +53,24 @@ class Log:
 
     def close(self) -> None:
         """Close the files."""
-        self._file.close()
+        # A line that could not be written was told of by ``write``; the others are written.
+        with suppress(OSError):
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log."""
-    return [json.loads(line) for line in _whole_lines(folder / NAME)]
+    """The lines of a run's log. Raises CheckpointError for one that is none."""
+    path, read = folder / NAME, []
+    for number, line in enumerate(_whole_lines(path), 1):
+        try:
+            read.append(json.loads(line))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}: line {number} must be JSON, got {line[:40]!r} ({error}); remove that line"
+            ) from error
+    return read
 
 
 def _board(folder: Path, step: int) -> Any:
@@ -72,5 +85,5 @@ def _board(folder: Path, step: int) -> Any:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    text = path.read_text()
-    return text[: text.rfind("\n") + 1].splitlines()
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return text[: text.rfind("\n") + 1].split("\n")[:-1]

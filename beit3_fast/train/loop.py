@@ -62,13 +62,23 @@ class Objective(Protocol):
 @dataclass(frozen=True)
 class TrainReport:
     """``step``: steps that were done in all, ``skipped`` of them without a change of the weights; ``resumed``: steps that
-    an earlier process had done; ``loss``: the last one; ``complete``: whether the run is at its end."""
+    an earlier process had done; ``loss``: the last one; ``complete``: whether the run is at its end; ``in_a_row``: of the
+    skipped steps those that were the last ones."""
 
     step: int
     skipped: int
     resumed: int
     loss: float | None
     complete: bool
+    in_a_row: int = 0
+
+    @property
+    def said(self) -> str:
+        """Steps done and skipped, in words."""
+        words = f"{self.step} steps, {self.skipped} skipped"
+        if self.in_a_row:
+            words += f" (the last {self.in_a_row} in a row: look at log.jsonl before you use the weights)"
+        return words
 
 
 def train(
@@ -169,7 +179,9 @@ class _Run:
             bar.close()
             if log:
                 log.close()
-        return TrainReport(self.step, self.skipped, self.resumed, self.loss, complete)
+        return TrainReport(
+            self.step, self.skipped, self.resumed, self.loss, complete, self.in_a_row
+        )
 
     def _agree(self, micro: list[Any], done: Mapping[str, float], stop: Stop) -> list[Counter[str]]:
         """What is counted in the step's micro-batches, and what is done with them and who wants to stop, over all processes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -13,7 +14,7 @@ import torch
 from beit3_fast.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from beit3_fast.config import BEiT3Config
 from beit3_fast.data import Augment, Masking, Processor, Tokenizer, preprocess_image
-from beit3_fast.data.index_files import KINDS, read_index
+from beit3_fast.data.index_files import KINDS, names_of_images, read_index
 from beit3_fast.data.mixed import Mix, MixedData
 from beit3_fast.data.patch_codes import PatchCodes
 from beit3_fast.errors import ConfigError
@@ -163,31 +164,36 @@ class Recipe:
                 model, self._processor(model), self.folder, self.codes.tokenizer, self.codes.cache
             )
         kept, patch = out / "codes.safetensors", model.config.patch_size
-        if kept.exists():
-            return self._kept_codes(model, kept)
         kind = "image" if self.mix.image else "pair"
         rows = [row for path in sources[kind] for row in read_index(path, kind)]
-        processor = self._processor(model)
-        images = [
-            preprocess_image(row.image, processor.image_size, processor.preset)
-            for row in rows[: self.codes.images]
-        ]
-        codes = PatchCodes.fit(images, model.mim_head.out_features, patch, self.train.seed)
+        names = [row.image for row in rows[: self.codes.images] if row.image is not None]
+        processor, number, seed = (
+            self._processor(model),
+            model.mim_head.out_features,
+            self.train.seed,
+        )
+        how = (processor.image_size, processor.preset, number, patch, seed)
+        made_of = hashlib.sha256(
+            repr((names_of_images(names), how)).encode("utf-8", "surrogatepass")
+        ).hexdigest()
+        if kept.exists():
+            return _kept_codes(kept, made_of, patch)
+        images = [preprocess_image(name, processor.image_size, processor.preset) for name in names]
+        codes = PatchCodes.fit(images, number, patch, seed)
         out.mkdir(parents=True, exist_ok=True)
-        save_checkpoint({"centres": codes.centres, "images": torch.tensor(self.codes.images)}, kept)
+        save_checkpoint({"centres": codes.centres}, kept, metadata={"made_of": made_of})
         return codes
 
-    def _kept_codes(self, model: Any, kept: Path) -> PatchCodes:
-        """Those of an earlier call. Raises ConfigError where that had another recipe."""
-        state, patch = read_checkpoint(kept).state, model.config.patch_size
-        images = int(state["images"]) if "images" in state else self.codes.images
-        expected = (model.mim_head.out_features, 3 * patch * patch)
-        if images != self.codes.images or tuple(state["centres"].shape) != expected:
-            raise ConfigError(
-                f"{kept} has {len(state['centres'])} codes of {images} images, the recipe asks for {expected[0]} of "
-                f"{self.codes.images}, patches of {patch}; give another folder"
-            )
-        return PatchCodes(state["centres"], patch)
+
+def _kept_codes(kept: Path, made_of: str, patch: int) -> PatchCodes:
+    """Those of an earlier call. Raises ConfigError where they are of other images, or of another number, size or seed."""
+    read = read_checkpoint(kept)
+    if read.metadata.get("made_of") != made_of:
+        raise ConfigError(
+            f"{kept} has codes of another recipe: of other images, or of another number, size of patches or seed; "
+            "give another folder, or remove the file if no run in this one needs it"
+        )
+    return PatchCodes(read.state["centres"], patch)
 
 
 def embeddings_for(tokenizer: Tokenizer) -> int:

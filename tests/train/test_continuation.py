@@ -365,6 +365,30 @@ def test_a_full_disk_under_the_log(tmp_path: Path) -> None:
     assert read_log(tmp_path) == [{"step": 1, "loss": None}]
 
 
+@pytest.mark.parametrize("content", ["\0" * 20, "{}}", "half\u2028a line"])
+def test_a_line_of_the_log_that_is_none(content: str, tmp_path: Path) -> None:
+    """As a power cut leaves one."""
+    (tmp_path / "log.jsonl").write_text(f'{{"step": 1}}\n{content}\n{{"step": 3}}\n')
+    for read in (lambda: read_log(tmp_path), lambda: Log(tmp_path, 3)):
+        with pytest.raises(CheckpointError, match=r"log.jsonl: line 2 must be JSON, got .*remove"):
+            read()
+
+
+def test_a_disk_that_is_full_while_a_run_writes_its_log(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Log.__init__
+
+    def on_a_full_disk(self: Log, *arguments: Any) -> None:
+        begin(self, *arguments)
+        self._file.close()
+        self._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+
+    monkeypatch.setattr(Log, "__init__", on_a_full_disk)
+    with pytest.raises(CheckpointError, match="cannot be written: No space left"):
+        run(world, tmp_path)
+
+
 def test_two_processes_do_not_meet(world: Path, tmp_path: Path) -> None:
     with (
         held_elsewhere(tmp_path),

@@ -20,6 +20,7 @@ from beit3_fast.checkpoint import load_checkpoint
 from beit3_fast.data.masked_batch import TERMS
 from beit3_fast.errors import TrainingError
 from beit3_fast.train import MaskedDataModelling, TrainOptions, read_log, train
+from beit3_fast.train.checkpoints import Checkpoints
 
 PLAIN = replace(OPTIONS, ema_decay=None, accumulation=1, save_every=100)
 
@@ -101,6 +102,14 @@ def test_steps_in_a_row_are_counted_over_a_continuation(world: Path, tmp_path: P
         run(world, tmp_path, options, objective=Watched(end, spoil=(2, 3)))
     with pytest.raises(TrainingError, match="not finite in 3 steps in a row, at last in step 4"):
         run(world, tmp_path, options, objective=Watched(lambda call: None, spoil=(1,)))
+
+
+def test_checkpoints_of_skipped_steps_take_the_place_of_none(world: Path, tmp_path: Path) -> None:
+    """Steps 1 to 3 are good, the others skipped: the last two good ones stay beside them."""
+    options = replace(PLAIN, save_every=1, keep=2, steps=6)
+    report = run(world, tmp_path, options, objective=Watched(lambda call: None, spoil=(4, 5, 6)))
+    assert Checkpoints(tmp_path, 2).steps() == [2, 3, 4, 5, 6]
+    assert report.said.startswith("6 steps, 3 skipped (the last 3 in a row: look at log.jsonl")
 
 
 def test_it_learns(world: Path, tmp_path: Path) -> None:

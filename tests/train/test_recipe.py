@@ -174,10 +174,13 @@ def test_codes_of_another_recipe_are_not_taken_over(recipe: Path, tmp_path: Path
     for old, new in (
         ("num_classes = 16", "num_classes = 8"),
         ("[loss]", "[codes]\nimages = 5\n[loss]"),
+        ("imagenet.train.index.jsonl", "imagenet.val.index.jsonl"),
+        ("[train]", "[train]\nseed = 5"),
     ):
-        recipe.write_text(RECIPE.replace(old, new))
+        assert old in RECIPE
+        recipe.write_text(RECIPE.replace(old, new, 1))
         other = read_recipe(recipe)
-        with pytest.raises(ConfigError, match=r"has 16 codes of 300 images, the recipe asks for"):
+        with pytest.raises(ConfigError, match="has codes of another recipe: of other images, or"):
             other.make_data(other.make_model(), tmp_path)
 
 
