@@ -62,10 +62,12 @@ int main() {
     heads<88>(type);
     head<16>(type);
     head<48>(type);
-    print<LinearShape<1>>("multiply_experts", type, ", 1, true", 1);
-    print<LinearShape<1>>("multiply_experts", type, ", 1, false", 1);
-    print<LinearShape<2>>("multiply_experts", type, ", 2, true", 1);
-    print<LinearShape<2>>("multiply_experts", type, ", 2, false", 1);
+    print<LinearShape<1>>("multiply_experts", type, ", 1, true, 1", 1);
+    print<LinearShape<1>>("multiply_experts", type, ", 1, false, 1", 1);
+    print<LinearShape<2>>("multiply_experts", type, ", 2, true, 1", 1);
+    print<LinearShape<2>>("multiply_experts", type, ", 2, false, 1", 1);
+    print<LinearShape<2, 2>>("multiply_experts", type, ", 2, true, 2", 1);
+    print<LinearShape<2, 2>>("multiply_experts", type, ", 2, false, 2", 1);
     print<PortableLinearShape>("multiply_experts_portable", type, "", 2);
     std::printf("moments<%s> %d 0 1\n", type, 32 * kStatisticsWarps);
   }
