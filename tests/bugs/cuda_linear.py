@@ -172,9 +172,10 @@ CUDA_LINEAR_BUGS = (
     ),
     Bug(
         "cuda-linear-cluster-stores-rows-that-are-not-real",
-        "csrc/cuda/expert_linear.cuh",
-        "tile.first += rank() * kBands * kBandRows;",
-        "tile.first += rank() * kBands * kBandRows;\n    tile.end += rank() * kBands * kBandRows;",
+        "csrc/cuda/linear_epilogue.cuh",
+        "    rows[r] = row_of_tile(op, tile.first + inside, tile.end);\n",
+        "    rows[r] = row_of_tile(op, tile.first + inside, tile.end);\n"
+        "    rows[r].real |= tile.first >= tile.end;\n",
         _CLUSTERS,
     ),
     Bug(
