@@ -84,6 +84,7 @@ __device__ __forceinline__ void barrier_arrive_in_cluster(uint32_t barrier, int 
       "r"(rank)
       : "memory");
 }
+
 // Loads a box that begins at element (x, y) or (x, y, z), x along the rows. Elements outside the
 // tensor are zeros, and count as bytes.
 __device__ __forceinline__ void tma_load_2d(uint32_t to, const TensorMap& map, uint32_t barrier,
