@@ -57,7 +57,7 @@ struct LinearRing {
   }
 
   // This warp's products have read the slot. All blocks write into it, so all are told: by no more
-  // than an arrival, as other blocks' writes are the accelerator's and these reads the tensor cores'.
+  // than an arrival, as other blocks' writes are the accelerator's, these reads the tensor cores'.
   __device__ void leave(int step) const {
     if constexpr (Shape::kCluster == 1) {
       if (lane_index() == 0) barrier_arrive(free(step));
