@@ -1,5 +1,5 @@
 // What the launchers of the CUDA kernels ask for, a line each: kernel, threads of a block, bytes of
-// dynamic shared memory, blocks that are to share a processor.
+// dynamic shared memory, blocks that are to share a processor, blocks of a cluster.
 
 #include <cstdio>
 
@@ -20,7 +20,8 @@ using namespace beit3_fast::cuda;
 
 template <class Shape>
 void print(const char* kernel, const char* type, const char* rest, int resident) {
-  std::printf("%s<%s%s> %d %d %d\n", kernel, type, rest, Shape::kThreads, Shape::kBytes, resident);
+  std::printf("%s<%s%s> %d %d %d 1\n", kernel, type, rest, Shape::kThreads, Shape::kBytes,
+              resident);
 }
 
 template <int kHeadDim, int kKeys>
@@ -45,6 +46,15 @@ void heads(const char* type) {
   print<DecodeShape<kHeadDim>>("attend_cached", type, rest, 1);
 }
 
+template <int kBands, int kCluster>
+void linear(const char* type) {
+  using Shape = LinearShape<kBands, kCluster>;
+  for (const char* gathered : {"true", "false"}) {
+    std::printf("multiply_experts<%s, %d, %s, %d> %d %d 1 %d\n", type, kBands, gathered, kCluster,
+                Shape::kThreads, Shape::kBytes, kCluster);
+  }
+}
+
 template <int kRows>
 void head(const char* type) {
   using Shape = HeadTileShape<kRows>;
@@ -56,22 +66,21 @@ void head(const char* type) {
 }  // namespace
 
 int main() {
-  std::printf("join_classes<1> 32 %d 1\n", join_bytes(kMostTiles));
+  std::printf("join_classes<1> 32 %d 1 1\n", join_bytes(kMostTiles));
   for (const char* type : {"BFloat16", "Float16"}) {
     heads<64>(type);
     heads<88>(type);
     head<16>(type);
     head<48>(type);
-    print<LinearShape<1>>("multiply_experts", type, ", 1, true", 1);
-    print<LinearShape<1>>("multiply_experts", type, ", 1, false", 1);
-    print<LinearShape<2>>("multiply_experts", type, ", 2, true", 1);
-    print<LinearShape<2>>("multiply_experts", type, ", 2, false", 1);
+    linear<1, 1>(type);
+    linear<2, 1>(type);
+    linear<2, kClusterBlocks>(type);
     print<PortableLinearShape>("multiply_experts_portable", type, "", 2);
-    std::printf("moments<%s> %d 0 1\n", type, 32 * kStatisticsWarps);
+    std::printf("moments<%s> %d 0 1 1\n", type, 32 * kStatisticsWarps);
   }
   print<Float8Shape<1>>("multiply_float8", "1", "", 1);
   print<Float8Shape<2>>("multiply_float8", "2", "", 1);
   using Portable = PortableFloat8Shape;
-  std::printf("multiply_float8_portable %d %d 2\n", Portable::kThreads, Portable::kBytes);
-  std::printf("quantize %d 0 1\n", 32 * kQuantizeWarps);
+  std::printf("multiply_float8_portable %d %d 2 1\n", Portable::kThreads, Portable::kBytes);
+  std::printf("quantize %d 0 1 1\n", 32 * kQuantizeWarps);
 }

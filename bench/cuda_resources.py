@@ -34,7 +34,7 @@ TABLE = ROOT / "docs" / "cuda-kernels.md"
 SHARED_LIMIT = {"80": 101_376, "90a": 232_448, "100a": 232_448}
 SHARED_OF_PROCESSOR = {"80": 167_936, "90a": 233_472, "100a": 233_472}
 REGISTERS = 65_536
-_COUNTED = re.compile(r"\b(LDL|STL|HGMMA|QGMMA|HMMA|QMMA|UTMALDG)\b")
+_COUNTED = re.compile(r"\b(LDL|STL|HGMMA|QGMMA|HMMA|QMMA|UTMALDG|MULTICAST)\b")
 # Written for sm_90a: products of warp groups, operands brought by TMA.
 HOPPER = ("multiply_experts", "multiply_float8", "attend_whole", "attend_in_steps")
 # Without a product: everything else has one, of tensor cores.
@@ -47,18 +47,20 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher asks for: threads of a block, bytes of dynamic shared memory, blocks that share a processor."""
+    """What a launcher asks for: threads of a block, bytes of dynamic shared memory, blocks that share a processor, blocks of a cluster."""
 
     threads: int
     shared: int
     resident: int = 1
+    cluster: int = 1
 
 
 @dataclass(frozen=True)
 class Resources:
     """What the machine code of one kernel uses: per thread, per block, and instructions by name.
 
-    ``hgmma``: products of warp groups, of 8-bit numbers (QGMMA) too; ``hmma``: of warps (QMMA likewise).
+    ``hgmma``: products of warp groups, of 8-bit numbers (QGMMA) too; ``hmma``: of warps (QMMA likewise);
+    ``multicasts``: those of the TMA loads that come to every block of a cluster.
     """
 
     registers: int
@@ -67,9 +69,11 @@ class Resources:
     hgmma: int
     hmma: int
     tma_loads: int
+    multicasts: int
     threads: int
     shared: int
     resident: int
+    cluster: int
 
     def broken(self, kernel: str, architecture: str) -> list[str]:
         """Each rule that the code breaks, with its figures."""
@@ -90,6 +94,9 @@ class Resources:
             f"{self.hgmma} HGMMA instructions": (self.hgmma > 0) is hopper,
             f"{self.hmma} HMMA instructions": (self.hmma > 0) is not (hopper or plain),
             f"{self.tma_loads} TMA loads": (self.tma_loads > 0) is hopper,
+            f"{self.multicasts} multicasts, {self.cluster} blocks": (
+                (self.multicasts > 0) is (self.cluster > 1)
+            ),
         }
         return [figure for figure, holds in rules.items() if not holds]
 
@@ -143,6 +150,7 @@ def _read(cubin: Path) -> Iterator[tuple[str, str, dict[str, int]]]:
             "hgmma": found["HGMMA"] + found["QGMMA"],
             "hmma": found["HMMA"] + found["QMMA"],
             "tma_loads": found["UTMALDG"],
+            "multicasts": found["MULTICAST"],
         }
         yield _built_as(target[1]), demangled(mangled), used
 
@@ -172,7 +180,7 @@ def read_launches() -> dict[str, Launch]:
         text = _run(str(program))
     found = {}
     for line in text.splitlines():
-        kernel, *numbers = line.rsplit(maxsplit=3)
+        kernel, *numbers = line.rsplit(maxsplit=4)
         found[kernel] = Launch(*map(int, numbers))
     return found
 
@@ -224,12 +232,22 @@ def table(findings: list[dict[str, Any]]) -> str:
         "Written by `python -m bench.cuda_resources`; no GPU is needed. Every kernel of the op library, compiled by",
         f"nvcc {stamp.get('cuda')} and read with cuobjdump. The tests hold each line to: no stack and no local memory; registers and shared memory",
         "of all blocks that share a processor within its limits; HGMMA (of 8-bit numbers QGMMA) and TMA loads in the kernels for sm_90a,",
-        "HMMA (QMMA) in the portable ones. These are facts about code, not speeds: no GPU has run these kernels yet.",
+        "multicast ones among them where blocks form clusters; HMMA (QMMA) in the portable ones. These are facts about code, not speeds: no GPU has run these kernels yet.",
         "",
-        "| architecture | kernel | threads | blocks a processor | registers | shared memory (bytes) | HGMMA | HMMA | TMA loads | rules broken |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| architecture | kernel | threads | blocks a processor | registers | shared memory (bytes) | HGMMA | HMMA | TMA loads | multicast | blocks a cluster | rules broken |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    keys = ("threads", "resident", "registers", "shared", "hgmma", "hmma", "tma_loads")
+    keys = (
+        "threads",
+        "resident",
+        "registers",
+        "shared",
+        "hgmma",
+        "hmma",
+        "tma_loads",
+        "multicasts",
+        "cluster",
+    )
     for own in findings:
         cells = [own["architecture"], f"`{own['kernel']}`", *(own[key] for key in keys)]
         cells.append("; ".join(own["broken"]) or "none")

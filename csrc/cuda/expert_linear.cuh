@@ -4,6 +4,9 @@
 // Tiles of 128 or 64 rows x 128 columns come through one ring of slots, in the order in which they
 // are used. The two consumers have every other tile each and take turns with the tensor cores:
 // while one multiplies, the other finishes its tile.
+//
+// Blocks of a cluster have row tiles that follow each other, of the same columns at the same time.
+// Each loads a share of the weights for all of them, into a slot that all of them have left.
 #pragma once
 
 #include "hopper.cuh"
@@ -16,8 +19,9 @@ struct LinearMaps {
   TensorMap weights;
 };
 
-template <int kBands>
+template <int kBands, int kBlocks = 1>
 struct LinearShape {
+  static constexpr int kCluster = kBlocks;
   static constexpr int kSlots = kBands == 2 ? 6 : 8;
   static constexpr int kThreads = 384;
   static constexpr int kRowBytes = kTileDepth * 2;
@@ -42,35 +46,88 @@ struct LinearRing {
   __device__ uint32_t free(int step) const { return full(step) + 8; }
   __device__ static uint32_t parity(int step) { return step / Shape::kSlots % 2; }
 
-  // `arrivals`: how many threads say that a slot is full.
+  // `arrivals`: how many threads say that a slot is full. Four warps of every block say that it is
+  // free.
   __device__ void prepare(int arrivals) const {
     for (int i = 0; i < Shape::kSlots; ++i) {
       barrier_init(full(i), arrivals);
-      barrier_init(free(i), 4);
+      barrier_init(free(i), 4 * Shape::kCluster);
     }
     fence_barrier_init();
   }
+
+  // This warp's products have read the slot. All blocks write into it, so all are told: by no more
+  // than an arrival, as other blocks' writes are the accelerator's, these reads the tensor cores'.
+  __device__ void leave(int step) const {
+    if constexpr (Shape::kCluster == 1) {
+      if (lane_index() == 0) barrier_arrive(free(step));
+    } else {
+      if (lane_index() < Shape::kCluster) barrier_arrive_in_cluster(free(step), lane_index());
+    }
+  }
 };
 
+// The tiles of a block: its own rows of every tile of its cluster.
+template <class Shape>
+struct LinearTiles {
+  static constexpr int kBands = Shape::kRowsBytes / (kBandRows * Shape::kRowBytes);
+  const ExpertLinear& op;
+
+  __device__ static int rank() {
+    if constexpr (Shape::kCluster == 1) {
+      return 0;
+    } else {
+      return cluster_rank();
+    }
+  }
+
+  __device__ int count() const {
+    const int first = block_index() / Shape::kCluster, clusters = grid_size() / Shape::kCluster;
+    return (tile_count(op, kBands * Shape::kCluster) - first + clusters - 1) / clusters;
+  }
+
+  // Past the rows of its expert a tile holds no real ones.
+  __device__ LinearTile at(int i) const {
+    const int index = (block_index() + i * grid_size()) / Shape::kCluster;
+    LinearTile tile = tile_at(op, kBands * Shape::kCluster, index);
+    tile.first += rank() * kBands * kBandRows;
+    return tile;
+  }
+};
+
+// This block's share of the weights of a step, to the same place in all blocks.
+template <class Shape>
+__device__ __forceinline__ void load_weights(const LinearMaps& maps, const LinearRing<Shape>& ring,
+                                             int step, int depth, const LinearTile& tile) {
+  if constexpr (Shape::kCluster == 1) {
+    tma_load_3d(ring.weights(step), maps.weights, ring.full(step), depth, tile.column, tile.expert);
+  } else {
+    const int before = LinearTiles<Shape>::rank() * (kTileColumns / Shape::kCluster);
+    constexpr uint16_t kAll = (1 << Shape::kCluster) - 1;
+    tma_multicast_3d(ring.weights(step) + before * Shape::kRowBytes, maps.weights, ring.full(step),
+                     depth, tile.column + before, tile.expert, kAll);
+  }
+}
+
 // Loads what the consumers use, by one thread.
-template <int kBands>
+template <class Shape>
 struct LinearProducer {
-  using Shape = LinearShape<kBands>;
   const LinearMaps& maps;
   const ExpertLinear& op;
-  const LinearRing<LinearShape<kBands>> ring;
+  const LinearRing<Shape> ring;
 
   __device__ void run() const {
     const int steps = depth_steps(op);
+    const LinearTiles<Shape> tiles{op};
+    const int count = tiles.count();
     int step = 0;
-    for (int index = block_index(); index < tile_count(op, kBands); index += grid_size()) {
-      const LinearTile tile = tile_at(op, kBands, index);
+    for (int i = 0; i < count; ++i) {
+      const LinearTile tile = tiles.at(i);
       for (int k = 0; k < steps; ++k, ++step) {
         barrier_wait(ring.free(step), ring.parity(step) ^ 1);
         barrier_expect(ring.full(step), Shape::kSlotBytes);
         tma_load_2d(ring.rows(step), maps.x, ring.full(step), k * kTileDepth, tile.first);
-        tma_load_3d(ring.weights(step), maps.weights, ring.full(step), k * kTileDepth, tile.column,
-                    tile.expert);
+        load_weights(maps, ring, step, k * kTileDepth, tile);
       }
     }
   }
@@ -78,15 +135,14 @@ struct LinearProducer {
 
 // Loads named rows, by a warp group: 8 neighbours copy the 128 bytes of a row. Copies of kUnderWay
 // steps are under way while the next one waits for its slot.
-template <int kBands>
+template <class Shape>
 struct GatheringProducer {
-  using Shape = LinearShape<kBands>;
   static constexpr int kUnderWay = 3;
   static constexpr int kArrivals = 1 + 128;
-  static constexpr int kOwnRows = kBands * kBandRows / 16;
+  static constexpr int kOwnRows = Shape::kRowsBytes / Shape::kRowBytes / 16;
   const LinearMaps& maps;
   const ExpertLinear& op;
-  const LinearRing<LinearShape<kBands>> ring;
+  const LinearRing<Shape> ring;
 
   __device__ void take_rows(const LinearTile& tile, int (&rows)[kOwnRows]) const {
 #pragma unroll
@@ -118,17 +174,18 @@ struct GatheringProducer {
 
   __device__ void run() const {
     const int steps = depth_steps(op);
+    const LinearTiles<Shape> tiles{op};
+    const int count = tiles.count();
     int step = 0;
-    for (int index = block_index(); index < tile_count(op, kBands); index += grid_size()) {
-      const LinearTile tile = tile_at(op, kBands, index);
+    for (int i = 0; i < count; ++i) {
+      const LinearTile tile = tiles.at(i);
       int rows[kOwnRows];
       take_rows(tile, rows);
       for (int k = 0; k < steps; ++k, ++step) {
         barrier_wait(ring.free(step), ring.parity(step) ^ 1);
         if (thread_index() == 0) {
           barrier_expect(ring.full(step), Shape::kWeightBytes);
-          tma_load_3d(ring.weights(step), maps.weights, ring.full(step), k * kTileDepth,
-                      tile.column, tile.expert);
+          load_weights(maps, ring, step, k * kTileDepth, tile);
         }
         copy(rows, k * kTileDepth, ring.rows(step));
         if (step < kUnderWay) continue;
@@ -142,21 +199,17 @@ struct GatheringProducer {
 };
 
 // A warp group on every other tile.
-template <class T, int kBands>
+template <class T, class Shape>
 struct LinearConsumer {
-  using Shape = LinearShape<kBands>;
+  static constexpr int kBands = LinearTiles<Shape>::kBands;
   using Sums = float[kBands][kTileColumns / 2];
   const ExpertLinear& op;
-  const LinearRing<LinearShape<kBands>> ring;
+  const LinearRing<Shape> ring;
   const int group;
 
   // Barrier 1 + g: group g's turn to multiply.
   __device__ void take_turn() const { sync_named(1 + group, 256); }
   __device__ void pass_turn() const { arrive_named(2 - group, 256); }
-
-  __device__ void leave(int step) const {
-    if (lane_index() == 0) barrier_arrive(ring.free(step));
-  }
 
   __device__ void begin_step(Sums& sums, int step, bool add) const {
     wgmma_fence();
@@ -180,7 +233,7 @@ struct LinearConsumer {
       begin_step(sums, step, step > first);
       if (step == first) continue;
       wgmma_wait<1>();
-      leave(step - 1);
+      ring.leave(step - 1);
     }
     pass_turn();
     if constexpr (kBands == 2) {
@@ -188,15 +241,16 @@ struct LinearConsumer {
     } else {
       wgmma_wait<0>(sums[0]);
     }
-    leave(first + steps - 1);
+    ring.leave(first + steps - 1);
   }
 
   __device__ void run() const {
     const int steps = depth_steps(op);
-    const int count = (tile_count(op, kBands) - block_index() + grid_size() - 1) / grid_size();
+    const LinearTiles<Shape> tiles{op};
+    const int count = tiles.count();
     if (group == 1) pass_turn();
     for (int i = group; i < count; i += 2) {
-      const LinearTile tile = tile_at(op, kBands, block_index() + i * grid_size());
+      const LinearTile tile = tiles.at(i);
       LinearRow rows[2 * kBands];
       take_rows_of_tile<kBands>(op, tile, warp_index() % 4, rows);
       Sums sums;
@@ -209,24 +263,31 @@ struct LinearConsumer {
   }
 };
 
-template <class T, int kBands, bool kGathered>
+template <class T, int kBands, bool kGathered, int kCluster>
 __global__ void __launch_bounds__(LinearShape<kBands>::kThreads, 1)
     multiply_experts(const __grid_constant__ LinearMaps maps,
                      const __grid_constant__ ExpertLinear op) {
-  const LinearRing<LinearShape<kBands>> ring{shared_memory(kTileAlignment)};
-  if (thread_index() == 0) ring.prepare(kGathered ? GatheringProducer<kBands>::kArrivals : 1);
-  sync_block();
+  using Shape = LinearShape<kBands, kCluster>;
+  const LinearRing<Shape> ring{shared_memory(kTileAlignment)};
+  if (thread_index() == 0) ring.prepare(kGathered ? GatheringProducer<Shape>::kArrivals : 1);
+  if constexpr (kCluster == 1) {
+    sync_block();
+  } else {
+    sync_cluster();
+  }
   if (warp_index() < 4) {
     lower_registers<kGathered ? 40 : 24>();
     if constexpr (kGathered) {
-      GatheringProducer<kBands>{maps, op, ring}.run();
+      GatheringProducer<Shape>{maps, op, ring}.run();
     } else {
-      if (thread_index() == 0) LinearProducer<kBands>{maps, op, ring}.run();
+      if (thread_index() == 0) LinearProducer<Shape>{maps, op, ring}.run();
     }
   } else {
     raise_registers<kGathered ? 232 : 240>();
-    LinearConsumer<T, kBands>{op, ring, warp_index() / 4 - 1}.run();
+    LinearConsumer<T, Shape>{op, ring, warp_index() / 4 - 1}.run();
   }
+  // No block ends while another one may still tell it that a slot is free.
+  if constexpr (kCluster > 1) sync_cluster();
 }
 
 }  // namespace beit3_fast::cuda

@@ -14,6 +14,7 @@ namespace beit3_fast::cuda {
 
 template <int kBands>
 struct Float8Shape {
+  static constexpr int kCluster = 1;
   static constexpr int kSlots = kBands == 2 ? 3 : 4;
   static constexpr int kThreads = 384;
   static constexpr int kRowBytes = Float8Linear::kBlock;

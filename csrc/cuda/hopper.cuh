@@ -59,6 +59,32 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
   } while (!done);
 }
 
+// Blocks of a cluster run at the same time and reach each other's shared memory.
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// All threads of all blocks of the cluster meet, and see what the others wrote before.
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" ::
+          : "memory");
+}
+// Arrives at the barrier that lies at the same place in the block of that rank. Of this thread's
+// memory accesses no other block learns by it (.release.cluster would wait for all of them in L2).
+__device__ __forceinline__ void barrier_arrive_in_cluster(uint32_t barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
 // Loads a box that begins at element (x, y) or (x, y, z), x along the rows. Elements outside the
 // tensor are zeros, and count as bytes.
 __device__ __forceinline__ void tma_load_2d(uint32_t to, const TensorMap& map, uint32_t barrier,
@@ -75,6 +101,18 @@ __device__ __forceinline__ void tma_load_3d(uint32_t to, const TensorMap& map, u
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
       "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
+// As tma_load_3d, to the same place in every block of the cluster whose bit is set, where it counts
+// at the barrier of the same place.
+__device__ __forceinline__ void tma_multicast_3d(uint32_t to, const TensorMap& map,
+                                                 uint32_t barrier, int x, int y, int z,
+                                                 uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(blocks)
       : "memory");
 }
 

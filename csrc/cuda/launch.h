@@ -38,7 +38,24 @@ struct Grid {
   int blocks;
   int threads;
   int shared_bytes;
+  int cluster = 1;  // blocks of a cluster, of which the grid has whole ones
 };
+
+template <class... Own, class... Args>
+cudaError_t launch_clusters(void (*kernel)(Own...), const Grid& grid, CUstream_st* stream,
+                            const Args&... args) {
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid.blocks);
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
 
 // Returns why the kernel could not be launched, or null.
 template <class... Own, class... Args>
@@ -47,7 +64,9 @@ const char* enqueue(void (*kernel)(Own...), const Grid& grid, CUstream_st* strea
   cudaError_t error =
       cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                            cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
-  if (error == cudaSuccess) {
+  if (error == cudaSuccess && grid.cluster > 1) {
+    error = launch_clusters(kernel, grid, stream, args...);
+  } else if (error == cudaSuccess) {
     kernel<<<grid.blocks, grid.threads, grid.shared_bytes, stream>>>(args...);
     error = cudaGetLastError();
   }

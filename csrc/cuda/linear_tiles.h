@@ -21,6 +21,8 @@ constexpr int kTileColumns = ExpertLinear::kPartWidth;
 constexpr int kTileDepth = 64;
 // Row tiles that meet all columns before the next ones do: their rows stay in the L2 cache.
 constexpr int kRowTilesTogether = 16;
+// Blocks of a cluster, which have row tiles that follow each other and share their weights.
+constexpr int kClusterBlocks = 2;
 
 BEIT3_FAST_BOTH inline int tiles_of(int size, int tile) { return (size + tile - 1) / tile; }
 
@@ -48,6 +50,19 @@ inline int bands_for(const ExpertLinear& op, int processors) {
   return tile_count(op, kMostBands) >= processors ? kMostBands : 1;
 }
 
+// Blocks of a cluster: one where tiles are few, where an expert has one row tile, or where tiles
+// without real rows would cost a round.
+inline int cluster_for(const ExpertLinear& op, int bands, int processors) {
+  const int high = bands * kClusterBlocks, clusters = processors / kClusterBlocks;
+  if (bands < kMostBands || clusters == 0) return 1;
+  for (int expert = 0; expert < op.num_experts; ++expert) {
+    const int own = row_tiles(op, bands, expert);
+    if (own > 0 && own < kClusterBlocks) return 1;
+  }
+  const int rounds = tiles_of(tile_count(op, bands), processors);
+  return tiles_of(tile_count(op, high), clusters) <= rounds ? kClusterBlocks : 1;
+}
+
 // Places [first, end) of an expert, of which the tile holds the first ones, and its first column.
 struct LinearTile {
   int expert;
@@ -63,9 +78,11 @@ BEIT3_FAST_BOTH inline LinearTile tile_at(const ExpertLinear& op, int bands, int
   while (index >= row_tiles(op, bands, expert) * columns) {
     index -= row_tiles(op, bands, expert++) * columns;
   }
-  const int top = index / (kRowTilesTogether * columns) * kRowTilesTogether;
+  const int together =
+      bands > kMostBands ? kRowTilesTogether * kMostBands / bands : kRowTilesTogether;
+  const int top = index / (together * columns) * together;
   const int left = row_tiles(op, bands, expert) - top;
-  const int height = left < kRowTilesTogether ? left : kRowTilesTogether;
+  const int height = left < together ? left : together;
   const int place = index - top * columns;
   return {expert, static_cast<int>(op.bounds[expert]) + (top + place % height) * bands * kBandRows,
           static_cast<int>(op.bounds[expert + 1]), place / height * kTileColumns};
@@ -76,13 +93,14 @@ inline TiledTensor rows_of_x(const ExpertLinear& op, int bands) {
       op.x, 2, {op.in_features, op.num_rows}, {op.x_stride * 2}, {kTileDepth, bands * kBandRows}};
 }
 
-// Columns past an expert's last are outside, and no column of the next one.
-inline TiledTensor rows_of_weights(const ExpertLinear& op) {
+// Columns past an expert's last are outside, and no column of the next one. A box is a block's
+// share of a tile.
+inline TiledTensor rows_of_weights(const ExpertLinear& op, int cluster) {
   return {op.weights,
           3,
           {op.in_features, op.out_features, op.num_experts},
           {op.in_features * 2, op.in_features * op.out_features * 2},
-          {kTileDepth, kTileColumns, 1}};
+          {kTileDepth, kTileColumns / cluster, 1}};
 }
 
 inline bool in_16_bytes(const void* data, int64_t stride) {

@@ -19,9 +19,11 @@ CLEAN = Resources(
     hgmma=24,
     hmma=0,
     tma_loads=6,
+    multicasts=0,
     threads=384,
     shared=200_000,
     resident=1,
+    cluster=1,
 )
 PORTABLE_KERNELS = (
     "attend_portable",
@@ -78,6 +80,8 @@ def test_the_code_of_every_kernel(number: str) -> None:
         ({"hgmma": 0}, "HGMMA"),
         ({"hmma": 16}, "HMMA"),
         ({"tma_loads": 0}, "TMA"),
+        ({"multicasts": 1}, "multicasts"),
+        ({"cluster": 2}, "multicasts"),
     ],
 )
 def test_each_rule_can_be_broken(changes: dict[str, int], words: str) -> None:

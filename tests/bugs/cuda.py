@@ -83,6 +83,13 @@ CUDA_BUGS = (
         ("tests/build/test_setup_cuda.py",),
     ),
     Bug(
+        "resources-clusters-without-multicast-allowed",
+        "bench/cuda_resources.py",
+        "(self.multicasts > 0) is (self.cluster > 1)",
+        "self.cluster > 1 or self.multicasts == 0",
+        ("tests/bench/test_cuda_resources.py::test_each_rule_can_be_broken",),
+    ),
+    Bug(
         "resources-local-memory-of-cuda-kernels-allowed",
         "bench/cuda_resources.py",
         "self.stack or self.local_accesses",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from bugs.bug import CUDA_LINEAR, Bug
 
 _FORWARD = (f"{CUDA_LINEAR}::test_forward",)
+_CLUSTERS = (f"{CUDA_LINEAR}::test_clusters",)
+_MORE_TILES = (f"{CUDA_LINEAR}::test_clusters_that_have_more_than_one_tile",)
 
 CUDA_LINEAR_BUGS = (
     Bug(
@@ -66,10 +68,8 @@ CUDA_LINEAR_BUGS = (
     Bug(
         "cuda-linear-weights-of-the-first-expert",
         "csrc/cuda/expert_linear.cuh",
-        "tma_load_3d(ring.weights(step), maps.weights, ring.full(step), k * kTileDepth, tile.column,\n"
-        "                    tile.expert);",
-        "tma_load_3d(ring.weights(step), maps.weights, ring.full(step), k * kTileDepth, tile.column,\n"
-        "                    0);",
+        "ring.full(step), depth, tile.column, tile.expert);",
+        "ring.full(step), depth, tile.column, 0);",
         _FORWARD,
     ),
     Bug(
@@ -134,5 +134,62 @@ CUDA_LINEAR_BUGS = (
         "{kTileDepth, bands * kBandRows}",
         "{kTileDepth, kMostBands * kBandRows}",
         (f"{CUDA_LINEAR}::test_low_tiles",),
+    ),
+    Bug(
+        "cuda-linear-cluster-slot-free-when-one-block-has-left-it",
+        "csrc/cuda/expert_linear.cuh",
+        "barrier_init(free(i), 4 * Shape::kCluster);",
+        "barrier_init(free(i), 4);",
+        _MORE_TILES,
+    ),
+    Bug(
+        "cuda-linear-cluster-tells-its-own-block-alone",
+        "csrc/cuda/expert_linear.cuh",
+        "if (lane_index() < Shape::kCluster) barrier_arrive_in_cluster(free(step), lane_index());",
+        "if (lane_index() < Shape::kCluster) barrier_arrive(free(step));",
+        _MORE_TILES,
+    ),
+    Bug(
+        "cuda-linear-cluster-expects-its-own-share-of-the-weights",
+        "csrc/cuda/expert_linear.cuh",
+        "barrier_expect(ring.full(step), Shape::kSlotBytes);",
+        "barrier_expect(ring.full(step), Shape::kRowsBytes + Shape::kWeightBytes / Shape::kCluster);",
+        _CLUSTERS,
+    ),
+    Bug(
+        "cuda-linear-cluster-ends-block-by-block",
+        "csrc/cuda/expert_linear.cuh",
+        "  if constexpr (kCluster > 1) sync_cluster();\n",
+        "",
+        _CLUSTERS,
+    ),
+    Bug(
+        "cuda-linear-cluster-begins-block-by-block",
+        "csrc/cuda/expert_linear.cuh",
+        "  } else {\n    sync_cluster();\n  }",
+        "  } else {\n    sync_block();\n  }",
+        _CLUSTERS,
+    ),
+    Bug(
+        "cuda-linear-cluster-stores-rows-that-are-not-real",
+        "csrc/cuda/linear_epilogue.cuh",
+        "    rows[r] = row_of_tile(op, tile.first + inside, tile.end);\n",
+        "    rows[r] = row_of_tile(op, tile.first + inside, tile.end);\n"
+        "    rows[r].real |= tile.first >= tile.end;\n",
+        _CLUSTERS,
+    ),
+    Bug(
+        "cuda-linear-cluster-shares-the-same-half-of-the-weights",
+        "csrc/cuda/expert_linear.cuh",
+        "depth, tile.column + before, tile.expert, kAll);",
+        "depth, tile.column, tile.expert, kAll);",
+        _CLUSTERS,
+    ),
+    Bug(
+        "cuda-linear-cluster-where-it-costs-a-round",
+        "csrc/cuda/linear_tiles.h",
+        "tiles_of(tile_count(op, high), clusters) <= rounds ?",
+        "rounds > 0 ?",
+        (f"{CUDA_LINEAR}::test_clusters_are_taken_where_they_cost_no_round",),
     ),
 )

@@ -5,6 +5,9 @@
 // kernel must be right in every order. A block in which nothing can go on has a deadlock, and that
 // is a fault, like everything else that the PTX manual forbids or leaves open and that can be seen
 // here.
+//
+// Blocks of a cluster run in turns: one as far as it can before the next, from the first or from
+// the last on, or a thread of any of them at a time.
 #pragma once
 
 #include <ucontext.h>
@@ -48,6 +51,7 @@ struct Launch {
   int shared_bytes = 0;
   Order order = Order::kEager;
   uint64_t seed = 0;
+  int cluster = 1;  // blocks of a cluster
 };
 
 constexpr int kMaxSharedBytes = 232448;
@@ -135,9 +139,26 @@ struct Thread {
 struct Block;
 inline Block* block = nullptr;
 
+// Blocks that run together, and where all their threads meet.
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  int arrived = 0;
+  int ended = 0;  // threads
+  uint32_t phase = 0;
+
+  Cluster(const Launch& launch, int first, const std::function<void()>& kernel);
+  void run();
+  void complete_phase();
+  Block& running(int rank, const char* what);
+
+ private:
+  Block* next_block();
+};
+
 struct Block {
   const Launch launch;
   const int index;
+  Cluster& cluster;
   const std::function<void()>& kernel;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
@@ -149,15 +170,18 @@ struct Block {
   std::deque<std::function<void()>> copies;
   int free_registers = 0;  // of those that the block was given
   Waiters register_waiters;
+  Waiters cluster_waiters;
+  int ended = 0;  // threads
   std::deque<int> ready;
   int current = 0;
   std::mt19937_64 random;
   std::string fault;
   jmp_buf scheduler;
 
-  Block(const Launch& launch, int index, const std::function<void()>& kernel)
+  Block(const Launch& launch, int index, Cluster& cluster, const std::function<void()>& kernel)
       : launch(launch),
         index(index),
+        cluster(cluster),
         kernel(kernel),
         threads(launch.threads),
         warps((launch.threads + 31) / 32),
@@ -177,6 +201,8 @@ struct Block {
   }
 
   Thread& self() { return threads[current]; }
+  int rank() const { return index % launch.cluster; }
+  bool has_ended() const { return ended == launch.threads; }
   Warp& warp() { return warps[current / 32]; }
   bool chance(int of) { return random() % of == 0; }
 
@@ -198,7 +224,8 @@ struct Block {
     if (_setjmp(self().context) == 0) _longjmp(scheduler, 1);
   }
 
-  void run();
+  void step();
+  void check_end() const;
 
  private:
   static void enter();
@@ -223,6 +250,9 @@ inline void Block::enter() {
     block->fault = "thread " + std::to_string(block->current) + ": " + error.what();
   }
   block->self().done = true;
+  ++block->ended;
+  ++block->cluster.ended;
+  block->cluster.complete_phase();
   _longjmp(block->scheduler, 1);
 }
 
@@ -240,6 +270,7 @@ inline void Block::resume(int thread, char* stack) {
 }
 
 inline void Block::deliver() {
+  check(launch.cluster == 1 || !has_ended(), "a copy comes to a block that has ended");
   const size_t which = launch.order == Order::kRandom ? random() % copies.size() : 0;
   const auto copy = std::move(copies[which]);
   copies.erase(copies.begin() + static_cast<ptrdiff_t>(which));
@@ -264,21 +295,26 @@ inline std::string Block::who_waits() const {
   return all;
 }
 
-inline void Block::run() {
+// Carries out a copy, or runs a thread until it waits.
+inline void Block::step() {
   static std::vector<std::unique_ptr<char[]>> stacks;
-  while (stacks.size() < threads.size()) stacks.emplace_back(new char[kStackBytes]);
+  const size_t first = rank() * threads.size();
+  while (stacks.size() < first + threads.size()) stacks.emplace_back(new char[kStackBytes]);
   block = this;
-  while (fault.empty()) {
-    const bool now = launch.order == Order::kRandom && chance(16);
+  const bool now = launch.order == Order::kRandom && chance(16);
+  try {
     if (!copies.empty() && (ready.empty() || now)) {
       deliver();
-    } else if (ready.empty()) {
-      break;
     } else {
       const int thread = next_thread();
-      resume(thread, stacks[thread].get());
+      resume(thread, stacks[first + thread].get());
     }
+  } catch (const Fault& error) {
+    fault = error.what();
   }
+}
+
+inline void Block::check_end() const {
   const std::string where = "block " + std::to_string(index) + ": ";
   check(fault.empty(), [&] { return where + fault; });
   const std::string waiting = who_waits();
@@ -287,9 +323,56 @@ inline void Block::run() {
     check(barrier.arrived == 0, [&] { return where + "a named barrier was left half full"; });
 }
 
-// Runs the thread blocks of a grid one after the other. Throws Fault.
+inline Cluster::Cluster(const Launch& launch, int first, const std::function<void()>& kernel) {
+  check(launch.cluster > 0 && launch.cluster <= 8 && launch.grid % launch.cluster == 0,
+        "a grid of whole clusters of at most 8 blocks");
+  for (int i = 0; i < launch.cluster; ++i)
+    blocks.push_back(std::make_unique<Block>(launch, first + i, *this, kernel));
+}
+
+// The block of that rank, whose shared memory may be reached only while it runs.
+inline Block& Cluster::running(int rank, const char* what) {
+  check(rank >= 0 && rank < static_cast<int>(blocks.size()), "no such block in the cluster");
+  check(!blocks[rank]->has_ended(),
+        [&] { return std::string(what) + " to a block that has ended"; });
+  return *blocks[rank];
+}
+
+// All threads that have not ended have arrived.
+inline void Cluster::complete_phase() {
+  const int all = static_cast<int>(blocks.size()) * blocks[0]->launch.threads;
+  if (arrived == 0 || arrived + ended < all) return;
+  arrived = 0;
+  phase ^= 1;
+  for (const auto& own : blocks) own->wake(own->cluster_waiters);
+}
+
+// Copies are last where no thread can go on.
+inline Block* Cluster::next_block() {
+  std::vector<Block*> able;
+  for (const auto& own : blocks) {
+    if (!own->ready.empty()) able.push_back(own.get());
+  }
+  for (const auto& own : blocks) {
+    if (able.empty() && !own->copies.empty()) return own.get();
+  }
+  if (able.empty()) return nullptr;
+  const Order order = blocks[0]->launch.order;
+  if (order == Order::kRandom) return able[blocks[0]->random() % able.size()];
+  return order == Order::kEager ? able.front() : able.back();
+}
+
+inline void Cluster::run() {
+  while (Block* own = next_block()) {
+    own->step();
+    if (!own->fault.empty()) own->check_end();
+  }
+  for (const auto& own : blocks) own->check_end();
+}
+
+// Runs the clusters of a grid one after the other. Throws Fault.
 inline void run(const Launch& launch, const std::function<void()>& kernel) {
-  for (int i = 0; i < launch.grid; ++i) Block(launch, i, kernel).run();
+  for (int i = 0; i < launch.grid; i += launch.cluster) Cluster(launch, i, kernel).run();
 }
 
 }  // namespace beit3_fast::emulated

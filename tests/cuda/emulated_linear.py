@@ -86,7 +86,7 @@ def _library(source: Path) -> ctypes.CDLL:
 
 
 def bands(bounds: Sequence[int], out: int, processors: int) -> int:
-    """Of how many bands the launcher makes its tiles."""
+    """Of how many bands the launcher makes the tiles of a cluster, which may be of one block."""
     call = _Call(out_features=out, num_experts=len(bounds) - 1, bounds=(_SIZE * 4)(*bounds))
     library = _library(Path(__file__).parent / "emulated_linear.cpp")
     return int(library.expert_linear_bands(ctypes.byref(call), processors))
@@ -109,8 +109,8 @@ def expert_linear(
 ) -> Result:
     """As in kernels/expert_linear.py, with z and the statistics of y.
 
-    ``bands``: of a tile in the kernel for compute capability 9.0; 0: the portable kernel. Raises RuntimeError with the
-    fault.
+    ``bands``: of a tile in the kernel for compute capability 9.0, 4: of a cluster of two blocks; 0: the portable kernel.
+    ``processors``: how many blocks, or clusters of them, share the work. Raises RuntimeError with the fault.
     """
     out = folded.weights.shape[1]
     empty = torch.full((x.shape[0], out), float("nan"), dtype=x.dtype)

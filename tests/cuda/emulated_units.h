@@ -122,13 +122,36 @@ inline void complete_phase(MemoryBarrier& barrier) {
   block->wake(barrier.waiters);
 }
 
-inline void arrive(uint32_t address, int64_t bytes) {
-  MemoryBarrier& barrier = barrier_at(address);
+inline void arrive(uint32_t address, int64_t bytes, bool by_thread = true) {
+  MemoryBarrier& barrier = barrier_at(address, by_thread);
   check(barrier.pending > 0,
         [&] { return name_of(address) + " gets more arrivals than it was made for"; });
   barrier.bytes += bytes;
   --barrier.pending;
   complete_phase(barrier);
+}
+
+// What is done while one of these lives is done to another block of the cluster.
+class InBlock {
+ public:
+  explicit InBlock(Block& other) : own_(block) { block = &other; }
+  ~InBlock() { block = own_; }
+
+ private:
+  Block* own_;
+};
+
+inline void arrive_in_cluster(uint32_t address, int rank) {
+  const InBlock there(block->cluster.running(rank, "a thread arrives"));
+  arrive(address, 0, false);
+}
+
+inline void meet_cluster() {
+  Cluster& cluster = block->cluster;
+  const uint32_t phase = cluster.phase;
+  ++cluster.arrived;
+  cluster.complete_phase();
+  while (cluster.phase == phase) block->wait(block->cluster_waiters, "the cluster's barrier");
 }
 
 inline void wait_for_phase(uint32_t address, uint32_t parity) {
@@ -221,19 +244,25 @@ inline void copy_box(const TiledTensor& tensor, uint32_t to, uint32_t barrier,
   complete_phase(waiting);
 }
 
+// To every block of the cluster whose bit is set, each at a time of its own.
 inline void load_box(uint32_t to, const TiledTensor& tensor, uint32_t barrier, int rank, int x,
-                     int y, int z) {
+                     int y, int z, uint32_t blocks) {
   const char* obstacle = tiled_tensor_obstacle(tensor);
   check(obstacle == nullptr, obstacle == nullptr ? "" : obstacle);
   check(tensor.rank == rank, "a tensor of another rank");
   check(to % 128 == 0, "a box is to lie at a multiple of 128 bytes");
   // With fewer bytes than the swizzle has, a row would still take 128.
   check(tensor.box[0] == 64, "boxes of whole 128-byte rows only are emulated");
+  check(blocks != 0, "a copy to no block");
   const auto copy = [=] { copy_box(tensor, to, barrier, {x, y, z}); };
-  if (happens_now()) {
-    copy();
-  } else {
-    block->copies.push_back(copy);
+  for (int other = 0; blocks >> other != 0; ++other) {
+    if ((blocks >> other & 1) == 0) continue;
+    const InBlock there(block->cluster.running(other, "a copy comes"));
+    if (happens_now()) {
+      copy();
+    } else {
+      block->copies.push_back(copy);
+    }
   }
 }
 

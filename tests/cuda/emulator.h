@@ -43,6 +43,7 @@ inline const char* make_tensor_map(TensorMap& map, const TiledTensor& tensor) {
 inline int thread_index() { return emulated::block->current; }
 inline int block_index() { return emulated::block->index; }
 inline int grid_size() { return emulated::block->launch.grid; }
+inline int cluster_rank() { return emulated::block->rank(); }
 inline int lane_index() { return thread_index() % 32; }
 inline int warp_index() { return thread_index() / 32; }
 
@@ -174,11 +175,20 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   emulated::wait_for_phase(barrier, parity);
 }
 
+inline void sync_cluster() { emulated::meet_cluster(); }
+inline void barrier_arrive_in_cluster(uint32_t barrier, int rank) {
+  emulated::arrive_in_cluster(barrier, rank);
+}
+
 inline void tma_load_2d(uint32_t to, const TensorMap& map, uint32_t barrier, int x, int y) {
-  emulated::load_box(to, map, barrier, 2, x, y, 0);
+  emulated::load_box(to, map, barrier, 2, x, y, 0, 1 << cluster_rank());
 }
 inline void tma_load_3d(uint32_t to, const TensorMap& map, uint32_t barrier, int x, int y, int z) {
-  emulated::load_box(to, map, barrier, 3, x, y, z);
+  emulated::load_box(to, map, barrier, 3, x, y, z, 1 << cluster_rank());
+}
+inline void tma_multicast_3d(uint32_t to, const TensorMap& map, uint32_t barrier, int x, int y,
+                             int z, uint16_t blocks) {
+  emulated::load_box(to, map, barrier, 3, x, y, z, blocks);
 }
 
 inline void fence_async_proxy() { emulated::fence_written_chunks(); }

@@ -7,6 +7,7 @@
 #include <random>
 
 #include "emulator_checks_8_bits.h"
+#include "emulator_checks_clusters.h"
 #include "hopper.cuh"
 
 namespace {
@@ -343,6 +344,8 @@ void deadlocks_and_misuse_are_faults() {
 
 #define CHECK(name) {#name, name}
 const std::map<std::string, void (*)()> kChecks = {
+    CHECK(clusters_share_copies),
+    CHECK(mistakes_of_clusters_show),
     CHECK(products_of_swizzled_tiles),
     CHECK(missing_wait_for_tiles_shows),
     CHECK(early_release_shows),

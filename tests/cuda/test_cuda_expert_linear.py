@@ -185,14 +185,48 @@ def test_portable(name: str) -> None:
     check(case, operands, launch(case, operands, ("late", "random")[turn % 2], bands=0))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_clusters(name: str) -> None:
+    """Experts of one, two and three row tiles: in every odd number the last one's neighbour has no real rows."""
+    turn = list(CASES).index(name)
+    operands = draw(CASES[name], ("fp16", "bf16")[turn % 2])
+    check(CASES[name], operands, launch(CASES[name], operands, ORDERS[(turn + 1) % 3], bands=4))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_clusters_that_have_more_than_one_tile(order: str) -> None:
+    """Through every slot of the ring more than once, the last tile with rows of one block alone."""
+    case = Case((0, 300, 420), 456, 136, norm=True, gelu=True, residual=True)
+    operands = draw(case, "bf16")
+    check(case, operands, launch(case, operands, order, bands=4, processors=1))
+
+
+def test_clusters_give_the_same_bits() -> None:
+    operands = draw(CASES["two experts"], "bf16")
+    alone, together = (launch(CASES["two experts"], operands, bands=b) for b in (2, 4))
+    for ours, own in zip(together, alone, strict=True):
+        assert torch.equal(ours.nan_to_num(), own.nan_to_num())
+
+
+def test_clusters_are_taken_where_they_cost_no_round() -> None:
+    many = 128 * 22
+    assert bands((0, many), 768, 132) == 4
+    assert bands((0, many), 768, 1) == 2  # no processor for a second block
+    assert bands((0, many - 256), 768, 132) == 1
+    assert bands((0, many, many + 128), 1536, 132) == 2  # an expert of one row tile
+    assert bands((0, many, many), 1536, 132) == 4  # an empty one
+    assert bands((0, 128 * 33), 512, 132) == 2  # without a cluster there is one round, with it two
+    assert bands((0, 128 * 35), 512, 132) == 4
+
+
 def test_tiles_are_low_where_high_ones_leave_processors_idle() -> None:
     assert bands((0, 197), 3072, 132) == 1
-    assert bands((0, 128 * 11), 1536, 132) == 2
+    assert bands((0, 128 * 11), 1536, 132) == 2  # with clusters: two rounds
     assert bands((0, 128 * 11 - 128), 1536, 132) == 1
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("bands", [0, 1, 2])
+@pytest.mark.parametrize("bands", [0, 1, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", CASES)

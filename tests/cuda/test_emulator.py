@@ -10,11 +10,13 @@ from emulated import compiled
 
 HERE = Path(__file__).parent
 CHECKS = (
+    "clusters_share_copies",
     "deadlocks_and_misuse_are_faults",
     "early_release_shows",
     "missing_bytes_are_a_deadlock",
     "missing_fence_is_a_fault",
     "missing_wait_for_tiles_shows",
+    "mistakes_of_clusters_show",
     "products_of_8_bits",
     "products_of_a_warp",
     "products_of_swizzled_tiles",
