@@ -25,7 +25,7 @@ PLANTED = [
     ("expert_linear", "row = tl.minimum(place, end - 1).to(tl.int64)", "row = place.to(tl.int64)"),
     ("expert_linear", "* N + tl.minimum(column, N - 1)", "* N + column"),
     ("expert_linear", "residual_at, mask=real, other=0.0", "residual_at"),
-    ("expert_linear", "+ column[None, :], y, mask=real)", "+ column[None, :], y)"),
+    ("expert_linear", "tl.store(y_ptr + at, y, mask=real)", "tl.store(y_ptr + at, y)"),
     ("expert_linear", "tl.load(bias_ptr + vector)", "tl.load(bias_ptr + vector + N)"),
     ("_expert_linear_backward", "grad_at, mask=real, other=0.0", "grad_at"),
     ("_expert_linear_backward", "g_ptr + at, mask=real, other=0.0", "g_ptr + at"),
@@ -99,6 +99,12 @@ def test_nothing_strange_is_touched(side: str) -> None:
     assert "nothing strange" in done.stdout
 
 
+def test_every_text_stands_in_its_file_once() -> None:
+    """Also of those that are planted in the long tests only."""
+    for op, right, _ in PLANTED:
+        assert (ROOT / "kernels" / f"{op}.py").read_text().count(right) == 1, right
+
+
 @pytest.mark.parametrize(
     "number",
     [
@@ -109,7 +115,6 @@ def test_nothing_strange_is_touched(side: str) -> None:
 def test_a_planted_stray_access_kills_the_process(number: int, tmp_path: Path) -> None:
     op, right, wrong = PLANTED[number]
     text = (ROOT / "kernels" / f"{op}.py").read_text()
-    assert text.count(right) == 1
     spoiled = tmp_path / f"{op}.py"
     spoiled.write_text(text.replace(right, wrong))
     assert run("behind,before", spoiled).returncode == -signal.SIGSEGV
