@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from beit3_fast.data.augment import Augment
+from beit3_fast.data.digest import digest_of
 from beit3_fast.data.images import load_image, preprocess_image
 from beit3_fast.data.masking import sample_generator, sample_order
 from beit3_fast.data.presets import ImagePreset
@@ -82,4 +82,4 @@ class ImageData:
             self.seed,
             self.augment,
         )
-        return hashlib.sha256(repr(made_of).encode("utf-8", "surrogatepass")).hexdigest()
+        return digest_of(repr(made_of))

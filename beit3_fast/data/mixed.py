@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from beit3_fast.data.augment import Augment
 from beit3_fast.data.codes_of_files import CodesOfFiles
+from beit3_fast.data.digest import digest_of
 from beit3_fast.data.index_files import KINDS, IndexRow, names_of_images, read_index
 from beit3_fast.data.masked_batch import MaskedBatch, MaskedSample, masked_batch
 from beit3_fast.data.masking import (
@@ -141,7 +141,7 @@ class MixedData:
                 for rows in self.rows.values()
             ),
         ]
-        return hashlib.sha256("\n".join(made_of).encode("utf-8", "surrogatepass")).hexdigest()
+        return digest_of("\n".join(made_of))
 
     def _sample(self, kind: str, row: IndexRow, epoch: int, index: int) -> MaskedSample:
         place = KINDS.index(kind), epoch, index

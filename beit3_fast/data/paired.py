@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from os import PathLike
@@ -12,6 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 
 from beit3_fast.data.augment import Augment
+from beit3_fast.data.digest import digest_of
 from beit3_fast.data.index_files import images_and_text, names_of_images, read_entries
 from beit3_fast.data.masking import sample_generator, sample_order
 from beit3_fast.data.pair_batch import PairBatch
@@ -108,7 +108,7 @@ class PairedData(Generic[B]):
             self.views.augment,
             (processor.image_size, processor.max_length, processor.preset),
         )
-        return hashlib.sha256(repr(made_of).encode("utf-8", "surrogatepass")).hexdigest()
+        return digest_of(repr(made_of))
 
     def _batch(self, rows: Sequence[PairedRow], views: Sequence[tuple[int, int]] | None) -> B:
         processor = self.processor

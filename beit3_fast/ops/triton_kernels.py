@@ -149,8 +149,7 @@ def _expert_linear_backward(
     kernels = _kernels("_expert_linear_backward", x.device.type)
     vectors = (biases, norm_weights, norm_biases)
     gradients = kernels.expert_linear_backward(
-        # Also where its rows are one row, as behind a sum over them: descriptors take no stride of zero.
-        grad if grad.stride(-1) == 1 and grad.stride(0) >= grad.shape[1] else grad.contiguous(),
+        grad if grad.stride(-1) == 1 else grad.contiguous(),
         x,
         folded_weights(weights, [], *vectors),
         weights,

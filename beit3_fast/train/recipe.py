@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -14,6 +13,7 @@ import torch
 from beit3_fast.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from beit3_fast.config import BEiT3Config
 from beit3_fast.data import Augment, Masking, Processor, Tokenizer, preprocess_image
+from beit3_fast.data.digest import digest_of
 from beit3_fast.data.index_files import KINDS, names_of_images, read_index
 from beit3_fast.data.mixed import Mix, MixedData
 from beit3_fast.data.patch_codes import PatchCodes
@@ -173,9 +173,7 @@ class Recipe:
             self.train.seed,
         )
         how = (processor.image_size, processor.preset, number, patch, seed)
-        made_of = hashlib.sha256(
-            repr((names_of_images(names), how)).encode("utf-8", "surrogatepass")
-        ).hexdigest()
+        made_of = digest_of(repr((names_of_images(names), how)))
         if kept.exists():
             return _kept_codes(kept, made_of, patch)
         images = [preprocess_image(name, processor.image_size, processor.preset) for name in names]

@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from triton.runtime.jit import KernelInterface
 from triton_cases import DEVICE
 
 import beit3_fast
 from beit3_fast import cli
 from beit3_fast.kernels import _expert_linear_backward as gradient_kernels
 from beit3_fast.kernels import _shared_attention_backward as backward_kernels
-from beit3_fast.kernels import _tiles
 from beit3_fast.kernels import expert_linear as linear_kernels
 from beit3_fast.kernels import shared_attention as attention_kernels
 from beit3_fast.ops import dispatch, kernel_cases, kernel_check, triton_kernels
@@ -72,23 +70,6 @@ def test_the_kernels_pass_whatever_modes_the_caller_is_in(kernel: str, dtype: to
         outcome = kernel_check.run(kernel, dtype, DEVICE)
     assert outcome.parity.passed, outcome.parity.reason
     assert 0 < outcome.parity.rel_rms < 0.01
-
-
-def test_the_calls_meet_every_class_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which tile is chosen is noted; nothing is launched."""
-    met = set()
-
-    def choose(tile: Any, op: str, own_class: str, name: str) -> Any:
-        met.add((op, own_class))
-        return real(tile, op, own_class, name)
-
-    real = _tiles.choose
-    monkeypatch.setattr(_tiles, "choose", choose)
-    monkeypatch.setattr(KernelInterface, "__getitem__", lambda *_: lambda *_, **__: None)
-    for dtype in (torch.float16, torch.float32):
-        for check in kernel_cases.CASES.values():
-            check(dtype, DEVICE)
-    assert met == {(op, own) for op, classes in _tiles.CLASSES.items() for own in classes}
 
 
 def without_mask(real: Any) -> Any:
