@@ -111,7 +111,7 @@ def op_parity(ours: Tensor, plain: Tensor, truth: Tensor, *, gradient: bool = Fa
         broken.append(f"largest error {max_abs:.3e} is over the limit {max_limit:.3e}")
     if not rel_rms <= rms_limit:
         broken.append(f"relative rms error {rel_rms:.3e} is over the limit {rms_limit:.3e}")
-    broken.extend(_turned_rows(f, r, p, p_truth, _ROW_BOUND[dtype], factor))
+    broken.extend(_turned_rows(f, r, p, p_truth, dtype, factor))
     return Parity(max_abs, rel_rms, plain_rel_rms, not broken, "; ".join(broken))
 
 
@@ -272,12 +272,13 @@ def _rounding_floor(rounded: Tensor, finite: Tensor) -> float:
 
 
 def _turned_rows(
-    f: Tensor, r: Tensor, p: Tensor, p_truth: Tensor, bound: float, factor: float
+    f: Tensor, r: Tensor, p: Tensor, p_truth: Tensor, dtype: torch.dtype, factor: float
 ) -> list[str]:
     """The rows whose cosine with the truth is off by more than the bound and than plain PyTorch's.
 
     1 - cosine grows with the square of the relative error, hence the squared factor. Rows whose
-    truth is all zero have no direction; the largest-error rule holds them.
+    truth is all zero, or below the normal numbers of what it is computed in (fp32 for 16-bit dtypes),
+    have no direction; the largest-error rule holds them.
     """
     if not r.numel():
         return []
@@ -285,7 +286,10 @@ def _turned_rows(
     f, r, p, p_truth = (t.reshape(-1, width) for t in (f, r, p, p_truth))
     off = (_unit(f) - _unit(r)).pow(2).sum(-1) / 2
     plain_off = (_unit(p) - _unit(p_truth)).pow(2).sum(-1) / 2
-    turned = (off > torch.clamp(factor * factor * plain_off, min=bound)) & (r.abs().amax(-1) > 0)
+    bound = _ROW_BOUND[dtype]
+    smallest = torch.finfo(torch.promote_types(dtype, torch.float32)).tiny
+    directed = r.abs().amax(-1) >= smallest
+    turned = (off > torch.clamp(factor * factor * plain_off, min=bound)) & directed
     if not bool(turned.any()):
         return []
     row = int(torch.where(turned, off, -1.0).argmax())

@@ -146,6 +146,20 @@ def test_zero_rows_must_stay_zero() -> None:
     assert not op_parity(honest, plain, truth).passed
 
 
+@pytest.mark.parametrize(("size", "judged"), [(1e-36, True), (1e-42, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_subnormal_numbers_have_no_direction(
+    dtype: torch.dtype, size: float, judged: bool
+) -> None:
+    honest, plain, truth = product(dtype)
+    for t in (honest, plain, truth):
+        t[8] = size
+    honest[8] = -size
+    verdict = op_parity(honest, plain, truth)
+    assert verdict.passed is not judged
+    assert not judged or "row 8" in verdict.reason
+
+
 def test_shape_dtype_and_empty() -> None:
     honest, plain, truth = product(torch.float32)
     assert "shape" in op_parity(honest[:5], plain, truth).reason

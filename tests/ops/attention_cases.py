@@ -108,11 +108,13 @@ class AttentionOperands(NamedTuple):
 
 
 def attention_operands(
-    case: AttentionCase, layouts: Mapping[str, tuple[Sequence[int], Sequence[int]]] = LAYOUTS
+    case: AttentionCase,
+    layouts: Mapping[str, tuple[Sequence[int], Sequence[int]]] = LAYOUTS,
+    draw: int = 0,
 ) -> AttentionOperands:
-    """Rounded operands; the same ones for the same case, which names one of the layouts."""
+    """Rounded operands; the same ones for the same draw of a case, which names one of the layouts."""
     dtype = DTYPES[case.dtype]
-    generator = torch.Generator().manual_seed(sum(map(ord, case.name)))
+    generator = torch.Generator().manual_seed(sum(map(ord, case.name)) + draw)
     layout = TokenLayout.from_lengths(*layouts[case.tokens])
     heads, head_dim = case.heads
     width, count = heads * head_dim, layout.num_rows
@@ -190,9 +192,44 @@ def plain_attention(operands: AttentionOperands, heads: int, truth: Tensor | Non
     others = [
         _plain_attention(operands, heads, partial(in_turn, backwards=b)) for b in (False, True)
     ]
-    orders = torch.stack([plain, *others])
-    farthest = (orders.double() - truth).abs().nan_to_num(0.0).argmax(0, keepdim=True)
-    return orders.gather(0, farthest)[0]
+    return farthest([plain, *others], truth)
+
+
+def farthest(results: Sequence[Tensor], truth: Tensor) -> Tensor:
+    """Of several results the one that is farthest from the truth, element by element."""
+    stacked = torch.stack([*results])
+    place = (stacked.double() - truth).abs().nan_to_num(0.0).argmax(0, keepdim=True)
+    return stacked.gather(0, place)[0]
+
+
+class _RoundedOutput(torch.autograd.Function):
+    """Attention in fp64 whose backward pass, as FlashAttention's, takes the sums of P dP from the rounded output."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
+        scores = (q.double() @ k.double().mT) * q.shape[-1] ** -0.5
+        weights = scores.masked_fill(~attn_mask, float("-inf")).softmax(-1).nan_to_num(0.0)
+        out = (weights @ v.double()).to(q.dtype)
+        ctx.save_for_backward(q, k, v, weights, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        q, k, v, weights, out = (t.double() for t in ctx.saved_tensors)
+        wide = grad.double()
+        scores = weights * (wide @ v.mT - (wide * out).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+        gradients = (scores @ k, scores.mT @ q, weights.mT @ wide)
+        dq, dk, dv = (t.to(grad.dtype) for t in gradients)
+        return dq, dk, dv, None
+
+
+def rounded_output(operands: AttentionOperands, heads: int) -> Tensor:
+    """shared_attention whose gradients are as exact as an output that is stored in the operands' dtype allows."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
+        return _RoundedOutput.apply(q, k, v, attn_mask)
+
+    return _plain_attention(operands, heads, attention)
 
 
 def _plain_attention(

@@ -124,11 +124,11 @@ class LinearOperands(NamedTuple):
         )
 
 
-def linear_operands(case: LinearCase) -> LinearOperands:
-    """Rounded operands; the same ones for the same case."""
+def linear_operands(case: LinearCase, draw: int = 0) -> LinearOperands:
+    """Rounded operands; the same ones for the same draw of a case."""
     dtype = DTYPES[case.dtype]
     bounds, inner, out = SHAPES[case.shape]
-    generator = torch.Generator().manual_seed(sum(map(ord, case.name)))
+    generator = torch.Generator().manual_seed(sum(map(ord, case.name)) + draw)
     count, experts = bounds[-1], len(bounds) - 1
     total, rows = count, None
     if case.rows:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit3_fast.ops import library
-from beit3_fast.parity import Parity
+from beit3_fast.parity import Parity, op_parity
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TARGETS = [
@@ -97,6 +97,33 @@ def lay(x: Tensor, layout: str) -> Tensor:
 def assert_near(parity: Parity, what: object) -> None:
     """Fail with the figures where the parity rule is broken."""
     assert parity.passed, f"{what}: {parity.reason}"
+
+
+class Results(NamedTuple):
+    """What one tensor came out as: of the implementation, of plain PyTorch, and in fp64."""
+
+    ours: Tensor
+    plain: Tensor
+    truth: Tensor
+
+
+def draws_of(fewest: int) -> range:
+    """How often a call is drawn whose results have at least so many numbers.
+
+    The largest error of a few is luck, plain PyTorch's as well as ours.
+    """
+    return range(1 if fewest >= 16 else 4)
+
+
+def assert_draws_near(draws: Sequence[Mapping[str, Results]], what: str) -> None:
+    """Judge the losses and gradients of several draws of a call as if they were one."""
+    for name in {name: None for own in draws for name in own}:
+        drawn = zip(*(own[name] for own in draws if name in own), strict=True)
+        ours, plain, truth = (
+            torch.cat([t[None] if t.ndim == 1 else t for t in parts]) for parts in drawn
+        )
+        parity = op_parity(ours, plain, truth, gradient=name != "losses")
+        assert_near(parity, f"{name} of {what}")
 
 
 def plain_best(

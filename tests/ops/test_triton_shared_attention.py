@@ -16,12 +16,14 @@ from attention_cases import (
     AttentionOperands,
     attention_cases,
     attention_operands,
+    farthest,
     plain_attention,
+    rounded_output,
     rows_and_names,
     run_attention,
     visible_keys,
 )
-from op_cases import DTYPES, assert_near
+from op_cases import DTYPES, Results, assert_draws_near, assert_near, draws_of
 from torch import Tensor
 from triton_cases import DEVICE, TARGETS, moments, one_target_each
 
@@ -88,21 +90,32 @@ def gradients(operands: AttentionOperands, dtype: str, call: Any) -> list[Tensor
 
 
 def check_gradients(case: AttentionCase) -> None:
-    operands = attention_operands(case)
+    rows = attention_operands(case).q.shape[0]
+    found = [results(attention_operands(case, draw=draw), case) for draw in draws_of(rows)]
+    assert_draws_near(found, case.name)
+
+
+def results(operands: AttentionOperands, case: AttentionCase) -> dict[str, Results]:
     on_device = operands.on(DEVICE)
     ours = gradients(on_device, case.dtype, lambda own: run_attention(own, case, "triton"))
     if operands.q.shape[0] == 0:
         assert not any(bool(t.any()) for t in ours)
-        return
+        return {}
     plain = gradients(operands, case.dtype, lambda own: plain_attention(own, case.heads[0]))
     wide = operands._replace(q=operands.q.double(), k=operands.k.double(), v=operands.v.double())
     truth = gradients(wide, case.dtype, lambda own: run_attention(own, case, "reference"))
+    found = {}
+    if case.dtype != "fp32":
+        # Where one key has nearly all weight, the output's rounding decides, which plain PyTorch may have right by luck.
+        rounded = gradients(operands, case.dtype, lambda own: rounded_output(own, case.heads[0]))
+        plain = [farthest(both, own) for *both, own in zip(plain, rounded, truth, strict=True)]
     for name, mine, theirs, expected in zip("qkv", ours, plain, truth, strict=True):
         if not bool(expected.any()):
             # One visible key each: q and k have no effect, and what is left is rounding.
             assert mine.abs().max() <= 100 * torch.finfo(mine.dtype).eps
             continue
-        assert_near(op_parity(mine.cpu(), theirs, expected, gradient=True), f"gradient of {name}")
+        found[f"gradient of {name}"] = Results(mine.cpu(), theirs, expected)
+    return found
 
 
 @pytest.mark.parametrize("case", GRADIENT_CASES, ids=lambda case: case.name)
