@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -39,3 +40,12 @@ def images_of_folder(folder: str | PathLike[str]) -> list[str]:
             f"the folder {str(folder)!r} has no image files ({', '.join(IMAGE_SUFFIXES)}); name the files"
         )
     return found
+
+
+def state_of_file(path: str) -> tuple[int, int]:
+    """Size in bytes and time of the last change in nanoseconds, -1 for both where there is no such file."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return -1, -1
+    return found.st_size, found.st_mtime_ns

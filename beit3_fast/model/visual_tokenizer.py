@@ -144,11 +144,30 @@ class VisualTokenizer(nn.Module):
     def identity(self) -> str:
         """A digest of all that codes depend on."""
         digest = hashlib.sha256()
-        for name, tensor in self.state_dict().items():
-            if name.startswith(("encoder.", "encode_task_layer.", "quantize.embedding.weight")):
-                digest.update(name.encode())
-                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        for name, tensor in self._of_codes():
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def check_codes(self) -> None:
+        """Raises CheckpointError for weights that name nothing: a codebook that was never filled, or numbers that are not finite."""
+        own = self.quantize.embedding
+        if not bool(own.initted) or not bool(own.weight.any()):
+            raise CheckpointError(
+                "the visual tokenizer's codebook was never filled (initted is 0, or all codes are), so every patch would have one "
+                "code; train it with beit3-fast train-tokenizer, or load the weights of a trained one"
+            )
+        spoiled = [name for name, tensor in self._of_codes() if not bool(tensor.isfinite().all())]
+        if spoiled:
+            raise CheckpointError(
+                f"the visual tokenizer must have finite weights, those of {', '.join(spoiled[:5])} are not "
+                f"({len(spoiled)} in all); load an earlier checkpoint"
+            )
+
+    def _of_codes(self) -> list[tuple[str, Tensor]]:
+        """The part of the state that codes depend on."""
+        parts = ("encoder.", "encode_task_layer.", "quantize.embedding.weight")
+        return [item for item in self.state_dict().items() if item[0].startswith(parts)]
 
     def _encode(self, images: Tensor) -> Tensor:
         """Rows [B, patches, code_dim] in the head's dtype, also under autocast: near a border a rounding is another code."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bugs.bug import CODEBOOK, CONTRASTIVE, TOKENIZER_TRAINING, Bug
+from bugs.bug import CODEBOOK, CONTRASTIVE, TOKENIZE_IMAGES, TOKENIZER_TRAINING, Bug
 
 VISUAL_TOKENS_BUGS = (
     Bug(
@@ -83,6 +83,55 @@ VISUAL_TOKENS_BUGS = (
         "beit3_fast/train/tokenize_images.py",
         "os.truncate(codes, done * row)",
         "pass",
-        ("tests/train/test_tokenize_images.py::test_a_killed_job_goes_on",),
+        (f"{TOKENIZE_IMAGES}::test_a_killed_job_goes_on",),
+    ),
+    Bug(
+        "tokenize-images-looks-at-names-alone",
+        "beit3_fast/train/tokenize_images.py",
+        "repr([*zip(self.names, states, strict=True)])",
+        "repr(self.names)",
+        (f"{TOKENIZE_IMAGES}::test_images_that_changed_under_their_names",),
+    ),
+    Bug(
+        "tokenize-images-looks-at-sizes-alone",
+        "beit3_fast/train/tokenize_images.py",
+        "zip(self.names, states, strict=True)",
+        "zip(self.names, self.sizes, strict=True)",
+        (f"{TOKENIZE_IMAGES}::test_images_that_changed_under_their_names",),
+    ),
+    Bug(
+        "tokens-of-a-codebook-that-was-never-filled",
+        "beit3_fast/model/visual_tokenizer.py",
+        "not bool(own.initted) or ",
+        "",
+        (f"{TOKENIZE_IMAGES}::test_a_tokenizer_that_knows_no_codes",),
+    ),
+    Bug(
+        "tokens-of-an-encoder-with-nan",
+        "beit3_fast/model/visual_tokenizer.py",
+        "        if spoiled:\n",
+        "        if False:\n",
+        (f"{TOKENIZE_IMAGES}::test_a_tokenizer_that_knows_no_codes",),
+    ),
+    Bug(
+        "codes-beyond-the-last",
+        "beit3_fast/train/visual_tokens.py",
+        "most >= self.num_codes",
+        "most > self.num_codes + 23",
+        (f"{TOKENIZE_IMAGES}::test_a_file_of_codes_with_rubbish_in_it",),
+    ),
+    Bug(
+        "codes-of-an-image-of-another-size",
+        "beit3_fast/train/visual_tokens.py",
+        "if bytes_now != size:",
+        "if False:",
+        (f"{TOKENIZE_IMAGES}::test_pretraining_notices_an_image_that_changed",),
+    ),
+    Bug(
+        "codes-of-images-scaled-in-another-way",
+        "beit3_fast/train/visual_tokens.py",
+        '        ("image preset", preset, processor.preset),\n',
+        "",
+        ("tests/train/test_tokenizer_recipe.py::test_codes_of_images_scaled_in_another_way",),
     ),
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import json
 import os
 import shutil
 import signal
@@ -14,7 +17,7 @@ from test_continuation import at_call, child
 from tokenizer_runs import PIXELS, teach, tokenizer
 from train_cases import data
 
-from beit3_fast.checkpoint import save_checkpoint
+from beit3_fast.checkpoint import read_checkpoint, save_checkpoint
 from beit3_fast.data import Augment
 from beit3_fast.data.image_files import list_images
 from beit3_fast.data.mixed import Mix
@@ -34,6 +37,13 @@ def taught(world: Path, tmp_path_factory: pytest.TempPathFactory) -> VisualToken
 
 def make(own: VisualTokenizer, sources: Any, out: Path, **options: Any) -> TokenizeReport:
     return tokenize_images(own, sources, out, progress=False, **{"batch_size": 3, **options})
+
+
+def filled(seed: int) -> VisualTokenizer:
+    """Another tokenizer, whose codebook has seen noise."""
+    own = tokenizer(seed).train()
+    own(torch.randn(2, 3, PIXELS, PIXELS))
+    return own.eval()
 
 
 def test_the_codes_of_a_folder(taught: VisualTokenizer, world: Path, tmp_path: Path) -> None:
@@ -72,7 +82,7 @@ def test_a_killed_job_goes_on(
     with begun.open("ab") as file:
         file.write(b"half a row")
     with pytest.raises(ConfigError, match="the beginning of another job"):
-        make(tokenizer(seed=3), world / "images", out)
+        make(filled(3), world / "images", out)
     with pytest.raises(ConfigError, match="the beginning of another job"):
         make(taught, world / "images/val", out)
     assert make(taught, world / "images", out, batch_size=4, workers=1).resumed == 9
@@ -89,10 +99,91 @@ def test_a_finished_file_is_left_as_it_is(
     again = make(taught, world / "images/val", out)
     assert (again.images, again.resumed, again.used) == (first.images, first.images, first.used)
     assert out.stat().st_mtime_ns == before
-    with pytest.raises(ConfigError, match="holds codes of another tokenizer; give another file"):
-        make(tokenizer(seed=3), world / "images/val", out)
-    with pytest.raises(ConfigError, match="holds codes of other images; give another file"):
+    with pytest.raises(ConfigError, match="holds codes of another tokenizer; give"):
+        make(filled(3), world / "images/val", out)
+    with pytest.raises(ConfigError, match="holds codes of other images, or of im"):
         make(taught, world / "images", out)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("changed", ["size", "time", "gone"])
+def test_images_that_changed_under_their_names(
+    changed: str,
+    finished: bool,
+    taught: VisualTokenizer,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(world / "images/val", tmp_path / "images")
+    image, out = tmp_path / "images/000002.png", tmp_path / "codes.safetensors"
+    with monkeypatch.context() as patch:
+        if not finished:
+            patch.setattr(jobs._Job, "finish", lambda *_: 1 / 0)
+        with contextlib.suppress(ZeroDivisionError):
+            make(taught, tmp_path / "images/000002.png", out)
+    time = image.stat().st_mtime_ns
+    if changed == "size":
+        shutil.copy(world / "images/train/000003.png", image)
+        os.utime(image, ns=(time, time))
+    elif changed == "time":
+        os.utime(image, ns=(time, time + 1))
+    else:
+        image.unlink()
+    said = (
+        "codes of other images, or of images changed"
+        if finished
+        else "another job, with .* images changed"
+    )
+    with pytest.raises(ConfigError, match=f"{said}.*size and time of the last change.* remove it"):
+        make(taught, image, out)
+
+
+def test_pretraining_notices_an_image_that_changed(
+    taught: VisualTokenizer, world: Path, tmp_path: Path
+) -> None:
+    image = tmp_path / "image.png"
+    shutil.copy(world / "images/val/000002.png", image)
+    make(taught, image, tmp_path / "codes.safetensors")
+    codes = CodeFile.load(tmp_path / "codes.safetensors")
+    os.utime(image, ns=(0, 0))
+    assert codes.of_file(str(image)).shape == (36,)
+    with image.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(InputError, match=r"image\.png' had \d+ bytes when .*, now it has .*; run"):
+        codes.of_file(str(image))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda own: own.quantize.embedding.initted.zero_(), "codebook was never filled"),
+        (lambda own: own.quantize.embedding.weight.zero_(), "codebook was never filled"),
+        (
+            lambda own: own.quantize.embedding.weight[1, 0].fill_(torch.nan),
+            r"finite.*dding\.weight",
+        ),
+        (
+            lambda own: own.encode_task_layer[2].weight[0, 0].fill_(torch.inf),
+            r"finite.*ayer\.2\.we",
+        ),
+        (
+            lambda own: own.encoder.pos_embed[0, 0, 0].fill_(torch.nan),
+            r"finite.*encoder\.pos_embed",
+        ),
+    ],
+)
+def test_a_tokenizer_that_knows_no_codes(
+    spoil: Any, message: str, taught: VisualTokenizer, world: Path, tmp_path: Path
+) -> None:
+    own = copy.deepcopy(taught)
+    with torch.no_grad():
+        spoil(own)
+    with pytest.raises(CheckpointError, match=message):
+        make(own, world / "images/val", tmp_path / "codes.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        VisualTokens(own)
+    assert not list(tmp_path.iterdir())
 
 
 def test_images_that_cannot_be_read(
@@ -123,8 +214,71 @@ def test_files_that_are_no_codes(taught: VisualTokenizer, world: Path, tmp_path:
         CodeFile.load(tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"written to a \.safetensors file, got"):
         make(taught, world / "images", tmp_path / "codes.bin")
-    with pytest.raises(ConfigError, match="batch_size must be a positive integer"):
-        make(taught, world / "images", tmp_path / "codes.safetensors", batch_size=0)
+    for name, value in (("batch_size", 0), ("batch_size", "8"), ("workers", -1), ("workers", 1.0)):
+        with pytest.raises(ConfigError, match=f"{name} must be an integer of at least .*got"):
+            make(taught, world / "images", tmp_path / "codes.safetensors", **{name: value})
+
+
+NONE = torch.zeros(0, dtype=torch.int16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codes": None}, "lacks 'codes'"),
+        ({"images": None}, "lacks 'images'"),
+        ({"sizes": None}, "lacks 'sizes'"),
+        ({"facts": None}, "lacks 'facts'"),
+        ({"images": b"[1"}, "cannot be read"),
+        ({"images": b"\xff"}, "cannot be read"),
+        ({"images": b"[" * 100_000}, "cannot be read"),
+        ({"images": b'{"a": 1}'}, "images must be names"),
+        ({"images": b"[]", "codes": NONE}, "images must be names, at least one"),
+        (
+            {"images": b'["a.png"]'},
+            r"codes must be .* \[1, 36\], got torch.int16 of shape \[6, 36\]",
+        ),
+        ({"codes": lambda codes: codes[:3]}, r"codes must be int16 or int32 of shape \[6, 36\]"),
+        (
+            {"codes": lambda codes: codes[:, :9]},
+            r"codes must be .*got torch.int16 of shape \[6, 9\]",
+        ),
+        ({"codes": lambda codes: codes.float()}, r"codes must be .*got torch.float32"),
+        ({"codes": lambda codes: codes + 24}, "codes must be from 0 to 23, got"),
+        ({"codes": lambda codes: codes - 24}, "codes must be from 0 to 23, got -"),
+        ({"sizes": lambda sizes: sizes[1:]}, r"sizes must be int64 of shape \[6\], got"),
+        ({"num_codes": "24"}, "num_codes must be a positive integer, got '24'"),
+        ({"num_codes": 0}, "num_codes must be a positive integer, got 0"),
+        ({"grid_size": [6]}, r"grid_size must be two positive integers, got \[6\]"),
+        ({"grid_size": [-6, -6]}, "grid_size must be two positive integers"),
+        ({"grid_size": 6}, "tables cannot be read"),
+        ({"preset": ["square"]}, "preset must be one of"),
+        ({"preset": "round"}, r"preset must be one of .*, got 'round'"),
+        ({"tokenizer": None}, "lacks 'tokenizer'"),
+        ({"job": 3}, "job must be a digest, got 3"),
+    ],
+)
+def test_a_file_of_codes_with_rubbish_in_it(
+    changes: dict[str, Any], message: str, taught: VisualTokenizer, world: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "codes.safetensors"
+    make(taught, world / "images/val", own)
+    read = read_checkpoint(own)
+    facts = json.loads(read.metadata["facts"])
+    metadata = {"content": read.metadata["content"]}
+    for name, value in changes.items():
+        kept: dict[str, Any] = read.state if name in read.state else facts
+        if value is None:
+            kept.pop(name, None)
+        elif isinstance(value, bytes):
+            kept[name] = torch.frombuffer(bytearray(value), dtype=torch.uint8)
+        else:
+            kept[name] = value(kept[name]) if callable(value) else value
+    if "facts" not in changes:
+        metadata["facts"] = json.dumps(facts)
+    save_checkpoint(read.state, own, metadata=metadata)
+    with pytest.raises(CheckpointError, match=rf"codes\.safetensors: .*{message}.*make it anew"):
+        CodeFile.load(own)
 
 
 def test_masked_data_takes_the_codes_of_its_files(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,11 +186,24 @@ def test_codes_that_do_not_fit(
     old: str, new: str, message: str, begun: Path, tmp_path: Path
 ) -> None:
     own = read_tokenizer_recipe(begun / "tokenizer.toml")
-    other = own.make_tokenizer(own.make_teacher())
+    other = own.make_tokenizer(own.make_teacher()).train()
+    other(torch.randn(2, 3, 48, 48))
     save_checkpoint(other, begun / "other.safetensors")
     (begun / "other.toml").write_text(PRETRAIN.replace(old, new, 1))
     recipe = read_recipe(begun / "other.toml")
     with pytest.raises(ConfigError, match=message):
+        recipe.make_data(recipe.make_model(), tmp_path)
+
+
+@needs_toml
+def test_codes_of_images_scaled_in_another_way(begun: Path, tmp_path: Path) -> None:
+    codes = CodeFile.load(begun / "codes.safetensors")
+    replace(codes, path=begun / "imagenet.safetensors", preset="imagenet").save()
+    (begun / "imagenet.toml").write_text(PRETRAIN.replace("codes.safe", "imagenet.safe"))
+    recipe = read_recipe(begun / "imagenet.toml")
+    with pytest.raises(
+        ConfigError, match=r"differ in their image preset: .*imagenet.* and .*square"
+    ):
         recipe.make_data(recipe.make_model(), tmp_path)
 
 
@@ -270,7 +284,9 @@ def test_a_teacher_of_timm() -> None:
 
 
 def test_tokens_are_frozen(begun: Path) -> None:
-    own = VisualTokens(read_tokenizer_recipe(EXAMPLE).make_tokenizer(lambda _: torch.zeros(1, 3)))  # type: ignore[arg-type]
+    untaught = read_tokenizer_recipe(EXAMPLE).make_tokenizer(lambda _: torch.zeros(1, 3))  # type: ignore[arg-type]
+    untaught.train()(torch.randn(2, 3, 48, 48))
+    own = VisualTokens(untaught)
     assert not own.tokenizer.training
     assert own.identity == own.tokenizer.identity()
     assert own(torch.zeros(1, 3, 48, 48)).shape == (1, 9)
