@@ -143,7 +143,8 @@ class VisualTokenizer(nn.Module):
 
     def identity(self) -> str:
         """A digest of all that codes depend on."""
-        digest = hashlib.sha256()
+        # The weights do not tell how many heads share their width.
+        digest = hashlib.sha256(f"{self.config.num_heads} heads".encode())
         for name, tensor in self._of_codes():
             digest.update(name.encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())

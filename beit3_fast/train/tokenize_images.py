@@ -153,6 +153,10 @@ class _Job:
                 f"{self.folder} holds the beginning of another job, with another tokenizer or {_OTHER_IMAGES}; give another "
                 "file, or remove it"
             )
+        if done > len(self.paths):
+            raise CheckpointError(
+                f"{self.folder} has codes of {done} images, expected at most {len(self.paths)}; remove it to begin anew"
+            )
         return done
 
     def codes(self, first: int, batch_size: int, workers: int) -> Iterator[np.ndarray]:

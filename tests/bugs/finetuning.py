@@ -127,4 +127,18 @@ FINETUNING_BUGS = (
         "row.image",
         (f"{FINETUNE}::test_recall_over_index_files_with_the_same_ids",),
     ),
+    Bug(
+        "examples-of-answers-without-a-name",
+        "beit3_fast/train/examples.py",
+        "labels is not None and answer < len(labels)",
+        "labels is not None",
+        (f"{REPORT}::test_answers_and_what_was_right",),
+    ),
+    Bug(
+        "an-answer-comes-twice",
+        "beit3_fast/data/question_batch.py",
+        "        or len(set(labels)) != len(labels)\n",
+        "",
+        (f"{PAIRED}::test_lines_that_cannot_be_used",),
+    ),
 )

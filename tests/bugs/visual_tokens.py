@@ -148,4 +148,32 @@ VISUAL_TOKENS_BUGS = (
         "        own.cluster_size.copy_(sizes)\n",
         (f"{CODEBOOK}::test_the_first_codes_are_the_means_of_their_rows",),
     ),
+    Bug(
+        "codes-of-other-images-behind-a-broken-one",
+        "beit3_fast/train/tokenize_images.py",
+        "rows[good] = self",
+        "rows[: len(good)] = self",
+        (f"{TOKENIZE_IMAGES}::test_images_that_cannot_be_read",),
+    ),
+    Bug(
+        "codes-that-int16-does-not-hold",
+        "beit3_fast/train/tokenize_images.py",
+        "np.int16 if tokens.num_codes <= np.iinfo(np.int16).max else np.int32",
+        "np.int16",
+        (f"{TOKENIZE_IMAGES}::test_more_codes_than_int16_has",),
+    ),
+    Bug(
+        "codes-stay-where-they-were-made",
+        "beit3_fast/train/tokenize_images.py",
+        "os.path.relpath(path, out.absolute().parent)",
+        "os.path.abspath(path)",
+        (f"{TOKENIZE_IMAGES}::test_codes_move_with_their_images",),
+    ),
+    Bug(
+        "tokenizers-of-other-heads-are-one",
+        "beit3_fast/model/visual_tokenizer.py",
+        'f"{self.config.num_heads} heads".encode()',
+        "",
+        ("tests/model/test_visual_tokenizer.py::test_what_tells_one_tokenizer_from_another",),
+    ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,19 @@ def test_images_of_another_size() -> None:
         tokenizer().tokenize(torch.zeros(1, 3, 40, 32))
     with pytest.raises(ConfigError, match=r"unknown fields \['pixels'\]"):
         create_visual_tokenizer("vqkd_tiny", pixels=3)
+
+
+def test_what_tells_one_tokenizer_from_another() -> None:
+    own, other = tokenizer(), tokenizer(replace(CONFIG, num_heads=4))
+    other.load_state_dict(own.state_dict())
+    assert not torch.equal(own.tokenize(pictures()), other.tokenize(pictures()))
+    assert own.identity() != other.identity(), "heads are in no weight"
+    with torch.no_grad():
+        other = tokenizer()
+        other.decoder.fc_norm.weight.add_(1.0)
+        assert own.identity() == other.identity(), "codes do not depend on the decoder"
+        other.encode_task_layer[2].bias.add_(1.0)
+        assert own.identity() != other.identity()
 
 
 def test_autocast_spares_the_codebook() -> None:

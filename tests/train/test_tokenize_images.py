@@ -8,11 +8,13 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_continuation import at_call, child
 from tokenizer_runs import PIXELS, teach, tokenizer
 from train_cases import data
@@ -65,6 +67,19 @@ def test_the_codes_of_a_folder(taught: VisualTokenizer, world: Path, tmp_path: P
         read.of_file("elsewhere.png")
 
 
+def test_more_codes_than_int16_has(world: Path, tmp_path: Path) -> None:
+    own, out = tokenizer(num_codes=70_000), tmp_path / "codes.safetensors"
+    own.quantize.embedding.weight.copy_(F.normalize(torch.randn(70_000, 8), dim=1))
+    own.quantize.embedding.initted.fill_(1.0)
+    make(own, world / "images/val", out)
+    read = CodeFile.load(out)
+    assert read.codes.dtype == torch.int32
+    assert int(read.codes.max()) > 2**15
+    paths = list_images(world / "images/val")
+    pixels = torch.stack([jobs._Images(paths, PIXELS, "square")[n] for n in range(len(paths))])  # type: ignore[misc]
+    assert torch.equal(read.codes.long(), own.tokenize(pixels))
+
+
 def test_a_killed_job_goes_on(
     taught: VisualTokenizer, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,6 +96,14 @@ def test_a_killed_job_goes_on(
     begun = tmp_path / ".out.safetensors.partial/codes.bin"
     with begun.open("ab") as file:
         file.write(b"half a row")
+    with begun.open("rb+") as file:
+        file.truncate(len(list_images(world / "images")) * 72 + 72)
+    with pytest.raises(
+        CheckpointError, match=r"has codes of 19 images, expected at most 18; remove"
+    ):
+        make(taught, world / "images", out)
+    with begun.open("rb+") as file:
+        file.truncate(9 * 72 + 10)
     with pytest.raises(ConfigError, match="the beginning of another job"):
         make(filled(3), world / "images", out)
     with pytest.raises(ConfigError, match="the beginning of another job"):
@@ -154,6 +177,18 @@ def test_pretraining_notices_an_image_that_changed(
         codes.of_file(str(image))
 
 
+def test_codes_move_with_their_images(taught: VisualTokenizer, world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "images/val", tmp_path / "here/images")
+    make(taught, tmp_path / "here/images", tmp_path / "here/codes.safetensors")
+    shutil.copytree(tmp_path / "here", tmp_path / "there/deeper")
+    shutil.rmtree(tmp_path / "here")
+    codes = CodeFile.load(tmp_path / "there/deeper/codes.safetensors")
+    images = list_images(tmp_path / "there/deeper/images")
+    assert torch.equal(torch.stack([codes.of_file(image) for image in images]), codes.codes.long())
+    out = tmp_path / "there/deeper/codes.safetensors"
+    assert make(taught, tmp_path / "there/deeper/images", out).resumed == len(images)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -190,17 +225,23 @@ def test_images_that_cannot_be_read(
     taught: VisualTokenizer, world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(world / "images/val", tmp_path / "images")
-    (tmp_path / "images/broken.png").write_bytes(b"no picture")
-    report = make(taught, tmp_path / "images", tmp_path / "codes.safetensors")
-    count = len(list_images(world / "images/val"))
-    assert (report.images, report.skipped) == (count, 1)
-    assert "skipped" in caplog.text
-    assert "broken.png" in caplog.text
-    read = CodeFile.load(tmp_path / "codes.safetensors")
+    good = list_images(tmp_path / "images")
+    for name in ("000001_broken.png", "000004_broken.png"):
+        (tmp_path / "images" / name).write_bytes(b"no picture")
+    out = tmp_path / "codes.safetensors"
+    report = make(taught, tmp_path / "images", out)
+    assert (report.images, report.skipped) == (len(good), 2)
+    for name in ("000001_broken.png", "000004_broken.png"):
+        assert f"skipped {tmp_path / 'images' / name}: " in caplog.text
+    read = CodeFile.load(out)
     assert int(read.codes.min()) >= 0
+    make(taught, good, tmp_path / "good.safetensors")
+    alone = CodeFile.load(tmp_path / "good.safetensors")
+    assert all(torch.equal(read.of_file(image), alone.of_file(image)) for image in good)
+    assert make(taught, tmp_path / "images", out) == replace(report, resumed=len(good) + 2)
     os.rename(tmp_path / "images", tmp_path / "moved")
     with pytest.raises(InputError, match="none of the 1 images can be used"):
-        make(taught, tmp_path / "moved/broken.png", tmp_path / "none.safetensors")
+        make(taught, tmp_path / "moved/000001_broken.png", tmp_path / "none.safetensors")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="has no image files"):
         make(taught, tmp_path / "empty", tmp_path / "none.safetensors")
