@@ -19,6 +19,8 @@ def list_images(sources: str | PathLike[str] | Sequence[str | PathLike[str]]) ->
     InputError for a folder without images and an index that cannot be read.
     """
     given = [sources] if isinstance(sources, (str, PathLike)) else sources
+    if not isinstance(given, Sequence) or not all(isinstance(s, (str, PathLike)) for s in given):
+        raise InputError(f"expected the path of images, or a list of such paths, got {given!r:.80}")
     paths: list[str] = []
     for source in map(Path, given):
         if source.is_dir():

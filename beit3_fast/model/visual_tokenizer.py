@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from beit3_fast.checkpoint import Checkpoint, load_checkpoint, read_checkpoint
-from beit3_fast.errors import CheckpointError, ConfigError
+from beit3_fast.errors import CheckpointError, ConfigError, InputError
 from beit3_fast.model.codebook import Codebook
 from beit3_fast.model.vision_transformer import VisionTransformer
 
@@ -132,8 +132,15 @@ class VisualTokenizer(nn.Module):
 
     @torch.no_grad()
     def tokenize(self, images: Tensor) -> Tensor:
-        """The codes int64 [B, patches], row by row of patches. Raises ShapeError for images of another size."""
+        """The codes int64 [B, patches], row by row of patches. Raises ShapeError for images of another size, InputError for an image
+        whose patches are not finite behind the encoder."""
         rows = self._encode(images)
+        good = rows.isfinite().flatten(1).all(1)
+        if not bool(good.all()):
+            raise InputError(
+                f"image {int(good.logical_not().nonzero()[0])} of {len(images)} has patches that are not finite behind the "
+                "encoder; give finite images in [-1, 1], and float32 where half precision overflows"
+            )
         return self.quantize.nearest(rows.flatten(0, 1)).view(rows.shape[:2])
 
     def no_weight_decay(self) -> set[str]:

@@ -66,6 +66,8 @@ def tokenize_images(
     """
     check_count("batch_size", batch_size, 1)
     check_count("workers", workers, 0)
+    if not isinstance(out, (str, PathLike)):
+        raise ConfigError(f"expected a path to write codes to, got {out!r}")
     if Path(out).suffix.lower() != ".safetensors":
         raise ConfigError(f"codes are written to a .safetensors file, got {os.fspath(out)!r}")
     job = _Job(VisualTokens(tokenizer), list_images(sources), Path(out))
@@ -197,6 +199,8 @@ class _Job:
         codes = np.fromfile(self.folder / _CODES, dtype=self.dtype).reshape(-1, self.patches)
         good = codes[:, 0] != _SKIPPED
         if not good.any():
+            # Else they would keep the next call from other images.
+            shutil.rmtree(self.folder, ignore_errors=True)
             raise InputError(
                 f"none of the {len(codes)} images can be used, the first is {self.paths[0]!r}"
             )

@@ -28,10 +28,14 @@ _MEND = "make it anew with beit3-fast tokenize-images"
 class VisualTokens:
     """A frozen tokenizer as ``MixedData`` takes it: images [B, 3, H, W] in [-1, 1] -> codes int64 [B, patches].
 
-    Raises CheckpointError for a tokenizer without a codebook, or with weights that are not finite.
+    Raises CheckpointError for a tokenizer without a codebook, or with weights that are not finite; ConfigError for another object.
     """
 
     def __init__(self, tokenizer: VisualTokenizer) -> None:
+        if not isinstance(tokenizer, VisualTokenizer):
+            raise ConfigError(
+                f"expected a VisualTokenizer, got {type(tokenizer).__name__}; create_visual_tokenizer makes one"
+            )
         tokenizer.check_codes()
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.num_codes = tokenizer.config.num_codes

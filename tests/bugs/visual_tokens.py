@@ -176,4 +176,25 @@ VISUAL_TOKENS_BUGS = (
         "",
         ("tests/model/test_visual_tokenizer.py::test_what_tells_one_tokenizer_from_another",),
     ),
+    Bug(
+        "codes-of-images-that-are-nan",
+        "beit3_fast/model/visual_tokenizer.py",
+        "if not bool(good.all()):",
+        "if False:",
+        ("tests/model/test_visual_tokenizer.py::test_images_that_are_not_finite",),
+    ),
+    Bug(
+        "a-job-without-images-leaves-its-folder",
+        "beit3_fast/train/tokenize_images.py",
+        "            shutil.rmtree(self.folder, ignore_errors=True)\n",
+        "",
+        (f"{TOKENIZE_IMAGES}::test_images_that_cannot_be_read",),
+    ),
+    Bug(
+        "two-processes-write-codes",
+        "beit3_fast/train/tokenize_images.py",
+        "    with held(job.folder):\n",
+        "    job.folder.mkdir(exist_ok=True)\n    if True:\n",
+        (f"{TOKENIZE_IMAGES}::test_one_process_at_a_time",),
+    ),
 )

@@ -12,7 +12,7 @@ import torch
 from tokenizer_cases import CONFIG, pictures, tokenizer
 
 from beit3_fast.checkpoint import CheckpointMismatch, load_checkpoint, save_checkpoint
-from beit3_fast.errors import CheckpointError, ConfigError, ShapeError
+from beit3_fast.errors import CheckpointError, ConfigError, InputError, ShapeError
 from beit3_fast.model.visual_tokenizer import (
     VISUAL_TOKENIZERS,
     VisualTokenizer,
@@ -126,6 +126,10 @@ def test_names_and_shapes_of_the_published_ones() -> None:
     assert shapes["quantize.cluster_size"] == shapes["quantize.embedding.cluster_size"] == (8192,)
     assert len([name for name in shapes if ".blocks." in name]) == 15 * 13
     assert "decoder.blocks.3.norm1.weight" not in shapes
+    tables = {
+        f"{side}.{part}" for side in ("encoder", "decoder") for part in ("cls_token", "pos_embed")
+    }
+    assert own.no_weight_decay() == tables <= shapes.keys()
 
 
 def test_images_of_another_size() -> None:
@@ -146,6 +150,13 @@ def test_what_tells_one_tokenizer_from_another() -> None:
         assert own.identity() == other.identity(), "codes do not depend on the decoder"
         other.encode_task_layer[2].bias.add_(1.0)
         assert own.identity() != other.identity()
+
+
+def test_images_that_are_not_finite() -> None:
+    images = pictures()
+    images[1, 0, 3, 3] = torch.nan
+    with pytest.raises(InputError, match=r"image 1 of 3 has .* not finite"):
+        tokenizer().tokenize(images)
 
 
 def test_autocast_spares_the_codebook() -> None:

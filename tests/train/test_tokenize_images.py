@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from held_elsewhere import held_elsewhere
 from test_continuation import at_call, child
 from tokenizer_runs import PIXELS, teach, tokenizer
 from train_cases import data
@@ -111,6 +112,17 @@ def test_a_killed_job_goes_on(
     assert make(taught, world / "images", out, batch_size=4, workers=1).resumed == 9
     assert out.read_bytes() == whole.read_bytes()
     assert not begun.parent.exists()
+
+
+def test_one_process_at_a_time(taught: VisualTokenizer, world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / ".out.safetensors.partial"
+    folder.mkdir()
+    with (
+        held_elsewhere(folder),
+        pytest.raises(CheckpointError, match="another process writes to"),
+    ):
+        make(taught, world / "images/val", tmp_path / "out.safetensors")
+    assert make(taught, world / "images/val", tmp_path / "out.safetensors").resumed == 0
 
 
 def test_a_finished_file_is_left_as_it_is(
@@ -242,6 +254,7 @@ def test_images_that_cannot_be_read(
     os.rename(tmp_path / "images", tmp_path / "moved")
     with pytest.raises(InputError, match="none of the 1 images can be used"):
         make(taught, tmp_path / "moved/000001_broken.png", tmp_path / "none.safetensors")
+    assert not list(tmp_path.glob(".*partial")), "nothing keeps the next call from other images"
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="has no image files"):
         make(taught, tmp_path / "empty", tmp_path / "none.safetensors")
@@ -255,6 +268,11 @@ def test_files_that_are_no_codes(taught: VisualTokenizer, world: Path, tmp_path:
         CodeFile.load(tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"written to a \.safetensors file, got"):
         make(taught, world / "images", tmp_path / "codes.bin")
+    for sources, into in ((5, "a.safetensors"), ([5], "a.safetensors"), (world, None)):
+        with pytest.raises((ConfigError, InputError), match=r"expected .* got (5|\[5\]|None)"):
+            make(taught, sources, into)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="expected a VisualTokenizer, got str"):
+        VisualTokens("vqkd.pth")  # type: ignore[arg-type]
     for name, value in (("batch_size", 0), ("batch_size", "8"), ("workers", -1), ("workers", 1.0)):
         with pytest.raises(ConfigError, match=f"{name} must be an integer of at least .*got"):
             make(taught, world / "images", tmp_path / "codes.safetensors", **{name: value})

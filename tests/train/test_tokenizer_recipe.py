@@ -158,13 +158,16 @@ def test_pretraining_on_codes(begun: Path, tmp_path: Path) -> None:
         "codes.safetensors", "tokenizer/model.safetensors"
     )
     (begun / "live.toml").write_text(live)
+    both = PRETRAIN.replace("cache = ", 'tokenizer = "tokenizer/model.safetensors"\ncache = ')
+    (begun / "both.toml").write_text(both)
     made = []
-    for name in ("codes.toml", "live.toml"):
+    for name in ("codes.toml", "live.toml", "both.toml"):
         recipe = read_recipe(begun / name)
         made.append(recipe.make_data(recipe.make_model(), tmp_path))
     assert not (tmp_path / "codes.safetensors").exists()
     assert isinstance(made[0].visual_tokens, CodeFile)
     assert isinstance(made[1].visual_tokens, VisualTokens)
+    assert isinstance(made[2].visual_tokens, CodeFile), "the fastest, where a recipe names both"
     for number in range(3):
         assert torch.equal(made[0][number].codes, made[1][number].codes)
     assert made[0].identity == made[1].identity
@@ -217,6 +220,7 @@ def test_codes_of_images_scaled_in_another_way(begun: Path, tmp_path: Path) -> N
         ('checkpoint = "teacher.safetensors"', "", r"\[teacher\] a teacher is needed"),
         ('images = "imagenet', 'images = 3 # "', "must be a file, a folder or a list"),
         ("batch_size = 4", "batch_size = 0", "batch_size must be a positive integer"),
+        ("batches = 2", "batches = 0", "batches must be an integer of at least 1, got 0"),
         ("commitment = 0.5", "commitment = -1", "commitment must be a number of at least 0"),
         ('[teacher]\ncheckpoint = "teacher.safetensors"', "", r"add a section \[teacher\]"),
     ],
