@@ -197,4 +197,25 @@ VISUAL_TOKENS_BUGS = (
         "    job.folder.mkdir(exist_ok=True)\n    if True:\n",
         (f"{TOKENIZE_IMAGES}::test_one_process_at_a_time",),
     ),
+    Bug(
+        "dead-codes-begin-at-nan",
+        "beit3_fast/model/codebook.py",
+        " & good[place]",
+        "",
+        (f"{CODEBOOK}::test_a_dead_code_does_not_begin_at_a_row_that_is_not_finite",),
+    ),
+    Bug(
+        "k-means-forgets-codes-without-rows",
+        "beit3_fast/model/codebook.py",
+        ".where(sizes[:, None] > 0, codes)",
+        "",
+        (f"{CODEBOOK}::test_fewer_rows_than_codes",),
+    ),
+    Bug(
+        "each-process-revives-codes-of-its-own",
+        "beit3_fast/model/codebook.py",
+        "        _agree(own.weight, self.cluster_size)\n",
+        "",
+        (f"{CODEBOOK}::test_two_processes_keep_one_codebook",),
+    ),
 )

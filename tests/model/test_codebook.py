@@ -162,6 +162,20 @@ def test_rows_that_are_not_finite_teach_nothing() -> None:
     assert not bool(fresh.embedding.initted)
 
 
+def test_a_dead_code_does_not_begin_at_a_row_that_is_not_finite() -> None:
+    own = begun(revive_below=0.5)
+    own.cluster_size[:3] = 0.0
+    before = own.embedding.weight.clone()
+    own(torch.full((9, DIM), float("nan")))
+    assert torch.equal(own.embedding.weight, before)
+
+
+def test_fewer_rows_than_codes() -> None:
+    own = Codebook(CODES, DIM, revive_below=0.0).train()
+    own(drawn(2).repeat(10, 1))
+    torch.testing.assert_close(own.embedding.weight.norm(dim=1), torch.ones(CODES))
+
+
 def test_two_processes_keep_one_codebook(tmp_path: Path) -> None:
     rows = drawn(80)
 
@@ -171,7 +185,10 @@ def test_two_processes_keep_one_codebook(tmp_path: Path) -> None:
         torch.manual_seed(rank)
         fresh = Codebook(CODES, DIM).train()
         fresh(rows[: 30 + rank])
-        return [own.state_dict(), fresh.state_dict()]
+        revived = begun(revive_below=0.5)
+        revived.cluster_size[:3] = 0.0
+        revived(rows[rank::2])
+        return [own.state_dict(), fresh.state_dict(), revived.state_dict()]
 
     first, second = on_ranks(2, tmp_path, follow)
     for one, other in zip(first, second, strict=True):
