@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -18,6 +19,8 @@ def list_images(sources: str | PathLike[str] | Sequence[str | PathLike[str]]) ->
     InputError for a folder without images and an index that cannot be read.
     """
     given = [sources] if isinstance(sources, (str, PathLike)) else sources
+    if not isinstance(given, Sequence) or not all(isinstance(s, (str, PathLike)) for s in given):
+        raise InputError(f"expected the path of images, or a list of such paths, got {given!r:.80}")
     paths: list[str] = []
     for source in map(Path, given):
         if source.is_dir():
@@ -39,3 +42,12 @@ def images_of_folder(folder: str | PathLike[str]) -> list[str]:
             f"the folder {str(folder)!r} has no image files ({', '.join(IMAGE_SUFFIXES)}); name the files"
         )
     return found
+
+
+def state_of_file(path: str) -> tuple[int, int]:
+    """Size in bytes and time of the last change in nanoseconds, -1 for both where there is no such file."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return -1, -1
+    return found.st_size, found.st_mtime_ns

@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit3_fast.errors import ShapeError
+
 _ITERATIONS = 10
 # Similarities that exist at a time: 64 MiB.
 _SIMILARITIES = 1 << 24
@@ -63,17 +65,17 @@ class Codebook(nn.Module):
         return len(self.embedding.weight)
 
     def nearest(self, rows: Tensor) -> Tensor:
-        """The codes int64 [R] of rows [R, D] of any length."""
-        own = self.embedding.weight
-        return _nearest(F.normalize(rows.to(own.dtype), dim=-1), own)
+        """The codes int64 [R] of rows [R, D] of any length. Raises ShapeError for rows of another width."""
+        return _nearest(self._unit(rows, 0), self.embedding.weight)
 
     def forward(self, rows: Tensor) -> Quantized:
         """Quantise rows [R, D] of any length, in the codes' dtype; in training mode the codes then follow them.
 
         The first rows that it is shown in training place the codes. Under torch.distributed all processes keep one codebook,
-        that of the rows of all. Rows that are not finite teach nothing.
+        that of the rows of all. Rows that are not finite teach nothing. Raises ShapeError for
+        rows of another width, or none.
         """
-        z = F.normalize(rows.to(self.embedding.weight.dtype), dim=-1)
+        z = self._unit(rows, 1)
         if self.training and not bool(self.embedding.initted):
             self._begin(z.detach())
         codes = _nearest(z.detach(), self.embedding.weight)
@@ -82,6 +84,15 @@ class Codebook(nn.Module):
             self._follow(z.detach(), codes)
         loss = F.mse_loss(z, chosen)
         return Quantized(z + (chosen - z).detach(), codes, loss)
+
+    def _unit(self, rows: Tensor, least: int) -> Tensor:
+        own = self.embedding.weight
+        if rows.dim() != 2 or rows.shape[1] != own.shape[1] or len(rows) < least:
+            raise ShapeError(
+                f"rows must be [R, {own.shape[1]}] with R of at least {least}, got {list(rows.shape)}; code_dim must be the "
+                "width of the encoder's rows"
+            )
+        return F.normalize(rows.to(own.dtype), dim=1)
 
     @torch.no_grad()
     def _begin(self, z: Tensor) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from beit3_fast.checkpoint import Checkpoint, load_checkpoint, read_checkpoint
-from beit3_fast.errors import CheckpointError, ConfigError
+from beit3_fast.errors import CheckpointError, ConfigError, InputError
 from beit3_fast.model.codebook import Codebook
 from beit3_fast.model.vision_transformer import VisionTransformer
 
@@ -132,8 +132,15 @@ class VisualTokenizer(nn.Module):
 
     @torch.no_grad()
     def tokenize(self, images: Tensor) -> Tensor:
-        """The codes int64 [B, patches], row by row of patches. Raises ShapeError for images of another size."""
+        """The codes int64 [B, patches], row by row of patches. Raises ShapeError for images of another size, InputError for an image
+        whose patches are not finite behind the encoder."""
         rows = self._encode(images)
+        good = rows.isfinite().flatten(1).all(1)
+        if not bool(good.all()):
+            raise InputError(
+                f"image {int(good.logical_not().nonzero()[0])} of {len(images)} has patches that are not finite behind the "
+                "encoder; give finite images in [-1, 1], and float32 where half precision overflows"
+            )
         return self.quantize.nearest(rows.flatten(0, 1)).view(rows.shape[:2])
 
     def no_weight_decay(self) -> set[str]:
@@ -143,12 +150,32 @@ class VisualTokenizer(nn.Module):
 
     def identity(self) -> str:
         """A digest of all that codes depend on."""
-        digest = hashlib.sha256()
-        for name, tensor in self.state_dict().items():
-            if name.startswith(("encoder.", "encode_task_layer.", "quantize.embedding.weight")):
-                digest.update(name.encode())
-                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        # The weights do not tell how many heads share their width.
+        digest = hashlib.sha256(f"{self.config.num_heads} heads".encode())
+        for name, tensor in self._of_codes():
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def check_codes(self) -> None:
+        """Raises CheckpointError for weights that name nothing: a codebook that was never filled, or numbers that are not finite."""
+        own = self.quantize.embedding
+        if not bool(own.initted) or not bool(own.weight.any()):
+            raise CheckpointError(
+                "the visual tokenizer's codebook was never filled (initted is 0, or all codes are), so every patch would have one "
+                "code; train it with beit3-fast train-tokenizer, or load the weights of a trained one"
+            )
+        spoiled = [name for name, tensor in self._of_codes() if not bool(tensor.isfinite().all())]
+        if spoiled:
+            raise CheckpointError(
+                f"the visual tokenizer must have finite weights, those of {', '.join(spoiled[:5])} are not "
+                f"({len(spoiled)} in all); load an earlier checkpoint"
+            )
+
+    def _of_codes(self) -> list[tuple[str, Tensor]]:
+        """The part of the state that codes depend on."""
+        parts = ("encoder.", "encode_task_layer.", "quantize.embedding.weight")
+        return [item for item in self.state_dict().items() if item[0].startswith(parts)]
 
     def _encode(self, images: Tensor) -> Tensor:
         """Rows [B, patches, code_dim] in the head's dtype, also under autocast: near a border a rounding is another code."""

@@ -47,6 +47,11 @@ def recall(
                 f"{name} must be embeddings [N, C], at least one, got "
                 f"{list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__}"
             )
+        spoiled = len(rows) - int(rows.isfinite().all(1).sum())
+        if spoiled:
+            raise InputError(
+                f"{name} must be finite, {spoiled} of its {len(rows)} rows are not; look for NaN in the model's weights"
+            )
     if images.shape[1] != texts.shape[1]:
         raise ShapeError(
             f"images and texts must have one width, got {images.shape[1]} and {texts.shape[1]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from beit3_fast.data.pair_batch import PairBatch
-from beit3_fast.data.paired import PairedData, PairedRow, token_ids
+from beit3_fast.data.paired import PairedData, token_ids
 from beit3_fast.data.question_batch import answer_scores, question_batch
 from beit3_fast.data.tokenizer import segments
 from beit3_fast.errors import InputError
@@ -60,18 +61,20 @@ def _with_scores(model: Any) -> Collate:
 
 @torch.no_grad()
 def retrieval_recall(model: Any, data: PairedData[PairBatch]) -> dict[str, float]:
-    """Recall among the images of all rows, each encoded once; rows of one image_id are its captions."""
+    """Recall among the images of all rows, each encoded once. Rows of one file are its captions, whatever their image_id: ids
+    begin anew in each index file."""
     model.eval()
-    first: dict[int, PairedRow] = {}
-    for row in data.rows:
-        first.setdefault(row.target, row)
-    processor, places = data.processor, {target: place for place, target in enumerate(first)}
+    files = [os.path.realpath(row.image) for row in data.rows]
+    first: dict[str, str] = {}
+    for file, row in zip(files, data.rows, strict=True):
+        first.setdefault(file, row.image)
+    processor, places = data.processor, {file: place for place, file in enumerate(first)}
     images = model.encode_image(
-        [row.image for row in first.values()], processor=processor, batch_size=data.batch_size
+        list(first.values()), processor=processor, batch_size=data.batch_size
     )
     ids = [token_ids(row.text, processor.tokenizer) for row in data.rows]
     texts = segments(ids, processor.max_length, padding=False)["text_tokens"]
-    found = recall(images, model.encode_text(texts), [places[row.target] for row in data.rows])
+    found = recall(images, model.encode_text(texts), [places[file] for file in files])
     return {
         "IR@1": found.image_retrieval[1],
         "TR@1": found.text_retrieval[1],

@@ -52,7 +52,9 @@ def given_answers(
     for row, given, scores in zip(rows, logits.argmax(1).tolist(), batch.scores, strict=True):
         said = _label(given, labels)
         if not scores[given]:
-            said += f" (right: {_label(int(scores.argmax()), labels)})"
+            known = bool(scores.any())
+            right = _label(int(scores.argmax()), labels) if known else "no known answer"
+            said += f" (right: {right})"
         text = _sentence(row.text, data.processor.tokenizer)
         examples.append(Example(text, ((load_image(row.image), said),)))
     return examples
@@ -184,4 +186,5 @@ def _sentence(text: str | Sequence[int], tokenizer: Tokenizer | None) -> str:
 
 
 def _label(answer: int, labels: Sequence[str] | None) -> str:
-    return str(answer) if labels is None else labels[answer]
+    """Its name; a model may have more answers than have one."""
+    return labels[answer] if labels is not None and answer < len(labels) else str(answer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -20,18 +19,21 @@ from torch.utils.data import DataLoader
 
 from beit3_fast.checkpoint.atomic import mend, replacing
 from beit3_fast.checkpoint.lock import held
-from beit3_fast.data.image_files import list_images
+from beit3_fast.data.digest import digest_of
+from beit3_fast.data.image_files import list_images, state_of_file
 from beit3_fast.data.images import preprocess_image
 from beit3_fast.data.presets import ImagePreset
 from beit3_fast.errors import CheckpointError, ConfigError, InputError
 from beit3_fast.model.visual_tokenizer import VisualTokenizer
 from beit3_fast.progress import Progress
+from beit3_fast.train.recipe_file import check_count
 from beit3_fast.train.visual_tokens import CodeFile, VisualTokens
 
 logger = logging.getLogger("beit3_fast")
 
 _JOB, _CODES = "job.json", "codes.bin"
 _SKIPPED = -1
+_OTHER_IMAGES = "other images, or of images changed since (name, size and time of the last change of each are compared)"
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,14 @@ def tokenize_images(
 
     Codes lie in a folder beside ``out`` until all are there; the same call goes on with them, after a kill as well. Images that
     cannot be read are skipped with a warning. ``workers``: processes that decode. Raises ConfigError where ``out`` holds, or was
-    begun with, codes of another tokenizer or of other images; InputError where no image can be used; CheckpointError for
-    files that cannot be read or written.
+    begun with, codes of another tokenizer, of other images or of images that changed: names, sizes and times of the last change
+    are compared, content is not read. InputError where no image can be used; CheckpointError for files that cannot be
+    read or written, and for a tokenizer that was never trained or has weights that are not finite.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be a positive integer, got {batch_size!r}")
+    check_count("batch_size", batch_size, 1)
+    check_count("workers", workers, 0)
+    if not isinstance(out, (str, PathLike)):
+        raise ConfigError(f"expected a path to write codes to, got {out!r}")
     if Path(out).suffix.lower() != ".safetensors":
         raise ConfigError(f"codes are written to a .safetensors file, got {os.fspath(out)!r}")
     job = _Job(VisualTokens(tokenizer), list_images(sources), Path(out))
@@ -106,8 +111,9 @@ class _Job:
         self.patches = tokens.grid_size[0] * tokens.grid_size[1]
         self.dtype = np.dtype(np.int16 if tokens.num_codes <= np.iinfo(np.int16).max else np.int32)
         self.names = [os.path.relpath(path, out.absolute().parent) for path in paths]
-        images = "\n".join(self.names).encode("utf-8", "surrogateescape")
-        self.digest = hashlib.sha256(images).hexdigest()
+        states = [state_of_file(path) for path in paths]
+        self.sizes = [size for size, _ in states]
+        self.digest = digest_of(repr([*zip(self.names, states, strict=True)]))
 
     @property
     def facts(self) -> dict[str, str]:
@@ -119,10 +125,12 @@ class _Job:
         there = CodeFile.load(self.out)
         for what, own, theirs in (
             ("another tokenizer", self.tokens.identity, there.tokenizer),
-            ("other images", self.digest, there.job),
+            (_OTHER_IMAGES, self.digest, there.job),
         ):
             if own != theirs:
-                raise ConfigError(f"{self.out} holds codes of {what}; give another file")
+                raise ConfigError(
+                    f"{self.out} holds codes of {what}; give another file, or remove it"
+                )
         count, skipped = len(there.images), len(self.names) - len(there.images)
         return TokenizeReport(count, skipped, len(self.names), there.codes.unique().numel())
 
@@ -144,8 +152,12 @@ class _Job:
             ) from error
         if was is not None and was != self.facts:
             raise ConfigError(
-                f"{self.folder} holds the beginning of another job, with another tokenizer or other images; remove it, or give "
-                "another file"
+                f"{self.folder} holds the beginning of another job, with another tokenizer or {_OTHER_IMAGES}; give another "
+                "file, or remove it"
+            )
+        if done > len(self.paths):
+            raise CheckpointError(
+                f"{self.folder} has codes of {done} images, expected at most {len(self.paths)}; remove it to begin anew"
             )
         return done
 
@@ -187,6 +199,8 @@ class _Job:
         codes = np.fromfile(self.folder / _CODES, dtype=self.dtype).reshape(-1, self.patches)
         good = codes[:, 0] != _SKIPPED
         if not good.any():
+            # Else they would keep the next call from other images.
+            shutil.rmtree(self.folder, ignore_errors=True)
             raise InputError(
                 f"none of the {len(codes)} images can be used, the first is {self.paths[0]!r}"
             )
@@ -194,6 +208,7 @@ class _Job:
             path=self.out,
             codes=torch.from_numpy(codes[good]),
             images=[name for name, is_good in zip(self.names, good, strict=True) if is_good],
+            sizes=torch.tensor(self.sizes)[torch.from_numpy(good)],
             num_codes=self.tokens.num_codes,
             grid_size=self.tokens.grid_size,
             preset=self.tokens.preset,

@@ -22,7 +22,7 @@ from beit3_fast.model.visual_tokenizer import (
 )
 from beit3_fast.train.distillation import VisualTokenizerDistillation
 from beit3_fast.train.options import TrainOptions
-from beit3_fast.train.recipe_file import names_of, read_sections, read_tables
+from beit3_fast.train.recipe_file import check_count, names_of, read_sections, read_tables
 from beit3_fast.train.teachers import Teacher, TeacherOptions
 
 
@@ -36,6 +36,9 @@ class Images:
     images: str | Sequence[str] = ()
     batch_size: int = 64
     batches: int = 8
+
+    def __post_init__(self) -> None:
+        check_count("batches", self.batches, 1)
 
     def under(self, folder: Path) -> list[str]:
         """Paths of the images. Raises ConfigError for what is no list of names, InputError where there are none."""

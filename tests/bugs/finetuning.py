@@ -113,4 +113,32 @@ FINETUNING_BUGS = (
         "count = sum(word == t.shape for t in scene.things)",
         (f"{WORLD}::test_answers_are_true",),
     ),
+    Bug(
+        "recall-knows-images-by-their-ids",
+        "beit3_fast/train/downstream.py",
+        "files = [os.path.realpath(row.image) for row in data.rows]",
+        "files = [str(row.target) for row in data.rows]",
+        (f"{FINETUNE}::test_recall_over_index_files_with_the_same_ids",),
+    ),
+    Bug(
+        "recall-takes-two-spellings-of-a-path-for-two-images",
+        "beit3_fast/train/downstream.py",
+        "os.path.realpath(row.image)",
+        "row.image",
+        (f"{FINETUNE}::test_recall_over_index_files_with_the_same_ids",),
+    ),
+    Bug(
+        "examples-of-answers-without-a-name",
+        "beit3_fast/train/examples.py",
+        "labels is not None and answer < len(labels)",
+        "labels is not None",
+        (f"{REPORT}::test_answers_and_what_was_right",),
+    ),
+    Bug(
+        "an-answer-comes-twice",
+        "beit3_fast/data/question_batch.py",
+        "        or len(set(labels)) != len(labels)\n",
+        "",
+        (f"{PAIRED}::test_lines_that_cannot_be_used",),
+    ),
 )

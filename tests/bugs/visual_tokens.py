@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bugs.bug import CODEBOOK, CONTRASTIVE, TOKENIZER_TRAINING, Bug
+from bugs.bug import CODEBOOK, CONTRASTIVE, TOKENIZE_IMAGES, TOKENIZER_TRAINING, Bug
 
 VISUAL_TOKENS_BUGS = (
     Bug(
@@ -83,6 +83,139 @@ VISUAL_TOKENS_BUGS = (
         "beit3_fast/train/tokenize_images.py",
         "os.truncate(codes, done * row)",
         "pass",
-        ("tests/train/test_tokenize_images.py::test_a_killed_job_goes_on",),
+        (f"{TOKENIZE_IMAGES}::test_a_killed_job_goes_on",),
+    ),
+    Bug(
+        "tokenize-images-looks-at-names-alone",
+        "beit3_fast/train/tokenize_images.py",
+        "repr([*zip(self.names, states, strict=True)])",
+        "repr(self.names)",
+        (f"{TOKENIZE_IMAGES}::test_images_that_changed_under_their_names",),
+    ),
+    Bug(
+        "tokenize-images-looks-at-sizes-alone",
+        "beit3_fast/train/tokenize_images.py",
+        "zip(self.names, states, strict=True)",
+        "zip(self.names, self.sizes, strict=True)",
+        (f"{TOKENIZE_IMAGES}::test_images_that_changed_under_their_names",),
+    ),
+    Bug(
+        "tokens-of-a-codebook-that-was-never-filled",
+        "beit3_fast/model/visual_tokenizer.py",
+        "not bool(own.initted) or ",
+        "",
+        (f"{TOKENIZE_IMAGES}::test_a_tokenizer_that_knows_no_codes",),
+    ),
+    Bug(
+        "tokens-of-an-encoder-with-nan",
+        "beit3_fast/model/visual_tokenizer.py",
+        "        if spoiled:\n",
+        "        if False:\n",
+        (f"{TOKENIZE_IMAGES}::test_a_tokenizer_that_knows_no_codes",),
+    ),
+    Bug(
+        "codes-beyond-the-last",
+        "beit3_fast/train/visual_tokens.py",
+        "most >= self.num_codes",
+        "most > self.num_codes + 23",
+        (f"{TOKENIZE_IMAGES}::test_a_file_of_codes_with_rubbish_in_it",),
+    ),
+    Bug(
+        "codes-of-an-image-of-another-size",
+        "beit3_fast/train/visual_tokens.py",
+        "if bytes_now != size:",
+        "if False:",
+        (f"{TOKENIZE_IMAGES}::test_pretraining_notices_an_image_that_changed",),
+    ),
+    Bug(
+        "codes-of-images-scaled-in-another-way",
+        "beit3_fast/train/visual_tokens.py",
+        '        ("image preset", preset, processor.preset),\n',
+        "",
+        ("tests/train/test_tokenizer_recipe.py::test_codes_of_images_scaled_in_another_way",),
+    ),
+    Bug(
+        "k-means-stops-at-once",
+        "beit3_fast/model/codebook.py",
+        "for _ in range(_ITERATIONS):",
+        "for _ in range(1):",
+        (f"{CODEBOOK}::test_the_first_codes_are_the_means_of_their_rows",),
+    ),
+    Bug(
+        "first-codes-without-their-shares",
+        "beit3_fast/model/codebook.py",
+        "        own.cluster_size.copy_(sizes)\n        self.cluster_size.copy_(sizes)\n",
+        "        own.cluster_size.copy_(sizes)\n",
+        (f"{CODEBOOK}::test_the_first_codes_are_the_means_of_their_rows",),
+    ),
+    Bug(
+        "codes-of-other-images-behind-a-broken-one",
+        "beit3_fast/train/tokenize_images.py",
+        "rows[good] = self",
+        "rows[: len(good)] = self",
+        (f"{TOKENIZE_IMAGES}::test_images_that_cannot_be_read",),
+    ),
+    Bug(
+        "codes-that-int16-does-not-hold",
+        "beit3_fast/train/tokenize_images.py",
+        "np.int16 if tokens.num_codes <= np.iinfo(np.int16).max else np.int32",
+        "np.int16",
+        (f"{TOKENIZE_IMAGES}::test_more_codes_than_int16_has",),
+    ),
+    Bug(
+        "codes-stay-where-they-were-made",
+        "beit3_fast/train/tokenize_images.py",
+        "os.path.relpath(path, out.absolute().parent)",
+        "os.path.abspath(path)",
+        (f"{TOKENIZE_IMAGES}::test_codes_move_with_their_images",),
+    ),
+    Bug(
+        "tokenizers-of-other-heads-are-one",
+        "beit3_fast/model/visual_tokenizer.py",
+        'f"{self.config.num_heads} heads".encode()',
+        "",
+        ("tests/model/test_visual_tokenizer.py::test_what_tells_one_tokenizer_from_another",),
+    ),
+    Bug(
+        "codes-of-images-that-are-nan",
+        "beit3_fast/model/visual_tokenizer.py",
+        "if not bool(good.all()):",
+        "if False:",
+        ("tests/model/test_visual_tokenizer.py::test_images_that_are_not_finite",),
+    ),
+    Bug(
+        "a-job-without-images-leaves-its-folder",
+        "beit3_fast/train/tokenize_images.py",
+        "            shutil.rmtree(self.folder, ignore_errors=True)\n",
+        "",
+        (f"{TOKENIZE_IMAGES}::test_images_that_cannot_be_read",),
+    ),
+    Bug(
+        "two-processes-write-codes",
+        "beit3_fast/train/tokenize_images.py",
+        "    with held(job.folder):\n",
+        "    job.folder.mkdir(exist_ok=True)\n    if True:\n",
+        (f"{TOKENIZE_IMAGES}::test_one_process_at_a_time",),
+    ),
+    Bug(
+        "dead-codes-begin-at-nan",
+        "beit3_fast/model/codebook.py",
+        " & good[place]",
+        "",
+        (f"{CODEBOOK}::test_a_dead_code_does_not_begin_at_a_row_that_is_not_finite",),
+    ),
+    Bug(
+        "k-means-forgets-codes-without-rows",
+        "beit3_fast/model/codebook.py",
+        ".where(sizes[:, None] > 0, codes)",
+        "",
+        (f"{CODEBOOK}::test_fewer_rows_than_codes",),
+    ),
+    Bug(
+        "each-process-revives-codes-of-its-own",
+        "beit3_fast/model/codebook.py",
+        "        _agree(own.weight, self.cluster_size)\n",
+        "",
+        (f"{CODEBOOK}::test_two_processes_keep_one_codebook",),
     ),
 )

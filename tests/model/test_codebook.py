@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from forked_ranks import on_ranks
 from torch import Tensor
 
+from beit3_fast.errors import ShapeError
 from beit3_fast.model.codebook import Codebook
 
 CODES, DIM = 6, 4
@@ -100,6 +101,39 @@ def test_the_first_rows_place_the_codes() -> None:
     assert own.nearest(rows).unique().numel() >= CODES - 1
 
 
+def test_the_first_codes_are_the_means_of_their_rows() -> None:
+    """K-means to its end: 6 iterations of the 10, after one the codes are off by 0.27."""
+    centres = unit(drawn(CODES, 3))
+    rows = (centres[:, None] + 0.3 * drawn(CODES * 30, 4).view(CODES, 30, DIM)).flatten(0, 1)
+    torch.manual_seed(0)
+    own = Codebook(CODES, DIM, revive_below=0.0).train()
+    codes = own(rows).codes
+    means = torch.stack([unit(rows)[codes == code].mean(0) for code in range(CODES)])
+    torch.testing.assert_close(own.embedding.weight, unit(means))
+    assert float((own.embedding.weight @ centres.T).amax(0).min()) > 0.97
+    counts = codes.bincount(minlength=CODES).float()
+    torch.testing.assert_close(own.embedding.cluster_size, counts)
+    torch.testing.assert_close(own.cluster_size, counts)
+
+
+@pytest.mark.parametrize(
+    ("rows", "came"),
+    [
+        (torch.zeros(0, DIM), r"\[0, 4\]"),
+        (torch.zeros(3, DIM + 1), r"\[3, 5\]"),
+        (torch.zeros(2, 3, DIM), r"\[2, 3, 4\]"),
+    ],
+)
+def test_rows_that_do_not_fit(rows: Tensor, came: str) -> None:
+    for own in (Codebook(CODES, DIM).train(), begun(), begun().eval()):
+        with pytest.raises(ShapeError, match=rf"rows must be \[R, 4\] with R of at .*got {came}"):
+            own(rows)
+    if rows.numel():
+        with pytest.raises(ShapeError, match=rf"rows must be \[R, 4\] with R of at .*got {came}"):
+            begun().nearest(rows)
+    assert begun().nearest(drawn(0)).shape == (0,)
+
+
 def test_a_dead_code_begins_again_at_a_row() -> None:
     own, rows = begun(revive_below=0.5), drawn(40)
     alive = int(own.nearest(rows)[0])
@@ -128,6 +162,20 @@ def test_rows_that_are_not_finite_teach_nothing() -> None:
     assert not bool(fresh.embedding.initted)
 
 
+def test_a_dead_code_does_not_begin_at_a_row_that_is_not_finite() -> None:
+    own = begun(revive_below=0.5)
+    own.cluster_size[:3] = 0.0
+    before = own.embedding.weight.clone()
+    own(torch.full((9, DIM), float("nan")))
+    assert torch.equal(own.embedding.weight, before)
+
+
+def test_fewer_rows_than_codes() -> None:
+    own = Codebook(CODES, DIM, revive_below=0.0).train()
+    own(drawn(2).repeat(10, 1))
+    torch.testing.assert_close(own.embedding.weight.norm(dim=1), torch.ones(CODES))
+
+
 def test_two_processes_keep_one_codebook(tmp_path: Path) -> None:
     rows = drawn(80)
 
@@ -137,7 +185,10 @@ def test_two_processes_keep_one_codebook(tmp_path: Path) -> None:
         torch.manual_seed(rank)
         fresh = Codebook(CODES, DIM).train()
         fresh(rows[: 30 + rank])
-        return [own.state_dict(), fresh.state_dict()]
+        revived = begun(revive_below=0.5)
+        revived.cluster_size[:3] = 0.0
+        revived(rows[rank::2])
+        return [own.state_dict(), fresh.state_dict(), revived.state_dict()]
 
     first, second = on_ranks(2, tmp_path, follow)
     for one, other in zip(first, second, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from tokenizer_cases import CONFIG, pictures, tokenizer
 
 from beit3_fast.checkpoint import CheckpointMismatch, load_checkpoint, save_checkpoint
-from beit3_fast.errors import CheckpointError, ConfigError, ShapeError
+from beit3_fast.errors import CheckpointError, ConfigError, InputError, ShapeError
 from beit3_fast.model.visual_tokenizer import (
     VISUAL_TOKENIZERS,
     VisualTokenizer,
@@ -125,6 +126,10 @@ def test_names_and_shapes_of_the_published_ones() -> None:
     assert shapes["quantize.cluster_size"] == shapes["quantize.embedding.cluster_size"] == (8192,)
     assert len([name for name in shapes if ".blocks." in name]) == 15 * 13
     assert "decoder.blocks.3.norm1.weight" not in shapes
+    tables = {
+        f"{side}.{part}" for side in ("encoder", "decoder") for part in ("cls_token", "pos_embed")
+    }
+    assert own.no_weight_decay() == tables <= shapes.keys()
 
 
 def test_images_of_another_size() -> None:
@@ -132,6 +137,26 @@ def test_images_of_another_size() -> None:
         tokenizer().tokenize(torch.zeros(1, 3, 40, 32))
     with pytest.raises(ConfigError, match=r"unknown fields \['pixels'\]"):
         create_visual_tokenizer("vqkd_tiny", pixels=3)
+
+
+def test_what_tells_one_tokenizer_from_another() -> None:
+    own, other = tokenizer(), tokenizer(replace(CONFIG, num_heads=4))
+    other.load_state_dict(own.state_dict())
+    assert not torch.equal(own.tokenize(pictures()), other.tokenize(pictures()))
+    assert own.identity() != other.identity(), "heads are in no weight"
+    with torch.no_grad():
+        other = tokenizer()
+        other.decoder.fc_norm.weight.add_(1.0)
+        assert own.identity() == other.identity(), "codes do not depend on the decoder"
+        other.encode_task_layer[2].bias.add_(1.0)
+        assert own.identity() != other.identity()
+
+
+def test_images_that_are_not_finite() -> None:
+    images = pictures()
+    images[1, 0, 3, 3] = torch.nan
+    with pytest.raises(InputError, match=r"image 1 of 3 has .* not finite"):
+        tokenizer().tokenize(images)
 
 
 def test_autocast_spares_the_codebook() -> None:

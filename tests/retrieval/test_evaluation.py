@@ -88,6 +88,11 @@ ROWS = torch.randn(3, 4)
         ({"image_of_text": [0.0, 1.0, 2.0]}, "got torch.float32"),
         ({"image_of_text": [0, 1, 3]}, "0 to 2, got 0 to 3"),
         ({"image_of_text": [0, -1, 2]}, "0 to 2, got -1 to 2"),
+        ({"images": ROWS * torch.inf}, r"images must be finite, 3 of its 3 rows are not"),
+        (
+            {"texts": torch.cat([ROWS[:2], ROWS[:1] * torch.nan])},
+            "texts must be finite, 1 of its 3",
+        ),
         ({"ks": ()}, "ks must be positive integers"),
         ({"ks": (0,)}, r"ks must be positive integers, got \(0,\)"),
     ],

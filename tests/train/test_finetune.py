@@ -178,6 +178,32 @@ def test_recall_knows_the_captions_of_an_image(world: Path) -> None:
     assert found["TR@1"] == 1.0
 
 
+def test_recall_over_index_files_with_the_same_ids(world: Path, tmp_path: Path) -> None:
+    """An image is its file: ids begin anew in each index, and an image may be in two of them."""
+    held, more = world / "coco_retrieval.val.jsonl", world / "coco_retrieval.train.jsonl"
+    entry = json.loads(held.read_text().splitlines()[0])
+    again = {**entry, "image_id": 77, "image_path": str(world / "images/.." / entry["image_path"])}
+    (tmp_path / "again.jsonl").write_text(json.dumps(again))
+    target = DOWNSTREAM["retrieval"].target
+    rows = [
+        row for name in (held, more, tmp_path / "again.jsonl") for row in read_paired(name, target)
+    ]
+    images = list(dict.fromkeys(row.image for row in rows[:-1]))
+    assert len({row.target for row in rows}) < len(images)
+
+    class Known(torch.nn.Linear):
+        def encode_image(self, given: list[str], **_: Any) -> Any:
+            assert given == images
+            return torch.eye(len(images))
+
+        def encode_text(self, texts: Any) -> Any:
+            return torch.eye(len(images))[[*(images.index(row.image) for row in rows[:-1]), 0]]
+
+    processor = Processor(Tokenizer(world / "world.spm"), image_size=48)
+    data = PairedData(rows, 4, processor, lambda batch, targets: batch)
+    assert set(DOWNSTREAM["retrieval"].score(Known(1, 1), data).values()) == {1.0}
+
+
 @needs_toml
 def test_epochs_become_steps_and_images_are_few(world: Path) -> None:
     changes = (

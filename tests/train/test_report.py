@@ -127,6 +127,10 @@ def test_answers_and_what_was_right(world: Path) -> None:
         *(f"answer {n}" for n in right[1:]),
     ]
     assert examples[0].text.endswith("?")
+    asked = [row._replace(target=()) for row in rows]
+    unknown = PairedData(asked, 4, processor, pairs.collate)
+    examples = given_answers(Mostly(1, 1), unknown, labels[:39])
+    assert examples[0].pictures[0][1] == "39 (right: no known answer)", "an answer without a name"
 
 
 def test_the_right_image_is_marked(world: Path) -> None:

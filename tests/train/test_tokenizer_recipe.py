@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,13 +158,16 @@ def test_pretraining_on_codes(begun: Path, tmp_path: Path) -> None:
         "codes.safetensors", "tokenizer/model.safetensors"
     )
     (begun / "live.toml").write_text(live)
+    both = PRETRAIN.replace("cache = ", 'tokenizer = "tokenizer/model.safetensors"\ncache = ')
+    (begun / "both.toml").write_text(both)
     made = []
-    for name in ("codes.toml", "live.toml"):
+    for name in ("codes.toml", "live.toml", "both.toml"):
         recipe = read_recipe(begun / name)
         made.append(recipe.make_data(recipe.make_model(), tmp_path))
     assert not (tmp_path / "codes.safetensors").exists()
     assert isinstance(made[0].visual_tokens, CodeFile)
     assert isinstance(made[1].visual_tokens, VisualTokens)
+    assert isinstance(made[2].visual_tokens, CodeFile), "the fastest, where a recipe names both"
     for number in range(3):
         assert torch.equal(made[0][number].codes, made[1][number].codes)
     assert made[0].identity == made[1].identity
@@ -185,11 +189,24 @@ def test_codes_that_do_not_fit(
     old: str, new: str, message: str, begun: Path, tmp_path: Path
 ) -> None:
     own = read_tokenizer_recipe(begun / "tokenizer.toml")
-    other = own.make_tokenizer(own.make_teacher())
+    other = own.make_tokenizer(own.make_teacher()).train()
+    other(torch.randn(2, 3, 48, 48))
     save_checkpoint(other, begun / "other.safetensors")
     (begun / "other.toml").write_text(PRETRAIN.replace(old, new, 1))
     recipe = read_recipe(begun / "other.toml")
     with pytest.raises(ConfigError, match=message):
+        recipe.make_data(recipe.make_model(), tmp_path)
+
+
+@needs_toml
+def test_codes_of_images_scaled_in_another_way(begun: Path, tmp_path: Path) -> None:
+    codes = CodeFile.load(begun / "codes.safetensors")
+    replace(codes, path=begun / "imagenet.safetensors", preset="imagenet").save()
+    (begun / "imagenet.toml").write_text(PRETRAIN.replace("codes.safe", "imagenet.safe"))
+    recipe = read_recipe(begun / "imagenet.toml")
+    with pytest.raises(
+        ConfigError, match=r"differ in their image preset: .*imagenet.* and .*square"
+    ):
         recipe.make_data(recipe.make_model(), tmp_path)
 
 
@@ -203,6 +220,7 @@ def test_codes_that_do_not_fit(
         ('checkpoint = "teacher.safetensors"', "", r"\[teacher\] a teacher is needed"),
         ('images = "imagenet', 'images = 3 # "', "must be a file, a folder or a list"),
         ("batch_size = 4", "batch_size = 0", "batch_size must be a positive integer"),
+        ("batches = 2", "batches = 0", "batches must be an integer of at least 1, got 0"),
         ("commitment = 0.5", "commitment = -1", "commitment must be a number of at least 0"),
         ('[teacher]\ncheckpoint = "teacher.safetensors"', "", r"add a section \[teacher\]"),
     ],
@@ -270,7 +288,9 @@ def test_a_teacher_of_timm() -> None:
 
 
 def test_tokens_are_frozen(begun: Path) -> None:
-    own = VisualTokens(read_tokenizer_recipe(EXAMPLE).make_tokenizer(lambda _: torch.zeros(1, 3)))  # type: ignore[arg-type]
+    untaught = read_tokenizer_recipe(EXAMPLE).make_tokenizer(lambda _: torch.zeros(1, 3))  # type: ignore[arg-type]
+    untaught.train()(torch.randn(2, 3, 48, 48))
+    own = VisualTokens(untaught)
     assert not own.tokenizer.training
     assert own.identity == own.tokenizer.identity()
     assert own(torch.zeros(1, 3, 48, 48)).shape == (1, 9)
