@@ -113,4 +113,18 @@ FINETUNING_BUGS = (
         "count = sum(word == t.shape for t in scene.things)",
         (f"{WORLD}::test_answers_are_true",),
     ),
+    Bug(
+        "world-holds-training-scenes-out",
+        "beit3_fast/data/world/files.py",
+        "sample_generator(seed, _DRAWN, split, n)",
+        "sample_generator(seed, _DRAWN, 0, n)",
+        (f"{WORLD}::test_no_split_has_scenes_of_another",),
+    ),
+    Bug(
+        "world-annotates-everything-as-red",
+        "beit3_fast/data/world/files.py",
+        '"colour": thing.colour',
+        '"colour": "red"',
+        (f"{WORLD}::test_annotations_are_what_is_seen_and_said",),
+    ),
 )

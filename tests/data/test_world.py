@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,20 @@ def test_the_same_seed_gives_the_same_files(world: Path, tmp_path: Path) -> None
     assert Path("vqa.train.jsonl") in changed
 
 
+def test_no_split_has_scenes_of_another(world: Path) -> None:
+    pictures, sentences = [], []
+    for split, count in (("train", 12), ("val", 4), ("test", 3)):
+        own = {path.read_bytes() for path in (world / "images" / split).iterdir()}
+        assert len(own) == count
+        pictures.append(own)
+        told = [tuple(row["text_segment"]) for row in rows(world, f"text.{split}.jsonl")]
+        sentences.append(told[:3])
+    for one, other in combinations(pictures, 2):
+        assert not one & other
+    for one, other in combinations(sentences, 2):
+        assert one != other
+
+
 def test_a_finished_world_is_kept_and_another_refused(world: Path) -> None:
     before = (world / "images/train/000000.png").stat().st_mtime_ns
     assert write_world(world, SIZE, seed=3) == world
@@ -247,6 +262,37 @@ def test_the_files_of_the_official_tasks(world: Path) -> None:
     assert {row["label"] for row in labels} <= set(range(len(CLASSES)))
 
 
+def test_annotations_are_what_is_seen_and_said(world: Path) -> None:
+    tokenizer = Tokenizer(world / "world.spm")
+    for split in ("train", "val", "test"):
+        table = json.loads((world / f"instances_{split}.json").read_text())
+        said = {row["image_id"]: row for row in rows(world, f"coco_retrieval.{split}.jsonl")}
+        shapes = {category["id"]: category["name"] for category in table["categories"]}
+        numbers = [annotation["id"] for annotation in table["annotations"]]
+        assert len(set(numbers)) == len(numbers)
+        for image in table["images"]:
+            row = said.pop(image["id"])
+            assert image["file_name"] == row["image_path"]
+            pixels = np.asarray(Image.open(world / image["file_name"]))
+            assert (image["height"], image["width"]) == pixels.shape[:2]
+            text = tokenizer.decode(row["text_segment"])
+            for annotation in table["annotations"]:
+                if annotation["image_id"] != image["id"]:
+                    continue
+                colour, shape = annotation["colour"], shapes[annotation["category_id"]]
+                assert f"{colour} {shape}" in text
+                assert annotation["iscrowd"] == 0
+                mask = pixels_of(annotation)
+                assert np.abs(np.median(pixels[mask], axis=0) - COLOURS[colour]).max() < 10
+        assert not said
+
+
+def pixels_of(annotation: dict[str, Any]) -> np.ndarray:
+    """bool [H, W] from run lengths."""
+    size, counts = annotation["segmentation"]["size"], annotation["segmentation"]["counts"]
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size, order="F")
+
+
 def test_boxes_and_masks(world: Path) -> None:
     table = json.loads((world / "instances_train.json").read_text())
     labels = {r["image_path"]: r["label"] for r in rows(world, "imagenet.train.index.jsonl")}
@@ -257,12 +303,11 @@ def test_boxes_and_masks(world: Path) -> None:
         semantic = np.asarray(Image.open(world / "masks/train" / Path(image["file_name"]).name))
         merged = np.zeros_like(semantic)
         for annotation in own:
-            counts = annotation["segmentation"]["counts"]
-            runs = np.repeat(np.arange(len(counts)) % 2, counts).reshape(48, 48, order="F")
+            runs = pixels_of(annotation)
             assert runs.sum() == annotation["area"]
             x, y, width, height = annotation["bbox"]
             assert runs[y : y + height, x : x + width].sum() == annotation["area"]
-            merged[runs == 1] = annotation["category_id"]
+            merged[runs] = annotation["category_id"]
         assert np.array_equal(merged, semantic)
 
 
