@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bugs.bug import (
+    BEFORE,
     FINETUNE,
     INITIAL,
     OPTIMIZER,
@@ -126,5 +127,33 @@ FINETUNING_BUGS = (
         '"colour": thing.colour',
         '"colour": "red"',
         (f"{WORLD}::test_annotations_are_what_is_seen_and_said",),
+    ),
+    Bug(
+        "classes-are-not-those-of-the-answers",
+        "beit3_fast/train/finetune.py",
+        "if type(classes) is not int or classes != count:",
+        "if type(classes) is not int or classes < count:",
+        (f"{BEFORE}::test_answers_are_as_many_as_the_model_s",),
+    ),
+    Bug(
+        "labels-are-looked-at-when-their-turn-comes",
+        "beit3_fast/train/finetune.py",
+        "        self.task.check(model, [row.target for row in rows])\n",
+        "",
+        (f"{BEFORE}::test_lines_that_do_not_fit_the_model",),
+    ),
+    Bug(
+        "texts-without-words-are-trained-on",
+        "beit3_fast/data/index_files.py",
+        "return any(token >= UNK for token in text)",
+        "return True",
+        (f"{PAIRED}::test_lines_that_cannot_be_used",),
+    ),
+    Bug(
+        "an-answer-is-right-where-none-is",
+        "beit3_fast/train/examples.py",
+        'if scores.any() else "none is given"',
+        'if True else "none is given"',
+        (f"{REPORT}::test_a_question_that_no_answer_is_right_for_says_so",),
     ),
 )

@@ -147,3 +147,17 @@ def test_the_right_image_is_marked(world: Path) -> None:
     examples = found_images(Second(1, 1), pairs, None)
     assert [[words for _, words in own.pictures] for own in examples] == [["", "right", ""]] * COUNT
     assert all(" on " in own.text or own.text.startswith("on ") for own in examples)
+
+
+def test_a_question_that_no_answer_is_right_for_says_so(world: Path) -> None:
+    rows = read_paired(world / "vqa.rest_val.jsonl", answer_scores)[:1]
+    processor = Processor(Tokenizer(world / "world.spm"), image_size=PIXELS)
+    rows = [rows[0]._replace(target=())]
+    pairs = PairedData(rows, 4, processor, lambda b, t: question_batch(b, t, 4))
+
+    class Third(torch.nn.Linear):
+        def forward(self, image: Any, question: Any, padding_mask: Any) -> Any:  # type: ignore[override]
+            return torch.tensor([[0.0, 0.0, 1.0, 0.0]])
+
+    (example,) = given_answers(Third(1, 1), pairs, ["red", "green", "blue", "white"])
+    assert example.pictures[0][1] == "blue (right: none is given)"
