@@ -12,6 +12,7 @@ from bugs.bug import (
     THROUGHPUT,
     VIEWS,
     WORLD,
+    WORLD_FOLDER,
     Bug,
 )
 
@@ -155,5 +156,26 @@ FINETUNING_BUGS = (
         'if scores.any() else "none is given"',
         'if True else "none is given"',
         (f"{REPORT}::test_a_question_that_no_answer_is_right_for_says_so",),
+    ),
+    Bug(
+        "world-is-drawn-where-it-will-be",
+        "beit3_fast/data/world/folder.py",
+        'partial = target.with_name(f".{target.name}{_UNFINISHED}")',
+        "partial = target",
+        (f"{WORLD_FOLDER}::test_a_killed_command_leaves_nothing_to_the_next_world",),
+    ),
+    Bug(
+        "world-keeps-what-a-killed-call-drew",
+        "beit3_fast/data/world/folder.py",
+        "                _clear(partial)\n",
+        "",
+        (f"{WORLD_FOLDER}::test_a_killed_command_leaves_nothing_to_the_next_world",),
+    ),
+    Bug(
+        "world-tells-the-captions-that-are-asked-for",
+        "beit3_fast/data/world/files.py",
+        'captions = [{**row, "text_segment": None} for row in captions[::CAPTIONS]]',
+        "captions = captions[::CAPTIONS]",
+        (f"{WORLD}::test_the_files_of_the_official_tasks",),
     ),
 )

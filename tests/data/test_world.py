@@ -204,8 +204,10 @@ def test_no_split_has_scenes_of_another(world: Path) -> None:
 
 def test_a_finished_world_is_kept_and_another_refused(world: Path) -> None:
     before = (world / "images/train/000000.png").stat().st_mtime_ns
+    (world / "recipe.toml").write_text("the user's own")
     assert write_world(world, SIZE, seed=3) == world
     assert (world / "images/train/000000.png").stat().st_mtime_ns == before
+    (world / "recipe.toml").unlink()
     with pytest.raises(ConfigError, match="holds another world"):
         write_world(world, SIZE, seed=5)
     with pytest.raises(ConfigError, match="train must be an integer of at least 2, got 1"):
@@ -220,9 +222,9 @@ def test_labels_for_the_first_scenes_only(tmp_path: Path) -> None:
     first = {f"images/train/{number:06}.png" for number in range(3)}
     assert {row["image_path"] for row in asked} == first
     assert len(asked) == 3 * QUESTIONS
-    for task in ("coco_retrieval", "coco_captioning"):
+    for task, held_out in (("coco_retrieval", CAPTIONS), ("coco_captioning", 1)):
         assert {row["image_path"] for row in rows(root, f"{task}.train.jsonl")} == first
-        assert len(rows(root, f"{task}.val.jsonl")) == 3 * CAPTIONS
+        assert len(rows(root, f"{task}.val.jsonl")) == 3 * held_out
     assert [row["image_id"] for row in rows(root, "pairs.train.jsonl")] == [3, 3, 4, 4]
     assert len(rows(root, "regions.train.jsonl")) == 5 * REGIONS
     assert len(rows(root, "imagenet.train.index.jsonl")) == 5
@@ -241,7 +243,11 @@ def test_the_files_of_the_official_tasks(world: Path) -> None:
             assert Image.open(world / row["image_path"]).size == (48, 48)
             assert 3 not in row["text_segment"], "every sentence has its words"
             assert "on " in tokenizer.decode(row["text_segment"])
-        assert rows(world, f"coco_captioning.{split}.jsonl") == pairs
+        captioning = rows(world, f"coco_captioning.{split}.jsonl")
+        if split == "train":
+            assert captioning == pairs
+        else:
+            assert captioning == [{**row, "text_segment": None} for row in pairs[::CAPTIONS]]
         regions = rows(world, f"regions.{split}.jsonl")
         assert Counter(row["image_id"] for row in regions) == dict.fromkeys(range(count), REGIONS)
         assert all(3 not in row["text_segment"] for row in regions)
