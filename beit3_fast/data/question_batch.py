@@ -33,10 +33,11 @@ def answer_scores(entry: dict[str, Any]) -> tuple[tuple[int, float], ...]:
         or not isinstance(scores, list)
         or len(labels) != len(scores)
         or not all(type(label) is int and label >= 0 for label in labels)
+        or len(set(labels)) < len(labels)
         or not all(isinstance(score, (int, float)) and 0 <= score <= 1 for score in scores)
     ):
         raise InputError(
-            'expected "labels": [...] and "scores": [...], equally many, labels from 0 on and scores in [0, 1]'
+            'expected "labels": [...] and "scores": [...], equally many, different labels from 0 on and scores in [0, 1]'
         )
     return tuple(zip(labels, map(float, scores), strict=True))
 

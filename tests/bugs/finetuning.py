@@ -178,4 +178,11 @@ FINETUNING_BUGS = (
         "captions = captions[::CAPTIONS]",
         (f"{WORLD}::test_the_files_of_the_official_tasks",),
     ),
+    Bug(
+        "runs-of-one-name-share-a-curve",
+        "beit3_fast/train/report.py",
+        "str(folder) if times[name] > 1 else name",
+        "name",
+        (f"{REPORT}::test_runs_of_one_name_are_told_apart",),
+    ),
 )

@@ -100,6 +100,7 @@ def test_sentences_need_a_tokenizer(tmp_path: Path, index: Path) -> None:
     [
         ({"labels": [1, 2]}, "equally many"),
         ({"labels": [-1]}, "labels from 0 on"),
+        ({"labels": [1, 1], "scores": [1.0, 0.3]}, "different labels"),
         ({"scores": [1.5]}, r"scores in \[0, 1\]"),
         ({"scores": None}, 'expected "labels"'),
         ({"image_path": None}, 'expected "image_path"'),
