@@ -185,4 +185,18 @@ FINETUNING_BUGS = (
         "name",
         (f"{REPORT}::test_runs_of_one_name_are_told_apart",),
     ),
+    Bug(
+        "world-says-the-contrary",
+        "beit3_fast/data/world/files.py",
+        '"label": int(said.is_true)',
+        '"label": int(not said.is_true)',
+        ("tests/data/test_world_truth.py::test_statements",),
+    ),
+    Bug(
+        "world-answers-as-it-likes",
+        "beit3_fast/data/world/files.py",
+        '"labels": [ANSWERS.index(asked.answer)]',
+        '"labels": [0]',
+        ("tests/data/test_world_truth.py::test_answers",),
+    ),
 )

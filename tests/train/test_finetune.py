@@ -193,6 +193,7 @@ def test_epochs_become_steps_and_images_are_few(world: Path) -> None:
     options = recipe.options(data)
     rows = len(data.rows)
     assert (options.steps, options.warmup_steps) == (round(2 * rows / 8), round(rows / 16))
+    assert replace(recipe, data=replace(recipe.data, epochs=1e-6)).options(data).steps == 1
     assert held_out is not None
     assert len(held_out.rows) == 6
     assert len({row.image for row in held_out.rows}) == 3
