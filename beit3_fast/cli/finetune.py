@@ -46,13 +46,12 @@ def _finetune(arguments: argparse.Namespace, processes: Processes) -> int:
     if loaded is not None:
         new = sorted({*loaded.missing, *loaded.mismatched})
         begun = f"from {loaded.source}; begins anew: {', '.join(new) or 'nothing'}"
-    data = recipe.make_data(model)
+    data, held_out = recipe.make_data(model), recipe.make_held_out(model)
     options = recipe.options(data)
     done = train(model, data, recipe.loss, options, out, progress=not arguments.quiet)
     if not processes.leads:
         return 0
     model = read_again(model, lambda: recipe.make_model()[0], out, done, processes)
-    held_out = recipe.make_held_out(model)
     report: dict[str, Any] = {**run_facts(out, done), "begun": begun}
     lines = [f"{out}: {done.said}, {begun}"]
     if not done.complete:

@@ -35,11 +35,11 @@ def _pretrain(arguments: argparse.Namespace, processes: Processes) -> int:
     recipe, out = read_recipe(arguments.config), Path(arguments.out)
     model = recipe.make_model()
     data = processes.lead_first(lambda: recipe.make_data(model, out))
+    held_out = recipe.make_held_out(model, data)
     done = train(model, data, recipe.loss, recipe.train, out, progress=not arguments.quiet)
     if not processes.leads:
         return 0
     model = read_again(model, recipe.make_model, out, done, processes)
-    held_out = recipe.make_held_out(model, data)
     report = run_facts(out, done)
     lines = [f"{out}: {done.said}"]
     if not done.complete:

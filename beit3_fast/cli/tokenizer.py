@@ -36,7 +36,7 @@ def _train_tokenizer(arguments: argparse.Namespace, processes: Processes) -> int
     recipe, out = read_tokenizer_recipe(arguments.config), Path(arguments.out)
     teacher = recipe.make_teacher()
     tokenizer = recipe.make_tokenizer(teacher)
-    data = recipe.make_data(tokenizer)
+    data, held_out = recipe.make_data(tokenizer), recipe.make_held_out(tokenizer)
     done = train(
         tokenizer,
         data,
@@ -48,7 +48,6 @@ def _train_tokenizer(arguments: argparse.Namespace, processes: Processes) -> int
     if not processes.leads:
         return 0
     tokenizer = read_again(tokenizer, lambda: recipe.make_tokenizer(teacher), out, done, processes)
-    held_out = recipe.make_held_out(tokenizer)
     report = run_facts(out, done)
     lines = [f"{out}: {done.said}"]
     if not done.complete:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from beit3_fast.data.tokenizer import UNK
 from beit3_fast.errors import InputError
 
 T = TypeVar("T")
@@ -50,6 +51,16 @@ def names_of_images(images: Sequence[str]) -> list[str]:
     return [image[shared:] for image in images]
 
 
+def check_ids(texts: Iterable[str | tuple[int, ...] | None], vocabulary: int) -> None:
+    """Raises InputError for a token id that a model with ``vocabulary`` embeddings does not have."""
+    most = max((max(text) for text in texts if isinstance(text, tuple)), default=0)
+    if most >= vocabulary:
+        raise InputError(
+            f"a text of the index files has token id {most}, the model only 0 to {vocabulary - 1}; name index files of the "
+            "same tokenizer, or set [model] vocab_size"
+        )
+
+
 def read_entries(path: str | PathLike[str], make: Callable[[Any], T]) -> list[T]:
     """What ``make`` makes of each line of JSON. Raises InputError, naming file and line, where a line cannot be used."""
     path = Path(path)
@@ -87,6 +98,21 @@ def images_and_text(entry: Any, kind: str) -> tuple[list[str], str | tuple[int, 
             if unfit:
                 raise InputError(f"token ids are numbers from 0 to {_MOST_IDS - 1}, got {unfit[0]}")
             text = tuple(text)
+        elif text is None and "text_segment" in entry:
+            raise InputError(
+                "its text_segment is null, as in official captioning files for validation and test; name files with texts"
+            )
         elif not isinstance(text, str):
             raise InputError('expected "text_segment", a list of token ids or a sentence')
+        if not _has_words(text):
+            raise InputError(
+                f"its text_segment {text!r:.40} has no words to learn from; leave the line out"
+            )
     return images, text
+
+
+def _has_words(text: str | tuple[int, ...]) -> bool:
+    """Whether anything is left between bos and eos that could be hidden."""
+    if isinstance(text, str):
+        return any(letter.isprintable() and not letter.isspace() for letter in text)
+    return any(token >= UNK for token in text)

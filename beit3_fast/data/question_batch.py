@@ -49,9 +49,14 @@ def question_batch(
     scores = torch.zeros(len(targets), answers)
     for row, target in enumerate(targets):
         for label, score in target:
-            if label >= answers:
-                raise InputError(
-                    f"a question has answer {label}, but the model only 0 to {answers - 1}; set [model] num_classes"
-                )
+            check_answer(label, answers)
             scores[row, label] = score
     return QuestionBatch(**vars(batch), scores=scores)
+
+
+def check_answer(label: int, answers: int) -> None:
+    """Raises InputError for a label that is none of so many answers."""
+    if label >= answers:
+        raise InputError(
+            f"a question has answer {label}, but the model only 0 to {answers - 1}; set [model] num_classes"
+        )

@@ -12,7 +12,7 @@ import torch
 
 from beit3_fast.data.pair_batch import PairBatch
 from beit3_fast.data.paired import PairedData, token_ids
-from beit3_fast.data.question_batch import answer_scores, question_batch
+from beit3_fast.data.question_batch import answer_scores, check_answer, question_batch
 from beit3_fast.data.tokenizer import segments
 from beit3_fast.errors import InputError
 from beit3_fast.retrieval import recall
@@ -30,7 +30,7 @@ class Downstream:
     ``target``: what a line of the official index file has beside image and text, from its dictionary, or InputError;
     ``collate``: for a model, what makes a batch of pairs and their targets; ``objective``: the dataclass of ``[loss]``;
     ``score``: figures of a model on held-out data, the first of them the one that counts; ``examples``: a few of its
-    predictions there.
+    predictions there; ``check``: raises InputError for targets that a model cannot have.
     """
 
     target: Callable[[dict[str, Any]], Any]
@@ -38,6 +38,7 @@ class Downstream:
     objective: type[Any]
     score: Callable[[Any, PairedData[Any]], dict[str, float]]
     examples: Callable[[Any, PairedData[Any], Sequence[str] | None], list[Example]]
+    check: Callable[[Any, Sequence[Any]], None] = lambda model, targets: None
 
 
 def _image_id(entry: dict[str, Any]) -> int:
@@ -57,6 +58,11 @@ def _without_targets(batch: PairBatch, targets: Sequence[Any]) -> PairBatch:
 
 def _with_scores(model: Any) -> Collate:
     return partial(question_batch, answers=model.head[-1].out_features)
+
+
+def _known_answers(model: Any, targets: Sequence[Sequence[tuple[int, float]]]) -> None:
+    most = max((label for target in targets for label, _ in target), default=-1)
+    check_answer(most, model.head[-1].out_features)
 
 
 @torch.no_grad()
@@ -86,7 +92,12 @@ def retrieval_recall(model: Any, data: PairedData[PairBatch]) -> dict[str, float
 
 DOWNSTREAM = {
     "vqav2": Downstream(
-        answer_scores, _with_scores, QuestionAnswering, answer_accuracy, given_answers
+        answer_scores,
+        _with_scores,
+        QuestionAnswering,
+        answer_accuracy,
+        given_answers,
+        _known_answers,
     ),
     "retrieval": Downstream(
         _image_id, _pairs_alone, ContrastiveTuning, retrieval_recall, found_images

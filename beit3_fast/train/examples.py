@@ -41,7 +41,7 @@ class Example:
 def given_answers(
     model: Any, data: PairedData[QuestionBatch], labels: Sequence[str] | None
 ) -> list[Example]:
-    """Questions of different images, the model's answer, and the right one where that is another."""
+    """Questions of different images, the model's answer, and the right one where that is another, if there is any."""
     rows = list({row.image: row for row in data.rows}.values())[:COUNT]
     asked = PairedData(rows, len(rows), data.processor, data.collate)
     (batch,) = asked.in_order()
@@ -52,8 +52,7 @@ def given_answers(
     for row, given, scores in zip(rows, logits.argmax(1).tolist(), batch.scores, strict=True):
         said = _label(given, labels)
         if not scores[given]:
-            known = bool(scores.any())
-            right = _label(int(scores.argmax()), labels) if known else "no known answer"
+            right = _label(int(scores.argmax()), labels) if scores.any() else "none is given"
             said += f" (right: {right})"
         text = _sentence(row.text, data.processor.tokenizer)
         examples.append(Example(text, ((load_image(row.image), said),)))

@@ -15,6 +15,7 @@ import torch
 from beit3_fast.checkpoint import LoadReport, load_checkpoint
 from beit3_fast.checkpoint.keys import HEADS
 from beit3_fast.data import Augment, Processor, Tokenizer, read_labels
+from beit3_fast.data.index_files import check_ids
 from beit3_fast.data.paired import PairedData, PairedRow, read_paired
 from beit3_fast.errors import ConfigError
 from beit3_fast.model import create_model
@@ -113,11 +114,11 @@ class FineTuning:
         """
         options = dict(self.model)
         name, checkpoint = options.pop("name"), options.pop("checkpoint", None)
-        tokenizer, labels = self._tokenizer(), self.labels()
+        tokenizer = self._tokenizer()
         if tokenizer is not None:
             options.setdefault("vocab_size", embeddings_for(tokenizer))
-        if labels is not None and TASKS[_task_name(self.model)].has_classes:
-            options.setdefault("num_classes", len(labels))
+        if self.data.answers is not None:
+            self._set_classes(options)
         torch.manual_seed(self.train.seed)
         model = create_model(name, **options)
         self.initial.draw(model)
@@ -157,6 +158,20 @@ class FineTuning:
         name = self.data.answers
         return None if name is None else read_labels(self.folder / name)
 
+    def _set_classes(self, options: dict[str, Any]) -> None:
+        """As many as there are answers. Raises ConfigError where the recipe says otherwise."""
+        name, count = self.data.answers, len(self.labels() or ())
+        if not TASKS[_task_name(self.model)].has_classes:
+            raise ConfigError(
+                f"[data] answers is for models with classes, which {self.model['name']!r} has not; leave it out"
+            )
+        classes = options.setdefault("num_classes", count)
+        if type(classes) is not int or classes != count:
+            raise ConfigError(
+                f"[model] num_classes is {classes!r}, but {name} names {count} answers; leave num_classes out, or name the "
+                "file that belongs to it"
+            )
+
     def _rows(self, index: str | Sequence[str]) -> list[PairedRow]:
         names = names_of(index, "index", "an index file")
         return [row for name in names for row in read_paired(self.folder / name, self.task.target)]
@@ -164,6 +179,8 @@ class FineTuning:
     def _paired(
         self, model: Any, rows: list[PairedRow], augment: Augment | None
     ) -> PairedData[Any]:
+        check_ids((row.text for row in rows), model.config.vocab_size)
+        self.task.check(model, [row.target for row in rows])
         processor = Processor.for_model(model, self._tokenizer(), max_length=self.data.max_length)
         collate = self.task.collate(model)
         keep = 0 if augment is None else self.data.keep_images

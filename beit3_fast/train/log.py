@@ -61,16 +61,26 @@ class Log:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log. Raises CheckpointError for one that is none."""
+    """The lines of a run's log, numbers by name. Raises CheckpointError for one that is none."""
     path, read = folder / NAME, []
     for number, line in enumerate(_whole_lines(path), 1):
         try:
-            read.append(json.loads(line))
+            read.append(_numbers(json.loads(line)))
         except ValueError as error:
             raise CheckpointError(
                 f"{path}: line {number} must be JSON, got {line[:40]!r} ({error}); remove that line"
             ) from error
     return read
+
+
+def _numbers(line: Any) -> dict[str, Any]:
+    """Raises ValueError for what is no line of a log."""
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        raise ValueError('expected {"step": 1, ...}')
+    for name, value in line.items():
+        if value is not None and not isinstance(value, (int, float)):
+            raise ValueError(f"{name} is no number")
+    return line
 
 
 def _board(folder: Path, step: int) -> Any:
@@ -85,5 +95,10 @@ def _board(folder: Path, step: int) -> Any:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror or error}); give the folder of a run"
+        ) from error
     return text[: text.rfind("\n") + 1].split("\n")[:-1]

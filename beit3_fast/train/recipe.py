@@ -14,7 +14,7 @@ from beit3_fast.checkpoint import load_checkpoint, read_checkpoint, save_checkpo
 from beit3_fast.config import BEiT3Config
 from beit3_fast.data import Augment, Masking, Processor, Tokenizer, preprocess_image
 from beit3_fast.data.digest import digest_of
-from beit3_fast.data.index_files import KINDS, names_of_images, read_index
+from beit3_fast.data.index_files import KINDS, check_ids, names_of_images, read_index
 from beit3_fast.data.mixed import Mix, MixedData
 from beit3_fast.data.patch_codes import PatchCodes
 from beit3_fast.errors import ConfigError
@@ -139,7 +139,7 @@ class Recipe:
     ) -> MixedData:
         processor = self._processor(model)
         patch = model.config.patch_size
-        return MixedData(
+        data = MixedData(
             sources,
             self.mix,
             processor,
@@ -150,6 +150,9 @@ class Recipe:
             augment,
             self.data.keep_images if augment else 0,
         )
+        for rows in data.rows.values():
+            check_ids((row.text for row in rows), model.config.vocab_size)
+        return data
 
     def _processor(self, model: Any) -> Processor:
         return Processor.for_model(model, self._tokenizer(), max_length=self.data.max_length)

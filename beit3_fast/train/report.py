@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from textwrap import fill
@@ -50,11 +51,11 @@ def write_page(path: Path, folders: Sequence[Path]) -> Path:
     """A page of HTML about finished runs: their figures in one table, curves of runs with the same terms in one picture,
     examples of each. Raises InputError for a folder that is none of a finished run."""
     reports = {folder: _read_report(folder) for folder in folders}
-    names = {folder: folder.name for folder in folders}
-    pictures = [folder / CURVES for folder in folders]
-    if len(folders) > 1 and _can_draw():
+    names = _names(reports)
+    pictures = [folder / CURVES for folder in reports]
+    if len(reports) > 1 and _can_draw():
         together: dict[str, dict[str, list[tuple[int, float]]]] = {}
-        for folder in folders:
+        for folder in reports:
             for term, own in curves(folder).items():
                 together.setdefault(term, {})[names[folder]] = own
         pictures = [path.with_suffix(".png")]
@@ -67,7 +68,7 @@ def write_page(path: Path, folders: Sequence[Path]) -> Path:
     shown = [f"<h2>Learning curves</h2>{_image(path, own)}" for own in pictures if own.exists()]
     shown += [
         f"<h2>{escape(names[folder])}: predictions on held-out data</h2>{_image(path, folder / EXAMPLES)}"
-        for folder in folders
+        for folder in reports
         if (folder / EXAMPLES).exists()
     ]
     page = [
@@ -84,9 +85,18 @@ def write_page(path: Path, folders: Sequence[Path]) -> Path:
     return path
 
 
+def _names(folders: Iterable[Path]) -> dict[Path, str]:
+    """What a page calls each run: its folder's name, or the whole path where others have that name, too."""
+    own = {folder: folder.resolve().name for folder in folders}
+    times = Counter(own.values())
+    return {folder: str(folder) if times[name] > 1 else name for folder, name in own.items()}
+
+
 def _read_report(folder: Path) -> dict[str, Any]:
     try:
         report = json.loads((folder / REPORT).read_text())
+        if not isinstance(report, dict):
+            raise ValueError(f"expected figures by name, got {report!r:.40}")
     except (OSError, ValueError) as error:
         raise InputError(
             f"{folder} has no {REPORT} that can be read ({error}); it is written when a run of pretrain or finetune ends"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bugs.bug import (
+    BEFORE,
     FINETUNE,
     INITIAL,
     OPTIMIZER,
@@ -11,6 +12,7 @@ from bugs.bug import (
     THROUGHPUT,
     VIEWS,
     WORLD,
+    WORLD_FOLDER,
     Bug,
 )
 
@@ -140,5 +142,89 @@ FINETUNING_BUGS = (
         "        or len(set(labels)) != len(labels)\n",
         "",
         (f"{PAIRED}::test_lines_that_cannot_be_used",),
+    ),
+    Bug(
+        "world-holds-training-scenes-out",
+        "beit3_fast/data/world/files.py",
+        "sample_generator(seed, _DRAWN, split, n)",
+        "sample_generator(seed, _DRAWN, 0, n)",
+        (f"{WORLD}::test_no_split_has_scenes_of_another",),
+    ),
+    Bug(
+        "world-annotates-everything-as-red",
+        "beit3_fast/data/world/files.py",
+        '"colour": thing.colour',
+        '"colour": "red"',
+        (f"{WORLD}::test_annotations_are_what_is_seen_and_said",),
+    ),
+    Bug(
+        "classes-are-not-those-of-the-answers",
+        "beit3_fast/train/finetune.py",
+        "if type(classes) is not int or classes != count:",
+        "if type(classes) is not int or classes < count:",
+        (f"{BEFORE}::test_answers_are_as_many_as_the_model_s",),
+    ),
+    Bug(
+        "labels-are-looked-at-when-their-turn-comes",
+        "beit3_fast/train/finetune.py",
+        "        self.task.check(model, [row.target for row in rows])\n",
+        "",
+        (f"{BEFORE}::test_lines_that_do_not_fit_the_model",),
+    ),
+    Bug(
+        "texts-without-words-are-trained-on",
+        "beit3_fast/data/index_files.py",
+        "return any(token >= UNK for token in text)",
+        "return True",
+        (f"{PAIRED}::test_lines_that_cannot_be_used",),
+    ),
+    Bug(
+        "an-answer-is-right-where-none-is",
+        "beit3_fast/train/examples.py",
+        'if scores.any() else "none is given"',
+        'if True else "none is given"',
+        (f"{REPORT}::test_a_question_that_no_answer_is_right_for_says_so",),
+    ),
+    Bug(
+        "world-is-drawn-where-it-will-be",
+        "beit3_fast/data/world/folder.py",
+        'partial = target.with_name(f".{target.name}{_UNFINISHED}")',
+        "partial = target",
+        (f"{WORLD_FOLDER}::test_a_killed_command_leaves_nothing_to_the_next_world",),
+    ),
+    Bug(
+        "world-keeps-what-a-killed-call-drew",
+        "beit3_fast/data/world/folder.py",
+        "                _clear(partial)\n",
+        "",
+        (f"{WORLD_FOLDER}::test_a_killed_command_leaves_nothing_to_the_next_world",),
+    ),
+    Bug(
+        "world-tells-the-captions-that-are-asked-for",
+        "beit3_fast/data/world/files.py",
+        'captions = [{**row, "text_segment": None} for row in captions[::CAPTIONS]]',
+        "captions = captions[::CAPTIONS]",
+        (f"{WORLD}::test_the_files_of_the_official_tasks",),
+    ),
+    Bug(
+        "runs-of-one-name-share-a-curve",
+        "beit3_fast/train/report.py",
+        "str(folder) if times[name] > 1 else name",
+        "name",
+        (f"{REPORT}::test_runs_of_one_name_are_told_apart",),
+    ),
+    Bug(
+        "world-says-the-contrary",
+        "beit3_fast/data/world/files.py",
+        '"label": int(said.is_true)',
+        '"label": int(not said.is_true)',
+        ("tests/data/test_world_truth.py::test_statements",),
+    ),
+    Bug(
+        "world-answers-as-it-likes",
+        "beit3_fast/data/world/files.py",
+        '"labels": [ANSWERS.index(asked.answer)]',
+        '"labels": [0]',
+        ("tests/data/test_world_truth.py::test_answers",),
     ),
 )

@@ -33,7 +33,7 @@ PRODUCT_BUGS = (
     Bug(
         "parity-rows-not-judged",
         "beit3_fast/parity.py",
-        "    broken.extend(_turned_rows(f, r, p, p_truth, _ROW_BOUND[dtype], factor))\n",
+        "    broken.extend(_turned_rows(f, r, p, p_truth, dtype, factor))\n",
         "",
         (PARITY,),
     ),

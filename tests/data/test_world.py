@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -187,10 +188,26 @@ def test_the_same_seed_gives_the_same_files(world: Path, tmp_path: Path) -> None
     assert Path("vqa.train.jsonl") in changed
 
 
+def test_no_split_has_scenes_of_another(world: Path) -> None:
+    pictures, sentences = [], []
+    for split, count in (("train", 12), ("val", 4), ("test", 3)):
+        own = {path.read_bytes() for path in (world / "images" / split).iterdir()}
+        assert len(own) == count
+        pictures.append(own)
+        told = [tuple(row["text_segment"]) for row in rows(world, f"text.{split}.jsonl")]
+        sentences.append(told[:3])
+    for one, other in combinations(pictures, 2):
+        assert not one & other
+    for one, other in combinations(sentences, 2):
+        assert one != other
+
+
 def test_a_finished_world_is_kept_and_another_refused(world: Path) -> None:
     before = (world / "images/train/000000.png").stat().st_mtime_ns
+    (world / "recipe.toml").write_text("the user's own")
     assert write_world(world, SIZE, seed=3) == world
     assert (world / "images/train/000000.png").stat().st_mtime_ns == before
+    (world / "recipe.toml").unlink()
     with pytest.raises(ConfigError, match="holds another world"):
         write_world(world, SIZE, seed=5)
     with pytest.raises(ConfigError, match="train must be an integer of at least 2, got 1"):
@@ -205,9 +222,9 @@ def test_labels_for_the_first_scenes_only(tmp_path: Path) -> None:
     first = {f"images/train/{number:06}.png" for number in range(3)}
     assert {row["image_path"] for row in asked} == first
     assert len(asked) == 3 * QUESTIONS
-    for task in ("coco_retrieval", "coco_captioning"):
+    for task, held_out in (("coco_retrieval", CAPTIONS), ("coco_captioning", 1)):
         assert {row["image_path"] for row in rows(root, f"{task}.train.jsonl")} == first
-        assert len(rows(root, f"{task}.val.jsonl")) == 3 * CAPTIONS
+        assert len(rows(root, f"{task}.val.jsonl")) == 3 * held_out
     assert [row["image_id"] for row in rows(root, "pairs.train.jsonl")] == [3, 3, 4, 4]
     assert len(rows(root, "regions.train.jsonl")) == 5 * REGIONS
     assert len(rows(root, "imagenet.train.index.jsonl")) == 5
@@ -226,7 +243,11 @@ def test_the_files_of_the_official_tasks(world: Path) -> None:
             assert Image.open(world / row["image_path"]).size == (48, 48)
             assert 3 not in row["text_segment"], "every sentence has its words"
             assert "on " in tokenizer.decode(row["text_segment"])
-        assert rows(world, f"coco_captioning.{split}.jsonl") == pairs
+        captioning = rows(world, f"coco_captioning.{split}.jsonl")
+        if split == "train":
+            assert captioning == pairs
+        else:
+            assert captioning == [{**row, "text_segment": None} for row in pairs[::CAPTIONS]]
         regions = rows(world, f"regions.{split}.jsonl")
         assert Counter(row["image_id"] for row in regions) == dict.fromkeys(range(count), REGIONS)
         assert all(3 not in row["text_segment"] for row in regions)
@@ -247,6 +268,37 @@ def test_the_files_of_the_official_tasks(world: Path) -> None:
     assert {row["label"] for row in labels} <= set(range(len(CLASSES)))
 
 
+def test_annotations_are_what_is_seen_and_said(world: Path) -> None:
+    tokenizer = Tokenizer(world / "world.spm")
+    for split in ("train", "val", "test"):
+        table = json.loads((world / f"instances_{split}.json").read_text())
+        said = {row["image_id"]: row for row in rows(world, f"coco_retrieval.{split}.jsonl")}
+        shapes = {category["id"]: category["name"] for category in table["categories"]}
+        numbers = [annotation["id"] for annotation in table["annotations"]]
+        assert len(set(numbers)) == len(numbers)
+        for image in table["images"]:
+            row = said.pop(image["id"])
+            assert image["file_name"] == row["image_path"]
+            pixels = np.asarray(Image.open(world / image["file_name"]))
+            assert (image["height"], image["width"]) == pixels.shape[:2]
+            text = tokenizer.decode(row["text_segment"])
+            for annotation in table["annotations"]:
+                if annotation["image_id"] != image["id"]:
+                    continue
+                colour, shape = annotation["colour"], shapes[annotation["category_id"]]
+                assert f"{colour} {shape}" in text
+                assert annotation["iscrowd"] == 0
+                mask = pixels_of(annotation)
+                assert np.abs(np.median(pixels[mask], axis=0) - COLOURS[colour]).max() < 10
+        assert not said
+
+
+def pixels_of(annotation: dict[str, Any]) -> np.ndarray:
+    """bool [H, W] from run lengths."""
+    size, counts = annotation["segmentation"]["size"], annotation["segmentation"]["counts"]
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size, order="F")
+
+
 def test_boxes_and_masks(world: Path) -> None:
     table = json.loads((world / "instances_train.json").read_text())
     labels = {r["image_path"]: r["label"] for r in rows(world, "imagenet.train.index.jsonl")}
@@ -257,12 +309,11 @@ def test_boxes_and_masks(world: Path) -> None:
         semantic = np.asarray(Image.open(world / "masks/train" / Path(image["file_name"]).name))
         merged = np.zeros_like(semantic)
         for annotation in own:
-            counts = annotation["segmentation"]["counts"]
-            runs = np.repeat(np.arange(len(counts)) % 2, counts).reshape(48, 48, order="F")
+            runs = pixels_of(annotation)
             assert runs.sum() == annotation["area"]
             x, y, width, height = annotation["bbox"]
             assert runs[y : y + height, x : x + width].sum() == annotation["area"]
-            merged[runs == 1] = annotation["category_id"]
+            merged[runs] = annotation["category_id"]
         assert np.array_equal(merged, semantic)
 
 

@@ -365,7 +365,7 @@ def test_a_full_disk_under_the_log(tmp_path: Path) -> None:
     assert read_log(tmp_path) == [{"step": 1, "loss": None}]
 
 
-@pytest.mark.parametrize("content", ["\0" * 20, "{}}", "half\u2028a line"])
+@pytest.mark.parametrize("content", ["\0" * 20, "{}}", "half\u2028a line", "[1]", "{}"])
 def test_a_line_of_the_log_that_is_none(content: str, tmp_path: Path) -> None:
     """As a power cut leaves one."""
     (tmp_path / "log.jsonl").write_text(f'{{"step": 1}}\n{content}\n{{"step": 3}}\n')

@@ -120,6 +120,7 @@ def questions(world: Path, batch_size: int = 6) -> PairedData[Any]:
 @needs_toml
 def test_questions_cost_what_the_official_engine_counts(world: Path) -> None:
     recipe = read_finetuning(write(world, "vqav2", (("[held", "[augment]\ncrop = 1.0\n[held"),)))
+    recipe = replace(recipe, data=replace(recipe.data, answers=None))
     made, _ = replace(recipe, model={**recipe.model, "num_classes": 30}).make_model()
     data = questions(world)
     batch, objective = data[0], QuestionAnswering()
@@ -218,6 +219,7 @@ def test_epochs_become_steps_and_images_are_few(world: Path) -> None:
     options = recipe.options(data)
     rows = len(data.rows)
     assert (options.steps, options.warmup_steps) == (round(2 * rows / 8), round(rows / 16))
+    assert replace(recipe, data=replace(recipe.data, epochs=1e-6)).options(data).steps == 1
     assert held_out is not None
     assert len(held_out.rows) == 6
     assert len({row.image for row in held_out.rows}) == 3

@@ -19,10 +19,12 @@ from beit3_fast.data import Processor, Tokenizer
 from beit3_fast.data.mixed import Mix
 from beit3_fast.data.paired import PairedData, read_paired
 from beit3_fast.data.question_batch import answer_scores, question_batch
+from beit3_fast.errors import CheckpointError, InputError
 from beit3_fast.model.pretraining import Predictions
+from beit3_fast.train import report
 from beit3_fast.train.downstream import DOWNSTREAM
 from beit3_fast.train.examples import COUNT, Example, filled_in, found_images, given_answers
-from beit3_fast.train.report import curves, write_report
+from beit3_fast.train.report import curves, write_page, write_report
 
 
 def finished(folder: Path, figures: dict[str, Any], losses: list[float]) -> Path:
@@ -54,6 +56,43 @@ def test_a_page_about_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (np.abs(red - [200, 0, 0]).sum(2) < 30).sum() > 1000
     assert cli.main(["report", str(tmp_path), "--out", str(page)]) == 1
     assert "is written when a run of pretrain or finetune ends" in capsys.readouterr().err
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Any] = {}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first = finished(tmp_path / "a/vqa", {"loss": 1.0}, [3.0, 1.0])
+    second = finished(tmp_path / "b/vqa", {"loss": 2.0}, [3.0, 2.0])
+    monkeypatch.setattr(report, "_draw_curves", lambda path, terms: drawn.update(terms))
+    content = write_page(tmp_path / "page.html", [first, second, first]).read_text()
+    assert drawn["image"] == {
+        str(first): [(1, 3.0), (2, 1.0)],
+        str(second): [(1, 3.0), (2, 2.0)],
+    }
+    for folder, loss in ((first, 1), (second, 2)):
+        assert content.count(f"<td>{folder}</td><td>loss</td><td>{loss}</td>") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("report.json", "[]", r"no report\.json that can be read \(expected figures by name"),
+        ("report.json", "{", r"no report\.json that can be read"),
+        ("log.jsonl", "[1]\n", r'line 1 must be JSON, got .*expected {"step": 1'),
+        ("log.jsonl", '{"step": 1, "image": "x"}\n', "image is no number"),
+        ("log.jsonl", None, r"log\.jsonl cannot be read .*give the folder of a run"),
+    ],
+)
+def test_runs_that_cannot_be_read(
+    name: str, content: str | None, message: str, tmp_path: Path
+) -> None:
+    folders = [finished(tmp_path / own, {}, [1.0]) for own in ("one", "two")]
+    (folders[1] / name).unlink()
+    if content is not None:
+        (folders[1] / name).write_text(content)
+    with pytest.raises((InputError, CheckpointError), match=message):
+        write_page(tmp_path / "page.html", folders)
 
 
 def test_every_point_of_a_curve_is_the_mean_of_as_many_steps(tmp_path: Path) -> None:
@@ -130,7 +169,7 @@ def test_answers_and_what_was_right(world: Path) -> None:
     asked = [row._replace(target=()) for row in rows]
     unknown = PairedData(asked, 4, processor, pairs.collate)
     examples = given_answers(Mostly(1, 1), unknown, labels[:39])
-    assert examples[0].pictures[0][1] == "39 (right: no known answer)", "an answer without a name"
+    assert examples[0].pictures[0][1] == "39 (right: none is given)", "an answer without a name"
 
 
 def test_the_right_image_is_marked(world: Path) -> None:
@@ -151,3 +190,17 @@ def test_the_right_image_is_marked(world: Path) -> None:
     examples = found_images(Second(1, 1), pairs, None)
     assert [[words for _, words in own.pictures] for own in examples] == [["", "right", ""]] * COUNT
     assert all(" on " in own.text or own.text.startswith("on ") for own in examples)
+
+
+def test_a_question_that_no_answer_is_right_for_says_so(world: Path) -> None:
+    rows = read_paired(world / "vqa.rest_val.jsonl", answer_scores)[:1]
+    processor = Processor(Tokenizer(world / "world.spm"), image_size=PIXELS)
+    rows = [rows[0]._replace(target=())]
+    pairs = PairedData(rows, 4, processor, lambda b, t: question_batch(b, t, 4))
+
+    class Third(torch.nn.Linear):
+        def forward(self, image: Any, question: Any, padding_mask: Any) -> Any:  # type: ignore[override]
+            return torch.tensor([[0.0, 0.0, 1.0, 0.0]])
+
+    (example,) = given_answers(Third(1, 1), pairs, ["red", "green", "blue", "white"])
+    assert example.pictures[0][1] == "blue (right: none is given)"

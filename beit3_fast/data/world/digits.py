@@ -9,7 +9,6 @@ digits.{train,val}.index.jsonl         image and class, the digit
 
 from __future__ import annotations
 
-import json
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 
 from beit3_fast.data.masking import sample_generator, sample_order
 from beit3_fast.data.tokenizer import Tokenizer
+from beit3_fast.data.world.folder import check_pixels, check_seed, write_lines
 from beit3_fast.errors import ConfigError
 
 CAPTIONS = 2
@@ -38,8 +38,12 @@ _BRIGHTEST = 16
 def write_digits(folder: str | PathLike[str], pixels: int = 64, seed: int = 0) -> int:
     """Write the digits into a world's folder, whose tokenizer the captions get; returns how many there are.
 
-    The same files for the same seed and libraries. Raises ConfigError without scikit-learn or a world.
+    The same files for the same seed and libraries. Old index files go first and new ones come after their pictures, so a killed
+    call leaves none that names pictures of another. Raises ConfigError without scikit-learn or a world, for fewer pixels than a
+    world may have, and for a seed below 0.
     """
+    check_pixels(pixels)
+    check_seed(seed)
     root = Path(folder)
     if not (root / "world.spm").exists():
         raise ConfigError(f"{root} holds no world, whose words the captions use; draw one first")
@@ -48,6 +52,9 @@ def write_digits(folder: str | PathLike[str], pixels: int = 64, seed: int = 0) -
     order = sample_order(len(images), seed, _ORDER)
     starts = {"val": 0, "test": HELD_OUT, "train": 2 * HELD_OUT}
     ends = {"val": HELD_OUT, "test": 2 * HELD_OUT, "train": len(images)}
+    for split in starts:
+        for index in (f"digits_retrieval.{split}.jsonl", f"digits.{split}.index.jsonl"):
+            (root / index).unlink(missing_ok=True)
     for split, start in starts.items():
         (root / "images/digits" / split).mkdir(parents=True, exist_ok=True)
         captions: list[dict[str, Any]] = []
@@ -61,9 +68,9 @@ def write_digits(folder: str | PathLike[str], pixels: int = 64, seed: int = 0) -
                 text = tokenizer.encode(MANNERS[manner].format(WORDS[label]))
                 captions.append({"image_path": path, "text_segment": text, "image_id": number})
             classes.append({"image_path": path, "label": label})
-        _write(root / f"digits_retrieval.{split}.jsonl", captions)
+        write_lines(root / f"digits_retrieval.{split}.jsonl", captions)
         if split != "test":
-            _write(root / f"digits.{split}.index.jsonl", classes)
+            write_lines(root / f"digits.{split}.index.jsonl", classes)
     return len(images)
 
 
@@ -84,7 +91,3 @@ def _picture(digit: np.ndarray, pixels: int) -> Any:
 
     grey = np.rint(digit * (255 / _BRIGHTEST)).astype(np.uint8)
     return Image.fromarray(grey).resize((pixels, pixels), Image.Resampling.BICUBIC).convert("RGB")
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -3,7 +3,8 @@
 ================================================  ===============================================================
 world.spm                                         SentencePiece model trained on the world's sentences
 images/SPLIT/NUMBER.png                           the scenes; SPLIT is train, val or test
-coco_retrieval, coco_captioning .SPLIT.jsonl      image and caption, ``CAPTIONS`` to an image
+coco_retrieval.SPLIT.jsonl                        image and caption, ``CAPTIONS`` to an image
+coco_captioning.SPLIT.jsonl                       for train the same; for val and test a line to an image, whose text is null
 pairs.train.jsonl                                 image and caption of the scenes beyond ``labelled``
 regions.SPLIT.jsonl                               image and one of its things in a few words, ``REGIONS`` to an image
 vqa.{train,trainable_val,rest_val,test}.jsonl     image, question and answer; answer2label.txt
@@ -29,6 +30,13 @@ import numpy as np
 
 from beit3_fast.data.masking import sample_generator
 from beit3_fast.data.tokenizer import Tokenizer
+from beit3_fast.data.world.folder import (
+    appearing,
+    check_pixels,
+    check_seed,
+    is_finished,
+    write_lines,
+)
 from beit3_fast.data.world.language import (
     ANSWERS,
     NUMBERS,
@@ -55,8 +63,7 @@ QUESTIONS = 8
 SPLITS = ("train", "val", "test")
 CLASSES = tuple(f"{NUMBERS[n]} on {g}" for g in GROUNDS for n in range(1, MOST_THINGS + 1))
 
-_MARK = "world.json"
-_FORM = "beit3_fast world 5"
+_FORM = "beit3_fast world 6"
 _PIECES, _TRAINING_SCENES = 200, 400
 # What random numbers are drawn for; a scene is the same whatever is said about it.
 _DRAWN, _SAID, _UNSEEN, _SPOKEN, _COMPARED, _TOLD = range(6)
@@ -78,11 +85,11 @@ class WorldSize:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            least = 24 if name == "pixels" else 2
-            if name == "labelled" and value is None:
+            if name == "pixels" or (name == "labelled" and value is None):
                 continue
-            if type(value) is not int or value < least:
-                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+            if type(value) is not int or value < 2:
+                raise ConfigError(f"{name} must be an integer of at least 2, got {value!r}")
+        check_pixels(self.pixels)
         if self.labelled is not None and self.labelled > self.train:
             raise ConfigError(f"labelled must be at most train, {self.train}, got {self.labelled}")
 
@@ -90,29 +97,28 @@ class WorldSize:
 def write_world(folder: str | PathLike[str], size: WorldSize | None = None, seed: int = 0) -> Path:
     """Draw the world into ``folder``: the same files, byte for byte, for the same size, seed and libraries.
 
-    What is complete already is left as it is. Raises ConfigError where the folder holds a world of another size or seed.
+    The folder is there when all of it is, so what a killed call leaves is in no world; one that is complete is left as it is.
+    Raises ConfigError for a seed below 0, and where the folder holds a world of another size or seed, or anything else.
     """
+    check_seed(seed)
     size = size or WorldSize()
     root = Path(folder)
     settings = {"form": _FORM, "seed": seed, **dataclasses.asdict(size)}
-    mark = root / _MARK
-    if mark.exists():
-        if json.loads(mark.read_text()) != settings:
-            raise ConfigError(
-                f"{root} holds another world, {mark.read_text()}; give another folder"
-            )
-        return root
-    root.mkdir(parents=True, exist_ok=True)
+    if not is_finished(root, settings):
+        with appearing(root, settings) as unfinished:
+            _write_all(unfinished, size, seed)
+    return root
+
+
+def _write_all(root: Path, size: WorldSize, seed: int) -> None:
     content = _sentencepiece(seed)
     (root / "world.spm").write_bytes(content)
     tokenizer = Tokenizer(content)
     answers = [{"answer": answer, "label": label} for label, answer in enumerate(ANSWERS)]
-    _lines(root / "answer2label.txt", answers)
+    write_lines(root / "answer2label.txt", answers)
     (root / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
     for split, name in enumerate(SPLITS):
         _write_split(root, name, split, getattr(size, name), size, seed, tokenizer)
-    mark.write_text(json.dumps(settings) + "\n")
-    return root
 
 
 def _write_split(
@@ -155,24 +161,30 @@ def _write_split(
         classes.append({"image_path": path, "label": of_ground + len(scene.things) - 1})
     labelled = count if name != "train" or size.labelled is None else size.labelled
     if labelled < count:
-        _lines(root / f"pairs.{name}.jsonl", captions[labelled * CAPTIONS :])
+        write_lines(root / f"pairs.{name}.jsonl", captions[labelled * CAPTIONS :])
     captions, questions = captions[: labelled * CAPTIONS], questions[: labelled * QUESTIONS]
-    for task in ("coco_retrieval", "coco_captioning"):
-        _lines(root / f"{task}.{name}.jsonl", captions)
-    _lines(root / f"regions.{name}.jsonl", regions)
+    write_lines(root / f"coco_retrieval.{name}.jsonl", captions)
+    if name != "train":
+        captions = [{**row, "text_segment": None} for row in captions[::CAPTIONS]]
+    write_lines(root / f"coco_captioning.{name}.jsonl", captions)
+    write_lines(root / f"regions.{name}.jsonl", regions)
     if name == "train":
         kept = len(questions) // 10
-        _lines(root / "vqa.train.jsonl", questions[kept:])
-        _lines(root / "vqa.trainable_val.jsonl", questions[:kept])
+        write_lines(root / "vqa.train.jsonl", questions[kept:])
+        write_lines(root / "vqa.trainable_val.jsonl", questions[:kept])
     else:
-        _lines(root / f"vqa.{'rest_val' if name == 'val' else 'test'}.jsonl", questions)
+        write_lines(root / f"vqa.{'rest_val' if name == 'val' else 'test'}.jsonl", questions)
     if name != "test":
-        _lines(root / f"imagenet.{name}.index.jsonl", classes)
+        write_lines(root / f"imagenet.{name}.index.jsonl", classes)
     official = {"train": "train", "val": "dev", "test": "test-P"}[name]
-    _lines(root / f"nlvr2.{official}.index.jsonl", _compared(scenes, name, split, seed, tokenizer))
+    write_lines(
+        root / f"nlvr2.{official}.index.jsonl", _compared(scenes, name, split, seed, tokenizer)
+    )
     texts = size.texts if name == "train" else count
     sentences = (_unseen(seed, split, number) for number in range(texts))
-    _lines(root / f"text.{name}.jsonl", [{"text_segment": tokenizer.encode(s)} for s in sentences])
+    write_lines(
+        root / f"text.{name}.jsonl", [{"text_segment": tokenizer.encode(s)} for s in sentences]
+    )
     (root / f"instances_{name}.json").write_text(json.dumps(instances.table(size.pixels)))
 
 
@@ -273,7 +285,3 @@ def _spoken(seed: int) -> Iterator[str]:
         yield from (caption(scene, luck), relation(scene, luck), asked.text, asked.answer)
         yield region(scene, luck)
         yield statement(scene, other, luck).text
-
-
-def _lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
