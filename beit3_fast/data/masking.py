@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -85,9 +85,16 @@ class MaskedText(NamedTuple):
     hidden: Tensor
 
 
+def check_seed(seed: Any) -> None:
+    """Raises ConfigError for what random numbers cannot begin with."""
+    if type(seed) is not int or seed < 0:
+        raise ConfigError(f"seed must be an integer of at least 0, got {seed!r}")
+
+
 def sample_generator(seed: int, *place: int) -> np.random.Generator:
     """Random numbers of one sample: the same for the same ``seed`` and ``place`` (non-negative integers: which source,
-    epoch, number), whatever was drawn elsewhere and in whichever process."""
+    epoch, number), whatever was drawn elsewhere and in whichever process. Raises ConfigError for a seed below 0."""
+    check_seed(seed)
     return np.random.default_rng([seed, *place])
 
 

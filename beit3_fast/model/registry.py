@@ -15,6 +15,7 @@ from beit3_fast.config import SIZES, BEiT3Config
 from beit3_fast.errors import ConfigError, KernelUnavailable
 from beit3_fast.model.beit3 import BEiT3
 from beit3_fast.model.captioning import BEiT3ForCaptioning
+from beit3_fast.model.device import device_of
 from beit3_fast.model.float8 import to_float8 as round_layers
 from beit3_fast.model.pretraining import BEiT3ForPretraining
 from beit3_fast.model.retrieval import BEiT3ForRetrieval
@@ -131,7 +132,7 @@ def create_model(
         if not isinstance(num_classes, int) or num_classes < 1:
             raise ConfigError(f"num_classes must be a positive integer, got {num_classes!r}")
         options["num_classes"] = num_classes
-    place, preset = _device(device), None
+    place, preset = device_of(device), None
     int8 = dtype in (INT8, torch.int8)
     float8 = dtype in (FLOAT8, torch.float8_e4m3fn)
     if int8:
@@ -225,27 +226,6 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
     raise ConfigError(f"dtype must be one of {[*DTYPES, INT8, FLOAT8]}, got {dtype!r}")
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        wanted = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(
-            f"device must be a torch.device or its name, such as 'cpu' or 'cuda:0', got {device!r}"
-        ) from error
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device {device!r} is not there: this torch sees {torch.cuda.device_count()} CUDA devices"
-        )
-    try:
-        torch.empty(0, device=wanted)
-    # each backend has its own way of not being there
-    except Exception as error:
-        raise ConfigError(
-            f"device {device!r} cannot be used with this torch ({str(error).splitlines()[0]}); use 'cpu' or 'cuda'"
-        ) from error
-    return wanted
 
 
 def model_config(model: nn.Module) -> BEiT3Config:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from beit3_fast.checkpoint import Checkpoint, load_checkpoint, read_checkpoint
 from beit3_fast.errors import CheckpointError, ConfigError, InputError
 from beit3_fast.model.codebook import Codebook
+from beit3_fast.model.device import device_of
 from beit3_fast.model.vision_transformer import VisionTransformer
 
 _HEAD_DIM = 64
@@ -195,9 +196,10 @@ def create_visual_tokenizer(
     """A tokenizer by its published name or its configuration, in evaluation mode.
 
     ``checkpoint``: a published ``.pth`` or a file of ours, loaded strictly; without a name the file says what it is, by its
-    metadata or by its shapes. ``overrides`` are fields of VisualTokenizerConfig. Raises ConfigError for an unknown name or field,
-    CheckpointError for a file that does not fit.
+    metadata or by its shapes. ``overrides`` are fields of VisualTokenizerConfig. Raises ConfigError for an unknown name, field or
+    device, CheckpointError for a file that does not fit.
     """
+    place = device_of(device)
     source = None if checkpoint is None else read_checkpoint(checkpoint)
     config = visual_tokenizer_config(name_or_config, source, **overrides)
     tokenizer = VisualTokenizer(config, impl)
@@ -205,7 +207,7 @@ def create_visual_tokenizer(
     if source is not None:
         load_checkpoint(tokenizer, source)
         tokenizer.name = tokenizer.name or source.name
-    return tokenizer.to(device).eval()
+    return tokenizer.to(place).eval()
 
 
 def visual_tokenizer_config(

@@ -66,6 +66,8 @@ class TaskSources:
             known = isinstance(value, (int, float)) and 0 <= value < math.inf
             if not known and (name, value) != ("epochs", None):
                 raise ConfigError(f"{name} must be a number of at least 0, got {value!r}")
+        if self.epochs == 0:
+            raise ConfigError("epochs must be above 0, got 0; leave it out to count [train] steps")
 
 
 @dataclass(frozen=True)

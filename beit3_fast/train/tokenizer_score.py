@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from beit3_fast.data.image_data import ImageData
 from beit3_fast.model.visual_tokenizer import VisualTokenizer
+from beit3_fast.train.recipe_file import check_count
 from beit3_fast.train.teachers import Teacher
 
 
@@ -27,7 +28,8 @@ class TokenizerScore(NamedTuple):
 def score_tokenizer(
     tokenizer: VisualTokenizer, teacher: Teacher, data: ImageData, batches: int
 ) -> TokenizerScore:
-    """Over micro-batches 0 to ``batches`` - 1; the tokenizer is left in evaluation mode."""
+    """Over micro-batches 0 to ``batches`` - 1; the tokenizer is left in evaluation mode. Raises ConfigError for no batches."""
+    check_count("batches", batches, 1)
     tokenizer.eval()
     device = next(tokenizer.parameters()).device
     cosines, codes, targets = [], [], []

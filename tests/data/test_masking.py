@@ -153,5 +153,8 @@ def test_other_errors() -> None:
         Masking(random_words=0.6, kept_words=0.5)
     with pytest.raises(ConfigError, match="kind must be"):
         Masking().shares("video", generator())
+    for seed in (-1, 0.5, True):
+        with pytest.raises(ConfigError, match="seed must be an integer of at least 0"):
+            sample_generator(seed, 1)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"int64 \[Nt\], got torch.float32"):
         mask_words(torch.zeros(3), 0.5, generator(), MASK)

@@ -82,6 +82,8 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "less.pth")
     with pytest.raises(CheckpointError, match=r"no visual tokenizer, it lacks 'quantize\.emb"):
         create_visual_tokenizer(None, tmp_path / "less.pth")
+    with pytest.raises(ConfigError, match="device must be"):
+        create_visual_tokenizer(CONFIG, device="gpu")
     with pytest.raises(CheckpointMismatch, match=r"missing: quantize\.embedding\.weight"):
         create_visual_tokenizer(CONFIG, tmp_path / "less.pth")
     content = official(tokenizer())

@@ -235,6 +235,7 @@ def test_epochs_become_steps_and_images_are_few(world: Path) -> None:
         ('index = "vqa.train', 'index = 3 # "', "index must be an index file"),
         ("batch_size = 4", "batch_size = 0", "batch_size must be a positive integer"),
         ("batch_size = 4", "epochs = -1", "epochs must be a number of at least 0"),
+        ("batch_size = 4", "epochs = 0", "epochs must be above 0"),
         ("[train]", "images = 0\n[train]", "images must be a positive integer"),
     ],
 )  # fmt: skip

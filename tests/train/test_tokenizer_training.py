@@ -62,6 +62,8 @@ def test_it_learns_what_the_teacher_sees(world: Path, tmp_path: Path) -> None:
     fresh = score_tokenizer(tokenizer(), teacher, images(world, 5, seed=7), 2)
     assert score.cosine > score.mean_cosine > fresh.cosine
     assert score.used > 0.9
+    with pytest.raises(ConfigError, match="batches must be an integer of at least 1, got 0"):
+        score_tokenizer(own, teacher, images(world, 5, seed=7), 0)
     assert 1 <= fresh.perplexity < score.perplexity <= 24
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from beit3_fast.data.masking import sample_generator, sample_order
+from beit3_fast.data.masking import check_seed, sample_generator, sample_order
 from beit3_fast.data.tokenizer import Tokenizer
-from beit3_fast.data.world.folder import check_pixels, check_seed, write_lines
+from beit3_fast.data.world.folder import check_pixels, write_lines
 from beit3_fast.errors import ConfigError
 
 CAPTIONS = 2

@@ -28,12 +28,11 @@ from typing import Any
 
 import numpy as np
 
-from beit3_fast.data.masking import sample_generator
+from beit3_fast.data.masking import check_seed, sample_generator
 from beit3_fast.data.tokenizer import Tokenizer
 from beit3_fast.data.world.folder import (
     appearing,
     check_pixels,
-    check_seed,
     is_finished,
     write_lines,
 )

@@ -20,12 +20,6 @@ _MARK = "world.json"
 _UNFINISHED = ".beit3-fast-partial"
 
 
-def check_seed(seed: Any) -> None:
-    """Raises ConfigError for what random numbers cannot begin with."""
-    if type(seed) is not int or seed < 0:
-        raise ConfigError(f"seed must be an integer of at least 0, got {seed!r}")
-
-
 def check_pixels(pixels: Any) -> None:
     """Raises ConfigError for a side of pictures that shows nothing."""
     if type(pixels) is not int or pixels < LEAST_PIXELS:
