@@ -48,6 +48,20 @@ CUDA_BUGS = (
         (f"{CUDA_BINDING}::test_expert_linear",),
     ),
     Bug(
+        "cuda-statistics-that-came-with-the-rows-not-read",
+        "beit3_fast/ops/cuda_kernels.py",
+        "if folded.sums is not None and x_parts is not None:",
+        "if False:",
+        (f"{CUDA_BINDING}::test_the_statistics_that_an_op_leaves_are_those_of_its_rows",),
+    ),
+    Bug(
+        "cuda-statistics-of-heads-asked-for-and-not-left",
+        "beit3_fast/ops/cuda_kernels.py",
+        'parts = left if measure else None\n        launch("shared',
+        'parts = None\n        launch("shared',
+        (f"{CUDA_BINDING}::test_the_statistics_that_an_op_leaves_are_those_of_its_rows",),
+    ),
+    Bug(
         "cuda-taken-though-its-check-failed",
         "beit3_fast/ops/dispatch.py",
         '"cuda": _cuda_obstacle(at) or doubts[0],',
