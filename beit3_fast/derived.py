@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -28,6 +29,8 @@ Stamp = tuple[tuple[Any, ...], ...]
 _lock = threading.RLock()
 _store: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _sources: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_forgotten: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_taken = threading.local()
 
 
 class _Entry(NamedTuple):
@@ -77,7 +80,7 @@ def derived(kind: str, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
     if entries is not None:
         entry = entries.get(kind)
         if entry is not None and entry.holds(sources, stamp):
-            return entry.value
+            return taken(entry.value)
     with _lock:
         entries = _store.setdefault(owner, {})
         entry = entries.get(kind)
@@ -93,7 +96,61 @@ def derived(kind: str, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
             entries[kind] = entry
             for source in sources:
                 _sources[source] = None
-        return entry.value
+        return taken(entry.value)
+
+
+@contextmanager
+def keeping() -> Iterator[list[Any]]:
+    """A list of the derived values that this thread takes within it: what a CUDA graph reads must live as long as the graph."""
+    before, _taken.values = getattr(_taken, "values", None), []
+    try:
+        yield _taken.values
+    finally:
+        _taken.values = before
+
+
+def taken(value: T) -> T:
+    """The value, noted down where this thread is ``keeping`` what it takes."""
+    if not torch.compiler.is_compiling():
+        values = getattr(_taken, "values", None)
+        if values is not None:
+            values.append(value)
+    return value
+
+
+class Snapshot:
+    """The tensors of a module as they are: ``holds`` says whether they are the same ones in the same state.
+
+    Their memory stays, so no other tensor comes to the same address. Like derived tensors it sees everything but what is
+    written through ``parameter.data``, and that after ``refresh``.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._own = [
+            (table, name, tensor, tensor.detach(), _state(tensor))
+            for part in module.modules()
+            for table in (part._parameters, part._buffers)
+            for name, tensor in table.items()
+            if tensor is not None
+        ]
+        self._forgotten = _times_forgotten(own[2] for own in self._own)
+
+    def holds(self) -> bool:
+        """Whether every tensor is the one that it was, in its place and unchanged."""
+        return all(
+            table.get(name) is tensor and _state(tensor) == state
+            for table, name, tensor, _, state in self._own
+        ) and self._forgotten == _times_forgotten(own[2] for own in self._own)
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _times_forgotten(tensors: Iterable[Tensor]) -> int:
+    with _lock:
+        # Mostly none ever was: a captured call looks for some hundred.
+        return sum(_forgotten.get(tensor, 0) for tensor in tensors) if _forgotten else 0
 
 
 def forget(module: nn.Module) -> None:
@@ -103,6 +160,7 @@ def forget(module: nn.Module) -> None:
     with _lock:
         for tensor in (*module.parameters(), *module.buffers()):
             _store.pop(tensor, None)
+            _forgotten[tensor] = _forgotten.get(tensor, 0) + 1
 
 
 def _after_step(optimizer: Optimizer, *_: object) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from beit3_fast.derived import Snapshot, keeping
 from beit3_fast.errors import ConfigError, ShapeError
 from beit3_fast.model.embedding import POSITION_OFFSET
 from beit3_fast.ops.dispatch import autocast_enabled
@@ -48,14 +49,11 @@ class Capturable(nn.Module):
         the length given here); each takes one graph. Weights are read where they are: after a change capture again (a
         call says so). ``graphs=False`` runs the same buffers and lengths without CUDA graphs, on any device.
 
-        Raises ConfigError in training mode, under autocast, for arguments that cannot be fixed, and for a model that is
-        not on a GPU unless graphs=False; a call raises ShapeError for inputs of other shapes.
+        Raises ConfigError for arguments that cannot be fixed, and for a model that is not on a GPU unless graphs=False;
+        like every call, in training mode and under autocast. A call raises ShapeError for inputs of other shapes.
         """
-        if self.training:
-            raise ConfigError("capture is for inference; call model.eval() first")
         device = next(self.parameters()).device
-        if autocast_enabled(device.type):
-            raise ConfigError("capture reads weights in their own dtype; leave torch.autocast")
+        _check_state(self, device)
         if graphs and device.type != "cuda":
             raise ConfigError(
                 f"CUDA graphs need a model on a GPU, this one is on {device}; graphs=False runs the same without them"
@@ -76,7 +74,7 @@ class Captured:
         device: torch.device,
     ) -> None:
         self._model, self._signature = model, inspect.signature(model.forward)
-        self._lock = threading.Lock()
+        self._device, self._lock = device, threading.Lock()
         example = self._bind(inputs, options)
         self._constants = {k: v for k, v in example.items() if not isinstance(v, Tensor)}
         tensors = {k: v for k, v in example.items() if isinstance(v, Tensor)}
@@ -103,7 +101,7 @@ class Captured:
             lengths = _checked(text_lengths, text.shape[1], model.config.max_text_positions)
         elif text_lengths is not None:
             raise ConfigError("text_lengths was given, but no text")
-        self._versions = self._weights()
+        self._weights = Snapshot(model)
         pool = torch.cuda.graph_pool_handle() if graphs else None
         self._buckets = [self._bucket(length, device, pool) for length in lengths]
 
@@ -114,9 +112,10 @@ class Captured:
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         """The model's output for these inputs, not overwritten by the next call. Raises ShapeError and ConfigError."""
+        _check_state(self._model, self._device)
         given = self._bind(inputs, options)
         with self._lock:
-            if self._weights() != self._versions:
+            if not self._weights.holds():
                 raise ConfigError(
                     "the model's weights changed since it was captured; capture again"
                 )
@@ -187,11 +186,10 @@ class Captured:
                 return self._model(**call)
 
         if pool is None:
-            return Bucket(length, text, padding, run, False)
-        return Bucket(length, text, padding, _graph(run, device, pool), True)
-
-    def _weights(self) -> list[int]:
-        return [0 if p.is_inference() else p._version for p in self._model.parameters()]
+            return Bucket(length, text, padding, run, False, [])
+        with keeping() as reads:
+            replay = _graph(run, device, pool)
+        return Bucket(length, text, padding, replay, True, reads)
 
 
 class Bucket(NamedTuple):
@@ -202,6 +200,7 @@ class Bucket(NamedTuple):
     padding: Tensor
     replay: Callable[[], Any]
     is_graph: bool
+    reads: list[Any]  # derived values, whose memory the graph reads
 
 
 def _graph(run: Callable[[], Any], device: torch.device, pool: Any) -> Callable[[], Any]:
@@ -222,6 +221,13 @@ def _graph(run: Callable[[], Any], device: torch.device, pool: Any) -> Callable[
         return outputs
 
     return replay
+
+
+def _check_state(model: nn.Module, device: torch.device) -> None:
+    if model.training:
+        raise ConfigError("a captured model is for inference; call model.eval() first")
+    if autocast_enabled(device.type):
+        raise ConfigError("a captured model reads weights in their own dtype; leave torch.autocast")
 
 
 def _checked(lengths: Sequence[int] | None, given: int, positions: int) -> tuple[int, ...]:

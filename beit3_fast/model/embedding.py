@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from beit3_fast.checkpoint.positions import interpolate_positions
 from beit3_fast.config import BEiT3Config
-from beit3_fast.derived import derived, needs_grad
+from beit3_fast.derived import derived, needs_grad, taken
 from beit3_fast.errors import ShapeError
 from beit3_fast.ops.patch_embedding import grid_of, patch_embedding
 
@@ -74,7 +74,7 @@ def vision_positions(table: Tensor, trained_grid: tuple[int, int], grid: tuple[i
             if len(tables) >= MOST_GRIDS:
                 tables.pop(next(iter(tables)))
             tables[trained_grid, grid] = kept
-    return kept[POSITION_OFFSET:]
+    return taken(kept)[POSITION_OFFSET:]
 
 
 def text_rows(

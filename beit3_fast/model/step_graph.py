@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from beit3_fast.derived import keeping
+
 logger = logging.getLogger("beit3_fast")
 
 
@@ -22,7 +24,8 @@ class StepGraph:
         self, run: Callable[[Tensor, Tensor], Tensor], words: Tensor, parents: Tensor
     ) -> None:
         self._words, self._parents = words.clone(), parents.clone()
-        self._replay = record(lambda: run(self._words, self._parents), words.device)
+        with keeping() as self._reads:
+            self._replay = record(lambda: run(self._words, self._parents), words.device)
 
     def __call__(self, words: Tensor, parents: Tensor) -> Tensor:
         self._words.copy_(words)

@@ -45,6 +45,20 @@ MODEL_BUGS = (
         (f"{CAPTURE}::test_the_result_of_the_model_at_every_length",),
     ),
     Bug(
+        "capture-reads-memory-that-was-freed",
+        "beit3_fast/model/capture.py",
+        "return Bucket(length, text, padding, replay, True, reads)",
+        "return Bucket(length, text, padding, replay, True, [])",
+        (f"{CAPTURE}::test_what_a_graph_reads_lives_as_long_as_it",),
+    ),
+    Bug(
+        "capture-takes-no-note-of-refresh",
+        "beit3_fast/derived.py",
+        "            _forgotten[tensor] = _forgotten.get(tensor, 0) + 1\n",
+        "",
+        (f"{CAPTURE}::test_weights_that_change_are_noticed",),
+    ),
+    Bug(
         "capture-output-overwritten-by-the-next-call",
         "beit3_fast/model/capture.py",
         "return tensor.clone() if is_graph else tensor",

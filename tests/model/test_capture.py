@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,8 +13,10 @@ from model_cases import backbone, images, padding, randomize, task_model, texts
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from beit3_fast import refresh
+from beit3_fast.derived import derived
 from beit3_fast.errors import ConfigError, ShapeError
-from beit3_fast.model import capture, create_model
+from beit3_fast.model import capture, create_model, embedding
 
 LENGTHS = (3, 6)
 GPU = torch.cuda.is_available()
@@ -161,13 +166,69 @@ def test_what_cannot_be_captured() -> None:
         captioning.capture(*call("captioning", 4)[:3], texts(2, 4) > 50, graphs=False)
 
 
-def test_weights_that_change_are_noticed() -> None:
+def _write_through_data(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)
+    refresh(model)
+
+
+def _replace_one(model: Any) -> None:
+    model.head[0].weight = torch.nn.Parameter(model.head[0].weight.detach().clone())
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "in place": lambda model: randomize(model, seed=5),
+    "through data, then refresh": _write_through_data,
+    "another dtype": lambda model: model.half(),
+    "another dtype and back": lambda model: model.double().float(),
+    "one replaced": _replace_one,
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_weights_that_change_are_noticed(how: str) -> None:
     model, example = task_model("vqav2"), call("vqav2", 4)
     captured = model.capture(*example, graphs=False)
     captured(*example)
-    randomize(model, seed=5)
+    CHANGES[how](model)
     with pytest.raises(ConfigError, match="weights changed since it was captured"):
         captured(*example)
+
+
+def test_another_state_of_the_model_is_refused_at_the_call() -> None:
+    model, example = task_model("vqav2"), call("vqav2", 4)
+    captured = model.capture(*example, graphs=False)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ConfigError, match="autocast"):
+        captured(*example)
+    model.train()
+    with pytest.raises(ConfigError, match=r"call model\.eval\(\) first"):
+        captured(*example)
+
+
+@torch.no_grad()
+def test_what_a_graph_reads_lives_as_long_as_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpolated positions of other sizes, and what is derived anew from weights, take the place of what it read."""
+    model = task_model("imageclassification", impl="composite")
+
+    def graph(run: Any, *_: Any) -> Any:
+        run()
+        return run
+
+    monkeypatch.setattr(capture, "_graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    sides = [16 * n for n in range(3, 4 + embedding.MOST_GRIDS)]
+    size = (1, 3, sides[0], sides[0])
+    captured = capture.Captured(model, (torch.randn(size),), {}, None, True, torch.device("cpu"))
+    tables = derived("positions", (model.beit3.encoder.embed_positions.A.weight,), dict)
+    read = [weakref.ref(table) for table in tables.values()]
+    assert len(read) == 1
+    for side in sides[1:]:
+        model(torch.randn(1, 3, side, 32))
+    refresh(model)
+    assert read[0]() is not None
+    del captured, tables
+    gc.collect()
+    assert read[0]() is None
 
 
 @pytest.mark.gpu
