@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, partial, wraps
 from importlib import import_module
 from itertools import islice
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from beit3_fast.composite.masked_linear_cross_entropy import masked_linear_cross
 from beit3_fast.errors import KernelUnavailable
 from beit3_fast.kernels._tiles import STATISTICS_WIDTH
 from beit3_fast.ops.folding import folded_weights
+
+T = TypeVar("T")
 
 _CAPABILITY = (8, 0)
 # Keys and values of wider heads do not fit into shared memory beside the tiles that ship.
@@ -63,7 +65,21 @@ def obstacle(device: str, dtype: torch.dtype) -> str | None:
     return reason
 
 
+def _on_its_device(op: Callable[..., T]) -> Callable[..., T]:
+    """Triton launches on the current device, whatever the device of its operands; here it is that of the first."""
+
+    @wraps(op)
+    def run(*operands: Any) -> T:
+        if operands[0].device.type != "cuda":
+            return op(*operands)
+        with torch.cuda.device(operands[0].device):
+            return op(*operands)
+
+    return run
+
+
 @torch.library.custom_op("beit3_fast::triton_expert_linear", mutates_args=())
+@_on_its_device
 def expert_linear(
     x: Tensor,
     x_parts: Tensor | None,
@@ -133,6 +149,7 @@ def _statistics(parts: Tensor, width: int) -> Any:
 
 
 @torch.library.custom_op("beit3_fast::triton_expert_linear_backward", mutates_args=())
+@_on_its_device
 def _expert_linear_backward(
     grad: Tensor,
     x: Tensor,
@@ -203,6 +220,7 @@ expert_linear.register_autograd(_linear_backward, setup_context=_setup_linear)
 
 
 @torch.library.custom_op("beit3_fast::triton_shared_attention", mutates_args=())
+@_on_its_device
 def shared_attention(
     q: Tensor,
     k: Tensor,
@@ -246,6 +264,7 @@ def _(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("beit3_fast::triton_shared_attention_backward", mutates_args=())
+@_on_its_device
 def _shared_attention_backward(
     grad: Tensor,
     q: Tensor,
@@ -296,6 +315,7 @@ shared_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 @torch.library.custom_op("beit3_fast::triton_masked_linear_cross_entropy", mutates_args=())
+@_on_its_device
 def masked_linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -311,6 +331,7 @@ def masked_linear_cross_entropy(
 
 
 @torch.library.custom_op("beit3_fast::triton_masked_linear_cross_entropy_backward", mutates_args=())
+@_on_its_device
 def cross_entropy_backward(
     grad: Tensor,
     x: Tensor,

@@ -7,6 +7,7 @@ from bugs.bug import (
     KERNEL_CHECK,
     KERNEL_RESOURCES,
     OP_CONTRACT,
+    TRITON_DISPATCH,
     TRITON_FAR,
     TRITON_PADDING,
     TRITON_STRIDES,
@@ -242,6 +243,13 @@ KERNEL_GATES_BUGS = (
         "whole.registers // (-(-registers // 8) * 8 * threads)",
         "whole.registers // 256",
         (f"{KERNEL_RESOURCES}::test_each_rule_can_be_broken",),
+    ),
+    Bug(
+        "triton-launches-on-the-current-device",
+        "beit3_fast/ops/triton_kernels.py",
+        'if operands[0].device.type != "cuda":',
+        "if True:",
+        (f"{TRITON_DISPATCH}::test_every_op_launches_on_the_device_of_its_operands",),
     ),
     Bug(
         "norm-on-another-device",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.library import CustomOpDef
 
 from beit3_fast.errors import KernelUnavailable
 from beit3_fast.ops import dispatch, expert_linear, triton_kernels
@@ -94,3 +98,31 @@ def test_no_call_of_another_implementation_imports_triton() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_every_op_launches_on_the_device_of_its_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton itself takes the current one. No device is needed: the op ends at what it looks up first."""
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def enter(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+
+    def stop(*_: object) -> None:
+        raise KernelUnavailable("here")
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(triton_kernels, "_kernels", stop)
+    ops = [own for own in vars(triton_kernels).values() if isinstance(own, CustomOpDef)]
+    assert len(ops) == 6
+    for place, op in enumerate(ops):
+        takes = len(inspect.signature(op._init_fn).parameters)
+        elsewhere = torch.device("cuda", place)
+        operand = SimpleNamespace(device=elsewhere)
+        with pytest.raises(KernelUnavailable, match="here"):
+            op._init_fn(operand, *[operand] * (takes - 1))
+        assert entered.pop() == elsewhere
+    monkeypatch.setattr(torch.cuda, "device", None)
+    with pytest.raises(KernelUnavailable, match="here"):
+        ops[0]._init_fn(*[SimpleNamespace(device=torch.device("cpu"))] * 15)
