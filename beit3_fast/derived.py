@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -127,30 +127,32 @@ class Snapshot:
 
     def __init__(self, module: nn.Module) -> None:
         self._own = [
-            (table, name, tensor, tensor.detach(), _state(tensor))
+            (table, name, tensor, tensor.data_ptr(), _version(tensor))
             for part in module.modules()
             for table in (part._parameters, part._buffers)
             for name, tensor in table.items()
             if tensor is not None
         ]
-        self._forgotten = _times_forgotten(own[2] for own in self._own)
+        self._memory = [tensor.detach() for _, _, tensor, _, _ in self._own]
+        self._forgotten = self._times_forgotten()
 
     def holds(self) -> bool:
         """Whether every tensor is the one that it was, in its place and unchanged."""
-        return all(
-            table.get(name) is tensor and _state(tensor) == state
-            for table, name, tensor, _, state in self._own
-        ) and self._forgotten == _times_forgotten(own[2] for own in self._own)
+        for table, name, tensor, pointer, version in self._own:
+            if table.get(name) is not tensor or tensor.data_ptr() != pointer:
+                return False
+            if version is not None and tensor._version != version:
+                return False
+        return self._times_forgotten() == self._forgotten
+
+    def _times_forgotten(self) -> int:
+        with _lock:
+            # Mostly none of any model was.
+            return sum(_forgotten.get(own[2], 0) for own in self._own) if _forgotten else 0
 
 
-def _state(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
-def _times_forgotten(tensors: Iterable[Tensor]) -> int:
-    with _lock:
-        # Mostly none ever was: a captured call looks for some hundred.
-        return sum(_forgotten.get(tensor, 0) for tensor in tensors) if _forgotten else 0
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def forget(module: nn.Module) -> None:

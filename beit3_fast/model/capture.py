@@ -115,17 +115,18 @@ class Captured:
         _check_state(self._model, self._device)
         given = self._bind(inputs, options)
         with self._lock:
-            if not self._weights.holds():
-                raise ConfigError(
-                    "the model's weights changed since it was captured; capture again"
-                )
             length = self._check(given)
             bucket = next(own for own in self._buckets if own.length >= length)
             for name, buffer in self._fixed.items():
                 buffer.copy_(given[name])
             if self._text is not None:
                 self._fill(bucket, given, length)
-            return self._own(bucket.replay(), bucket.length - length, bucket.is_graph)
+            if not bucket.is_graph:
+                self._check_weights()
+            output = bucket.replay()
+            if bucket.is_graph:  # it computes meanwhile, on memory that stays
+                self._check_weights()
+            return self._own(output, bucket.length - length, bucket.is_graph)
 
     def _bind(self, inputs: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
         bound = self._signature.bind(*inputs, **options)
@@ -156,6 +157,10 @@ class Captured:
                 f"text_lengths={(*self.text_lengths, length)}"
             )
         return length
+
+    def _check_weights(self) -> None:
+        if not self._weights.holds():
+            raise ConfigError("the model's weights changed since it was captured; capture again")
 
     def _fill(self, bucket: Bucket, given: dict[str, Any], length: int) -> None:
         text, padding = given[str(self._text)], given.get(self._padding or "")
