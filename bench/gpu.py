@@ -17,12 +17,13 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -45,21 +46,28 @@ def run_step(step: Step, out: Path, log_bytes: int) -> dict[str, Any]:
         return {"outcome": f"not there: {step.command[0]}", "seconds": 0.0}
     log, start = out / f"{step.name}.log", time.monotonic()
     with log.open("wb") as file:
-        try:
-            code = subprocess.run(
-                step.command,
-                cwd=ROOT,
-                env=dict(os.environ, **step.environment),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=LIMIT_S,
-                check=False,
-            ).returncode
-            outcome = "failed" if code else "passed"
-        except subprocess.TimeoutExpired:
-            outcome = "out of time"
+        outcome = _outcome_of(step, file)
     _shorten(log, log_bytes)
     return {"outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
+
+
+def _outcome_of(step: Step, log: IO[bytes]) -> str:
+    with subprocess.Popen(
+        step.command,
+        cwd=ROOT,
+        env=dict(os.environ, **step.environment),
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    ) as process:
+        try:
+            return "failed" if process.wait(LIMIT_S) else "passed"
+        except BaseException as error:
+            # Its children, too, which would stay on the GPU.
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                return "out of time"
+            raise
 
 
 def _shorten(log: Path, most: int) -> None:

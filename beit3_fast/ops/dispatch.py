@@ -78,6 +78,14 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def multiplies_with(x: Tensor, other: Tensor) -> bool:
+    """Whether two operands are of one dtype, or of two that autocast turns into one."""
+    if x.dtype == other.dtype:
+        return True
+    lower = autocast_dtype(x)
+    return lower is not None and lower == autocast_dtype(other)
+
+
 def situation(
     op: str,
     tensors: list[Tensor],

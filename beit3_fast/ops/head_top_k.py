@@ -87,12 +87,12 @@ def _check(
         )
     if bias is not None and tuple(bias.shape) != (len(weight),):
         raise ShapeError(f"bias must have shape [V] = [{len(weight)}], got {list(bias.shape)}")
-    if not dispatch.autocast_enabled(x.device.type):
-        for name, tensor in (("weight", weight), ("bias", bias)):
-            if tensor is not None and tensor.dtype != x.dtype:
-                raise ShapeError(
-                    f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}; convert it or run under torch.autocast"
-                )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and not dispatch.multiplies_with(x, tensor):
+            raise ShapeError(
+                f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}; convert it or run under torch.autocast, "
+                "which leaves float64 alone"
+            )
     if allowed is not None and (allowed.dtype != torch.bool or allowed.shape != weight.shape[:1]):
         raise ShapeError(
             f"allowed must be bool [V] = [{len(weight)}], got {allowed.dtype} of shape {list(allowed.shape)}"

@@ -165,13 +165,12 @@ def _check(
         )
     if bias is not None and tuple(bias.shape) != (len(weight),):
         raise ShapeError(f"bias must have shape [V] = [{len(weight)}], got {list(bias.shape)}")
-    if not dispatch.autocast_enabled(x.device.type):
-        for name in ("weight", "bias"):
-            if name in named and named[name].dtype != x.dtype:
-                raise ShapeError(
-                    f"{name} must have x's dtype {x.dtype}, got {named[name].dtype}; convert it or run "
-                    "under torch.autocast"
-                )
+    for name in ("weight", "bias"):
+        if name in named and not dispatch.multiplies_with(x, named[name]):
+            raise ShapeError(
+                f"{name} must have x's dtype {x.dtype}, got {named[name].dtype}; convert it or run "
+                "under torch.autocast, which leaves float64 alone"
+            )
     for name, tensor in (("rows", rows), ("targets", targets)):
         if tensor.dim() != 1 or tensor.dtype != torch.int64:
             raise ShapeError(

@@ -105,14 +105,13 @@ def check(
         rows=(rows,),
         statistics=(parts,),
     )
-    if not dispatch.autocast_enabled(x.device.type):
-        others = [] if residual is None else [residual]
-        for tensor in (*flat(weights), *flat(biases or ()), *others):
-            if tensor.dtype != x.dtype:
-                raise ShapeError(
-                    f"weights, biases and residual must have x's dtype {x.dtype}, got {tensor.dtype}; "
-                    "convert them or run under torch.autocast"
-                )
+    others = [] if residual is None else [residual]
+    for tensor in (*flat(weights), *flat(biases or ()), *others):
+        if not dispatch.multiplies_with(x, tensor):
+            raise ShapeError(
+                f"weights, biases and residual must have x's dtype {x.dtype}, got {tensor.dtype}; "
+                "convert them or run under torch.autocast, which leaves float64 alone"
+            )
     rounded = {rounding(part) for part in flat(weights)}
     if len(rounded) > 1:
         names = " and ".join(sorted(name or "not" for name in rounded))

@@ -105,10 +105,10 @@ def _check(
     masked: Tensor | None,
     patches: int,
 ) -> None:
-    if images.dtype != weight.dtype and not dispatch.autocast_enabled(images.device.type):
+    if not dispatch.multiplies_with(images, weight):
         raise ShapeError(
             f"images must have the model's dtype, {weight.dtype}, got {images.dtype}; convert them or run "
-            "under torch.autocast"
+            "under torch.autocast, which leaves float64 alone"
         )
     width = weight.shape[0]
     wanted = {

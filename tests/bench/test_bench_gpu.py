@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -168,11 +172,35 @@ def test_the_plans_logs_fit_into_16_mib(out: Path) -> None:
     assert gpu.LOGS_BYTES // len(steps("cuda", False, out)) > 100_000
 
 
-def test_a_step_that_takes_too_long_is_stopped(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "LIMIT_S", 1)
+def test_a_step_that_takes_too_long_is_stopped_with_its_children(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "LIMIT_S", 2)
     out.mkdir()
-    found = gpu.run_step(step("slow", "import time; time.sleep(60)"), out, 1000)
+    # The child keeps the lock as long as it lives.
+    held = (
+        f"import fcntl, subprocess; file = open({str(out / 'held')!r}, 'w'); "
+        "fcntl.flock(file, fcntl.LOCK_EX); "
+        "subprocess.run(['sleep', '30'], pass_fds=[file.fileno()])"
+    )
+    found = gpu.run_step(step("slow", held), out, 1000)
     assert found["outcome"] == "out of time"
+    before = time.monotonic()
+    with (out / "held").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    assert time.monotonic() - before < 10
+
+
+def test_the_sanitizer_sees_every_kernel(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its selection of tests, without the sanitizer and in the interpreter."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    (own,) = (own for own in steps("cuda", False, out) if own.name == "memcheck")
+    command = [*own.command[own.command.index(sys.executable) :], "-p", "launched_kernels"]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, Path(__file__).parent))))
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout
 
 
 def test_results_of_a_gpu_go_where_they_are_committed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,38 @@ from __future__ import annotations
 
 from bugs.bug import TRITON_ATTENTION, TRITON_CROSS_ENTROPY, TRITON_GRADIENTS, Bug
 
+_BACKWARD = "kernels/_shared_attention_backward.py"
+_ATTENTION_TILES = (f"{TRITON_ATTENTION}::test_gradients_by_the_tiles_that_are_shipped",)
+
 KERNELS_BUGS = (
+    Bug(
+        "triton-third-slice-of-a-tile-on-the-first",
+        "kernels/expert_linear.py",
+        "tile_n * BLOCK_N + i * width,",
+        "tile_n * BLOCK_N + (i % 2) * width,",
+        ("tests/ops/test_triton_expert_linear.py::test_every_slice_of_a_tile_has_its_own_columns",),
+    ),
+    Bug(
+        "triton-third-slice-of-a-weight-gradient-on-the-first",
+        "kernels/_weight_gradient.py",
+        "first_k + i * width + tl.arange(0, width)",
+        "first_k + (i % 2) * width + tl.arange(0, width)",
+        (f"{TRITON_GRADIENTS}::test_parts_hold_the_rows_of_one_expert_each",),
+    ),
+    Bug(
+        "triton-causal-key-gradient-starts-behind-its-first-queries",
+        _BACKWARD,
+        "        if MASK == CAUSAL:\n            start = first_key // BLOCK_Q * BLOCK_Q\n",
+        "        if MASK == CAUSAL:\n            start = (first_key + BLOCK_K - 1) // BLOCK_Q * BLOCK_Q\n",
+        _ATTENTION_TILES,
+    ),
+    Bug(
+        "triton-seq2seq-key-gradient-starts-behind-its-first-queries",
+        _BACKWARD,
+        "tl.where(first_key >= num_vision, first_key // BLOCK_Q * BLOCK_Q, 0)",
+        "tl.where(first_key >= num_vision, (first_key + BLOCK_K - 1) // BLOCK_Q * BLOCK_Q, 0)",
+        _ATTENTION_TILES,
+    ),
     Bug(
         "triton-last-step-of-a-part-takes-rows-of-the-next-expert",
         "kernels/_weight_gradient.py",

@@ -55,6 +55,20 @@ MEASURING_BUGS = (
         (f"{COST_MODEL}::test_a_round_on_a_gpu_waits_once",),
     ),
     Bug(
+        "gpu-children-of-a-step-outlive-it",
+        "bench/gpu.py",
+        "os.killpg(process.pid, signal.SIGKILL)",
+        "process.kill()",
+        (f"{GPU}::test_a_step_that_takes_too_long_is_stopped_with_its_children",),
+    ),
+    Bug(
+        "gpu-the-sanitizer-joins-no-parts",
+        "bench/gpu_steps.py",
+        '"or (op_before and 0.0-3-)"',
+        '"or joined"',
+        (f"{GPU}::test_the_sanitizer_sees_every_kernel",),
+    ),
+    Bug(
         "gpu-a-step-that-never-ran-stops-nothing",
         "bench/gpu.py",
         '_BLOCKS = ("failed", "out of time", "not run")',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -11,8 +12,18 @@ import torch.nn.functional as F
 from model_cases import backbone, images, need, padding, task_model, texts
 from torch import Tensor
 
+from beit3_fast.errors import ShapeError
 from beit3_fast.layout import TokenLayout
-from beit3_fast.ops import Norm, dispatch, expert_linear, library, shared_attention
+from beit3_fast.ops import (
+    Norm,
+    dispatch,
+    expert_linear,
+    head_top_k,
+    library,
+    masked_linear_cross_entropy,
+    patch_embedding,
+    shared_attention,
+)
 from beit3_fast.parity import assert_parity, model_parity
 
 BF16 = torch.bfloat16
@@ -99,6 +110,30 @@ def test_double_precision_is_left_alone() -> None:
     q = torch.randn(4, 16, dtype=torch.float64)
     with lowered():
         assert shared_attention(q, q, q, layout, num_heads=2, impl="reference").dtype == q.dtype
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+@pytest.mark.parametrize("impl", ["composite", "reference", "auto"])
+@torch.no_grad()
+def test_double_precision_beside_another_one_is_refused(
+    dtypes: tuple[torch.dtype, torch.dtype], impl: str
+) -> None:
+    """Autocast does not lower it, so no product takes both."""
+    x, weight = (torch.randn(4, 4, dtype=dtype) for dtype in dtypes)
+    rows, tokens = torch.tensor([0, 2]), [torch.zeros(4, dtype=dtypes[1])] * 3
+    pixels, filters = x.expand(1, 3, 4, 4), weight.expand(4, 3, 4, 4)
+    calls: dict[str, Callable[[], Any]] = {
+        "weights": lambda: expert_linear(x, [weight], bounds=(0, 4), impl=impl),
+        "weight": lambda: masked_linear_cross_entropy(x, weight, None, rows, rows, impl=impl),
+        "^weight": lambda: head_top_k(x, weight, None, 2, impl=impl),
+        "images": lambda: patch_embedding(pixels, filters, *tokens, None, impl=impl),
+    }
+    for name, call in calls.items():
+        with (
+            lowered(),
+            pytest.raises(ShapeError, match=f"{name}.* must have .*leaves float64 alone"),
+        ):
+            call()
 
 
 @torch.no_grad()

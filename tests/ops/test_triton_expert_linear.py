@@ -95,6 +95,24 @@ def test_statistics_are_those_of_the_stored_rows(dtype: str, shape: str, with_ro
     )
 
 
+@pytest.mark.parametrize("slices", [1, 2, 4])
+def test_every_slice_of_a_tile_has_its_own_columns(slices: int) -> None:
+    """Two tiles of columns, the second of which ends within a slice."""
+    x, residual, weights = draw(20, 24), draw(20, 101), [draw(101, 24) for _ in range(2)]
+    vectors = [[draw(size) for _ in weights] for size in (101, 24, 24)]
+    tile = kernels.Tile(16, 64, 16, 2, 4, 2, slices=slices)
+    call = (residual, None, (0, 9, 20), 1e-5, "gelu")
+    y, statistics = kernels.expert_linear(
+        x, fold(weights, *vectors), *call, with_statistics=True, tile=tile
+    )
+    expected = formula(x, weights, *vectors, *call)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=2e-5)
+    assert statistics is not None
+    torch.testing.assert_close(
+        statistics.parts.double(), moments(expected, 64 // slices), rtol=1e-4, atol=1e-4
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPE_NAMES)
 @pytest.mark.parametrize("width", [3, 7, 32, 100])
 @pytest.mark.parametrize("shift", [0.0, 50.0])

@@ -38,7 +38,6 @@ IN_THE_GATE = {
 ALL_CASES = [case for case in linear_cases(3, TARGETS) if SHAPES[case.shape][0][-1]]
 CASES = [case for case in one_target_each(ALL_CASES) if case.shape in IN_THE_GATE][:8]
 LONG_CASES = [case for case in ALL_CASES if case not in CASES]
-EDGES = Tile(32, 16, 16, 1, 4, 2, slices=2)
 Leaves = dict[str, Tensor | None]
 
 
@@ -108,15 +107,23 @@ def draw(*shape: int, dtype: str = "fp32") -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tma"), [("fp16", True), pytest.param("fp32", False, marks=pytest.mark.full)]
+    ("dtype", "tma", "slices"),
+    [
+        ("fp16", True, 4),
+        ("fp16", False, 2),
+        pytest.param("fp32", False, 1, marks=pytest.mark.full),
+    ],
 )
-def test_parts_hold_the_rows_of_one_expert_each(dtype: str, tma: bool, short_parts: None) -> None:
+def test_parts_hold_the_rows_of_one_expert_each(
+    dtype: str, tma: bool, slices: int, short_parts: None
+) -> None:
     """Five experts, more than one launch takes; the rows of a part end within a step, too."""
     bounds = (0, 33, 33, 50, 51, 83)
     dz, operand = draw(83, 40, dtype=dtype), draw(83, 24, dtype=dtype)
     for place in range(0, 83, 7):
         operand[place] *= 100.0
-    parts, places = weight_kernels.weight_gradient(dz, operand, bounds, EDGES._replace(tma=tma))
+    tile = Tile(32, 16, 16, 1, 4, 2, slices=slices, tma=tma)
+    parts, places = weight_kernels.weight_gradient(dz, operand, bounds, tile)
     assert [b - a for a, b in pairwise(places)] == [3, 0, 2, 1, 2]
     rows = [r for a, b in pairwise(bounds) for r in pairwise([*range(a, b, 16), b])]
     assert len(rows) == len(parts)

@@ -28,6 +28,7 @@ from torch import Tensor
 from triton_cases import DEVICE, TARGETS, moments, one_target_each
 
 from beit3_fast.errors import KernelUnavailable
+from beit3_fast.kernels import _tiles
 from beit3_fast.kernels import shared_attention as kernels
 from beit3_fast.layout import TokenLayout
 from beit3_fast.ops import shared_attention
@@ -121,6 +122,37 @@ def results(operands: AttentionOperands, case: AttentionCase) -> dict[str, Resul
 @pytest.mark.parametrize("case", GRADIENT_CASES, ids=lambda case: case.name)
 def test_gradients(case: AttentionCase) -> None:
     check_gradients(case)
+
+
+BACKWARD_TILES = sorted(
+    {
+        (tile["block_q"], tile["block_k"])
+        for architecture in _tiles.ARCHITECTURES
+        for shape_class, tile in _tiles.read(architecture)["shared_attention"].items()
+        if "backward" in shape_class
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "mask", "selection"),
+    [
+        (blocks, mask, "first all" if in_turn and not square else "all")
+        for b, blocks in enumerate([*BACKWARD_TILES, (64, 16)])
+        for m, mask in enumerate(MASKS)
+        for in_turn, square in [((b - m) % 3 == 0, blocks[0] == blocks[1])]
+        if in_turn or not square
+    ],
+)
+def test_gradients_by_the_tiles_that_are_shipped(
+    blocks: tuple[int, int], mask: str, selection: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of keys that begin before, at and behind a tile of queries, and behind the last image token."""
+    monkeypatch.setattr(_tiles, "choose", lambda *_: kernels.Tile(*blocks, 4, 1))
+    how = ((1, 16), mask, selection, "normal", "contiguous", False)
+    case = AttentionCase("triton", DTYPE_NAMES[-1], "two tiles of keys", *how)
+    operands = attention_operands(case, {case.tokens: ((35, 5), (35, 0))})
+    assert_draws_near([results(operands, case)], case.name)
 
 
 def test_the_gate_meets_every_mask_and_both_widths() -> None:
