@@ -48,7 +48,8 @@ def _finetune(arguments: argparse.Namespace, processes: Processes) -> int:
         begun = f"from {loaded.source}; begins anew: {', '.join(new) or 'nothing'}"
     data, held_out = recipe.make_data(model), recipe.make_held_out(model)
     options = recipe.options(data)
-    done = train(model, data, recipe.loss, options, out, progress=not arguments.quiet)
+    start, shown = processes.lead(recipe.start), not arguments.quiet
+    done = train(model, data, recipe.loss, options, out, start=start, progress=shown)
     if not processes.leads:
         return 0
     model = read_again(model, lambda: recipe.make_model()[0], out, done, processes)

@@ -36,7 +36,8 @@ def _pretrain(arguments: argparse.Namespace, processes: Processes) -> int:
     model = recipe.make_model()
     data = processes.lead_first(lambda: recipe.make_data(model, out))
     held_out = recipe.make_held_out(model, data)
-    done = train(model, data, recipe.loss, recipe.train, out, progress=not arguments.quiet)
+    start, shown = processes.lead(recipe.start), not arguments.quiet
+    done = train(model, data, recipe.loss, recipe.train, out, start=start, progress=shown)
     if not processes.leads:
         return 0
     model = read_again(model, recipe.make_model, out, done, processes)

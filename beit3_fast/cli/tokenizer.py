@@ -43,6 +43,7 @@ def _train_tokenizer(arguments: argparse.Namespace, processes: Processes) -> int
         recipe.make_objective(teacher),
         recipe.train,
         out,
+        start=processes.lead(recipe.start),
         progress=not arguments.quiet,
     )
     if not processes.leads:

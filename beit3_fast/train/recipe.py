@@ -19,7 +19,7 @@ from beit3_fast.data.mixed import Mix, MixedData
 from beit3_fast.data.patch_codes import PatchCodes
 from beit3_fast.errors import ConfigError
 from beit3_fast.model import BEiT3ForPretraining, create_model
-from beit3_fast.train.initial import Initial
+from beit3_fast.train.initial import Initial, start_of
 from beit3_fast.train.objective import MaskedDataModelling
 from beit3_fast.train.options import TrainOptions
 from beit3_fast.train.recipe_file import (
@@ -118,6 +118,11 @@ class Recipe:
         if checkpoint is not None:
             load_checkpoint(model, self.folder / checkpoint, allow_missing=("mim_head", "mlm_head"))
         return model
+
+    def start(self) -> dict[str, str]:
+        """What the first weights are made of, for ``train``."""
+        checkpoint = self.model.get("checkpoint")
+        return start_of(None if checkpoint is None else self.folder / checkpoint, self.initial)
 
     def make_data(self, model: BEiT3ForPretraining, out: Path) -> MixedData:
         """The run's micro-batches; the codes of patches are kept in ``out``/codes.safetensors."""

@@ -207,6 +207,13 @@ FINETUNING_BUGS = (
         (f"{WORLD}::test_the_files_of_the_official_tasks",),
     ),
     Bug(
+        "finetune-goes-on-from-another-start",
+        "beit3_fast/cli/finetune.py",
+        "recipe.loss, options, out, start=start, progress=shown)",
+        "recipe.loss, options, out, progress=shown)",
+        (f"{FINETUNE}::test_another_start_is_another_run",),
+    ),
+    Bug(
         "runs-of-one-name-share-a-curve",
         "beit3_fast/train/report.py",
         "str(folder) if times[name] > 1 else name",

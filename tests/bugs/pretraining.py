@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from bugs.bug import LOOP, MASKING, MIXED, OBJECTIVE, OPTIMIZER, PRETRAINING, RESUME, WORLD, Bug
+from bugs.bug import (
+    LOOP,
+    MASKING,
+    MIXED,
+    OBJECTIVE,
+    OPTIMIZER,
+    PRETRAINING,
+    RECIPE,
+    RESUME,
+    WORLD,
+    Bug,
+)
 
 PRETRAINING_BUGS = (
     Bug(
@@ -153,6 +164,13 @@ PRETRAINING_BUGS = (
         '["step"] <= step]',
         '["step"] <= step + 1]',
         (f"{RESUME}::test_killed_and_continued",),
+    ),
+    Bug(
+        "a-start-is-the-same-with-another-spread",
+        "beit3_fast/train/initial.py",
+        "    if initial is not None:\n        own",
+        "    if initial is None:\n        own",
+        (f"{RECIPE}::test_first_weights_of_another_spread_are_another_run",),
     ),
     Bug(
         "checkpoint-written-under-its-own-name",

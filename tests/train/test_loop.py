@@ -18,7 +18,7 @@ from train_cases import OPTIONS, Watched, data, model, run
 
 from beit3_fast.checkpoint import load_checkpoint
 from beit3_fast.data.masked_batch import TERMS
-from beit3_fast.errors import TrainingError
+from beit3_fast.errors import ConfigError, TrainingError
 from beit3_fast.train import MaskedDataModelling, TrainOptions, read_log, train
 from beit3_fast.train.checkpoints import Checkpoints
 
@@ -110,6 +110,17 @@ def test_checkpoints_of_skipped_steps_take_the_place_of_none(world: Path, tmp_pa
     report = run(world, tmp_path, options, objective=Watched(lambda call: None, spoil=(4, 5, 6)))
     assert Checkpoints(tmp_path, 2).steps() == [2, 3, 4, 5, 6]
     assert report.said.startswith("6 steps, 3 skipped (the last 3 in a row: look at log.jsonl")
+
+
+def test_a_run_of_an_older_version_is_refused(world: Path, tmp_path: Path) -> None:
+    options = replace(PLAIN, steps=1)
+    run(world, tmp_path, options)
+    path = tmp_path / "step-00000001/run.json"
+    facts = json.loads(path.read_text())
+    del facts["start"]
+    path.write_text(json.dumps(facts | {"form": "beit3_fast run 3"}))
+    with pytest.raises(ConfigError, match=r"version of this package \(its form is .* run 3', not"):
+        run(world, tmp_path, options)
 
 
 def test_it_learns(world: Path, tmp_path: Path) -> None:

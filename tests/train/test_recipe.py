@@ -91,6 +91,19 @@ def test_the_command(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @needs_toml
+def test_first_weights_of_another_spread_are_another_run(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["pretrain", "--config", str(recipe), "--out", str(tmp_path / "run"), "--quiet"]
+    assert cli.main(call) == 0
+    recipe.write_text(f"{RECIPE}[initial]\nlinear = 0.1\n")
+    assert cli.main(call) == 1
+    said = capsys.readouterr().err
+    assert "of another [initial] (it has linear=None, " in said
+    assert "now linear=0.1, patches=None" in said
+
+
+@needs_toml
 def test_every_section_arrives(recipe: Path, tmp_path: Path) -> None:
     own = read_recipe(recipe)
     model = own.make_model()
