@@ -259,10 +259,12 @@ class _Run:
         path = self.root / f"bad-step-{self.step + 1}{own}.pt"
         with replacing(path) as file:
             torch.save([asdict(batch) for batch in micro], file)
+        saved = self.checkpoints.steps()
+        again = f"; the same call goes on from step {saved[-1]}" if saved else ""
         raise TrainingError(
             f"the loss or its gradient was not finite in {self.in_a_row} steps in a row, at last in step "
-            f"{self.step + 1} (loss {self.loss}, norm of the gradient {norm}); its batch is {path}. Go on from the last "
-            "checkpoint with a lower lr or clip_grad in another folder, or look at that batch"
+            f"{self.step + 1} (loss {self.loss}, norm of the gradient {norm}); its batch is {path}; look at "
+            f"that batch, or begin anew in another folder with a lower lr or clip_grad{again}"
         )
 
     def _state(self) -> dict[str, Any]:

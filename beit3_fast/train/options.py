@@ -12,6 +12,9 @@ PRECISIONS = ("float32", "bfloat16")
 PARALLEL = ("ddp", "fsdp2")
 RECOMPUTED = ("none", "ffn", "layer")
 
+# Integers of TOML end below it; PyTorch has seeds up to twice that.
+_SEEDS = 2**63
+
 # What may differ between a run and its continuation: it changes no weight, or only by the order in which numbers are added.
 _FREE = (
     "save_every",
@@ -80,6 +83,8 @@ class TrainOptions:
                 )
             if field.type == "float" and not _is_number(value):
                 raise ConfigError(f"{name} must be a number of at least 0, got {value!r}")
+        if self.seed >= _SEEDS:
+            raise ConfigError(f"seed must be an integer from 0 to 2**63 - 1, got {self.seed}")
         if (
             not isinstance(self.betas, (list, tuple))
             or len(self.betas) != 2

@@ -104,6 +104,19 @@ def test_steps_in_a_row_are_counted_over_a_continuation(world: Path, tmp_path: P
         run(world, tmp_path, options, objective=Watched(lambda call: None, spoil=(1,)))
 
 
+@pytest.mark.parametrize("save_every", [1, 100])
+def test_it_says_what_to_do_past_the_limit(save_every: int, world: Path, tmp_path: Path) -> None:
+    options = replace(PLAIN, max_skipped=0, save_every=save_every)
+    with pytest.raises(TrainingError) as raised:
+        run(world, tmp_path, options, objective=Watched(lambda call: None, spoil=(3,)))
+    said = str(raised.value)
+    assert (
+        "look at that batch, or begin anew in another folder with a lower lr or clip_grad" in said
+    )
+    assert ("the same call goes on from step 2" in said) is (save_every == 1)
+    assert "last checkpoint" not in said
+
+
 def test_checkpoints_of_skipped_steps_take_the_place_of_none(world: Path, tmp_path: Path) -> None:
     """Steps 1 to 3 are good, the others skipped: the last two good ones stay beside them."""
     options = replace(PLAIN, save_every=1, keep=2, steps=6)
