@@ -41,7 +41,7 @@ class TrainOptions:
     "bfloat16" runs the model under autocast (with "fsdp2": in bfloat16). ``max_skipped``: so many steps in a row may be skipped
     because a loss or gradient is not finite. ``save_every``: steps between checkpoints, of which the last ``keep``
     stay. ``log_every``: steps between lines of the log; ``tensorboard``: the same for TensorBoard, in the folder's
-    ``tensorboard``. ``peak_tflops``: what a device can do at most, for the MFU; None measures a bare matrix product.
+    ``tensorboard``. ``peak_tflops``: what a device can do at most, for the MFU; None measures matrix products.
     ``workers``: processes that prepare batches, 0 for none.
     ``parallel``: how processes under torchrun share the work: "ddp" keeps all weights in each, "fsdp2" a part in each.
     ``checkpoint_activations``: what the backward pass computes again to save memory: "none", the "ffn" of each layer, each

@@ -182,7 +182,7 @@ PRETRAINING_BUGS = (
     Bug(
         "texts-alone-want-a-head-for-images",
         "beit3_fast/model/pretraining.py",
-        '.out_features if seen else 0',
+        ".out_features if seen else 0",
         ".out_features",
         (f"{RECIPE}::test_texts_alone",),
     ),
