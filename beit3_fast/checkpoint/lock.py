@@ -15,11 +15,11 @@ _LOCK = ".lock"
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Make the folder and keep other processes out of it. Raises CheckpointError."""
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         file = (folder / _LOCK).open("a")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the folder {str(folder)!r} cannot be made ({error})") from error
+    except OSError as error:
+        raise CheckpointError(f"the folder {str(folder)!r} cannot be written ({error})") from error
     with file:
         try:
             # not flock: decoding workers would inherit that, and hold it a while after their parent was killed
@@ -29,3 +29,13 @@ def held(folder: Path) -> Iterator[None]:
                 f"another process writes to {str(folder)!r} ({error}); wait for it or give another folder"
             ) from error
         yield
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder and those above it, where they are not there. Raises CheckpointError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the folder {str(folder)!r} cannot be made ({error}); give the path of a folder, there or not"
+        ) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beit3_fast.cli.command import Command
-from beit3_fast.cli.options import on_processes, run_options
+from beit3_fast.cli.options import on_processes, run_options, show_run
 
 if TYPE_CHECKING:
     from beit3_fast.train.processes import Processes
@@ -48,7 +48,8 @@ def _finetune(arguments: argparse.Namespace, processes: Processes) -> int:
         begun = f"from {loaded.source}; begins anew: {', '.join(new) or 'nothing'}"
     data, held_out = recipe.make_data(model), recipe.make_held_out(model)
     options = recipe.options(data)
-    done = train(model, data, recipe.loss, options, out, progress=not arguments.quiet)
+    start, shown = processes.lead(recipe.start), not arguments.quiet
+    done = train(model, data, recipe.loss, options, out, start=start, progress=shown)
     if not processes.leads:
         return 0
     model = read_again(model, lambda: recipe.make_model()[0], out, done, processes)
@@ -63,8 +64,7 @@ def _finetune(arguments: argparse.Namespace, processes: Processes) -> int:
             examples = recipe.task.examples(model, held_out, recipe.labels())
             lines += [f"{name}: {value:.1%}" for name, value in report["held_out"].items()]
         write_report(out, report, examples)
-    print(json.dumps(report) if arguments.json else "\n".join(lines))
-    return 0
+    return show_run(arguments, report, lines)
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:

@@ -164,6 +164,14 @@ def show(arguments: argparse.Namespace, report: list[dict[str, Any]], lines: lis
     return 0
 
 
+def show_run(arguments: argparse.Namespace, report: dict[str, Any], lines: list[str]) -> int:
+    """Print what a run did as one line of JSON or the lines for people, and return 0."""
+    from beit3_fast.train.log import for_json
+
+    print(json.dumps(for_json(report)) if arguments.json else "\n".join(lines))
+    return 0
+
+
 def guesses(found: Sequence[Any]) -> list[dict[str, Any]]:
     """Guesses as JSON objects."""
     return [guess._asdict() for guess in found]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from beit3_fast.cli.command import Command
-from beit3_fast.cli.options import on_processes, positive, run_options
+from beit3_fast.cli.options import on_processes, positive, run_options, show_run
 
 if TYPE_CHECKING:
     from beit3_fast.train.processes import Processes
@@ -36,7 +36,8 @@ def _pretrain(arguments: argparse.Namespace, processes: Processes) -> int:
     model = recipe.make_model()
     data = processes.lead_first(lambda: recipe.make_data(model, out))
     held_out = recipe.make_held_out(model, data)
-    done = train(model, data, recipe.loss, recipe.train, out, progress=not arguments.quiet)
+    start, shown = processes.lead(recipe.start), not arguments.quiet
+    done = train(model, data, recipe.loss, recipe.train, out, start=start, progress=shown)
     if not processes.leads:
         return 0
     model = read_again(model, recipe.make_model, out, done, processes)
@@ -53,8 +54,7 @@ def _pretrain(arguments: argparse.Namespace, processes: Processes) -> int:
         ]
     if done.complete:
         write_report(out, report, [] if held_out is None else filled_in(model, held_out))
-    print(json.dumps(report) if arguments.json else "\n".join(lines))
-    return 0
+    return show_run(arguments, report, lines)
 
 
 def _world_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from beit3_fast.cli.command import Command
-from beit3_fast.cli.options import on_processes, positive, run_options
+from beit3_fast.cli.options import on_processes, positive, run_options, show_run
 
 if TYPE_CHECKING:
     from beit3_fast.train.processes import Processes
@@ -43,6 +43,7 @@ def _train_tokenizer(arguments: argparse.Namespace, processes: Processes) -> int
         recipe.make_objective(teacher),
         recipe.train,
         out,
+        start=processes.lead(recipe.start),
         progress=not arguments.quiet,
     )
     if not processes.leads:
@@ -61,8 +62,7 @@ def _train_tokenizer(arguments: argparse.Namespace, processes: Processes) -> int
         )
     if done.complete:
         write_report(out, report)
-    print(json.dumps(report) if arguments.json else "\n".join(lines))
-    return 0
+    return show_run(arguments, report, lines)
 
 
 def _tokenize_arguments(parser: argparse.ArgumentParser) -> None:

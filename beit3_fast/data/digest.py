@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
+
+_CHUNK = 1 << 20
 
 
 def digest_of(text: str) -> str:
     """SHA-256 of a text, which may hold file names that are no UTF-8."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

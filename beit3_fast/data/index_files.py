@@ -66,7 +66,8 @@ def read_entries(path: str | PathLike[str], make: Callable[[Any], T]) -> list[T]
     path = Path(path)
     made: list[T] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: sentences may hold what Python takes for the end of a line, such as U+2028.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise InputError(f"the index file {str(path)!r} cannot be read ({error})") from error
     for number, line in enumerate(lines, 1):

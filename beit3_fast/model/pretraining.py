@@ -72,7 +72,9 @@ class BEiT3ForPretraining(BEiT3Task):
 
     def work(self, batch: MaskedBatch) -> Work:
         """What a training step on the batch needs at least."""
-        return masked_work(self.config, batch, self._head("mim_head").out_features)
+        seen = batch.num_images + batch.num_pairs
+        codes = self._head("mim_head").out_features if seen else 0
+        return masked_work(self.config, batch, codes)
 
     def _hidden_rows(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
         """Output rows [Mv, C] of the hidden patches and [Mt, C] of the hidden words."""

@@ -21,7 +21,7 @@ from beit3_fast.errors import ConfigError
 from beit3_fast.model import create_model
 from beit3_fast.model.registry import TASKS
 from beit3_fast.train.downstream import DOWNSTREAM, Downstream
-from beit3_fast.train.initial import Initial
+from beit3_fast.train.initial import Initial, start_of
 from beit3_fast.train.options import TrainOptions
 from beit3_fast.train.recipe import embeddings_for
 from beit3_fast.train.recipe_file import (
@@ -128,6 +128,11 @@ class FineTuning:
             return model, None
         source = self.folder / checkpoint
         return model, load_checkpoint(model, source, allow_missing=HEADS, allow_mismatched=HEADS)
+
+    def start(self) -> dict[str, str]:
+        """What the first weights are made of, for ``train``."""
+        checkpoint = self.model.get("checkpoint")
+        return start_of(None if checkpoint is None else self.folder / checkpoint, self.initial)
 
     def make_data(self, model: Any) -> PairedData[Any]:
         """The run's micro-batches. Raises ConfigError and InputError."""

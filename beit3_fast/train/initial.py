@@ -1,13 +1,16 @@
-"""How the weights of a run that begins from nothing are drawn, where the official way does not suit the model's size."""
+"""Where the weights of a run come from: how they are drawn, where the official way does not suit the model's size, and what
+tells one start from another."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from math import inf
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from beit3_fast.data.digest import digest_of_file
 from beit3_fast.errors import ConfigError
 
 
@@ -50,3 +53,17 @@ class Initial:
                 std = tables.get(last) if before.endswith("embed_positions") else None
             if std is not None:
                 nn.init.normal_(module.weight, std=std)
+
+
+def start_of(checkpoint: Path | None, initial: Initial | None = None) -> dict[str, str]:
+    """What first weights depend on beside the seed and the model's sizes, in words, for ``train``.
+
+    Of the file ``checkpoint`` its content counts, not its name. The weights themselves would differ where another device or
+    version of PyTorch draws them, on which a run may go on.
+    """
+    file = "none, from scratch" if checkpoint is None else f"sha256 {digest_of_file(checkpoint)}"
+    start = {"[model] checkpoint": file}
+    if initial is not None:
+        own = (f"{field.name}={getattr(initial, field.name)}" for field in fields(initial))
+        start["[initial]"] = ", ".join(own)
+    return start

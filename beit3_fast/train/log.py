@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,7 @@ class Log:
 
         Raises CheckpointError where it cannot be written.
         """
-        plain = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in line.items()
-        }
+        plain = for_json(line)
         try:
             self._file.write(json.dumps(plain) + "\n")
         except OSError as error:
@@ -58,6 +56,13 @@ class Log:
             self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def for_json(value: Any) -> Any:
+    """The same with null for numbers that are not finite, which JSON has not, in nested tables too."""
+    if isinstance(value, Mapping):
+        return {key: for_json(own) for key, own in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from beit3_fast.train.processes import Processes, joined
 from beit3_fast.train.stop import Stop, leave_to_the_run
 from beit3_fast.train.throughput import Throughput
 
-_FORM = "beit3_fast run 3"
+_FORM = "beit3_fast run 4"
 
 
 class Data(Protocol):
@@ -88,6 +88,7 @@ def train(
     options: TrainOptions,
     folder: str | PathLike[str],
     *,
+    start: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> TrainReport:
     """Train ``model`` in place, and go on where an earlier call with the same arguments stopped or was killed.
@@ -100,6 +101,9 @@ def train(
     with the same number of threads and processes. PyTorch's random numbers are seeded with ``options.seed`` and the number of
     the micro-batch. SIGTERM to any process saves after the running step, and all return.
 
+    ``start``: what the first weights are made of, by names that an error may use, as ``train.initial.start_of`` says it; a
+    continuation with another one is refused. Weights of ``model`` itself are not compared, but replaced by the checkpoint's.
+
     A step whose loss or gradient is not finite changes nothing; after ``options.max_skipped`` in a row its
     micro-batches are saved as ``bad-step-N.pt`` (``bad-step-N.rank-R.pt``) and TrainingError is raised, which also tells that
     another process is gone. Raises ConfigError where the folder holds another run or processes cannot share the work,
@@ -107,7 +111,7 @@ def train(
     """
     root = Path(folder)
     with joined() as processes, _held(root, processes):
-        run = _Run(model, data, objective, options, root, processes)
+        run = _Run(model, data, objective, options, root, start or {}, processes)
         return run.go(progress and processes.leads)
 
 
@@ -128,10 +132,11 @@ class _Run:
         objective: Objective,
         options: TrainOptions,
         root: Path,
+        start: Mapping[str, str],
         processes: Processes,
     ) -> None:
         self.model, self.data, self.objective, self.options = model, data, objective, options
-        self.root, self.processes = root, processes
+        self.root, self.start, self.processes = root, start, processes
         # Sizes are in the weights; heads and drop path are not. FSDP2 gives the model a class of its own.
         self.kind = repr((type(model).__name__, getattr(model, "config", None)))
         own_numbers(0, options.accumulation, processes)
@@ -254,10 +259,12 @@ class _Run:
         path = self.root / f"bad-step-{self.step + 1}{own}.pt"
         with replacing(path) as file:
             torch.save([asdict(batch) for batch in micro], file)
+        saved = self.checkpoints.steps()
+        again = f"; the same call goes on from step {saved[-1]}" if saved else ""
         raise TrainingError(
             f"the loss or its gradient was not finite in {self.in_a_row} steps in a row, at last in step "
-            f"{self.step + 1} (loss {self.loss}, norm of the gradient {norm}); its batch is {path}. Go on from the last "
-            "checkpoint with a lower lr or clip_grad in another folder, or look at that batch"
+            f"{self.step + 1} (loss {self.loss}, norm of the gradient {norm}); its batch is {path}; look at "
+            f"that batch, or begin anew in another folder with a lower lr or clip_grad{again}"
         )
 
     def _state(self) -> dict[str, Any]:
@@ -291,6 +298,7 @@ class _Run:
             "data": getattr(self.data, "identity", None),
             "objective": repr(self.objective),
             "model": self.kind,
+            "start": dict(self.start),
         }
 
     def _save(self) -> None:
@@ -299,10 +307,7 @@ class _Run:
 
     def _resume(self, step: int) -> None:
         facts = self.processes.lead(lambda: self.checkpoints.facts(step))
-        own = self._facts()
-        other = [key for key in own if key != "options" and facts.get(key) != own[key]]
-        was = facts.get("options", {})
-        other += [key for key, value in own["options"].items() if was.get(key) != value]
+        other = _differences(facts, self._facts())
         if other:
             raise ConfigError(
                 f"{self.root} holds another run, of another {', '.join(other)}; give another folder, or the same "
@@ -310,6 +315,19 @@ class _Run:
             )
         self.checkpoints.load(step, self._state())
         self.step, self.skipped, self.in_a_row = step, facts["skipped"], facts["in_a_row"]
+
+
+def _differences(was: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """In what a run that was begun differs from the one that is asked for."""
+    if was.get("form") != own["form"]:
+        return [f"version of this package (its form is {was.get('form')!r}, not {own['form']!r})"]
+    other = [key for key in own if key not in ("options", "start") and was.get(key) != own[key]]
+    begun = was["start"]
+    names = [key for key in {**begun, **own["start"]} if begun.get(key) != own["start"].get(key)]
+    other += [f"{key} (it has {begun.get(key)}, now {own['start'].get(key)})" for key in names]
+    return other + [
+        key for key, value in own["options"].items() if was["options"].get(key) != value
+    ]
 
 
 def _seed(seed: int, number: int) -> None:

@@ -12,6 +12,9 @@ PRECISIONS = ("float32", "bfloat16")
 PARALLEL = ("ddp", "fsdp2")
 RECOMPUTED = ("none", "ffn", "layer")
 
+# Integers of TOML end below it; PyTorch has seeds up to twice that.
+_SEEDS = 2**63
+
 # What may differ between a run and its continuation: it changes no weight, or only by the order in which numbers are added.
 _FREE = (
     "save_every",
@@ -38,7 +41,7 @@ class TrainOptions:
     "bfloat16" runs the model under autocast (with "fsdp2": in bfloat16). ``max_skipped``: so many steps in a row may be skipped
     because a loss or gradient is not finite. ``save_every``: steps between checkpoints, of which the last ``keep``
     stay. ``log_every``: steps between lines of the log; ``tensorboard``: the same for TensorBoard, in the folder's
-    ``tensorboard``. ``peak_tflops``: what a device can do at most, for the MFU; None measures a bare matrix product.
+    ``tensorboard``. ``peak_tflops``: what a device can do at most, for the MFU; None measures matrix products.
     ``workers``: processes that prepare batches, 0 for none.
     ``parallel``: how processes under torchrun share the work: "ddp" keeps all weights in each, "fsdp2" a part in each.
     ``checkpoint_activations``: what the backward pass computes again to save memory: "none", the "ffn" of each layer, each
@@ -80,6 +83,8 @@ class TrainOptions:
                 )
             if field.type == "float" and not _is_number(value):
                 raise ConfigError(f"{name} must be a number of at least 0, got {value!r}")
+        if self.seed >= _SEEDS:
+            raise ConfigError(f"seed must be an integer from 0 to 2**63 - 1, got {self.seed}")
         if (
             not isinstance(self.betas, (list, tuple))
             or len(self.betas) != 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from beit3_fast.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from beit3_fast.checkpoint.lock import make_folder
 from beit3_fast.config import BEiT3Config
 from beit3_fast.data import Augment, Masking, Processor, Tokenizer, preprocess_image
 from beit3_fast.data.digest import digest_of
@@ -19,7 +21,7 @@ from beit3_fast.data.mixed import Mix, MixedData
 from beit3_fast.data.patch_codes import PatchCodes
 from beit3_fast.errors import ConfigError
 from beit3_fast.model import BEiT3ForPretraining, create_model
-from beit3_fast.train.initial import Initial
+from beit3_fast.train.initial import Initial, start_of
 from beit3_fast.train.objective import MaskedDataModelling
 from beit3_fast.train.options import TrainOptions
 from beit3_fast.train.recipe_file import (
@@ -119,8 +121,17 @@ class Recipe:
             load_checkpoint(model, self.folder / checkpoint, allow_missing=("mim_head", "mlm_head"))
         return model
 
+    def start(self) -> dict[str, str]:
+        """What the first weights are made of, for ``train``."""
+        checkpoint = self.model.get("checkpoint")
+        return start_of(None if checkpoint is None else self.folder / checkpoint, self.initial)
+
     def make_data(self, model: BEiT3ForPretraining, out: Path) -> MixedData:
-        """The run's micro-batches; the codes of patches are kept in ``out``/codes.safetensors."""
+        """The run's micro-batches; the codes of patches are kept in ``out``/codes.safetensors.
+
+        Raises ConfigError, InputError and CheckpointError.
+        """
+        _check_modalities(self.mix, model.config.modalities)
         sources = self.data.under(self.folder)
         codes = None
         if self.mix.image or self.mix.pair:
@@ -181,9 +192,23 @@ class Recipe:
             return _kept_codes(kept, made_of, patch)
         images = [preprocess_image(name, processor.image_size, processor.preset) for name in names]
         codes = PatchCodes.fit(images, number, patch, seed)
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         save_checkpoint({"centres": codes.centres}, kept, metadata={"made_of": made_of})
         return codes
+
+
+def _check_modalities(mix: Mix, modalities: tuple[str, ...]) -> None:
+    """Raises ConfigError for samples of which the model cannot take a part."""
+    for modality, part, kinds in (
+        ("vision", "images", ("image", "pair")),
+        ("text", "texts", ("text", "pair")),
+    ):
+        named = [kind for kind in kinds if getattr(mix, kind)]
+        if named and modality not in modalities:
+            raise ConfigError(
+                f"a model of modalities {json.dumps(modalities)} takes no {part}, but [mix] has samples of {', '.join(named)}; "
+                "leave them out of [mix], or modalities out of [model]"
+            )
 
 
 def _kept_codes(kept: Path, made_of: str, patch: int) -> PatchCodes:

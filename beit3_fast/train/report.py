@@ -14,7 +14,7 @@ from typing import Any
 from beit3_fast.checkpoint.atomic import replacing
 from beit3_fast.errors import InputError
 from beit3_fast.train.examples import Example
-from beit3_fast.train.log import read_log
+from beit3_fast.train.log import for_json, read_log
 from beit3_fast.train.loop import TrainReport
 
 REPORT, CURVES, EXAMPLES, PAGE = "report.json", "curves.png", "examples.png", "report.html"
@@ -36,9 +36,12 @@ def run_facts(folder: Path, done: TrainReport) -> dict[str, Any]:
 
 
 def write_report(folder: Path, report: Mapping[str, Any], examples: Sequence[Example] = ()) -> None:
-    """Write ``report``, the curves of the run's log, ``examples`` as pictures, and a page of all into ``folder``."""
+    """Write ``report``, the curves of the run's log, ``examples`` as pictures, and a page of all into ``folder``.
+
+    Numbers that are not finite become null.
+    """
     with replacing(folder / REPORT) as file:
-        file.write((json.dumps(report, indent=1) + "\n").encode())
+        file.write((json.dumps(for_json(report), indent=1) + "\n").encode())
     if not _can_draw():
         return
     _draw_curves(folder / CURVES, {term: {"": own} for term, own in curves(folder).items()})

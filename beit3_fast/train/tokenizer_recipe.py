@@ -21,6 +21,7 @@ from beit3_fast.model.visual_tokenizer import (
     visual_tokenizer_config,
 )
 from beit3_fast.train.distillation import VisualTokenizerDistillation
+from beit3_fast.train.initial import start_of
 from beit3_fast.train.options import TrainOptions
 from beit3_fast.train.recipe_file import check_count, names_of, read_sections, read_tables
 from beit3_fast.train.teachers import Teacher, TeacherOptions
@@ -83,6 +84,11 @@ class TokenizerRecipe:
         if checkpoint is not None:
             load_checkpoint(tokenizer, self.folder / checkpoint)
         return tokenizer
+
+    def start(self) -> dict[str, str]:
+        """What the first weights are made of, for ``train``."""
+        checkpoint = self.model.get("checkpoint")
+        return start_of(None if checkpoint is None else self.folder / checkpoint)
 
     def make_data(self, tokenizer: VisualTokenizer) -> ImageData:
         """The run's micro-batches."""

@@ -207,6 +207,27 @@ FINETUNING_BUGS = (
         (f"{WORLD}::test_the_files_of_the_official_tasks",),
     ),
     Bug(
+        "finetune-goes-on-from-another-start",
+        "beit3_fast/cli/finetune.py",
+        "recipe.loss, options, out, start=start, progress=shown)",
+        "recipe.loss, options, out, progress=shown)",
+        (f"{FINETUNE}::test_another_start_is_another_run",),
+    ),
+    Bug(
+        "peak-of-an-emulated-dtype",
+        "beit3_fast/train/throughput.py",
+        "for x, y in ((own_a, own_b), (a, b))]",
+        "for x, y in ((own_a, own_b),)]",
+        (f"{THROUGHPUT}::test_the_peak_is_of_the_fastest_product",),
+    ),
+    Bug(
+        "peak-of-the-slowest-product",
+        "beit3_fast/train/throughput.py",
+        "/ min(_seconds(product, device)",
+        "/ max(_seconds(product, device)",
+        (f"{THROUGHPUT}::test_the_peak_is_of_the_fastest_product",),
+    ),
+    Bug(
         "runs-of-one-name-share-a-curve",
         "beit3_fast/train/report.py",
         "str(folder) if times[name] > 1 else name",

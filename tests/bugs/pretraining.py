@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from bugs.bug import LOOP, MASKING, MIXED, OBJECTIVE, OPTIMIZER, PRETRAINING, RESUME, WORLD, Bug
+from bugs.bug import (
+    LOOP,
+    MASKING,
+    MIXED,
+    OBJECTIVE,
+    OPTIMIZER,
+    PRETRAINING,
+    RECIPE,
+    RESUME,
+    WORLD,
+    Bug,
+)
 
 PRETRAINING_BUGS = (
     Bug(
@@ -153,6 +164,34 @@ PRETRAINING_BUGS = (
         '["step"] <= step]',
         '["step"] <= step + 1]',
         (f"{RESUME}::test_killed_and_continued",),
+    ),
+    Bug(
+        "a-start-is-the-same-with-another-spread",
+        "beit3_fast/train/initial.py",
+        "    if initial is not None:\n        own",
+        "    if initial is None:\n        own",
+        (f"{RECIPE}::test_first_weights_of_another_spread_are_another_run",),
+    ),
+    Bug(
+        "report-with-nan",
+        "beit3_fast/train/log.py",
+        "if isinstance(value, float) and not math.isfinite(value) else value",
+        "if isinstance(value, float) and math.isinf(value) else value",
+        (f"{RECIPE}::test_numbers_that_are_not_finite_are_null_in_reports",),
+    ),
+    Bug(
+        "texts-alone-want-a-head-for-images",
+        "beit3_fast/model/pretraining.py",
+        ".out_features if seen else 0",
+        ".out_features",
+        (f"{RECIPE}::test_texts_alone",),
+    ),
+    Bug(
+        "a-sentence-ends-at-a-line-separator",
+        "beit3_fast/data/index_files.py",
+        '.split("\\n")',
+        ".splitlines()",
+        (f"{MIXED}::test_a_line_ends_where_json_lines_do",),
     ),
     Bug(
         "checkpoint-written-under-its-own-name",

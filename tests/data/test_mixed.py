@@ -166,6 +166,15 @@ def test_sources_that_do_not_fit(sources: dict[str, Path], tmp_path: Path) -> No
         read_index(tmp_path / "absent.jsonl", "text")
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_ends_where_json_lines_do(end: str, tmp_path: Path) -> None:
+    texts = ["one\u2028line", "next\x85line"]
+    lines = [json.dumps({"text_segment": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "index.jsonl").write_bytes(end.join([*lines, "", lines[0]]).encode())
+    read = read_index(tmp_path / "index.jsonl", "text")
+    assert [row.text for row in read] == [texts[0], texts[1], texts[0]]
+
+
 def test_patch_codes_name_the_nearest_patch() -> None:
     draw = torch.Generator().manual_seed(0)
     colours = torch.randn(6, 3, 1, 1, generator=draw)

@@ -100,6 +100,34 @@ def test_the_command(
 
 
 @needs_toml
+def test_another_start_is_another_run(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = world / "pretrained.safetensors", tmp_path / "run"
+    save_checkpoint(model(world, seed=7), file)
+    begin = ("[data]", f'checkpoint = "{file.name}"\n[data]')
+    recipe = write(world, "vqav2", (begin,))
+    call = ["finetune", "--config", str(recipe), "--quiet", "--json", "--out", str(out)]
+    assert cli.main(call) == 0
+    report = (out / "report.json").read_bytes()
+    capsys.readouterr()
+    began = "holds another run, of another [model] checkpoint (it has sha256 "
+    assert cli.main([*call, "--from-scratch"]) == 1
+    said = capsys.readouterr().err
+    assert began in said
+    assert "now none, from scratch" in said
+    save_checkpoint(model(world, seed=8), file)
+    assert cli.main(call) == 1
+    said = capsys.readouterr().err
+    assert began in said
+    assert "now sha256 " in said
+    assert (out / "report.json").read_bytes() == report
+    save_checkpoint(model(world, seed=7), world / "moved.safetensors")
+    recipe.write_text(recipe.read_text().replace(file.name, "moved.safetensors"))
+    assert cli.main(call) == 0, "the same weights under another name"
+
+
+@needs_toml
 def test_the_checkpoint_s_weights_are_the_first(world: Path) -> None:
     own = model(world, seed=7)
     save_checkpoint(own, world / "pretrained.safetensors")

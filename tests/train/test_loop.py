@@ -18,7 +18,7 @@ from train_cases import OPTIONS, Watched, data, model, run
 
 from beit3_fast.checkpoint import load_checkpoint
 from beit3_fast.data.masked_batch import TERMS
-from beit3_fast.errors import TrainingError
+from beit3_fast.errors import ConfigError, TrainingError
 from beit3_fast.train import MaskedDataModelling, TrainOptions, read_log, train
 from beit3_fast.train.checkpoints import Checkpoints
 
@@ -104,12 +104,36 @@ def test_steps_in_a_row_are_counted_over_a_continuation(world: Path, tmp_path: P
         run(world, tmp_path, options, objective=Watched(lambda call: None, spoil=(1,)))
 
 
+@pytest.mark.parametrize("save_every", [1, 100])
+def test_it_says_what_to_do_past_the_limit(save_every: int, world: Path, tmp_path: Path) -> None:
+    options = replace(PLAIN, max_skipped=0, save_every=save_every)
+    with pytest.raises(TrainingError) as raised:
+        run(world, tmp_path, options, objective=Watched(lambda call: None, spoil=(3,)))
+    said = str(raised.value)
+    assert (
+        "look at that batch, or begin anew in another folder with a lower lr or clip_grad" in said
+    )
+    assert ("the same call goes on from step 2" in said) is (save_every == 1)
+    assert "last checkpoint" not in said
+
+
 def test_checkpoints_of_skipped_steps_take_the_place_of_none(world: Path, tmp_path: Path) -> None:
     """Steps 1 to 3 are good, the others skipped: the last two good ones stay beside them."""
     options = replace(PLAIN, save_every=1, keep=2, steps=6)
     report = run(world, tmp_path, options, objective=Watched(lambda call: None, spoil=(4, 5, 6)))
     assert Checkpoints(tmp_path, 2).steps() == [2, 3, 4, 5, 6]
     assert report.said.startswith("6 steps, 3 skipped (the last 3 in a row: look at log.jsonl")
+
+
+def test_a_run_of_an_older_version_is_refused(world: Path, tmp_path: Path) -> None:
+    options = replace(PLAIN, steps=1)
+    run(world, tmp_path, options)
+    path = tmp_path / "step-00000001/run.json"
+    facts = json.loads(path.read_text())
+    del facts["start"]
+    path.write_text(json.dumps(facts | {"form": "beit3_fast run 3"}))
+    with pytest.raises(ConfigError, match=r"version of this package \(its form is .* run 3', not"):
+        run(world, tmp_path, options)
 
 
 def test_it_learns(world: Path, tmp_path: Path) -> None:

@@ -91,6 +91,37 @@ def test_the_command(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @needs_toml
+def test_numbers_that_are_not_finite_are_null_in_reports(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = RECIPE.replace("steps = 4", "steps = 3").replace("lr = 1e-3", "lr = 1e25")
+    recipe.write_text(changed.replace("warmup_steps = 2", "warmup_steps = 0"))
+    call = ["pretrain", "--config", str(recipe), "--out", str(tmp_path / "run"), "--quiet"]
+    assert cli.main([*call, "--json"]) == 0
+
+    def no_json(name: str) -> None:
+        raise ValueError(name)
+
+    for text in (capsys.readouterr().out, (tmp_path / "run/report.json").read_text()):
+        report = json.loads(text, parse_constant=no_json)
+        assert report["loss"] is None
+        assert report["skipped"] > 0
+
+
+@needs_toml
+def test_first_weights_of_another_spread_are_another_run(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["pretrain", "--config", str(recipe), "--out", str(tmp_path / "run"), "--quiet"]
+    assert cli.main(call) == 0
+    recipe.write_text(f"{RECIPE}[initial]\nlinear = 0.1\n")
+    assert cli.main(call) == 1
+    said = capsys.readouterr().err
+    assert "of another [initial] (it has linear=None, " in said
+    assert "now linear=0.1, patches=None" in said
+
+
+@needs_toml
 def test_every_section_arrives(recipe: Path, tmp_path: Path) -> None:
     own = read_recipe(recipe)
     model = own.make_model()
@@ -116,6 +147,50 @@ def test_every_section_arrives(recipe: Path, tmp_path: Path) -> None:
 
 
 @needs_toml
+@pytest.mark.parametrize("place", ["file", "file/run"])
+def test_a_place_that_can_be_no_folder(
+    place: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    call = ["pretrain", "--config", str(recipe), "--quiet", "--out", str(tmp_path / place)]
+    assert cli.main(call) == 1
+    said = capsys.readouterr().err
+    assert f"the folder '{tmp_path / place}' cannot be made" in said
+    assert "give the path of a folder, there or not" in said
+
+
+@needs_toml
+def test_texts_alone(recipe: Path, tmp_path: Path) -> None:
+    words = RECIPE.replace("num_classes = 16", 'modalities = ["text"]')
+    alone = (
+        words.replace("\nimage = 2", "").replace("\npair = 2", "").replace("steps = 4", "steps = 2")
+    )
+    recipe.write_text(alone)
+    call = ["pretrain", "--config", str(recipe), "--out", str(tmp_path / "run"), "--quiet"]
+    assert cli.main(call) == 0
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["held_out"].keys() == {"text"}
+    assert read_log(tmp_path / "run")[-1]["mfu"] > 0
+
+
+@needs_toml
+@pytest.mark.parametrize(
+    ("modality", "missing", "kinds"),
+    [("text", "images", "image, pair"), ("vision", "texts", "text, pair")],
+)
+def test_a_mix_that_the_model_cannot_see(
+    modality: str, missing: str, kinds: str, recipe: Path, tmp_path: Path
+) -> None:
+    recipe.write_text(RECIPE.replace("[data]", f'modalities = ["{modality}"]\n[data]'))
+    own = read_recipe(recipe)
+    model = own.make_model()
+    message = rf'a model of modalities \["{modality}"\] takes no {missing}, but \[mix\] has samples of {kinds}; '
+    with pytest.raises(ConfigError, match=message):
+        own.make_data(model, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@needs_toml
 def test_a_run_begins_with_given_weights(recipe: Path, world: Path) -> None:
     first = read_recipe(recipe).make_model()
     with torch.no_grad():
@@ -134,6 +209,7 @@ def test_a_run_begins_with_given_weights(recipe: Path, world: Path) -> None:
     [
         ("[mix]", "[mixture]", r"expected sections \['model', 'data'.*got 'mixture'"),
         ("min_block", "min_blocks", r"\[masking\] has no field 'min_blocks'; it has \['image'"),
+        ("steps = 4", f"seed = {2**70}", r"seed must be an integer from 0 to 2\*\*63 - 1, got 118"),
         ("steps = 4", "steps = 0", r"\[train\] steps must be an integer of at least 1"),
         ('name = "beit3', 'title = "beit3', r"\[model\] needs a name"),
         ("_pretraining", "_retrieval", r"no classes|must end in _pretraining"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -82,6 +83,28 @@ def test_the_peak_is_measured_once_and_draws_no_number_of_the_run(
     speed.measured_peak(torch.device("cpu"), torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
     assert Throughput(torch.nn.Linear(1, 1), TrainOptions()).done([]) == {"samples": 0}
+    speed.measured_peak.cache_clear()
+
+
+@pytest.mark.parametrize("quick", [torch.bfloat16, torch.float32, "expert_linear"])
+def test_the_peak_is_of_the_fastest_product(quick: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but one wait; PyTorch's own bfloat16 does where the processor has none."""
+    bare, grouped, seconds = torch.mm, speed.expert_linear, 0.05
+
+    def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        time.sleep(seconds * (a.dtype != quick))
+        return bare(a, b)
+
+    def own(*operands: Any, **options: Any) -> torch.Tensor:
+        assert operands[0].dtype == torch.bfloat16
+        time.sleep(seconds * (quick != "expert_linear"))
+        return grouped(*operands, **options)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(speed, "expert_linear", own)
+    monkeypatch.setattr(speed, "_SIDE", {"cpu": 64})
+    speed.measured_peak.cache_clear()
+    assert speed.measured_peak(torch.device("cpu"), torch.bfloat16) > 2 * 64**3 / seconds * 2
     speed.measured_peak.cache_clear()
 
 

@@ -141,6 +141,18 @@ def test_training_by_command(
 
 
 @needs_toml
+def test_a_tokenizer_of_another_start_is_another_run(
+    begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, own = begun / "begun.toml", 'checkpoint = "tokenizer/model.safetensors"'
+    recipe.write_text(RECIPE.replace("[teacher]", f"{own}\n[teacher]", 1))
+    call = ["train-tokenizer", "--config", str(recipe), "--out", str(begun / "tokenizer")]
+    assert cli.main([*call, "--quiet"]) == 1
+    said = capsys.readouterr().err
+    assert "of another [model] checkpoint (it has none, from scratch, now sha256 " in said
+
+
+@needs_toml
 def test_codes_by_command(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = ["tokenize-images", str(begun / "images"), "--quiet", "--out"]
     call += [str(begun / "codes.safetensors")]
