@@ -200,6 +200,13 @@ OPS_BUGS = (
     ),
     # autocast, torch.compile
     Bug(
+        "autocast-lowers-all-beside-a-lowered-operand",
+        "beit3_fast/ops/dispatch.py",
+        "return lower is not None and lower == autocast_dtype(other)",
+        "return lower is not None",
+        (f"{AUTOCAST}::test_double_precision_beside_another_one_is_refused",),
+    ),
+    Bug(
         "autocast-residual-rounded",
         "beit3_fast/ops/expert_linear.py",
         "y = y if residual is None else residual + y",
