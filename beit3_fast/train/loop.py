@@ -21,7 +21,7 @@ from beit3_fast.checkpoint import save_checkpoint
 from beit3_fast.checkpoint.atomic import replacing
 from beit3_fast.checkpoint.lock import held
 from beit3_fast.errors import ConfigError, TrainingError
-from beit3_fast.model.parameters import Encoder
+from beit3_fast.model.stack import set_recompute
 from beit3_fast.progress import Progress
 from beit3_fast.train.average import Average
 from beit3_fast.train.checkpoints import Checkpoints
@@ -135,7 +135,9 @@ class _Run:
         # Sizes are in the weights; heads and drop path are not. FSDP2 gives the model a class of its own.
         self.kind = repr((type(model).__name__, getattr(model, "config", None)))
         own_numbers(0, options.accumulation, processes)
-        _set_recompute(model, options.checkpoint_activations)
+        # At "none" layers stay as the model's config made them.
+        if options.checkpoint_activations != "none":
+            set_recompute(model, options.checkpoint_activations)
         self.engine = engine_for(model, options, processes)
         self.optimizer = Optimizer(model, options)
         self.average = None if options.ema_decay is None else Average(model, options.ema_decay)
@@ -315,10 +317,3 @@ class _Run:
 def _seed(seed: int, number: int) -> None:
     """What is drawn in a micro-batch is a function of its number: of no process, and of no moment of a restart."""
     torch.manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0]))
-
-
-def _set_recompute(model: nn.Module, what: str | int) -> None:
-    """Tell encoders what to compute again; at "none" they stay as they were made."""
-    for module in model.modules():
-        if isinstance(module, Encoder) and what != "none":
-            module.set_recompute(what)
