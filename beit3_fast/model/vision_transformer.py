@@ -75,7 +75,8 @@ class _Block(nn.Module):
     def _attend(self, x: Tensor, layout: TokenLayout, num_heads: int, impl: str) -> Tensor:
         attn = self.attn
         # FSDP2 casts parameters, but no buffers.
-        biases = (attn.q_bias, attn.k_bias.to(attn.q_bias.dtype), attn.v_bias)
+        k_bias = attn.k_bias.to(attn.q_bias.dtype)
+        biases = (attn.q_bias, k_bias, attn.v_bias)
         qkv = _linear(x, attn.qkv.weight, biases, norm=self.norm1, impl=impl)
         q, k, v = qkv.chunk(3, dim=1)
         o = shared_attention(q, k, v, layout, num_heads=num_heads, impl=impl)
