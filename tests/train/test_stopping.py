@@ -21,6 +21,7 @@ from beit3_fast.errors import ConfigError
 from beit3_fast.model import BEiT3ForRetrieval
 from beit3_fast.train import MaskedDataModelling, TrainReport, read_log, train
 from beit3_fast.train.contrastive import ContrastiveTuning
+from beit3_fast.train.processes import joined
 
 FOUR = replace(OPTIONS, steps=3, warmup_steps=1, accumulation=4, save_every=100)
 
@@ -62,11 +63,11 @@ def test_a_signal_comes_before_what_is_to_be_loaded(world: Path, tmp_path: Path)
 
 def test_a_signal_to_one_of_two_processes(world: Path, tmp_path: Path) -> None:
     def work(rank: int) -> Any:
-        own = Loaded(world)
+        own, again = Loaded(world), Loaded(world, at=6)
         objective = terminate_at(1 if rank else 0)
-        first = run(world, tmp_path / "run", FOUR, data=own, objective=objective)
-        again = Loaded(world, at=6)
-        second = run(world, tmp_path / "run", FOUR, data=again)
+        with joined():
+            first = run(world, tmp_path / "run", FOUR, data=own, objective=objective)
+            second = run(world, tmp_path / "run", FOUR, data=again)
         return first.step, own.numbers, second.step, again.numbers
 
     first, second = on_ranks(2, tmp_path / "ranks", work)
