@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from beit3_fast.config import BEiT3Config
-from beit3_fast.errors import ConfigError
 from beit3_fast.model.encoder import Layer
+from beit3_fast.model.stack import Stack, set_recompute
 
 EXPERT_OF = {"vision": "A", "text": "B"}
 
@@ -70,7 +70,7 @@ class EncoderLayer(Layer):
         self.final_layer_norm = multiway(experts, nn.LayerNorm, width, eps)
 
 
-class Encoder(nn.Module):
+class Encoder(Stack):
     """Parameters of the encoder: position tables, layers, output LayerNorm."""
 
     def __init__(self, config: BEiT3Config) -> None:
@@ -91,23 +91,13 @@ class Encoder(nn.Module):
             if config.normalize_output
             else None
         )
-        self.recompute: tuple[str, ...] = ()
         if config.checkpoint_activations:
-            self.set_recompute("layer")
+            set_recompute(self, "layer")
         steps = max(config.num_layers - 1, 1)
         self.drop_path_rates = tuple(
             config.drop_path_rate * depth / steps for depth in range(config.num_layers)
         )
 
-    def set_recompute(self, what: str | int) -> None:
-        """What the backward pass computes again instead of keeping it: "none", the "ffn" of each layer, each "layer", or
-        every ``what``-th layer. Raises ConfigError for more than there are layers."""
-        count = len(self.layers)
-        if isinstance(what, str):
-            self.recompute = (what,) * count
-            return
-        if what > count:
-            raise ConfigError(
-                f"every {what}th layer cannot be recomputed: the model has {count} layers"
-            )
-        self.recompute = tuple("none" if (depth + 1) % what else "layer" for depth in range(count))
+    def in_order(self) -> nn.ModuleList:
+        """See Stack."""
+        return self.layers

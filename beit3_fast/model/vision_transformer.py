@@ -7,12 +7,17 @@ a bias and keys without; the last norm is called fc_norm.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from beit3_fast.errors import ShapeError
 from beit3_fast.layout import TokenLayout
+from beit3_fast.model.stack import Stack
+from beit3_fast.model.work import Product, Work
 from beit3_fast.ops import Norm, expert_linear, patch_embedding, shared_attention
 
 _EPS = 1e-6
@@ -52,18 +57,38 @@ class _Block(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dim, eps=_EPS)
         self.mlp = _MLP(embed_dim)
 
-    def forward(self, x: Tensor, layout: TokenLayout, num_heads: int, impl: str) -> Tensor:
-        attn, mlp = self.attn, self.mlp
-        biases = (attn.q_bias, attn.k_bias, attn.v_bias)
+    def forward(
+        self, x: Tensor, layout: TokenLayout, num_heads: int, impl: str, recompute: str = "none"
+    ) -> Tensor:
+        if not torch.is_grad_enabled():
+            recompute = "none"
+        if recompute == "layer":
+            return _again(self._whole, x, layout, num_heads, impl)
+        x = self._attend(x, layout, num_heads, impl)
+        if recompute == "ffn":
+            return _again(self._feed_forward, x, impl)
+        return self._feed_forward(x, impl)
+
+    def _whole(self, x: Tensor, layout: TokenLayout, num_heads: int, impl: str) -> Tensor:
+        return self._feed_forward(self._attend(x, layout, num_heads, impl), impl)
+
+    def _attend(self, x: Tensor, layout: TokenLayout, num_heads: int, impl: str) -> Tensor:
+        attn = self.attn
+        # FSDP2 casts parameters, but no buffers.
+        k_bias = attn.k_bias.to(attn.q_bias.dtype)
+        biases = (attn.q_bias, k_bias, attn.v_bias)
         qkv = _linear(x, attn.qkv.weight, biases, norm=self.norm1, impl=impl)
         q, k, v = qkv.chunk(3, dim=1)
         o = shared_attention(q, k, v, layout, num_heads=num_heads, impl=impl)
-        x = _linear(o, attn.proj.weight, attn.proj.bias, residual=x, impl=impl)
+        return _linear(o, attn.proj.weight, attn.proj.bias, residual=x, impl=impl)
+
+    def _feed_forward(self, x: Tensor, impl: str) -> Tensor:
+        mlp = self.mlp
         h = _linear(x, mlp.fc1.weight, mlp.fc1.bias, norm=self.norm2, activation="gelu", impl=impl)
         return _linear(h, mlp.fc2.weight, mlp.fc2.bias, residual=x, impl=impl)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Stack):
     """images [B, in_chans, H, W] -> rows of their patches [B, patches, embed_dim]."""
 
     def __init__(
@@ -100,9 +125,30 @@ class VisionTransformer(nn.Module):
         batch, tokens, width = embedded.shape
         layout = TokenLayout.from_lengths([tokens] * batch, [0] * batch, images.device)
         x = embedded.flatten(0, 1)
-        for block in self.blocks:
-            x = block(x, layout, self.num_heads, self.impl)
+        recompute = self.recompute if self.training else ()
+        for depth, block in enumerate(self.blocks):
+            again = recompute[depth] if recompute else "none"
+            x = block(x, layout, self.num_heads, self.impl, again)
         return self.fc_norm(x.view(batch, tokens, width)[:, 1:])
+
+    def in_order(self) -> nn.ModuleList:
+        """See Stack."""
+        return self.blocks
+
+    def work(self, images: int) -> tuple[Work, Work]:
+        """What a forward on so many images needs: the projection of their patches, and the blocks."""
+        _, in_chans, side, _ = self.patch_embed.proj.weight.shape
+        tokens, width = self.pos_embed.shape[1:]
+        rows, depth = images * tokens, len(self.blocks)
+        patches = Product(images * (tokens - 1), in_chans * side**2, width)
+        products = (
+            Product(rows, width, 3 * width, depth),
+            Product(rows, width, width, depth, residual=True),
+            Product(rows, width, 4 * width, depth),
+            Product(rows, 4 * width, width, depth, residual=True),
+        )
+        attention, values = 4.0 * rows * tokens * width * depth, 4.0 * rows * width * depth
+        return Work((patches,)), Work(products, attention, values)
 
     def _init_weights(self) -> None:
         """BEiT's: a normal of 0.02, and the last product of a branch the smaller, the higher its block."""
@@ -118,6 +164,11 @@ class VisionTransformer(nn.Module):
             for number, block in enumerate(blocks, 1):
                 for linear in (block.attn.proj, block.mlp.fc2):
                     linear.weight.div_(math.sqrt(2 * number))
+
+
+def _again(part: Callable[..., Tensor], *given: Any) -> Tensor:
+    """A part of a block that the backward pass computes again instead of keeping it."""
+    return cast(Tensor, checkpoint(part, *given, use_reentrant=False))
 
 
 def _linear(

@@ -7,6 +7,7 @@ parameters are the published ones, so the published files load as they are.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from beit3_fast.checkpoint import Checkpoint, load_checkpoint, read_checkpoint
+from beit3_fast.data.image_data import ImageBatch
 from beit3_fast.errors import CheckpointError, ConfigError, InputError
 from beit3_fast.model.codebook import Codebook
 from beit3_fast.model.device import device_of
 from beit3_fast.model.vision_transformer import VisionTransformer
+from beit3_fast.model.work import Work, linear_work, training_work
 
 _HEAD_DIM = 64
 _STD = 0.02
@@ -143,6 +146,18 @@ class VisualTokenizer(nn.Module):
                 "encoder; give finite images in [-1, 1], and float32 where half precision overflows"
             )
         return self.quantize.nearest(rows.flatten(0, 1)).view(rows.shape[:2])
+
+    def work(self, batch: ImageBatch) -> Work:
+        """What a training step on the batch needs, without what the teacher does."""
+        config, images = self.config, batch.num_samples
+        rows, width = images * math.prod(config.grid_size), config.embed_dim
+        pixels, encoder = self.encoder.work(images)
+        codes, decoder = self.decoder.work(images)
+        heads = linear_work(rows, width, width, config.code_dim)
+        heads += linear_work(rows, width, width, config.teacher_dim)
+        # The choice of a code has no gradient.
+        choice = linear_work(rows, config.code_dim, config.num_codes)
+        return training_work(pixels, encoder + codes + decoder + heads) + choice
 
     def no_weight_decay(self) -> set[str]:
         """Names that the published optimizer exempts from weight decay."""

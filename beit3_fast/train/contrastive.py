@@ -19,8 +19,10 @@ class ContrastiveTuning:
 
     A pair is told apart from all pairs of its micro-batch on all processes, not from those of other micro-batches: for more
     of them raise the micro-batch or the number of processes, not ``accumulation``. The paper's intermediate tuning has 16k pairs
-    a step, lr 3e-5, 5 epochs, drop path 0.3, layer decay 0.95.
+    a step, lr 3e-5, 5 epochs, drop path 0.3, layer decay 0.95. A run is not continued on another number of processes.
     """
+
+    across_processes = True
 
     def counts(self, batch: PairBatch) -> dict[str, int]:
         """Pairs of a micro-batch."""

@@ -21,7 +21,7 @@ from beit3_fast.checkpoint import save_checkpoint
 from beit3_fast.checkpoint.atomic import replacing
 from beit3_fast.checkpoint.lock import held
 from beit3_fast.errors import ConfigError, TrainingError
-from beit3_fast.model.parameters import Encoder
+from beit3_fast.model.stack import set_recompute
 from beit3_fast.progress import Progress
 from beit3_fast.train.average import Average
 from beit3_fast.train.checkpoints import Checkpoints
@@ -49,7 +49,8 @@ class Objective(Protocol):
     """What is minimised: see ``train.objective.MaskedDataModelling``.
 
     ``totals`` are the sums of ``counts`` over the step's micro-batches in all processes; what a call returns for each of
-    them, added, is the step's loss. ``model`` is to be called, not looked into: it may be wrapped.
+    them, added, is the step's loss. ``model`` is to be called, not looked into: it may be wrapped. One that has
+    ``across_processes``, true, compares samples of all processes, so it is another loss on another number of them.
     """
 
     def counts(self, batch: Any) -> Mapping[str, int]: ...
@@ -140,7 +141,9 @@ class _Run:
         # Sizes are in the weights; heads and drop path are not. FSDP2 gives the model a class of its own.
         self.kind = repr((type(model).__name__, getattr(model, "config", None)))
         own_numbers(0, options.accumulation, processes)
-        _set_recompute(model, options.checkpoint_activations)
+        # At "none" layers stay as the model's config made them.
+        if options.checkpoint_activations != "none":
+            set_recompute(model, options.checkpoint_activations)
         self.engine = engine_for(model, options, processes)
         self.optimizer = Optimizer(model, options)
         self.average = None if options.ema_decay is None else Average(model, options.ema_decay)
@@ -162,16 +165,18 @@ class _Run:
                 batches = self._batches()
                 while self.step < options.steps:
                     start = time.perf_counter()
-                    micro = [next(batches) for _ in self._numbers(self.step)]
+                    micro = self._load(batches, stop)
                     totals, told = self._agree(micro, throughput.done(micro), stop)
                     if told["stop"]:
                         break
-                    line = self._do(micro, totals)
+                    line, stops = self._do(micro, totals, stop)
                     line |= throughput.of(told, time.perf_counter() - start)
                     if log and (self.step % options.log_every == 0 or self.step == options.steps):
                         log.write(line)
                     bar.say(f"loss {line['loss']:.3f}, {throughput.said(line)}")
                     bar.add(1, 0 if line["lr"] is not None else 1)
+                    if stops:
+                        break
                     if self.step % options.save_every == 0 and self.step < options.steps:
                         self._save()
                 # Within: a second signal does not end what the first one asked for.
@@ -188,6 +193,15 @@ class _Run:
             self.step, self.skipped, self.resumed, self.loss, complete, self.in_a_row
         )
 
+    def _load(self, batches: Iterator[Any], stop: Stop) -> list[Any]:
+        """This process's micro-batches of a step; fewer where it is asked to stop, since the step is then left out by all."""
+        micro: list[Any] = []
+        for _ in self._numbers(self.step):
+            if stop.asked:
+                break
+            micro.append(next(batches))
+        return micro
+
     def _agree(self, micro: list[Any], done: Mapping[str, float], stop: Stop) -> list[Counter[str]]:
         """What is counted in the step's micro-batches, and what is done with them and who wants to stop, over all processes."""
         counts: Counter[str] = Counter()
@@ -195,8 +209,10 @@ class _Run:
             counts.update(self.objective.counts(batch))
         return self.processes.sums(counts, {**done, "stop": int(stop.asked)})
 
-    def _do(self, micro: list[Any], totals: Counter[str]) -> dict[str, Any]:
-        """One step; its line of the log."""
+    def _do(
+        self, micro: list[Any], totals: Counter[str], stop: Stop
+    ) -> tuple[dict[str, Any], bool]:
+        """One step: its line of the log, and whether a process wants to stop before the next one is loaded."""
         options, engine = self.options, self.engine
         self.optimizer.adamw.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=engine.device)
@@ -212,7 +228,7 @@ class _Run:
         engine.settle()
         limit = float("inf") if options.clip_grad is None else options.clip_grad
         norm = clip(self.optimizer.parameters, limit)
-        terms, told = self.processes.sums(own_terms, {"loss": float(loss)})
+        terms, told = self.processes.sums(own_terms, {"loss": float(loss), "stop": int(stop.asked)})
         self.loss = told["loss"]
         rate = None
         if math.isfinite(self.loss) and math.isfinite(norm):
@@ -226,7 +242,7 @@ class _Run:
             if self.in_a_row > options.max_skipped:
                 self._give_up(micro, norm)
         self.step += 1
-        return {
+        line = {
             "step": self.step,
             "loss": self.loss,
             **terms,
@@ -234,6 +250,7 @@ class _Run:
             "grad_norm": norm,
             "skipped": self.skipped,
         }
+        return line, bool(told["stop"])
 
     def _batches(self) -> Iterator[Any]:
         options = self.options
@@ -303,6 +320,7 @@ class _Run:
 
     def _save(self) -> None:
         facts = {**self._facts(), "skipped": self.skipped, "in_a_row": self.in_a_row}
+        facts["processes"] = self.processes.size
         self.checkpoints.save(self.step, self._state(), facts)
 
     def _resume(self, step: int) -> None:
@@ -313,8 +331,18 @@ class _Run:
                 f"{self.root} holds another run, of another {', '.join(other)}; give another folder, or the same "
                 "arguments to go on with that one"
             )
+        self._check_processes(facts.get("processes", self.processes.size))
         self.checkpoints.load(step, self._state())
         self.step, self.skipped, self.in_a_row = step, facts["skipped"], facts["in_a_row"]
+
+    def _check_processes(self, before: int) -> None:
+        now = self.processes.size
+        if before != now and getattr(self.objective, "across_processes", False):
+            raise ConfigError(
+                f"{self.root} holds a run on {before} processes, this is one on {now}, and "
+                f"{type(self.objective).__name__} tells each pair apart from those of all processes, so its loss would be "
+                f"another; go on on {before}, or give another folder"
+            )
 
 
 def _differences(was: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
@@ -333,10 +361,3 @@ def _differences(was: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
 def _seed(seed: int, number: int) -> None:
     """What is drawn in a micro-batch is a function of its number: of no process, and of no moment of a restart."""
     torch.manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0]))
-
-
-def _set_recompute(model: nn.Module, what: str | int) -> None:
-    """Tell encoders what to compute again; at "none" they stay as they were made."""
-    for module in model.modules():
-        if isinstance(module, Encoder) and what != "none":
-            module.set_recompute(what)

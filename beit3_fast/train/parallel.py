@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from beit3_fast.checkpoint import load_checkpoint
 from beit3_fast.derived import forget
 from beit3_fast.errors import ConfigError
-from beit3_fast.model.encoder import Layer
+from beit3_fast.model.stack import layers_of
 from beit3_fast.train.options import TrainOptions
 from beit3_fast.train.processes import Processes
 
@@ -98,9 +98,8 @@ class Sharded(Engine):
         # Losses are views of one tensor; nobody writes into them.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(self.device.type, (processes.size,))
-        units = [(name, own) for name, own in model.named_modules() if isinstance(own, Layer)]
         singles = {parameter for parameter in model.parameters() if not parameter.dim()}
-        for name, module in (*units, ("", model)):
+        for name, module in (*layers_of(model).items(), ("", model)):
             self.called = fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=singles)
             module.register_forward_pre_hook(
                 lambda module, _, name=name: self._gathered(module, name)

@@ -19,6 +19,7 @@ from bugs.native import NATIVE_BUGS
 from bugs.ops import OPS_BUGS
 from bugs.pretraining import PRETRAINING_BUGS
 from bugs.product import PRODUCT_BUGS
+from bugs.runs import RUNS_BUGS
 from bugs.visual_tokens import VISUAL_TOKENS_BUGS
 
 __all__ = ["BUGS", "Bug"]
@@ -32,6 +33,7 @@ BUGS = (
     *MEASURING_BUGS,
     *KERNEL_GATES_BUGS,
     *PRETRAINING_BUGS,
+    *RUNS_BUGS,
     *FINETUNING_BUGS,
     *VISUAL_TOKENS_BUGS,
     *DISTRIBUTED_BUGS,

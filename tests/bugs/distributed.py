@@ -83,9 +83,9 @@ DISTRIBUTED_BUGS = (
     ),
     Bug(
         "every-other-layer-is-the-first",
-        "beit3_fast/model/parameters.py",
-        '"none" if (depth + 1) % what else "layer"',
-        '"none" if depth % what else "layer"',
+        "beit3_fast/model/stack.py",
+        '"none" if number % what else "layer"',
+        '"none" if (number - 1) % what else "layer"',
         ("tests/model/test_training.py::test_layers_that_are_recomputed",),
     ),
     Bug(

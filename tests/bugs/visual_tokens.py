@@ -67,8 +67,8 @@ VISUAL_TOKENS_BUGS = (
     Bug(
         "tokenizer-gives-the-bias-to-the-keys",
         "beit3_fast/model/vision_transformer.py",
-        "(attn.q_bias, attn.k_bias, attn.v_bias)",
-        "(attn.q_bias, attn.v_bias, attn.k_bias)",
+        "(attn.q_bias, k_bias, attn.v_bias)",
+        "(attn.q_bias, attn.v_bias, k_bias)",
         ("tests/model/test_visual_tokenizer_timm.py::test_the_encoder",),
     ),
     Bug(

@@ -18,6 +18,7 @@ import beit3_fast
 from beit3_fast import derived
 from beit3_fast.errors import ConfigError
 from beit3_fast.model import BEiT3, create_model
+from beit3_fast.model.stack import set_recompute
 from beit3_fast.parity import assert_parity, model_parity
 
 Nv = TINY.num_vision_tokens
@@ -97,7 +98,7 @@ def test_activation_checkpointing_changes_nothing(form: str, what: str | int) ->
     plain = backbone(config).train()
     saving = BEiT3(config.replace(checkpoint_activations=what == "layer")).train()
     if what != "layer":
-        saving.encoder.set_recompute(what)
+        set_recompute(saving, what)
     saving.load_state_dict(plain.state_dict())
     torch.manual_seed(7)
     expected = gradients(plain)
@@ -114,7 +115,7 @@ def test_activation_checkpointing_keeps_less() -> None:
     model = randomize(BEiT3(TINY.replace(num_layers=4))).train()
     kept: dict[str | int, int] = {}
     for what in ("none", 2, "ffn", "layer"):
-        model.encoder.set_recompute(what)
+        set_recompute(model, what)
         sizes: list[int] = []
 
         def pack(t: Tensor, sizes: list[int] = sizes) -> Tensor:
@@ -132,10 +133,10 @@ def test_activation_checkpointing_keeps_less() -> None:
 def test_layers_that_are_recomputed() -> None:
     encoder = BEiT3(TINY.replace(num_layers=5)).encoder
     assert encoder.recompute == ()
-    encoder.set_recompute(2)
+    set_recompute(encoder, 2)
     assert encoder.recompute == ("none", "layer", "none", "layer", "none")
     with pytest.raises(ConfigError, match="every 6th layer cannot be recomputed: the model has 5"):
-        encoder.set_recompute(6)
+        set_recompute(encoder, 6)
 
 
 def test_training_reduces_the_loss_as_plain_pytorch_does() -> None:

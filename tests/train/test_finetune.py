@@ -83,7 +83,7 @@ def test_the_command(
     report = json.loads(capsys.readouterr().out)
     assert (report["steps"], report["skipped"]) == (3, 0)
     head = {"vqav2": "head.0.weight", "retrieval": "vision_head.weight"}[task]
-    assert "pretrained.safetensors; begins anew: " in report["begun"]
+    assert report["begun"].startswith(f"from {world / 'pretrained.safetensors'}; begins anew: ")
     assert head in report["begun"]
     assert "beit3." not in report["begun"].partition("anew")[2]
     assert all(0 <= value <= 1 for value in report["held_out"].values())
@@ -180,7 +180,9 @@ def test_accuracy_is_the_score_of_the_likeliest_answer(world: Path) -> None:
 
     expected = sum(dict(row.target).get(3, 0.0) for row in rows) / len(rows)
     assert expected >= 0.6 / len(rows)
-    assert answer_accuracy(Always(1, 1), data) == {"accuracy": pytest.approx(expected)}
+    judged = Always(1, 1).train()
+    assert answer_accuracy(judged, data) == {"accuracy": pytest.approx(expected)}
+    assert not judged.training, "drop path would draw"
 
 
 def test_recall_knows_the_captions_of_an_image(world: Path) -> None:
@@ -202,7 +204,9 @@ def test_recall_knows_the_captions_of_an_image(world: Path) -> None:
 
     processor = Processor(Tokenizer(world / "world.spm"), image_size=48)
     data = PairedData(rows, 4, processor, lambda batch, targets: batch)
-    found = DOWNSTREAM["retrieval"].score(Known(1, 1), data)
+    judged = Known(1, 1).train()
+    found = DOWNSTREAM["retrieval"].score(judged, data)
+    assert not judged.training, "drop path would draw"
     assert found["IR@1"] == pytest.approx(1 - 1 / len(rows))
     assert found["TR@1"] == 1.0
 

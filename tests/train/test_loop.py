@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from train_cases import OPTIONS, Watched, data, model, run
 
-from beit3_fast.checkpoint import load_checkpoint
+from beit3_fast.checkpoint import load_checkpoint, read_checkpoint
 from beit3_fast.data.masked_batch import TERMS
 from beit3_fast.errors import ConfigError, TrainingError
 from beit3_fast.train import MaskedDataModelling, TrainOptions, read_log, train
@@ -69,6 +69,11 @@ def test_a_step_that_is_not_finite_changes_nothing(what: str, world: Path, tmp_p
     assert (lines[1]["loss"] is None) is (what == "loss")
     assert lines[1]["grad_norm"] is None
     assert all(bool(p.isfinite().all()) for p in own.parameters())
+    average = read_checkpoint(tmp_path / "average.safetensors").state
+    for name, last in own.named_parameters():
+        # What the steps that were made left behind: the first, the fourth and the fifth.
+        expected = seen[0][name].lerp(seen[1][name], 0.5).lerp(seen[4][name], 0.5)
+        assert torch.equal(average[name], expected.lerp(last, 0.5)), name
 
 
 def test_too_many_in_a_row_stop_the_run(world: Path, tmp_path: Path) -> None:

@@ -191,6 +191,21 @@ def test_a_mix_that_the_model_cannot_see(
 
 
 @needs_toml
+def test_only_what_is_trained_on_is_augmented(recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text(RECIPE.replace("[loss]", "[augment]\ncrop = 0.5\nflip = 0.5\n[loss]"))
+    own = read_recipe(recipe)
+    recipe.write_text(RECIPE)
+    plain = read_recipe(recipe)
+    model = own.make_model()
+    data = own.make_data(model, tmp_path)
+    held_out, as_they_are = own.make_held_out(model, data), plain.make_held_out(model, data)
+    assert held_out is not None
+    assert as_they_are is not None
+    assert torch.equal(held_out[0].images, as_they_are[0].images)
+    assert not torch.equal(data[0].images, plain.make_data(model, tmp_path)[0].images)
+
+
+@needs_toml
 def test_a_run_begins_with_given_weights(recipe: Path, world: Path) -> None:
     first = read_recipe(recipe).make_model()
     with torch.no_grad():

@@ -67,6 +67,14 @@ def test_a_run_says_how_fast_it_is(world: Path, tmp_path: Path) -> None:
     assert Throughput.said({"samples_per_s": 2.0}) == "2.0 samples/s"
 
 
+def test_several_devices_can_do_as_much_more(world: Path) -> None:
+    options = TrainOptions(peak_tflops=0.5)
+    one, four = (Throughput(model(world), options, devices) for devices in (1, 4))
+    done = {"samples": 8.0, "flops": 1e12}
+    assert one.of(done, 4.0) == {"samples_per_s": 2.0, "mfu": 0.5}
+    assert four.of(done, 4.0) == {"samples_per_s": 2.0, "mfu": 0.125}
+
+
 def test_the_peak_is_measured_once_and_draws_no_number_of_the_run(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
