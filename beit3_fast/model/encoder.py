@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from beit3_fast.composite._layer_norm import layer_norm as _norm_rows
 from beit3_fast.derived import needs_grad
 from beit3_fast.errors import ShapeError
 from beit3_fast.layout import Part, Selection, TokenLayout
 from beit3_fast.model.drop_path import Draws, Kept, draw, touch
+from beit3_fast.model.stack import computed
 from beit3_fast.ops import (
     Measured,
     Norm,
@@ -75,10 +75,8 @@ def run_layer(
     layer: Any, x: Measured, layout: TokenLayout, recompute: str = "none", **options: Any
 ) -> Measured:
     """``encoder_layer``, the backward pass of which computes the "layer" or its "ffn" again instead of keeping it."""
-    if recompute == "layer" and torch.is_grad_enabled():
-        done = checkpoint(encoder_layer, layer, x, layout, use_reentrant=False, **options)
-        return cast(Measured, done)
-    return encoder_layer(layer, x, layout, recompute_ffn=recompute == "ffn", **options)
+    options["recompute_ffn"] = recompute == "ffn"
+    return computed(encoder_layer, layer, x, layout, again=recompute == "layer", **options)
 
 
 def encoder_layer(
@@ -107,10 +105,7 @@ def encoder_layer(
         x = Measured(residual + y.rows * first.of_rows(own))
     else:
         x = Measured(_attention_of_some(layer, x.rows, layout, residual, own, mask, first, impl))
-    if recompute_ffn and torch.is_grad_enabled():
-        done = checkpoint(feed_forward, layer, x, own, impl, second, use_reentrant=False)
-        return cast(Measured, done)
-    return feed_forward(layer, x, own, impl, second)
+    return computed(feed_forward, layer, x, own, impl, second, again=recompute_ffn)
 
 
 def _attention(

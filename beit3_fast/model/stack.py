@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from itertools import count
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from beit3_fast.errors import ConfigError
 
+T = TypeVar("T")
 
-class Stack(nn.Module):
+
+class Stack(nn.Module, ABC):
     """Layers one above the other. ``recompute`` says of each what the backward pass computes again instead of keeping it: "none",
     "ffn" or "layer"; empty means nothing."""
 
@@ -17,9 +24,16 @@ class Stack(nn.Module):
         super().__init__()
         self.recompute: tuple[str, ...] = ()
 
+    @abstractmethod
     def in_order(self) -> nn.ModuleList:
         """The layers, the first one first; each is called as a module."""
-        raise NotImplementedError
+
+
+def computed(part: Callable[..., T], *given: Any, again: bool, **options: Any) -> T:
+    """What ``part`` returns. With ``again`` the backward pass computes it again instead of keeping what it needs."""
+    if again and torch.is_grad_enabled():
+        return cast(T, checkpoint(part, *given, use_reentrant=False, **options))
+    return part(*given, **options)
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:

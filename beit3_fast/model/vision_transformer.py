@@ -7,16 +7,13 @@ a bias and keys without; the last norm is called fc_norm.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from beit3_fast.errors import ShapeError
 from beit3_fast.layout import TokenLayout
-from beit3_fast.model.stack import Stack
+from beit3_fast.model.stack import Stack, computed
 from beit3_fast.model.work import Product, Work
 from beit3_fast.ops import Norm, expert_linear, patch_embedding, shared_attention
 
@@ -60,17 +57,14 @@ class _Block(nn.Module):
     def forward(
         self, x: Tensor, layout: TokenLayout, num_heads: int, impl: str, recompute: str = "none"
     ) -> Tensor:
-        if not torch.is_grad_enabled():
-            recompute = "none"
-        if recompute == "layer":
-            return _again(self._whole, x, layout, num_heads, impl)
-        x = self._attend(x, layout, num_heads, impl)
-        if recompute == "ffn":
-            return _again(self._feed_forward, x, impl)
-        return self._feed_forward(x, impl)
+        given = (x, layout, num_heads, impl, recompute == "ffn")
+        return computed(self._whole, *given, again=recompute == "layer")
 
-    def _whole(self, x: Tensor, layout: TokenLayout, num_heads: int, impl: str) -> Tensor:
-        return self._feed_forward(self._attend(x, layout, num_heads, impl), impl)
+    def _whole(
+        self, x: Tensor, layout: TokenLayout, num_heads: int, impl: str, recompute_ffn: bool
+    ) -> Tensor:
+        x = self._attend(x, layout, num_heads, impl)
+        return computed(self._feed_forward, x, impl, again=recompute_ffn)
 
     def _attend(self, x: Tensor, layout: TokenLayout, num_heads: int, impl: str) -> Tensor:
         attn = self.attn
@@ -164,11 +158,6 @@ class VisionTransformer(Stack):
             for number, block in enumerate(blocks, 1):
                 for linear in (block.attn.proj, block.mlp.fc2):
                     linear.weight.div_(math.sqrt(2 * number))
-
-
-def _again(part: Callable[..., Tensor], *given: Any) -> Tensor:
-    """A part of a block that the backward pass computes again instead of keeping it."""
-    return cast(Tensor, checkpoint(part, *given, use_reentrant=False))
 
 
 def _linear(

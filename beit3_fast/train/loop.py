@@ -331,7 +331,7 @@ class _Run:
                 f"{self.root} holds another run, of another {', '.join(other)}; give another folder, or the same "
                 "arguments to go on with that one"
             )
-        self._check_processes(facts.get("processes", self.processes.size))
+        self._check_processes(facts["processes"])
         self.checkpoints.load(step, self._state())
         self.step, self.skipped, self.in_a_row = step, facts["skipped"], facts["in_a_row"]
 

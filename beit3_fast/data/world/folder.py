@@ -95,6 +95,7 @@ def _check_room(root: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
+    # The folder itself is locked: a file beside the pictures (checkpoint.lock) would become a part of the world.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
