@@ -6,7 +6,6 @@ parameters are the published ones, so the published files load as they are.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from beit3_fast.checkpoint import Checkpoint, load_checkpoint, read_checkpoint
+from beit3_fast.data.digest import digest_of_tensors
 from beit3_fast.data.image_data import ImageBatch
 from beit3_fast.errors import CheckpointError, ConfigError, InputError
 from beit3_fast.model.codebook import Codebook
@@ -167,11 +167,7 @@ class VisualTokenizer(nn.Module):
     def identity(self) -> str:
         """A digest of all that codes depend on."""
         # The weights do not tell how many heads share their width.
-        digest = hashlib.sha256(f"{self.config.num_heads} heads".encode())
-        for name, tensor in self._of_codes():
-            digest.update(name.encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return digest_of_tensors(self._of_codes(), f"{self.config.num_heads} heads")
 
     def check_codes(self) -> None:
         """Raises CheckpointError for weights that name nothing: a codebook that was never filled, or numbers that are not finite."""

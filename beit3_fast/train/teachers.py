@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from beit3_fast.checkpoint import load_checkpoint, read_checkpoint
 from beit3_fast.config import BEiT3Config
+from beit3_fast.data.digest import digest_of_tensors
 from beit3_fast.data.presets import ImagePreset
 from beit3_fast.errors import CheckpointError, ConfigError
 from beit3_fast.model import BEiT3, create_model
@@ -96,7 +96,8 @@ def backbone_teacher(
         return rows.view(len(images), -1, rows.shape[1])[:, 1:]
 
     own = ImagePreset.get(preset or "square")
-    return Teacher(backbone, features, own.mean, own.std, f"{name} {_digest(backbone)}")
+    identity = f"{name} {digest_of_tensors(backbone.state_dict().items())}"
+    return Teacher(backbone, features, own.mean, own.std, identity)
 
 
 def timm_teacher(
@@ -134,13 +135,5 @@ def timm_teacher(
         return model.head(rows) if project else rows
 
     own = model.pretrained_cfg
-    identity = f"timm {name} {project} {_digest(model)}"
+    identity = f"timm {name} {project} {digest_of_tensors(model.state_dict().items())}"
     return Teacher(model, features, own["mean"], own["std"], identity)
-
-
-def _digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -172,8 +172,8 @@ VISUAL_TOKENS_BUGS = (
     Bug(
         "tokenizers-of-other-heads-are-one",
         "beit3_fast/model/visual_tokenizer.py",
-        'f"{self.config.num_heads} heads".encode()',
-        "",
+        ', f"{self.config.num_heads} heads")',
+        ")",
         ("tests/model/test_visual_tokenizer.py::test_what_tells_one_tokenizer_from_another",),
     ),
     Bug(
