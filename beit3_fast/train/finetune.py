@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -68,6 +69,10 @@ class TaskSources:
                 raise ConfigError(f"{name} must be a number of at least 0, got {value!r}")
         if self.epochs == 0:
             raise ConfigError("epochs must be above 0, got 0; leave it out to count [train] steps")
+        if self.epochs is not None and self.warmup_epochs >= self.epochs:
+            raise ConfigError(
+                f"warmup_epochs must be below epochs, {self.epochs}, got {self.warmup_epochs}"
+            )
 
 
 @dataclass(frozen=True)
@@ -140,10 +145,11 @@ class FineTuning:
         return self._paired(model, rows, self.augment)
 
     def make_held_out(self, model: Any) -> PairedData[Any] | None:
-        """What is never trained on, where the recipe names any."""
+        """What is never trained on, where the recipe names any. Raises ConfigError for images that are."""
         if self.held_out is None:
             return None
         rows = self._rows(self.held_out.index)
+        self._check_apart(rows)
         images = dict.fromkeys(row.image for row in rows)
         kept = set(list(images)[: self.held_out.images])
         return self._paired(model, [row for row in rows if row.image in kept], None)
@@ -177,6 +183,15 @@ class FineTuning:
             raise ConfigError(
                 f"[model] num_classes is {classes!r}, but {name} names {count} answers; leave num_classes out, or name the "
                 "file that belongs to it"
+            )
+
+    def _check_apart(self, held_out: Sequence[PairedRow]) -> None:
+        trained_on = {os.path.realpath(row.image) for row in self._rows(self.data.index)}
+        both = [row.image for row in held_out if os.path.realpath(row.image) in trained_on]
+        if both:
+            raise ConfigError(
+                f"[held_out] index must name images that [data] index does not, got {both[0]} in both, and "
+                f"{len(set(both))} such images in all; take them out of either"
             )
 
     def _rows(self, index: str | Sequence[str]) -> list[PairedRow]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -202,15 +203,20 @@ def farthest(results: Sequence[Tensor], truth: Tensor) -> Tensor:
     return stacked.gather(0, place)[0]
 
 
-class _RoundedOutput(torch.autograd.Function):
-    """Attention in fp64 whose backward pass, as FlashAttention's, takes the sums of P dP from the rounded output."""
+class _FromWhatIsSaved(torch.autograd.Function):
+    """Attention in fp64 whose backward pass has, as FlashAttention's, no more than the output and a log-sum-exp.
+
+    The weights come from scores and a log-sum-exp in fp32 (both in base 2), the sums of P dP from the rounded output.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
         scores = (q.double() @ k.double().mT) * q.shape[-1] ** -0.5
-        weights = scores.masked_fill(~attn_mask, float("-inf")).softmax(-1).nan_to_num(0.0)
-        out = (weights @ v.double()).to(q.dtype)
-        ctx.save_for_backward(q, k, v, weights, out)
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+        out = (scores.softmax(-1).nan_to_num(0.0) @ v.double()).to(q.dtype)
+        log2_scores = (scores / math.log(2)).float()
+        lse = (scores.logsumexp(-1, keepdim=True) / math.log(2)).float()
+        ctx.save_for_backward(q, k, v, (log2_scores - lse).exp2().nan_to_num(0.0), out)
         return out
 
     @staticmethod
@@ -223,11 +229,11 @@ class _RoundedOutput(torch.autograd.Function):
         return dq, dk, dv, None
 
 
-def rounded_output(operands: AttentionOperands, heads: int) -> Tensor:
-    """shared_attention whose gradients are as exact as an output that is stored in the operands' dtype allows."""
+def from_what_is_saved(operands: AttentionOperands, heads: int) -> Tensor:
+    """shared_attention whose gradients are as exact as what FlashAttention saves allows."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
-        return _RoundedOutput.apply(q, k, v, attn_mask)
+        return _FromWhatIsSaved.apply(q, k, v, attn_mask)
 
     return _plain_attention(operands, heads, attention)
 

@@ -251,10 +251,26 @@ def test_epochs_become_steps_and_images_are_few(world: Path) -> None:
     options = recipe.options(data)
     rows = len(data.rows)
     assert (options.steps, options.warmup_steps) == (round(2 * rows / 8), round(rows / 16))
-    assert replace(recipe, data=replace(recipe.data, epochs=1e-6)).options(data).steps == 1
+    assert (
+        replace(recipe, data=replace(recipe.data, epochs=1e-6, warmup_epochs=0.0))
+        .options(data)
+        .steps
+        == 1
+    )
     assert held_out is not None
     assert len(held_out.rows) == 6
     assert len({row.image for row in held_out.rows}) == 3
+
+
+@needs_toml
+def test_images_that_are_trained_on_are_not_held_out(world: Path) -> None:
+    both = ('"vqa.rest_val.jsonl"', '["vqa.rest_val.jsonl", "vqa.trainable_val.jsonl"]')
+    trained_on = ('"vqa.train.jsonl"', '["vqa.train.jsonl", "vqa.trainable_val.jsonl"]')
+    recipe = read_finetuning(write(world, "vqav2", (both, trained_on)))
+    with pytest.raises(
+        ConfigError, match=r"\[held_out\] index must name images .* got .*png in both"
+    ):
+        recipe.make_held_out(recipe.make_model()[0])
 
 
 @needs_toml
@@ -268,6 +284,7 @@ def test_epochs_become_steps_and_images_are_few(world: Path) -> None:
         ("batch_size = 4", "batch_size = 0", "batch_size must be a positive integer"),
         ("batch_size = 4", "epochs = -1", "epochs must be a number of at least 0"),
         ("batch_size = 4", "epochs = 0", "epochs must be above 0"),
+        ("batch_size = 4", "epochs = 2\nwarmup_epochs = 2", "warmup_epochs must be below epochs, 2, got 2"),
         ("[train]", "images = 0\n[train]", "images must be a positive integer"),
     ],
 )  # fmt: skip
