@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -26,6 +25,7 @@ from beit3_fast.train.initial import Initial, start_of
 from beit3_fast.train.options import TrainOptions
 from beit3_fast.train.recipe import embeddings_for
 from beit3_fast.train.recipe_file import (
+    check_apart,
     check_count,
     check_name,
     names_of,
@@ -149,7 +149,8 @@ class FineTuning:
         if self.held_out is None:
             return None
         rows = self._rows(self.held_out.index)
-        self._check_apart(rows)
+        trained_on = self._rows(self.data.index)
+        check_apart((row.image for row in rows), (row.image for row in trained_on))
         images = dict.fromkeys(row.image for row in rows)
         kept = set(list(images)[: self.held_out.images])
         return self._paired(model, [row for row in rows if row.image in kept], None)
@@ -183,15 +184,6 @@ class FineTuning:
             raise ConfigError(
                 f"[model] num_classes is {classes!r}, but {name} names {count} answers; leave num_classes out, or name the "
                 "file that belongs to it"
-            )
-
-    def _check_apart(self, held_out: Sequence[PairedRow]) -> None:
-        trained_on = {os.path.realpath(row.image) for row in self._rows(self.data.index)}
-        both = [row.image for row in held_out if os.path.realpath(row.image) in trained_on]
-        if both:
-            raise ConfigError(
-                f"[held_out] index must name images that [data] index does not, got {both[0]} in both, and "
-                f"{len(set(both))} such images in all; take them out of either"
             )
 
     def _rows(self, index: str | Sequence[str]) -> list[PairedRow]:

@@ -25,6 +25,7 @@ from beit3_fast.train.initial import Initial, start_of
 from beit3_fast.train.objective import MaskedDataModelling
 from beit3_fast.train.options import TrainOptions
 from beit3_fast.train.recipe_file import (
+    check_apart,
     check_count,
     check_name,
     names_of,
@@ -139,11 +140,16 @@ class Recipe:
         return self._mixed(model, sources, codes, self.train.seed, self.augment)
 
     def make_held_out(self, model: BEiT3ForPretraining, data: MixedData) -> MixedData | None:
-        """Batches that are never trained on, where the recipe names any, with the codes of ``data``."""
+        """Batches of images that are never trained on, where the recipe names any, with the codes of ``data``.
+
+        Raises ConfigError for images that are trained on.
+        """
         if self.held_out is None:
             return None
         sources = self.held_out.under(self.folder)
-        return self._mixed(model, sources, data.visual_tokens, self.train.seed + 1, None)
+        held_out = self._mixed(model, sources, data.visual_tokens, self.train.seed + 1, None)
+        check_apart(_image_files(held_out), _image_files(data))
+        return held_out
 
     def _mixed(
         self, model: Any, sources: Any, codes: Any, seed: int, augment: Augment | None
@@ -239,6 +245,10 @@ SECTIONS: dict[str, Any] = {
     "initial": Initial,
     "train": TrainOptions,
 }
+
+
+def _image_files(data: MixedData) -> list[str]:
+    return [row.image for rows in data.rows.values() for row in rows if row.image is not None]
 
 
 def read_recipe(path: str | PathLike[str]) -> Recipe:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -55,6 +56,17 @@ def check_count(field: str, value: Any, least: int) -> None:
     """Raises ConfigError for what is no integer, or a smaller one."""
     if type(value) is not int or value < least:
         raise ConfigError(f"{field} must be an integer of at least {least}, got {value!r}")
+
+
+def check_apart(held_out: Iterable[str], trained_on: Iterable[str]) -> None:
+    """Raises ConfigError for image files that are in both."""
+    known = {os.path.realpath(name) for name in trained_on}
+    both = {name for name in held_out if os.path.realpath(name) in known}
+    if both:
+        raise ConfigError(
+            f"[held_out] must name images that [data] does not, got {min(both)!r} in both, and {len(both)} such images in "
+            "all; take them out of either"
+        )
 
 
 def names_of(value: Any, field: str, what: str) -> list[str]:

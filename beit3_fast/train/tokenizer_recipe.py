@@ -23,7 +23,13 @@ from beit3_fast.model.visual_tokenizer import (
 from beit3_fast.train.distillation import VisualTokenizerDistillation
 from beit3_fast.train.initial import start_of
 from beit3_fast.train.options import TrainOptions
-from beit3_fast.train.recipe_file import check_count, names_of, read_sections, read_tables
+from beit3_fast.train.recipe_file import (
+    check_apart,
+    check_count,
+    names_of,
+    read_sections,
+    read_tables,
+)
 from beit3_fast.train.teachers import Teacher, TeacherOptions
 
 
@@ -95,9 +101,10 @@ class TokenizerRecipe:
         return self._images(tokenizer, self.data, self.train.seed, self.augment)
 
     def make_held_out(self, tokenizer: VisualTokenizer) -> ImageData | None:
-        """Batches that are never trained on, where the recipe names any."""
+        """Batches that are never trained on, where the recipe names any. Raises ConfigError for images that are."""
         if self.held_out is None:
             return None
+        check_apart(self.held_out.under(self.folder), self.data.under(self.folder))
         return self._images(tokenizer, self.held_out, self.train.seed + 1, None)
 
     def make_objective(self, teacher: Teacher) -> VisualTokenizerDistillation:

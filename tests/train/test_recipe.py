@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,9 @@ def test_every_section_arrives(recipe: Path, tmp_path: Path) -> None:
     assert held_out is not None
     assert len(held_out.rows["image"]) == 6
     assert held_out.visual_tokens is data.visual_tokens
+    both = replace(own, held_out=replace(own.held_out, image="imagenet.train.index.jsonl"))
+    with pytest.raises(ConfigError, match=r"\[held_out\] must name images .*, and 10 such images"):
+        both.make_held_out(model, data)
     kept = read_checkpoint(tmp_path / "codes.safetensors").state["centres"]
     assert torch.equal(kept, own.make_data(model, tmp_path).visual_tokens.centres)  # type: ignore[union-attr]
 

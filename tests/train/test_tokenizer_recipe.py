@@ -231,6 +231,7 @@ def test_codes_of_images_scaled_in_another_way(begun: Path, tmp_path: Path) -> N
         ('checkpoint = "teacher', 'timm = "vit"\ncheckpoint = "no', "timm cannot make|not import"),
         ('checkpoint = "teacher.safetensors"', "", r"\[teacher\] a teacher is needed"),
         ('images = "imagenet', 'images = 3 # "', "must be a file, a folder or a list"),
+        ('["images/val"]', '["images/train"]', "must name images .*, and 10 such images in all"),
         ("batch_size = 4", "batch_size = 0", "batch_size must be a positive integer"),
         ("batches = 2", "batches = 0", "batches must be an integer of at least 1, got 0"),
         ("commitment = 0.5", "commitment = -1", "commitment must be a number of at least 0"),
@@ -243,7 +244,9 @@ def test_recipes_that_make_no_sense(old: str, new: str, message: str, begun: Pat
     def make() -> None:
         own = read_tokenizer_recipe(begun / "wrong.toml")
         teacher = own.make_teacher()
-        own.make_data(own.make_tokenizer(teacher))
+        tokenizer = own.make_tokenizer(teacher)
+        own.make_data(tokenizer)
+        own.make_held_out(tokenizer)
         own.make_objective(teacher)
 
     with pytest.raises(ConfigError, match=message):
