@@ -2,8 +2,9 @@
 
 A derived tensor is recomputed when a source's storage, dtype, device or version counter changes; optimizers
 (fused ones too, which leave the counter alone: their steps are watched), ``load_state_dict``, ``copy_`` and
-``.to()`` are all seen. Writing through ``parameter.data`` leaves no trace in
-PyTorch: call ``beit3_fast.refresh(model)`` after it.
+``.to()`` are all seen. What PyTorch writes without counting is not: through ``parameter.data`` or numpy, and by a collective of
+``torch.distributed`` (``broadcast``, ``all_reduce``); call ``beit3_fast.refresh(model)`` after it. Of tensors in shared
+memory, which other processes may write, nothing is kept.
 """
 
 from __future__ import annotations
@@ -16,21 +17,23 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from beit3_fast.errors import ConfigError
+from beit3_fast.locks import fork_safe_lock
 
 T = TypeVar("T")
 Stamp = tuple[tuple[Any, ...], ...]
 
-_lock = threading.RLock()
+_lock = fork_safe_lock()
 _store: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _sources: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_forgotten: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _taken = threading.local()
+_times_forgotten = 0
 
 
 class _Entry(NamedTuple):
@@ -62,17 +65,31 @@ def _stamp(source: Tensor) -> tuple[Any, ...]:
 
 
 def needs_grad(*tensors: Tensor) -> bool:
-    """Whether a computation with these tensors is recorded for gradients, so that nothing of it may be kept."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    """Whether a computation with these tensors is recorded for derivatives, so that nothing of it may be kept."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    return is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether this runs under forward-mode differentiation or a transform of ``torch.func`` (jvp, grad, vmap), which know
+    PyTorch's own calls only."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def derived(kind: str, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
     """``make()``, or what it returned before for these very sources in their present state.
 
-    Tensors made under ``torch.inference_mode`` carry no version counter: for them nothing is kept. Thread
-    safe; ``make`` runs at most once per state.
+    Tensors made under ``torch.inference_mode`` carry no version counter: for them nothing is kept, nor in a transform of
+    ``torch.func``. Thread safe; ``make`` runs at most once per state.
     """
     if torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
+        return make()
+    if is_transformed():
         return make()
     stamp: Stamp = tuple(_stamp(source) for source in sources)
     owner = sources[0]
@@ -87,6 +104,8 @@ def derived(kind: str, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
         if entry is None or not entry.holds(sources, stamp):
             with torch.inference_mode(False), torch.no_grad():
                 value = make()
+            if any(source.is_shared() for source in sources if source.device.type == "cpu"):
+                return taken(value)
             entry = _Entry(
                 stamp,
                 tuple(weakref.ref(source) for source in sources),
@@ -122,7 +141,7 @@ class Snapshot:
     """The tensors of a module as they are: ``holds`` says whether they are the same ones in the same state.
 
     Their memory stays, so no other tensor comes to the same address. Like derived tensors it sees everything but what is
-    written through ``parameter.data``, and that after ``refresh``.
+    written without being counted, and that after ``refresh`` of any module.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -134,7 +153,7 @@ class Snapshot:
             if tensor is not None
         ]
         self._memory = [tensor.detach() for _, _, tensor, _, _ in self._own]
-        self._forgotten = self._times_forgotten()
+        self._forgotten = _times_forgotten
 
     def holds(self) -> bool:
         """Whether every tensor is the one that it was, in its place and unchanged."""
@@ -143,12 +162,7 @@ class Snapshot:
                 return False
             if version is not None and tensor._version != version:
                 return False
-        return self._times_forgotten() == self._forgotten
-
-    def _times_forgotten(self) -> int:
-        with _lock:
-            # Mostly none of any model was.
-            return sum(_forgotten.get(own[2], 0) for own in self._own) if _forgotten else 0
+        return _times_forgotten == self._forgotten
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -156,13 +170,17 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def forget(module: nn.Module) -> None:
-    """Drop everything derived from the parameters and buffers of ``module``. Raises ConfigError for no module."""
+    """Drop everything derived from the parameters and buffers of ``module``: after they were written through ``.data`` or
+    numpy or by a collective of ``torch.distributed``, and before ``torch.utils.swap_tensors``. Raises ConfigError for no module.
+    """
+    global _times_forgotten
     if not isinstance(module, nn.Module):
         raise ConfigError(f"refresh takes a torch.nn.Module, got {type(module).__name__}")
     with _lock:
         for tensor in (*module.parameters(), *module.buffers()):
             _store.pop(tensor, None)
-            _forgotten[tensor] = _forgotten.get(tensor, 0) + 1
+            _sources.pop(tensor, None)
+        _times_forgotten += 1
 
 
 def _after_step(optimizer: Optimizer, *_: object) -> None:

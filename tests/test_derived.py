@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -273,3 +274,48 @@ def test_made_once_for_many_threads() -> None:
     assert len(results) == 8
     assert all(result is results[0] for result in results)
     assert len(made) == 1
+
+
+def test_of_shared_memory_nothing_is_kept() -> None:
+    weight = torch.ones(4).share_memory_()
+    double(weight)
+    # As another process writes: without the counter of this one.
+    weight.numpy()[:] = 3
+    assert_fresh(weight)
+
+
+def test_weights_can_be_swapped_after_refresh() -> None:
+    linear = nn.Linear(2, 2)
+    double(linear.weight)
+    forget(linear)
+    torch.utils.swap_tensors(linear.weight, nn.Parameter(torch.zeros(2, 2)))
+    assert_fresh(linear.weight)
+
+
+def test_a_second_tensor_on_the_same_memory_is_another_source() -> None:
+    weight = torch.randn(3, 3)
+    double(weight)
+    kept, alias = module._store[weight]["double"], weight.t()
+    assert kept.stamp == (module._stamp(alias),)
+    assert not kept.holds((alias,), kept.stamp)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_finds_the_lock_free() -> None:
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with module._lock:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if module._lock.acquire(timeout=5) else 1)
+    _, status = os.waitpid(child, 0)
+    done.set()
+    thread.join()
+    assert status == 0

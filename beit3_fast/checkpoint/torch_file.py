@@ -10,7 +10,6 @@ import argparse
 import io
 import pickle
 import struct
-import threading
 import zipfile
 import zlib
 from typing import Any, BinaryIO
@@ -20,6 +19,7 @@ import torch
 from beit3_fast.checkpoint.pickle_names import NAMESPACE
 from beit3_fast.checkpoint.pickle_scan import MAX_TENSORS, Scan, scan_pickle
 from beit3_fast.errors import CheckpointError
+from beit3_fast.locks import fork_safe_lock
 
 ZIP_MAGIC = b"PK\x03\x04"
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
@@ -33,7 +33,7 @@ _CHUNK = 4 << 20
 # stated in full: the process may have other defaults
 _OPTIONS: dict[str, Any] = {"map_location": "cpu", "weights_only": True, "mmap": False}
 
-_namespace_lock = threading.Lock()
+_namespace_lock = fork_safe_lock()
 
 
 def read_zip(file: BinaryIO, size: int, verify: bool) -> tuple[Any, list[str]]:

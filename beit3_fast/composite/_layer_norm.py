@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3_fast.derived import needs_grad
+from beit3_fast.derived import is_transformed, needs_grad
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """F.layer_norm over the last dimension of x [M, D]; differentiable once where sums have to be mended, else as ever."""
-    if is_narrow(x) and needs_grad(weight, bias) and not torch.compiler.is_compiling():
+    plainly = torch.compiler.is_compiling() or is_transformed()
+    if is_narrow(x) and needs_grad(weight, bias) and not plainly:
         y: Tensor = _LayerNorm.apply(x, weight, bias, eps)
         return y
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)

@@ -5,7 +5,6 @@ Released position tables keep two unused rows in front (a fairseq habit): token 
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
@@ -16,11 +15,12 @@ from beit3_fast.checkpoint.positions import interpolate_positions
 from beit3_fast.config import BEiT3Config
 from beit3_fast.derived import derived, needs_grad, taken
 from beit3_fast.errors import ShapeError
+from beit3_fast.locks import fork_safe_lock
 from beit3_fast.ops.patch_embedding import grid_of, patch_embedding
 
 POSITION_OFFSET = 2
 MOST_GRIDS = 16  # whose interpolated positions a model keeps
-_positions_lock = threading.Lock()
+_positions_lock = fork_safe_lock()
 
 
 class VisionEmbedding(nn.Module):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from beit3_fast.derived import needs_grad
+from beit3_fast.derived import is_transformed, needs_grad
 from beit3_fast.errors import ConfigError, KernelUnavailable
 from beit3_fast.ops import cuda_kernels, kernel_check, library, triton_kernels
 
@@ -34,6 +34,7 @@ _NOT_BUILT = (
 )
 _NO_MASK_TENSOR = "takes mask structures, not a mask tensor"
 _NO_PADDING = "takes batches without padding, this one is padded (torch.compile, capture)"
+_TRANSFORMED = "has reverse-mode gradients only, not torch.func's and not forward-mode ones"
 _INTERPRETED = "runs in an interpreter on CPU tensors: where it is asked for by name, not in 'auto'"
 
 
@@ -51,6 +52,8 @@ class Situation(NamedTuple):
     int8: bool = False
     packed: bool = False
     float8: bool = False
+    # Whether torch.func or forward-mode differentiation sees the call.
+    transformed: bool = False
     # Why the CUDA kernels do not take operands of these sizes.
     misfit: str | None = None
     # Columns of a head of attention.
@@ -117,6 +120,7 @@ def situation(
         int8=int8,
         packed=packed,
         float8=float8,
+        transformed=is_transformed(),
         misfit=misfit,
         head_width=head_width,
     )
@@ -195,6 +199,8 @@ def _triton_obstacle(at: Situation) -> str | None:
 
 
 def _obstacle(impl: str, at: Situation) -> str | None:
+    if at.transformed and impl in ("cpu", "cuda", "triton"):
+        return _TRANSFORMED
     if impl == "cpu":
         return _cpu_obstacle(at)
     if impl == "cuda":
@@ -224,9 +230,9 @@ def _choose(at: Situation, requested: str, doubts: tuple[str | None, str | None]
         )
         return Choice(requested, passed_over)
     against = {
-        "cpu": _cpu_obstacle(at) or _cpu_slower(at),
-        "cuda": _cuda_obstacle(at) or doubts[0],
-        "triton": _triton_obstacle(at) or (doubts[1] if at.device == "cuda" else _INTERPRETED),
+        "cpu": _obstacle("cpu", at) or _cpu_slower(at),
+        "cuda": _obstacle("cuda", at) or doubts[0],
+        "triton": _obstacle("triton", at) or (doubts[1] if at.device == "cuda" else _INTERPRETED),
         "composite": None,
     }
     impl = next(name for name in _AUTO_ORDER if against[name] is None)
@@ -255,11 +261,11 @@ def _chosen(requested: str, *fields: Any) -> Choice:
         requested = os.environ.get("BEIT3_FAST_IMPL") or "auto"
     of_cuda = of_triton = None
     if requested == "auto" and at.device == "cuda":
-        takes_triton = _triton_obstacle(at) is None
+        takes_triton = _obstacle("triton", at) is None
         if takes_triton:
             of_triton = kernel_check.doubt(at.op, at.dtype, at.needs_grad)
         # What is not the first choice is not checked.
-        if not (takes_triton and of_triton is None) and _cuda_obstacle(at) is None:
+        if not (takes_triton and of_triton is None) and _obstacle("cuda", at) is None:
             of_cuda = kernel_check.doubt(_cuda_op(at), at.dtype, at.needs_grad, "cuda")
     return _choose(at, requested, (of_cuda, of_triton))
 

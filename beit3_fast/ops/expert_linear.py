@@ -365,8 +365,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, rows, *parameters = ctx.saved_tensors
     weights, biases, norm_weights, norm_biases = triton_kernels.regrouped(parameters, ctx.sizes)
-    # PyTorch's fp32 products are the faster ones, its bf16 products on most CPUs are not.
-    products = cpu_kernels.PRODUCTS if x.dtype is torch.bfloat16 else PLAIN
+    # PyTorch's fp32 products are the faster ones, its bf16 products on most CPUs are not; only its own have gradients.
+    ours = x.dtype is torch.bfloat16 and not torch.is_grad_enabled()
+    products = cpu_kernels.PRODUCTS if ours else PLAIN
     bounds, eps, activation = ctx.rest
     vectors = (biases, norm_weights, norm_biases)
     dx, *lists = expert_linear_backward(

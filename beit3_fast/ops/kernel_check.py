@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from beit3_fast.locks import fork_safe_lock
 from beit3_fast.ops import (
     cuda_kernels,
     kernel_cases,
@@ -53,7 +54,7 @@ class Outcome(NamedTuple):
     settled: bool = True
 
 
-_lock = threading.RLock()
+_lock = fork_safe_lock()
 # Why not, or None, for each device, kernel and dtype; of this process.
 _doubts: dict[tuple[int, str], str | None] = {}
 

@@ -14,13 +14,14 @@ import os
 import platform
 import re
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
+
+from beit3_fast.locks import fork_safe_lock
 
 logger = logging.getLogger("beit3_fast")
 T = TypeVar("T")
@@ -71,13 +72,13 @@ class _Unusable(Exception):
     """The library cannot be used; the message continues "the library ..."."""
 
 
-_lock = threading.Lock()
+_lock = fork_safe_lock()
 _status: LibraryStatus | None = None
 
 
 def once(make: Callable[[], T]) -> Callable[[], T]:
     """``make`` as a function that runs it in one thread, once, and returns what it returned."""
-    lock, kept = threading.Lock(), cache(make)
+    lock, kept = fork_safe_lock(), cache(make)
 
     @wraps(make)
     def get() -> T:

@@ -13,10 +13,12 @@ A bool tensor is accepted as well and takes PyTorch's own attention, one sample 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from beit3_fast.composite.shared_attention import shared_attention as composite_impl
 from beit3_fast.composite.shared_attention import shared_attention_backward, visible_places
@@ -115,7 +117,9 @@ def measured_shared_attention(
         )
         return Measured(o, parts, q.shape[1] // num_heads) if measure else Measured(o)
     if choice.impl != "reference":
-        return Measured(composite_impl(q, k, v, layout, queries, num_heads, scale, mask))
+        # Of PyTorch's attention only the formula in separate calls has forward-mode derivatives.
+        with sdpa_kernel(SDPBackend.MATH) if at.transformed else nullcontext():
+            return Measured(composite_impl(q, k, v, layout, queries, num_heads, scale, mask))
     if isinstance(layout, PaddedLayout) and valid is not None:
         mask = visible_places(layout, layout, mask)
     return Measured(reference_impl(q, k, v, layout, queries, num_heads, scale, mask))

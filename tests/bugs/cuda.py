@@ -64,8 +64,8 @@ CUDA_BUGS = (
     Bug(
         "cuda-taken-though-its-check-failed",
         "beit3_fast/ops/dispatch.py",
-        '"cuda": _cuda_obstacle(at) or doubts[0],',
-        '"cuda": _cuda_obstacle(at),',
+        '"cuda": _obstacle("cuda", at) or doubts[0],',
+        '"cuda": _obstacle("cuda", at),',
         (f"{CUDA_DISPATCH}::test_kernels_that_fail_are_left_out",),
     ),
     Bug(
