@@ -110,8 +110,9 @@ class BEiT3ForCaptioning(BEiT3Task):
         ``num_beams`` > 1 is the released beam search, 1 takes the likeliest word each time, and ``sample`` with
         num_beams=1 draws words (``temperature``, the likeliest ``top_k``, those that make up ``top_p`` of the
         probability, ``seed``). ``max_length`` counts all tokens, beginning and end included, ``length_penalty`` is
-        the power of the length that a caption's sum of log probabilities is divided by. ``compat`` keeps the released
-        code's habits, see ``beit3_fast.generate.beam``. ``batch_size`` images are decoded at a time.
+        the power of the length that a caption's sum of log probabilities is divided by, from -10 to 10: within these
+        bounds no score of up to 1,024 tokens leaves the numbers of fp32, so that all keep their order. ``compat`` keeps
+        the released code's habits, see ``beit3_fast.generate.beam``. ``batch_size`` images are decoded at a time.
 
         Raises ConfigError for options that make no sense, InputError and ShapeError for images that cannot be used.
         """
