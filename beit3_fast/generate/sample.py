@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from beit3_fast.generate.beam import Results
-from beit3_fast.generate.decoder import Decoder, survivors, words_of
+from beit3_fast.generate.decoder import Decoder, dtype_of_scores, survivors, words_of
 from beit3_fast.generate.options import Options, Special
 
 
 class Chosen(NamedTuple):
-    """The next words int64 [S, W] of the inputs ``origin`` [S], and their log p, fp32 [S, W]."""
+    """The next words int64 [S, W] of the inputs ``origin`` [S], and their log p [S, W], as ``dtype_of_scores`` has it."""
 
     words: Tensor
     log_p: Tensor
@@ -56,7 +56,7 @@ def sample(
     ):
         if results is None:
             results = Results.empty(
-                len(words), options.width, options.max_length - 2, special.mask, words.device
+                len(words), options.width, options.max_length - 2, special.mask, log_p
             )
             results.scores.zero_()
         going = ~results.ended[origin]
@@ -90,7 +90,7 @@ def _choose(
     if not options.sample:
         log_p, words = decoder.likeliest(rows, 1, special)
         return words[..., 0], log_p[..., 0]
-    logits = decoder.logits(rows).float().expand(-1, options.width, -1)
+    logits = decoder.logits(rows).to(dtype_of_scores(rows)).expand(-1, options.width, -1)
     known = words_of(logits.shape[-1], special, logits.device)
     scores = logits.masked_fill(~known, float("-inf"))
     words = _draw(scores / options.temperature, options, generator)
