@@ -84,6 +84,21 @@ PRODUCT_BUGS = (
         "pass",
         ("tests/model/test_properties.py::test_decoding_in_pieces_of_any_size",),
     ),
+    # generate
+    Bug(
+        "beam-negative-penalty-stops-early",
+        "beit3_fast/generate/beam.py",
+        "if options.length_penalty < 0 and not options.compat:",
+        "if False:",
+        ("tests/generate/test_beam.py::test_a_search_that_ends_early_has_missed_nothing",),
+    ),
+    Bug(
+        "sample-top-p-leaves-out-the-word-that-reaches-it",
+        "beit3_fast/generate/sample.py",
+        "p.cumsum(-1) - p >= options.top_p",
+        "p.cumsum(-1) - 0.5 * p >= options.top_p",
+        ("tests/generate/test_sample.py::test_the_word_that_reaches_top_p_is_the_last",),
+    ),
     # embed, cli
     Bug(
         "embed-ranks-take-the-same-shards",

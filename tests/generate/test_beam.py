@@ -10,7 +10,7 @@ import pytest
 import torch
 from decoders import SPECIAL, TableDecoder, every_caption
 
-from beit3_fast.generate import Caption, Options, captions
+from beit3_fast.generate import Caption, Options, beam, captions
 
 
 def search(decoder: TableDecoder, **options: Any) -> list[list[Caption]]:
@@ -61,6 +61,19 @@ def test_the_longest_captions_keep_their_order(penalty: int, width: dict[str, An
     scores = [c.score / 1021.0**penalty for c in plain]
     assert [c.score for c in powered] == pytest.approx(scores, rel=1e-5)
     assert powered[0].score > powered[1].score
+
+
+@pytest.mark.parametrize("penalty", [0.6, -1.0])
+def test_a_search_that_ends_early_has_missed_nothing(
+    penalty: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> list[list[Caption]]:
+        decoder = TableDecoder(300, end=3.0, vocabulary=40)
+        return search(decoder, num_beams=2, max_length=8, length_penalty=penalty)
+
+    early = found()
+    monkeypatch.setattr(beam, "_longest", lambda *_: float("inf"))
+    assert found() == early
 
 
 def test_finished_inputs_leave() -> None:
