@@ -199,3 +199,31 @@ def test_images_that_are_not_finite(poison: float) -> None:
             model.caption([image[0], image[0], spoiled], mask_id=91, **options)
     with pytest.raises(InputError, match="image 0 holds NaN"):
         model.stream_caption(spoiled, mask_id=91)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 3, "compat": True},
+        {"num_beams": 1},
+        {"num_beams": 1, "sample": True, "seed": 0},
+        {"num_beams": 1, "sample": True, "top_p": 0.5, "num_return_sequences": 2},
+    ],
+)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite(poison: float, options: dict[str, Any]) -> None:
+    model = create_model(NAME)
+    with torch.no_grad():
+        model.mlm_head.bias[50] = poison
+    with pytest.raises(InputError, match="the scores of image 0 are not finite"):
+        model.caption(image, mask_id=91, **options)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_stream_that_is_not_finite(sample: bool) -> None:
+    model = create_model(NAME)
+    with torch.no_grad():
+        model.mlm_head.bias[50] = float("nan")
+    with pytest.raises(InputError, match="the scores of image 0 are not finite"):
+        list(model.stream_caption(image, mask_id=91, sample=sample))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from beit3_fast.finite import for_json
 
 
 @dataclass(frozen=True)
@@ -25,3 +29,8 @@ def version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def print_json(report: Any, indent: int | None = 2) -> None:
+    """Print a document that every reader takes: plain ASCII, null for numbers that are not finite."""
+    print(json.dumps(for_json(report), indent=indent, allow_nan=False))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from beit3_fast.cli.command import print_json
 from beit3_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -157,8 +156,7 @@ def positive(text: str) -> int:
 def show(arguments: argparse.Namespace, report: list[dict[str, Any]], lines: list[str]) -> int:
     """Print one JSON document or the lines for people, and return 0."""
     if arguments.json:
-        json.dump(report, sys.stdout, indent=2, ensure_ascii=False)
-        print()
+        print_json(report)
     else:
         print("\n".join(lines))
     return 0
@@ -166,9 +164,10 @@ def show(arguments: argparse.Namespace, report: list[dict[str, Any]], lines: lis
 
 def show_run(arguments: argparse.Namespace, report: dict[str, Any], lines: list[str]) -> int:
     """Print what a run did as one line of JSON or the lines for people, and return 0."""
-    from beit3_fast.train.log import for_json
-
-    print(json.dumps(for_json(report)) if arguments.json else "\n".join(lines))
+    if arguments.json:
+        print_json(report, indent=None)
+    else:
+        print("\n".join(lines))
     return 0
 
 

@@ -105,5 +105,7 @@ def _draw(scores: Tensor, options: Options, generator: torch.Generator | None) -
     if options.top_p is not None:
         # The likeliest words whose probabilities sum up to top_p, the one that reaches it included.
         p = p.masked_fill(p.cumsum(-1) - p >= options.top_p, 0.0)
+    # No number is drawn from NaN, on a GPU not even an error comes back; the score of such a word is NaN, too, and is seen.
+    p = p.masked_fill(p.isnan(), 1.0)
     drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator)
     return words.gather(-1, drawn.view(*p.shape[:-1], 1))[..., 0]

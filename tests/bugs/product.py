@@ -99,6 +99,21 @@ PRODUCT_BUGS = (
         "p.cumsum(-1) - 0.5 * p >= options.top_p",
         ("tests/generate/test_sample.py::test_the_word_that_reaches_top_p_is_the_last",),
     ),
+    # scores that are not finite
+    Bug(
+        "answers-of-numbers-that-are-not-finite",
+        "beit3_fast/model/tasks.py",
+        '            check_finite(logits, "question", range(start, start + len(logits)))\n',
+        "",
+        ("tests/model/test_answers.py::test_an_image_that_is_not_finite_has_no_answer",),
+    ),
+    Bug(
+        "overflow-seen-in-the-sigmoid-only",
+        "beit3_fast/model/tasks.py",
+        'check_finite(logits, "question"',
+        'check_finite(logits.sigmoid(), "question"',
+        ("tests/model/test_answers.py::test_a_score_of_one_may_be_an_overflow",),
+    ),
     # embed, cli
     Bug(
         "embed-ranks-take-the-same-shards",
