@@ -13,6 +13,8 @@ from beit3_fast.errors import ConfigError
 if TYPE_CHECKING:
     from beit3_fast.train.processes import Processes
 
+_MOST = 2**31 - 1
+
 
 def add_model(parser: argparse.ArgumentParser, example: str, *, tokenizer: bool) -> None:
     """--model, --checkpoint, --tokenizer, --batch-size, and those of ``add_runtime``."""
@@ -146,10 +148,13 @@ def image_paths(arguments: Sequence[str]) -> list[str]:
 
 
 def positive(text: str) -> int:
-    """A positive integer, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
+    """A positive integer that any tensor's size may be, for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value <= _MOST:
+        raise argparse.ArgumentTypeError(f"expected an integer from 1 to {_MOST}, got {text!r:.40}")
     return value
 
 
