@@ -1,6 +1,7 @@
 """The command ``beit3-fast``: one entry in ``COMMANDS`` for each subcommand.
 
-Exit codes: 0 done, 1 it could not be done (one line on stderr says why and how to mend it), 2 wrong usage.
+Exit codes: 0 done, 1 it could not be done (one line on stderr says why and how to mend it) or not for all images (a line
+for each of the others), 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from beit3_fast.cli.answer import ANSWER, REASON
 from beit3_fast.cli.bench import BENCH
 from beit3_fast.cli.caption import CAPTION
 from beit3_fast.cli.classify import CLASSIFY
-from beit3_fast.cli.command import Command, version_of
+from beit3_fast.cli.command import Command, complain, version_of
 from beit3_fast.cli.convert import CONVERT
 from beit3_fast.cli.embed import EMBED
 from beit3_fast.cli.finetune import FINETUNE, REPORT
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "there is not enough memory for this; lower --batch-size, or take a smaller model",
         )
     except KeyboardInterrupt:
-        print(f"beit3-fast {arguments.command}: interrupted", file=sys.stderr)
+        complain(arguments.command, "interrupted")
         return 130
     except BrokenPipeError:
         # whoever read our output has seen enough; without this Python complains once more while it shuts down
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(arguments: argparse.Namespace, why: str) -> int:
-    print(f"beit3-fast {arguments.command}: {_one_line(why)}", file=sys.stderr)
+    complain(arguments.command, why)
     return 1
 
 
@@ -110,13 +111,6 @@ def _is_out_of_memory(error: Exception) -> bool:
     """PyTorch says it by class on a GPU, and by its words on a CPU."""
     words = ("allocate memory", "out of memory")
     return isinstance(error, MemoryError) or any(own in str(error) for own in words)
-
-
-def _one_line(message: str) -> str:
-    """A message of several lines as one; the listing of a file that fits nowhere is cut, its first words are kept."""
-    parts = [part.strip() for part in message.splitlines()]
-    room = 160 if len(message) > 1200 else len(message)
-    return "; ".join(part if len(part) <= room else part[:room] + " ..." for part in parts)
 
 
 def _parser() -> argparse.ArgumentParser:

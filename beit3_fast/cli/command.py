@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,14 @@ class Command:
     example: str
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+
+
+def complain(command: str, why: str) -> None:
+    """One line on stderr; of a message of several the listing of a file that fits nowhere is cut, its first words are kept."""
+    parts = [part.strip() for part in why.splitlines()]
+    room = 160 if len(why) > 1200 else len(why)
+    line = "; ".join(part if len(part) <= room else part[:room] + " ..." for part in parts)
+    print(f"beit3-fast {command}: {line}", file=sys.stderr)
 
 
 def version_of(package: str) -> str | None:

@@ -116,6 +116,20 @@ PRODUCT_BUGS = (
     ),
     # embed, cli
     Bug(
+        "cli-caption-batches-draw-the-same",
+        "beit3_fast/cli/caption.py",
+        "arguments.seed + first",
+        "arguments.seed",
+        ("tests/test_cli_tasks.py::test_batches_are_drawn_apart",),
+    ),
+    Bug(
+        "cli-images-that-are-missing-are-no-failure",
+        "beit3_fast/cli/options.py",
+        "return 1 if missing else 0",
+        "return 0",
+        ("tests/test_cli_tasks.py::test_one_bad_image_is_named_and_the_others_are_done",),
+    ),
+    Bug(
         "embed-ranks-take-the-same-shards",
         "beit3_fast/embed/ranks.py",
         'while (index := self.store.add("taken", 1) - 1) < len(todo):',
