@@ -33,7 +33,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens at most, beginning and end included (default: %(default)s)",
     )
     parser.add_argument(
-        "--length-penalty", type=float, default=0.6, metavar="X", help="default: %(default)s"
+        "--length-penalty",
+        type=float,
+        default=0.6,
+        metavar="X",
+        help="from -10 to 10 (default: %(default)s)",
     )
     parser.add_argument(
         "--captions", type=positive, default=1, metavar="N", help="captions for each image"
