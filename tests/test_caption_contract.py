@@ -104,16 +104,23 @@ def test_packed_keys_are_for_the_compiled_kernels() -> None:
 
 
 OPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"num_beams": 0}, "num_beams must be an integer of at least 1, got 0"),
-    ({"num_beams": 2.0}, "num_beams must be an integer of at least 1, got 2.0"),
+    ({"num_beams": 0}, "num_beams must be an integer from 1 to 2147483647, got 0"),
+    ({"num_beams": 2.0}, "num_beams must be an integer from 1 to 2147483647, got 2.0"),
     ({"num_beams": True}, "num_beams must be an integer.*got True"),
     ({"num_beams": 30}, "num_beams must be at most 29 for a vocabulary of 89 words, got 30"),
-    ({"max_length": 2}, "max_length must be an integer of at least 3, got 2"),
+    ({"max_length": 2}, "max_length must be an integer from 3 to 2147483647, got 2"),
     ({"max_length": None}, "max_length must be an integer.*got None"),
     ({"max_length": 1023}, "at most 1022, the text positions of this model, got 1023"),
     ({"length_penalty": float("nan")}, "length_penalty must be a finite number, got nan"),
     ({"length_penalty": "1"}, "length_penalty must be a finite number, got '1'"),
-    ({"num_return_sequences": 0}, "num_return_sequences must be an integer of at least 1"),
+    ({"length_penalty": 300}, "length_penalty must be from -10 to 10, got 300"),
+    ({"length_penalty": -10.5}, "length_penalty must be from -10 to 10, got -10.5"),
+    ({"num_beams": 10**24}, "num_beams must be an integer from 1 to 2147483647, got 10000000"),
+    (
+        {"sample": True, "num_beams": 1, "num_return_sequences": 10**24},
+        "num_return_sequences must be an integer from 1 to 2147483647, got 10000000",
+    ),
+    ({"num_return_sequences": 0}, "num_return_sequences must be an integer from 1"),
     ({"num_return_sequences": 4}, "at most num_beams = 3 without sample=True, got 4"),
     ({"sample": 1}, "sample must be True or False, got 1"),
     ({"sample": True}, "takes num_beams=1, got num_beams=3"),
@@ -121,10 +128,13 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"temperature": 0.5, "seed": 1}, "temperature, seed needs sample=True"),
     ({"sample": True, "temperature": 10**400}, "temperature must be a finite number"),
     ({"temperature": 0.0}, "temperature must be from 0.0001 to 10000, got 0.0"),
-    ({"sample": True, "num_beams": 1, "top_k": 0}, "top_k must be an integer of at least 1"),
+    ({"sample": True, "num_beams": 1, "top_k": 0}, "top_k must be an integer from 1 "),
     ({"sample": True, "num_beams": 1, "top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
     ({"sample": True, "num_beams": 1, "top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
-    ({"sample": True, "num_beams": 1, "seed": -1}, "seed must be an integer of at least 0"),
+    (
+        {"sample": True, "num_beams": 1, "seed": -1},
+        "seed must be an integer from 0 to 9223372036854775807, got -1",
+    ),
     ({"sample": True, "num_beams": 1, "compat": True}, "released beam search, which does not"),
     ({"compat": "yes"}, "compat must be True or False, got 'yes'"),
     ({"mask_id": None}, "not known for a vocabulary of 100, got mask_id=None; pass a processor"),
@@ -189,3 +199,31 @@ def test_images_that_are_not_finite(poison: float) -> None:
             model.caption([image[0], image[0], spoiled], mask_id=91, **options)
     with pytest.raises(InputError, match="image 0 holds NaN"):
         model.stream_caption(spoiled, mask_id=91)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 3, "compat": True},
+        {"num_beams": 1},
+        {"num_beams": 1, "sample": True, "seed": 0},
+        {"num_beams": 1, "sample": True, "top_p": 0.5, "num_return_sequences": 2},
+    ],
+)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite(poison: float, options: dict[str, Any]) -> None:
+    model = create_model(NAME)
+    with torch.no_grad():
+        model.mlm_head.bias[50] = poison
+    with pytest.raises(InputError, match="the scores of image 0 are not finite"):
+        model.caption(image, mask_id=91, **options)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_stream_that_is_not_finite(sample: bool) -> None:
+    model = create_model(NAME)
+    with torch.no_grad():
+        model.mlm_head.bias[50] = float("nan")
+    with pytest.raises(InputError, match="the scores of image 0 are not finite"):
+        list(model.stream_caption(image, mask_id=91, sample=sample))

@@ -55,6 +55,39 @@ def test_caption(shop: Shop, run: Any) -> None:
     assert run(*call, "--compat", "--length-penalty", "0", "--dtype", "bfloat16")
 
 
+@pytest.mark.parametrize("batch_size", ["1", "2", "16"])
+def test_one_bad_image_is_named_and_the_others_are_done(
+    batch_size: str, shop: Shop, run: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_text("no image")
+    photos = [shop.photos[0], str(bad), *shop.photos[1:]]
+    options = ("--batch-size", batch_size, "--json")
+    for call in (
+        ("caption", *shop.model("captioning"), "--max-length", "6", *options),
+        ("classify", *shop.model("imageclassification", tokenizer=False), *options),
+        ("classify", "--label", "cat", "--label", "cup", *shop.model("retrieval"), *options),
+    ):
+        whole = run(*call, *shop.photos)
+        assert cli.main((*call, *photos)) == 1
+        captured = capsys.readouterr()
+        found = json.loads(captured.out)
+        assert [entry["image"] for entry in found] == [entry["image"] for entry in whole]
+        name = "captions" if call[0] == "caption" else "classes"
+        for entry, other in zip(found, whole, strict=True):
+            for own, sound in zip(entry[name], other[name], strict=True):
+                assert own == sound | {"score": pytest.approx(sound["score"], abs=1e-4)}
+        assert captured.err.startswith(f"beit3-fast {call[0]}: skipped {bad}: ")
+        assert captured.err.count("\n") == 1
+
+
+def test_batches_are_drawn_apart(shop: Shop, run: Any) -> None:
+    call = ("caption", *[shop.photos[0]] * 3, *shop.model("captioning"), "--sample", "--seed", "3")
+    apart = run(*call, "--batch-size", "1", "--json")
+    assert len({entry["captions"][0]["text"] for entry in apart}) == 3
+    assert run(*call, "--batch-size", "1", "--json") == apart
+
+
 def test_answer(shop: Shop, run: Any) -> None:
     questions = ["What animal is this?", "How many coins?"]
     call = ("answer", shop.photos[0], *questions, "--answers", shop.answers, "--top-k", "3")
@@ -186,7 +219,10 @@ def test_what_is_refused(shop: Shop, refuse: Any, tmp_path: Path) -> None:
         (("embed", photo, "--out", index, "--engine", "x", *retrieval), "ray, got 'x'"),
         (("search", f"{index}/no/x", "--build", photo, *retrieval), "does not exist; make it"),
         (("caption", photo, *captioning, "--device", "xpu"), "device 'xpu' cannot be used"),
-        (("caption", photo, *captioning, "--sample", "--seed", "9" * 30), "seed must be below"),
+        (
+            ("caption", photo, *captioning, "--sample", "--seed", "9" * 30),
+            "seed must be an integer from 0",
+        ),
     ):
         assert message in refuse(*arguments)
     assert not Path(index).exists()

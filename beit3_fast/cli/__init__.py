@@ -1,11 +1,14 @@
 """The command ``beit3-fast``: one entry in ``COMMANDS`` for each subcommand.
 
-Exit codes: 0 done, 1 it could not be done (one line on stderr says why and how to mend it), 2 wrong usage.
+Exit codes: 0 done, 1 it could not be done (one line on stderr says why and how to mend it) or not for all images (a line
+for each of the others), 2 wrong usage.
 """
 
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import sys
 from collections.abc import Sequence
 
@@ -13,7 +16,7 @@ from beit3_fast.cli.answer import ANSWER, REASON
 from beit3_fast.cli.bench import BENCH
 from beit3_fast.cli.caption import CAPTION
 from beit3_fast.cli.classify import CLASSIFY
-from beit3_fast.cli.command import Command, version_of
+from beit3_fast.cli.command import Command, complain, version_of
 from beit3_fast.cli.convert import CONVERT
 from beit3_fast.cli.embed import EMBED
 from beit3_fast.cli.finetune import FINETUNE, REPORT
@@ -49,41 +52,65 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code; usage errors and ``--help`` leave through SystemExit."""
     arguments = _parser().parse_args(argv)
+    _escape_what_cannot_be_printed()
     try:
         code = COMMANDS[arguments.command].run(arguments)
         sys.stdout.flush()
         return code
     except Beit3FastError as error:
-        print(f"beit3-fast {arguments.command}: {_one_line(str(error))}", file=sys.stderr)
-        return 1
+        return _failed(arguments, str(error))
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        print(
-            f"beit3-fast {arguments.command}: there is not enough memory for this; lower --batch-size, or take a smaller model",
-            file=sys.stderr,
+        return _failed(
+            arguments,
+            "there is not enough memory for this; lower --batch-size, or take a smaller model",
         )
-        return 1
     except KeyboardInterrupt:
-        print(f"beit3-fast {arguments.command}: interrupted", file=sys.stderr)
+        complain(arguments.command, "interrupted")
         return 130
     except BrokenPipeError:
         # whoever read our output has seen enough; without this Python complains once more while it shuts down
         sys.stdout = None
         return 1
+    except OSError as error:
+        return _failed(arguments, _of_the_system(error))
+
+
+def _failed(arguments: argparse.Namespace, why: str) -> int:
+    complain(arguments.command, why)
+    return 1
+
+
+def _of_the_system(error: OSError) -> str:
+    """What went wrong with which file, and how to go on; output that cannot be written is given up."""
+    from beit3_fast.checkpoint.atomic import mend
+
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # as for a closed pipe
+        sys.stdout = None
+    name = "" if error.filename is None else f": {error.filename!r}"
+    return f"{error.strerror or error}{name}{mend(error)}"
+
+
+def _escape_what_cannot_be_printed() -> None:
+    """Letters that the encoding of stdout has not are no error; file names in UTF-8 stay byte for byte, where they do."""
+    out = sys.stdout
+    if not isinstance(out, io.TextIOWrapper):
+        return
+    escapes = (
+        {"strict"} if codecs.lookup(out.encoding).name == "utf-8" else {"strict", "surrogateescape"}
+    )
+    if out.errors in escapes:
+        out.reconfigure(errors="backslashreplace")
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     """PyTorch says it by class on a GPU, and by its words on a CPU."""
     words = ("allocate memory", "out of memory")
     return isinstance(error, MemoryError) or any(own in str(error) for own in words)
-
-
-def _one_line(message: str) -> str:
-    """A message of several lines as one; the listing of a file that fits nowhere is cut, its first words are kept."""
-    parts = [part.strip() for part in message.splitlines()]
-    room = 160 if len(message) > 1200 else len(message)
-    return "; ".join(part if len(part) <= room else part[:room] + " ..." for part in parts)
 
 
 def _parser() -> argparse.ArgumentParser:

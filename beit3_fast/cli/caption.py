@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from beit3_fast.cli.command import Command
-from beit3_fast.cli.options import add_model, image_paths, load_model, positive, show
+from beit3_fast.cli.options import (
+    IMAGES_HELP,
+    add_model,
+    image_paths,
+    load_model,
+    of_each,
+    positive,
+    show,
+)
 from beit3_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from beit3_fast.generate import Caption
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders of images")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help=IMAGES_HELP)
     parser.add_argument("--num-beams", type=positive, metavar="N", help="default: 3; 1: greedy")
     parser.add_argument(
         "--max-length",
@@ -21,7 +33,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens at most, beginning and end included (default: %(default)s)",
     )
     parser.add_argument(
-        "--length-penalty", type=float, default=0.6, metavar="X", help="default: %(default)s"
+        "--length-penalty",
+        type=float,
+        default=0.6,
+        metavar="X",
+        help="from -10 to 10 (default: %(default)s)",
     )
     parser.add_argument(
         "--captions", type=positive, default=1, metavar="N", help="captions for each image"
@@ -46,29 +62,32 @@ def _run(arguments: argparse.Namespace) -> int:
         return _stream(arguments, paths)
     model, processor = load_model(arguments, "captioning", "caption")
     beams = arguments.num_beams or (1 if arguments.sample else 3)
-    found = model.caption(
-        paths,
-        beams,
-        arguments.max_length,
-        arguments.length_penalty,
-        arguments.captions,
-        processor=processor,
-        sample=arguments.sample,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        compat=arguments.compat,
-        batch_size=arguments.batch_size,
-    )
+
+    def call(own: list[str], first: int) -> list[list[Caption]]:
+        # One seed for all batches would draw the same numbers in each.
+        seed = None if arguments.seed is None else arguments.seed + first
+        return model.caption(
+            own,
+            beams,
+            arguments.max_length,
+            arguments.length_penalty,
+            arguments.captions,
+            processor=processor,
+            sample=arguments.sample,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=seed,
+            compat=arguments.compat,
+            batch_size=arguments.batch_size,
+        )
+
+    found = of_each(arguments, paths, call)
     report = [
-        {"image": path, "captions": [asdict(caption) for caption in own]}
-        for path, own in zip(paths, found, strict=True)
+        {"image": path, "captions": [asdict(caption) for caption in own]} for path, own in found
     ]
-    lines = [
-        f"{path}: {caption.text}" for path, own in zip(paths, found, strict=True) for caption in own
-    ]
-    return show(arguments, report, lines)
+    lines = [f"{path}: {caption.text}" for path, own in found for caption in own]
+    return show(arguments, report, lines, len(paths) - len(found))
 
 
 def _stream(arguments: argparse.Namespace, paths: list[str]) -> int:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 from beit3_fast.cli.command import Command
 from beit3_fast.cli.options import (
+    IMAGES_HELP,
     add_model,
     guess_lines,
     guesses,
     image_paths,
     load_model,
+    of_each,
     positive,
     show,
 )
 from beit3_fast.errors import ConfigError
 
+if TYPE_CHECKING:
+    from beit3_fast.model.guess import Guess
+
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders of images")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help=IMAGES_HELP)
     parser.add_argument(
         "--labels", metavar="FILE", help="the names of the classes, one a line in their order"
     )
@@ -44,14 +51,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     paths = image_paths(arguments.images)
-    found = _by_name(arguments, paths) if arguments.label else _by_class(arguments, paths)
-    pairs = list(zip(paths, found, strict=True))
+    classify = _by_name(arguments) if arguments.label else _by_class(arguments)
+    pairs = of_each(arguments, paths, lambda own, _: classify(own))
     report = [{"image": path, "classes": guesses(own)} for path, own in pairs]
     lines = [line for path, own in pairs for line in (f"{path}:", *guess_lines(own))]
-    return show(arguments, report, lines)
+    return show(arguments, report, lines, len(paths) - len(pairs))
 
 
-def _by_class(arguments: argparse.Namespace, paths: list[str]) -> Any:
+def _by_class(arguments: argparse.Namespace) -> Callable[[list[str]], list[list[Guess]]]:
     from beit3_fast.data import read_labels
 
     if arguments.template or arguments.tokenizer:
@@ -61,16 +68,16 @@ def _by_class(arguments: argparse.Namespace, paths: list[str]) -> Any:
     model, processor = load_model(
         arguments, "imageclassification", "classify without --label (zero-shot)"
     )
-    return model.classify(
-        paths,
-        arguments.top_k,
+    return partial(
+        model.classify,
+        top_k=arguments.top_k,
         labels=getattr(arguments, "names", None),
         processor=processor,
         batch_size=arguments.batch_size,
     )
 
 
-def _by_name(arguments: argparse.Namespace, paths: list[str]) -> Any:
+def _by_name(arguments: argparse.Namespace) -> Callable[[list[str]], list[list[Guess]]]:
     from beit3_fast.retrieval import zero_shot_classifier
     from beit3_fast.retrieval.zero_shot import TEMPLATES
 
@@ -82,7 +89,7 @@ def _by_name(arguments: argparse.Namespace, paths: list[str]) -> Any:
     classify = zero_shot_classifier(
         model, arguments.label, arguments.template or TEMPLATES, processor=processor
     )
-    return classify(paths, arguments.top_k, batch_size=arguments.batch_size)
+    return partial(classify, top_k=arguments.top_k, batch_size=arguments.batch_size)
 
 
 CLASSIFY = Command(

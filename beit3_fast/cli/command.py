@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from beit3_fast.finite import for_json
 
 
 @dataclass(frozen=True)
@@ -17,6 +22,14 @@ class Command:
     run: Callable[[argparse.Namespace], int]
 
 
+def complain(command: str, why: str) -> None:
+    """One line on stderr; of a message of several the listing of a file that fits nowhere is cut, its first words are kept."""
+    parts = [part.strip() for part in why.splitlines()]
+    room = 160 if len(why) > 1200 else len(why)
+    line = "; ".join(part if len(part) <= room else part[:room] + " ..." for part in parts)
+    print(f"beit3-fast {command}: {line}", file=sys.stderr)
+
+
 def version_of(package: str) -> str | None:
     """The installed version of a package, None where there is none."""
     from importlib.metadata import PackageNotFoundError, version
@@ -25,3 +38,8 @@ def version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def print_json(report: Any, indent: int | None = 2) -> None:
+    """Print a document that every reader takes: plain ASCII, null for numbers that are not finite."""
+    print(json.dumps(for_json(report), indent=indent, allow_nan=False))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +77,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
     path = write_page(Path(arguments.out), [Path(run) for run in arguments.runs])
     report = {"page": str(path), "runs": arguments.runs}
-    print(json.dumps(report) if arguments.json else f"{path}: {len(arguments.runs)} runs")
-    return 0
+    return show_run(arguments, report, [f"{path}: {len(arguments.runs)} runs"])
 
 
 FINETUNE = Command(

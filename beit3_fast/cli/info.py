@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from beit3_fast.cli.command import Command, version_of
+from beit3_fast.cli.command import Command, print_json, version_of
 
 
 def _info_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,9 +17,7 @@ def _info_arguments(parser: argparse.ArgumentParser) -> None:
 def _info(arguments: argparse.Namespace) -> int:
     report = environment()
     if arguments.json:
-        import json
-
-        print(json.dumps(report, indent=2))
+        print_json(report)
         return 0
     for heading, value in report.items():
         if isinstance(value, dict):

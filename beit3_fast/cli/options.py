@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from beit3_fast.errors import ConfigError
+from beit3_fast.cli.command import complain, print_json
+from beit3_fast.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from beit3_fast.train.processes import Processes
+
+_MOST = 2**31 - 1
 
 
 def add_model(parser: argparse.ArgumentParser, example: str, *, tokenizer: bool) -> None:
@@ -146,29 +147,69 @@ def image_paths(arguments: Sequence[str]) -> list[str]:
     return paths
 
 
+# For a command whose images are read by ``of_each``.
+IMAGES_HELP = "files, or folders of images; one that cannot be used is named and left out, and the exit code is 1"
+
+
+def of_each(
+    arguments: argparse.Namespace,
+    paths: list[str],
+    call: Callable[[list[str], int], Sequence[Any]],
+) -> list[tuple[str, Any]]:
+    """Each path and what ``call`` makes of it, --batch-size of them at a time; the second argument is the first one's number.
+
+    Images that cannot be used are named on stderr and left out.
+    """
+    found: list[tuple[str, Any]] = []
+    for start in range(0, len(paths), arguments.batch_size):
+        own = paths[start : start + arguments.batch_size]
+        try:
+            found += zip(own, call(own, start), strict=True)
+        except InputError:
+            for place, path in enumerate(own, start):
+                try:
+                    found += zip([path], call([path], place), strict=True)
+                except InputError as error:
+                    complain(arguments.command, f"skipped {path}: {error}")
+    return found
+
+
 def positive(text: str) -> int:
-    """A positive integer, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
+    """A positive integer that any tensor's size may be, for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value <= _MOST:
+        raise argparse.ArgumentTypeError(f"expected an integer from 1 to {_MOST}, got {text!r:.40}")
     return value
 
 
-def show(arguments: argparse.Namespace, report: list[dict[str, Any]], lines: list[str]) -> int:
-    """Print one JSON document or the lines for people, and return 0."""
+def show(
+    arguments: argparse.Namespace,
+    report: list[dict[str, Any]],
+    lines: list[str],
+    missing: int = 0,
+) -> int:
+    """Print one JSON document or the lines for people, and return the exit code, 1 where ``missing`` images are not in it.
+
+    Nothing is printed where all are missing.
+    """
+    if missing and not report:
+        return 1
     if arguments.json:
-        json.dump(report, sys.stdout, indent=2, ensure_ascii=False)
-        print()
+        print_json(report)
     else:
         print("\n".join(lines))
-    return 0
+    return 1 if missing else 0
 
 
 def show_run(arguments: argparse.Namespace, report: dict[str, Any], lines: list[str]) -> int:
     """Print what a run did as one line of JSON or the lines for people, and return 0."""
-    from beit3_fast.train.log import for_json
-
-    print(json.dumps(for_json(report)) if arguments.json else "\n".join(lines))
+    if arguments.json:
+        print_json(report, indent=None)
+    else:
+        print("\n".join(lines))
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,8 +101,7 @@ def _draw(arguments: argparse.Namespace) -> int:
     if arguments.digits:
         report["digits"] = write_digits(folder, size.pixels, arguments.seed)
         said += f", {report['digits']} handwritten digits"
-    print(json.dumps(report) if arguments.json else said)
-    return 0
+    return show_run(arguments, report, [said])
 
 
 PRETRAIN = Command(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -150,8 +149,7 @@ def _tokenize(arguments: argparse.Namespace) -> int:
     )
     if done.resumed:
         line += f"; {done.resumed} done before"
-    print(json.dumps(report) if arguments.json else line)
-    return 0
+    return show_run(arguments, report, [line])
 
 
 TRAIN_TOKENIZER = Command(

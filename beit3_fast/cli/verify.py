@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from beit3_fast.cli.command import Command
+from beit3_fast.cli.command import Command, print_json
 from beit3_fast.cli.options import add_runtime, check_model_name, positive
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
             },
             "outputs": [_row(own) for own in found.comparisons],
         }
-        print(json.dumps(report, indent=2))
+        print_json(report)
     else:
         print("\n".join(_lines(arguments, found)))
     return 0 if found.passed else 1
@@ -91,7 +90,7 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
 
 def _row(own: Comparison) -> dict[str, Any]:
     figures = {"max_abs_limit": own.max_limit, "rel_rms_limit": own.rms_limit, **asdict(own.parity)}
-    return {"output": own.output, **_without_nan(figures)}
+    return {"output": own.output, **figures}
 
 
 def _lines(arguments: argparse.Namespace, found: Verification) -> list[str]:
@@ -147,11 +146,11 @@ def _kernels(arguments: argparse.Namespace) -> int:
             "not_run": {name: reason for name, reason in reasons.items() if reason is not None},
             "checks": [
                 {"kernel": own.kernel, "dtype": own.dtype, "seconds": own.seconds}
-                | _without_nan(asdict(own.parity))
+                | asdict(own.parity)
                 for own in outcomes
             ],
         }
-        print(json.dumps(report, indent=2))
+        print_json(report)
     else:
         for own in outcomes:
             said = "right" if own.parity.passed else f"WRONG: {own.parity.reason}"
@@ -164,11 +163,6 @@ def _kernels(arguments: argparse.Namespace) -> int:
         elif not passed:
             print("'auto' does without what is wrong; please report the output with --json")
     return 0 if passed else 1
-
-
-def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN."""
-    return {key: None if value != value else value for key, value in values.items()}
 
 
 VERIFY = Command(

@@ -67,7 +67,7 @@ def read_entries(path: str | PathLike[str], make: Callable[[Any], T]) -> list[T]
     made: list[T] = []
     try:
         # Not splitlines: sentences may hold what Python takes for the end of a line, such as U+2028.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise InputError(f"the index file {str(path)!r} cannot be read ({error})") from error
     for number, line in enumerate(lines, 1):

@@ -77,7 +77,7 @@ def _text(path: str | PathLike[str]) -> str:
             raise InputError(
                 f"expected a label file of at most {_MAX_BYTES} bytes, got {os.fspath(path)!r}"
             )
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from beit3_fast.generate.decoder import Decoder, survivors
+from beit3_fast.generate.decoder import Decoder, dtype_of_scores, survivors
 from beit3_fast.generate.options import CANDIDATES_PER_BEAM, Options, Special
 
 
@@ -25,7 +25,7 @@ from beit3_fast.generate.options import CANDIDATES_PER_BEAM, Options, Special
 class Results:
     """The best K captions of S inputs, best first.
 
-    ``scores`` fp32 [S, K]; ``tokens`` int64 [S, K, T], words only, mask behind them; ``lengths`` int64 [S, K];
+    ``scores`` fp32 [S, K], fp64 where the model computes in it; ``tokens`` int64 [S, K, T], words only, mask behind them; ``lengths`` int64 [S, K];
     ``ended`` bool [S, K]: the end token was chosen, not the length limit met.
     """
 
@@ -35,10 +35,11 @@ class Results:
     ended: Tensor
 
     @classmethod
-    def empty(cls, inputs: int, kept: int, words: int, fill: int, device: torch.device) -> Results:
-        """No captions yet: every score is minus infinity."""
+    def empty(cls, inputs: int, kept: int, words: int, fill: int, like: Tensor) -> Results:
+        """No captions yet: every score is minus infinity, of the dtype and device of ``like``."""
+        device = like.device
         return cls(
-            torch.full((inputs, kept), float("-inf"), device=device),
+            torch.full((inputs, kept), float("-inf"), dtype=like.dtype, device=device),
             torch.full((inputs, kept, words), fill, device=device),
             torch.zeros(inputs, kept, dtype=torch.int64, device=device),
             torch.zeros(inputs, kept, dtype=torch.bool, device=device),
@@ -72,10 +73,10 @@ def beam_search(decoder: Decoder, options: Options, special: Special) -> Results
     rows = decoder.start()[:, None]
     inputs, device, width = len(rows), rows.device, options.num_beams
     most_words = options.max_length - 2
-    sums = torch.zeros(inputs, 1, device=device)
+    sums = torch.zeros(inputs, 1, dtype=dtype_of_scores(rows), device=device)
     tokens = torch.full((inputs, 1, most_words), special.mask, device=device)
     kept = options.num_return_sequences
-    final, found = (Results.empty(inputs, kept, most_words, special.mask, device) for _ in range(2))
+    final, found = (Results.empty(inputs, kept, most_words, special.mask, sums) for _ in range(2))
     origin = torch.arange(inputs, device=device)
     done = torch.zeros(inputs, dtype=torch.bool, device=device)
     for before in range(most_words):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from beit3_fast.finite import check_finite
 from beit3_fast.generate.beam import beam_search
 from beit3_fast.generate.decoder import Decoder
 from beit3_fast.generate.options import Options, Special
@@ -56,8 +57,12 @@ def captions(
 def caption_steps(
     decoder: Decoder, options: Options, special: Special, generator: torch.Generator | None = None
 ) -> Iterator[CaptionStep]:
-    """The words of one input's one caption, each as soon as it is chosen; the end token is not among them."""
+    """The words of one input's one caption, each as soon as it is chosen; the end token is not among them.
+
+    Raises InputError at a word whose probability is not finite.
+    """
     for words, log_p, _ in choose_words(decoder, options, special, generator):
+        check_finite(log_p, "image", [0])
         if int(words) == special.eos:
             return
         yield CaptionStep(int(words), float(log_p))

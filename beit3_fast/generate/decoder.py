@@ -43,6 +43,11 @@ class Decoder(Protocol):
         ...
 
 
+def dtype_of_scores(rows: Tensor) -> torch.dtype:
+    """In what log p and their sums are kept for rows of this dtype: fp32, fp64 for fp64."""
+    return torch.promote_types(rows.dtype, torch.float32)
+
+
 def words_of(vocabulary: int, special: Special, device: torch.device) -> Tensor:
     """bool [V], True at tokens that are words, or end a caption."""
     words = torch.arange(vocabulary, device=device) < special.mask

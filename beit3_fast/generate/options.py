@@ -10,6 +10,10 @@ from beit3_fast.errors import ConfigError
 # The released beam search looks at this many candidates a beam.
 CANDIDATES_PER_BEAM = 3
 
+# Sums of log p from 1e-7, the least that fp32 rounds to, up to 1e7, times or over 1024 tokens to this power, are normal numbers
+# of fp32: none becomes nothing or infinite, and their order stays.
+_MOST_PENALTY = 10.0
+
 
 @dataclass(frozen=True)
 class Special:
@@ -47,6 +51,13 @@ class Options:
         _integer("max_length", self.max_length, 3)
         _integer("num_return_sequences", self.num_return_sequences, 1)
         _number("length_penalty", self.length_penalty)
+        if not abs(self.length_penalty) <= _MOST_PENALTY:
+            raise ConfigError(
+                f"length_penalty must be from -{_MOST_PENALTY:g} to {_MOST_PENALTY:g}, got {self.length_penalty!r}; "
+                "beyond that the scores of long captions leave fp32"
+            )
+        # An integer would raise lengths to integers, which end at 2**63.
+        object.__setattr__(self, "length_penalty", float(self.length_penalty))
         _number("temperature", self.temperature)
         for name in ("sample", "compat"):
             if not isinstance(getattr(self, name), bool):
@@ -63,9 +74,7 @@ class Options:
             if not 0 < self.top_p <= 1:
                 raise ConfigError(f"top_p must be in (0, 1], got {self.top_p!r}")
         if self.seed is not None:
-            _integer("seed", self.seed, 0)
-            if self.seed >= 1 << 63:
-                raise ConfigError(f"seed must be below 2**63, got {self.seed}")
+            _integer("seed", self.seed, 0, 2**63 - 1)
         if self.sample:
             self._check_sampling()
         else:
@@ -120,9 +129,9 @@ class Options:
             )
 
 
-def _integer(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+def _integer(name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ConfigError(f"{name} must be an integer from {least} to {most}, got {value!r}")
 
 
 def _number(name: str, value: Any) -> None:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from beit3_fast.generate.beam import Results
-from beit3_fast.generate.decoder import Decoder, survivors, words_of
+from beit3_fast.generate.decoder import Decoder, dtype_of_scores, survivors, words_of
 from beit3_fast.generate.options import Options, Special
 
 
 class Chosen(NamedTuple):
-    """The next words int64 [S, W] of the inputs ``origin`` [S], and their log p, fp32 [S, W]."""
+    """The next words int64 [S, W] of the inputs ``origin`` [S], and their log p [S, W], as ``dtype_of_scores`` has it."""
 
     words: Tensor
     log_p: Tensor
@@ -56,7 +56,7 @@ def sample(
     ):
         if results is None:
             results = Results.empty(
-                len(words), options.width, options.max_length - 2, special.mask, words.device
+                len(words), options.width, options.max_length - 2, special.mask, log_p
             )
             results.scores.zero_()
         going = ~results.ended[origin]
@@ -90,7 +90,7 @@ def _choose(
     if not options.sample:
         log_p, words = decoder.likeliest(rows, 1, special)
         return words[..., 0], log_p[..., 0]
-    logits = decoder.logits(rows).float().expand(-1, options.width, -1)
+    logits = decoder.logits(rows).to(dtype_of_scores(rows)).expand(-1, options.width, -1)
     known = words_of(logits.shape[-1], special, logits.device)
     scores = logits.masked_fill(~known, float("-inf"))
     words = _draw(scores / options.temperature, options, generator)
@@ -105,5 +105,7 @@ def _draw(scores: Tensor, options: Options, generator: torch.Generator | None) -
     if options.top_p is not None:
         # The likeliest words whose probabilities sum up to top_p, the one that reaches it included.
         p = p.masked_fill(p.cumsum(-1) - p >= options.top_p, 0.0)
+    # No number is drawn from NaN, on a GPU not even an error comes back; the score of such a word is NaN, too, and is seen.
+    p = p.masked_fill(p.isnan(), 1.0)
     drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator)
     return words.gather(-1, drawn.view(*p.shape[:-1], 1))[..., 0]

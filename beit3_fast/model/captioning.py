@@ -13,6 +13,7 @@ from beit3_fast.config import BEiT3Config
 from beit3_fast.data import Processor
 from beit3_fast.data.tokenizer import BOS, EOS, PAD
 from beit3_fast.errors import ConfigError, InputError
+from beit3_fast.finite import check_finite
 from beit3_fast.generate import Caption, CaptionStep, Options, Special, caption_steps, captions
 from beit3_fast.model.decoding import CaptionDecoder
 from beit3_fast.model.inputs import check_processor, image_batches, image_tensors, listed
@@ -110,10 +111,12 @@ class BEiT3ForCaptioning(BEiT3Task):
         ``num_beams`` > 1 is the released beam search, 1 takes the likeliest word each time, and ``sample`` with
         num_beams=1 draws words (``temperature``, the likeliest ``top_k``, those that make up ``top_p`` of the
         probability, ``seed``). ``max_length`` counts all tokens, beginning and end included, ``length_penalty`` is
-        the power of the length that a caption's sum of log probabilities is divided by. ``compat`` keeps the released
-        code's habits, see ``beit3_fast.generate.beam``. ``batch_size`` images are decoded at a time.
+        the power of the length that a caption's sum of log probabilities is divided by, from -10 to 10: within these
+        bounds no score of up to 1,024 tokens leaves the numbers of fp32, so that all keep their order. ``compat`` keeps
+        the released code's habits, see ``beit3_fast.generate.beam``. ``batch_size`` images are decoded at a time.
 
-        Raises ConfigError for options that make no sense, InputError and ShapeError for images that cannot be used.
+        Raises ConfigError for options that make no sense, InputError and ShapeError for images that cannot be used, and
+        InputError where scores are not finite.
         """
         options = Options(
             num_beams,
@@ -132,12 +135,12 @@ class BEiT3ForCaptioning(BEiT3Task):
         generator = self._generator(options)
         results: list[list[Caption]] = [[]] * len(sources)
         for places, batch in image_batches(self.beit3, sources, processor, batch_size):
-            _check_finite(batch, places)
+            _check_pixels(batch, places)
             decoder = self._decoder(batch, options, special)
-            for place, found in zip(
-                places, captions(decoder, options, special, generator), strict=True
-            ):
-                results[place] = found
+            found = captions(decoder, options, special, generator)
+            check_finite(torch.tensor([[c.score for c in own] for own in found]), "image", places)
+            for place, own in zip(places, found, strict=True):
+                results[place] = own
         if processor is None or processor.tokenizer is None:
             return results
         decode = processor.tokenizer.decode
@@ -160,7 +163,8 @@ class BEiT3ForCaptioning(BEiT3Task):
     ) -> Iterator[CaptionStep]:
         """Caption one image, each word as soon as it is chosen; the texts of all steps together are the caption's.
 
-        Arguments as for ``caption`` with num_beams=1; what they raise is raised at once, not at the first word.
+        Arguments as for ``caption`` with num_beams=1; what they raise is raised at once, not at the first word. Raises
+        InputError at a word whose probability is not finite.
         """
         options = Options(1, max_length, 0.0, 1, sample, temperature, top_k, top_p, seed)
         special = self._special(options, processor, mask_id)
@@ -168,7 +172,7 @@ class BEiT3ForCaptioning(BEiT3Task):
         if len(sources) != 1:
             raise ConfigError(f"stream_caption takes one image, got {len(sources)}; use caption")
         (tensor,) = image_tensors(self.beit3, sources, processor)
-        _check_finite(tensor[None], [0])
+        _check_pixels(tensor[None], [0])
         with torch.inference_mode():
             decoder = self._decoder(tensor[None], options, special)
         return self._steps(decoder, options, special, processor)
@@ -280,7 +284,7 @@ class BEiT3ForCaptioning(BEiT3Task):
         return self.mlm_head(features), state
 
 
-def _check_finite(images: Tensor, places: list[int]) -> None:
+def _check_pixels(images: Tensor, places: list[int]) -> None:
     """Raises InputError for a number that is not finite: every word would be as likely as any other, or none."""
     finite = images.isfinite().flatten(1).all(1).tolist()
     for place, fine in zip(places, finite, strict=True):

@@ -18,6 +18,7 @@ from beit3_fast.data import Processor
 from beit3_fast.data.labels import labels_for
 from beit3_fast.data.pair_batch import PairBatch
 from beit3_fast.errors import ConfigError, InputError, ShapeError
+from beit3_fast.finite import check_finite
 from beit3_fast.model.drop_path import without_drop_path
 from beit3_fast.model.guess import Guess, best, check_top_k
 from beit3_fast.model.inputs import (
@@ -62,14 +63,16 @@ class BEiT3ForImageClassification(BEiT3Task):
 
         ``images``: one or a list of any sizes, see ``BEiT3ForCaptioning.caption`` for the kinds. ``labels``: a file for
         ``beit3_fast.data.read_labels``, or a list with a name for each class. Raises ConfigError, InputError and
-        ShapeError for what cannot be used.
+        ShapeError for what cannot be used, and InputError where scores are not finite.
         """
         check_top_k(top_k)
         names = labels_for(labels, self.head.out_features)
         sources = listed(images)
         out: list[list[Guess]] = [[]] * len(sources)
         for places, batch in image_batches(self.beit3, sources, processor, batch_size):
-            found = best(self(batch).float().softmax(dim=-1), top_k, names)
+            logits = self(batch).float()
+            check_finite(logits, "image", places)
+            found = best(logits.softmax(dim=-1), top_k, names)
             for place, guesses in zip(places, found, strict=True):
                 out[place] = guesses
         return out
@@ -133,7 +136,7 @@ class BEiT3ForVisualReasoning(BEiT3Task):
 
         One of each or lists of one length; a single pair of images goes with every sentence. Kinds of images and texts
         as for ``encode_pair``; sizes may differ. Raises ConfigError for a model with other classes than false and
-        true, InputError and ShapeError for what cannot be used.
+        true, InputError and ShapeError for what cannot be used, and InputError where scores are not finite.
         """
         if self.head.dense2.out_features != 2:
             raise ConfigError(
@@ -154,8 +157,9 @@ class BEiT3ForVisualReasoning(BEiT3Task):
                 images, texts[own] * 2, read_vision="first", read_text="first"
             )
             states = torch.cat([encoded.vision(), encoded.text()], dim=1)  # [2B, 2C]
-            logits = self.head(torch.cat(states.chunk(2), dim=1))
-            out += logits.float().softmax(dim=-1)[:, 1].tolist()
+            logits = self.head(torch.cat(states.chunk(2), dim=1)).float()
+            check_finite(logits, "sentence", range(start, start + len(logits)))
+            out += logits.softmax(dim=-1)[:, 1].tolist()
         return out
 
 
@@ -212,7 +216,8 @@ class BEiT3ForVisualQuestionAnswering(BEiT3Task):
         every question anew, because in this encoder an image's rows see the question from the first layer on.
         ``labels``: the official answer2label.txt (``beit3_fast.data.read_labels``), or a list with an answer for each
         class. Scores are sigmoids, as the model was trained: they do not sum to one. Kinds of images and texts as for
-        ``encode_pair``. Raises ConfigError, InputError and ShapeError for what cannot be used.
+        ``encode_pair``. Raises ConfigError, InputError and ShapeError for what cannot be used, and InputError where
+        scores are not finite.
         """
         check_top_k(top_k)
         check_batch_size(batch_size)
@@ -225,8 +230,9 @@ class BEiT3ForVisualQuestionAnswering(BEiT3Task):
             encoded = self.beit3.forward_packed(
                 own_images.tensors(own), texts[own], read_vision="first", read_text="none"
             )
-            logits = self.head(self.pooler(encoded.vision()))
-            out += best(logits.float().sigmoid(), top_k, names)
+            logits = self.head(self.pooler(encoded.vision())).float()
+            check_finite(logits, "question", range(start, start + len(logits)))
+            out += best(logits.sigmoid(), top_k, names)
         return out
 
     def work(self, batch: PairBatch) -> Work:

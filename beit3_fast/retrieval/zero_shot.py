@@ -11,6 +11,7 @@ from torch import Tensor
 
 from beit3_fast.data import Processor
 from beit3_fast.errors import ConfigError, InputError
+from beit3_fast.finite import check_finite
 from beit3_fast.model import BEiT3ForRetrieval
 from beit3_fast.model.guess import Guess, best, check_top_k
 from beit3_fast.retrieval.model import check_retrieval
@@ -37,9 +38,14 @@ class ZeroShotClassifier:
         return self.model.logit_scale.exp() * embedded @ self.weights.T
 
     def __call__(self, images: Any, top_k: int = 5, *, batch_size: int = 32) -> list[list[Guess]]:
-        """The ``top_k`` likeliest labels of every image, best first. Raises what ``model.encode_image`` raises."""
+        """The ``top_k`` likeliest labels of every image, best first.
+
+        Raises what ``model.encode_image`` raises, and InputError where scores are not finite.
+        """
         check_top_k(top_k)
-        return best(self.logits(images, batch_size).float().softmax(dim=-1), top_k, self.labels)
+        logits = self.logits(images, batch_size).float()
+        check_finite(logits, "image", range(len(logits)))
+        return best(logits.softmax(dim=-1), top_k, self.labels)
 
 
 @torch.no_grad()
@@ -55,7 +61,8 @@ def zero_shot_classifier(
 
     ``templates`` are sentences with one ``{}`` for the label; a label's weight is the mean of its sentences' unit
     embeddings, scaled to unit length. ``processor`` needs a tokenizer and is kept for the images. Raises ConfigError
-    for another model, no tokenizer or a template without its place, InputError for labels that are no list of str.
+    for another model, no tokenizer or a template without its place, InputError for labels that are no list of str, or
+    whose weights are not finite.
     """
     model = check_retrieval(model)
     names = _strings("labels", labels)
@@ -69,6 +76,7 @@ def zero_shot_classifier(
     texts = [template.replace("{}", name) for name in names for template in sentences]
     embedded = model.encode_text(texts, processor=processor, batch_size=batch_size)
     means = embedded.unflatten(0, (len(names), len(sentences))).mean(1)
+    check_finite(means, "label", range(len(names)))
     return ZeroShotClassifier(model, names, F.normalize(means, dim=-1), processor)
 
 

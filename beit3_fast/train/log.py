@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from beit3_fast.checkpoint.atomic import mend, replacing
 from beit3_fast.errors import CheckpointError, ConfigError
+from beit3_fast.finite import for_json
 
 NAME = "log.jsonl"
 
@@ -56,13 +55,6 @@ class Log:
             self._file.close()
         if self._board is not None:
             self._board.close()
-
-
-def for_json(value: Any) -> Any:
-    """The same with null for numbers that are not finite, which JSON has not, in nested tables too."""
-    if isinstance(value, Mapping):
-        return {key: for_json(own) for key, own in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ def read_tables(path: str | PathLike[str]) -> dict[str, Any]:
     except ModuleNotFoundError:
         raise ConfigError("a recipe needs Python 3.11 or newer, which can read TOML") from None
     try:
-        return toml.loads(path.read_text(encoding="utf-8"))
+        return toml.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"the recipe {str(path)!r} cannot be read ({error})") from error
 

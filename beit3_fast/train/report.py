@@ -13,8 +13,9 @@ from typing import Any
 
 from beit3_fast.checkpoint.atomic import replacing
 from beit3_fast.errors import InputError
+from beit3_fast.finite import for_json
 from beit3_fast.train.examples import Example
-from beit3_fast.train.log import for_json, read_log
+from beit3_fast.train.log import read_log
 from beit3_fast.train.loop import TrainReport
 
 REPORT, CURVES, EXAMPLES, PAGE = "report.json", "curves.png", "examples.png", "report.html"

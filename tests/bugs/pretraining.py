@@ -174,7 +174,7 @@ PRETRAINING_BUGS = (
     ),
     Bug(
         "report-with-nan",
-        "beit3_fast/train/log.py",
+        "beit3_fast/finite.py",
         "if isinstance(value, float) and not math.isfinite(value) else value",
         "if isinstance(value, float) and math.isinf(value) else value",
         (f"{RECIPE}::test_numbers_that_are_not_finite_are_null_in_reports",),

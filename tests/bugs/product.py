@@ -84,7 +84,51 @@ PRODUCT_BUGS = (
         "pass",
         ("tests/model/test_properties.py::test_decoding_in_pieces_of_any_size",),
     ),
+    # generate
+    Bug(
+        "beam-negative-penalty-stops-early",
+        "beit3_fast/generate/beam.py",
+        "if options.length_penalty < 0 and not options.compat:",
+        "if False:",
+        ("tests/generate/test_beam.py::test_a_search_that_ends_early_has_missed_nothing",),
+    ),
+    Bug(
+        "sample-top-p-leaves-out-the-word-that-reaches-it",
+        "beit3_fast/generate/sample.py",
+        "p.cumsum(-1) - p >= options.top_p",
+        "p.cumsum(-1) - 0.5 * p >= options.top_p",
+        ("tests/generate/test_sample.py::test_the_word_that_reaches_top_p_is_the_last",),
+    ),
+    # scores that are not finite
+    Bug(
+        "answers-of-numbers-that-are-not-finite",
+        "beit3_fast/model/tasks.py",
+        '            check_finite(logits, "question", range(start, start + len(logits)))\n',
+        "",
+        ("tests/model/test_answers.py::test_an_image_that_is_not_finite_has_no_answer",),
+    ),
+    Bug(
+        "overflow-seen-in-the-sigmoid-only",
+        "beit3_fast/model/tasks.py",
+        'check_finite(logits, "question"',
+        'check_finite(logits.sigmoid(), "question"',
+        ("tests/model/test_answers.py::test_a_score_of_one_may_be_an_overflow",),
+    ),
     # embed, cli
+    Bug(
+        "cli-caption-batches-draw-the-same",
+        "beit3_fast/cli/caption.py",
+        "arguments.seed + first",
+        "arguments.seed",
+        ("tests/test_cli_tasks.py::test_batches_are_drawn_apart",),
+    ),
+    Bug(
+        "cli-images-that-are-missing-are-no-failure",
+        "beit3_fast/cli/options.py",
+        "return 1 if missing else 0",
+        "return 0",
+        ("tests/test_cli_tasks.py::test_one_bad_image_is_named_and_the_others_are_done",),
+    ),
     Bug(
         "embed-ranks-take-the-same-shards",
         "beit3_fast/embed/ranks.py",

@@ -27,6 +27,14 @@ def test_one_name_a_line(tmp_path: Path) -> None:
     assert read_labels(path) == ("tench", "", "great white shark")
 
 
+@pytest.mark.parametrize("form", ['{"answer": "yes", "label": 0}\n', "yes\n"])
+def test_a_byte_order_mark_belongs_to_no_name(form: str, tmp_path: Path) -> None:
+    """Some editors begin every file with it; as a part of the first line it made a name of each line of JSON."""
+    path = tmp_path / "labels.txt"
+    path.write_text(form, encoding="utf-8-sig")
+    assert read_labels(path) == ("yes",)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -175,6 +175,11 @@ def test_a_line_ends_where_json_lines_do(end: str, tmp_path: Path) -> None:
     assert [row.text for row in read] == [texts[0], texts[1], texts[0]]
 
 
+def test_an_index_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "index.jsonl").write_text('{"text_segment": "a cup"}\n', encoding="utf-8-sig")
+    assert [row.text for row in read_index(tmp_path / "index.jsonl", "text")] == ["a cup"]
+
+
 def test_patch_codes_name_the_nearest_patch() -> None:
     draw = torch.Generator().manual_seed(0)
     colours = torch.randn(6, 3, 1, 1, generator=draw)

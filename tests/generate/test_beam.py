@@ -10,7 +10,7 @@ import pytest
 import torch
 from decoders import SPECIAL, TableDecoder, every_caption
 
-from beit3_fast.generate import Caption, Options, captions
+from beit3_fast.generate import Caption, Options, beam, captions
 
 
 def search(decoder: TableDecoder, **options: Any) -> list[list[Caption]]:
@@ -27,6 +27,13 @@ class FewWords(TableDecoder):
         return out
 
 
+class Indifferent(TableDecoder):
+    """Scores that depend on no words, which captions of any length are quickly made of."""
+
+    def scores(self, which: int, words: tuple[int, ...]) -> torch.Tensor:
+        return super().scores(which, words[:0])
+
+
 @pytest.mark.parametrize("penalty", [0.6, 0.0, 2.0, -1.0])
 @pytest.mark.parametrize("end", [-2.0, 0.0, 3.0])
 def test_with_beams_for_everything_it_finds_the_best(end: float, penalty: float) -> None:
@@ -39,6 +46,34 @@ def test_with_beams_for_everything_it_finds_the_best(end: float, penalty: float)
         assert [c.ended for c in own] == [ended for _, _, ended in expected]
         scores = [score for score, _, _ in expected]
         assert [c.score for c in own] == pytest.approx(scores, abs=1e-4)
+
+
+@pytest.mark.parametrize("penalty", [-10, 10])
+@pytest.mark.parametrize("width", [{"num_beams": 2}, {"num_beams": 1, "sample": True}])
+def test_the_longest_captions_keep_their_order(penalty: int, width: dict[str, Any]) -> None:
+    """At the bounds of the penalty: no score may overflow, nor become nothing."""
+    plain, powered = [], []
+    for found, own in ((plain, 0), (powered, penalty)):
+        torch.manual_seed(0)
+        options = {"max_length": 1022, "num_return_sequences": 2, **width}
+        found += search(Indifferent(1, -1e4, 40), length_penalty=own, **options)[0]
+    assert [c.tokens for c in powered] == [c.tokens for c in plain]
+    scores = [c.score / 1021.0**penalty for c in plain]
+    assert [c.score for c in powered] == pytest.approx(scores, rel=1e-5)
+    assert powered[0].score > powered[1].score
+
+
+@pytest.mark.parametrize("penalty", [0.6, -1.0])
+def test_a_search_that_ends_early_has_missed_nothing(
+    penalty: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> list[list[Caption]]:
+        decoder = TableDecoder(300, end=3.0, vocabulary=40)
+        return search(decoder, num_beams=2, max_length=8, length_penalty=penalty)
+
+    early = found()
+    monkeypatch.setattr(beam, "_longest", lambda *_: float("inf"))
+    assert found() == early
 
 
 def test_finished_inputs_leave() -> None:

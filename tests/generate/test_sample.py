@@ -83,6 +83,22 @@ def test_only_the_likeliest_are_drawn(limit: dict[str, Any]) -> None:
     assert set(words[0].tolist()) == set(kept.tolist())
 
 
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.49, 1), (0.51, 2), (0.74, 2), (0.76, 3), (0.87, 3), (0.88, 4)]
+)
+def test_the_word_that_reaches_top_p_is_the_last(top_p: float, kept: int) -> None:
+    class Halves(TableDecoder):
+        def scores(self, which: int, words: tuple[int, ...]) -> torch.Tensor:
+            out = torch.full((self.vocabulary,), -1e4)
+            out[3:7] = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+            return out
+
+    options = Options(1, 3, num_return_sequences=200, sample=True, top_p=top_p)
+    draw = torch.Generator().manual_seed(0)
+    words, _, _ = next(choose_words(Halves(1), options, SPECIAL, draw))
+    assert len(words.unique()) == kept
+
+
 def test_captions_that_are_drawn() -> None:
     decoder = TableDecoder(3, 0.5)
     options = {"max_length": 8, "num_return_sequences": 5, "sample": True, "length_penalty": 1.0}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from model_cases import images, padding, task_model, texts
 
-from beit3_fast.errors import Beit3FastError
+from beit3_fast.errors import Beit3FastError, InputError
 from beit3_fast.model import create_model
 
 LENGTHS = [5, 2, 7]
@@ -92,6 +92,35 @@ def test_classes() -> None:
         assert [guess.class_id for guess in own] == order
         assert [guess.label for guess in own] == [LABELS[i] for i in order]
         assert [guess.score for guess in own] == pytest.approx(p[order].tolist(), abs=1e-5)
+
+
+def spoiled(tensor: torch.Tensor, place: int, value: float = float("nan")) -> torch.Tensor:
+    out = tensor.clone()
+    out[place].view(-1)[7] = value
+    return out
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_an_image_that_is_not_finite_has_no_answer(poison: float, batch_size: int) -> None:
+    damaged = spoiled(IMAGES, 2, poison)
+    answers, reasons = task_model("vqav2", num_classes=9), task_model("nlvr2")
+    classes = task_model("imageclassification", num_classes=9)
+    with pytest.raises(InputError, match=r"scores of question 2 are not finite.*try bfloat16"):
+        answers.answer(damaged, IDS, batch_size=batch_size)
+    with pytest.raises(InputError, match="scores of sentence 2 are not finite"):
+        reasons.reason(OTHERS, damaged, IDS, batch_size=batch_size)
+    with pytest.raises(InputError, match="scores of image 2 are not finite"):
+        classes.classify(damaged, batch_size=batch_size)
+
+
+def test_a_score_of_one_may_be_an_overflow() -> None:
+    """The sigmoid of infinity is a number."""
+    model = task_model("vqav2", num_classes=9)
+    with torch.no_grad():
+        model.head[-1].bias[4] = float("inf")
+    with pytest.raises(InputError, match="scores of question 0 are not finite"):
+        model.answer(IMAGES, IDS)
 
 
 VQA = "beit3_tiny_patch16_32_vqav2"

@@ -294,6 +294,18 @@ def test_a_model_for_inference_only(dtype: str) -> None:
     assert [own[0].score for own in found] == pytest.approx(scores, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"compat": True}, {"num_beams": 1}, {"num_beams": 1, "sample": True, "seed": 3}]
+)
+def test_double_precision(options: dict[str, Any]) -> None:
+    model = ours(official("base"))
+    expected = model.caption(photos(5), max_length=9, mask_id=MASK, **options)
+    found = model.double().caption(photos(5), max_length=9, mask_id=MASK, **options)
+    for (mine,), (single,) in zip(found, expected, strict=True):
+        assert mine.tokens == single.tokens
+        assert mine.score == pytest.approx(single.score, abs=2e-5)
+
+
 def test_threads_do_not_meet() -> None:
     model = ours(official("base"))
     expected = [model.caption(image, max_length=8, mask_id=MASK) for image in photos(4)]

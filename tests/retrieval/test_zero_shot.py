@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import beit3_fast
-from beit3_fast.errors import Beit3FastError
+from beit3_fast.errors import Beit3FastError, InputError
 from beit3_fast.model import create_model
 
 LABELS = ["cat", "cup of coffee", "white rocket"]
@@ -36,6 +37,19 @@ def test_a_label_is_the_mean_of_its_sentences(model: Any, processor: Any, photos
 def test_braces_of_a_label_are_no_places(model: Any, processor: Any) -> None:
     classify = beit3_fast.zero_shot_classifier(model, ["{0} {x}"], processor=processor)
     assert classify.labels == ("{0} {x}",)
+
+
+def test_what_is_not_finite_has_no_class(model: Any, processor: Any) -> None:
+    classify = beit3_fast.zero_shot_classifier(model, LABELS, processor=processor)
+    pixels = torch.zeros(2, 3, 32, 32)
+    pixels[1, 0, 5, 5] = float("nan")
+    with pytest.raises(InputError, match="scores of image 1 are not finite"):
+        classify(pixels)
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.language_head.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match="scores of label 0 are not finite"):
+        beit3_fast.zero_shot_classifier(broken, LABELS, processor=processor)
 
 
 @pytest.mark.parametrize(

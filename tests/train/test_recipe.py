@@ -123,6 +123,13 @@ def test_first_weights_of_another_spread_are_another_run(
 
 
 @needs_toml
+def test_a_recipe_may_begin_with_a_byte_order_mark(recipe: Path) -> None:
+    own = read_recipe(recipe)
+    recipe.write_text(RECIPE, encoding="utf-8-sig")
+    assert read_recipe(recipe) == own
+
+
+@needs_toml
 def test_every_section_arrives(recipe: Path, tmp_path: Path) -> None:
     own = read_recipe(recipe)
     model = own.make_model()
