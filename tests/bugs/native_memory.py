@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bugs.bug import FAR_ROWS, Bug
+from bugs.bug import FAR_ROWS, KERNELS, THREADS, Bug
 
 NATIVE_MEMORY_BUGS = (
     Bug(
@@ -39,5 +39,26 @@ NATIVE_MEMORY_BUGS = (
         "std::memcpy(to, at(op.images, pixel, bytes), line);",
         "std::memcpy(to, at(op.images, static_cast<int32_t>(pixel), bytes), line);",
         (f"{FAR_ROWS}::test_patches",),
+    ),
+    Bug(
+        "isa-lifted-by-the-environment",
+        "csrc/cpu/isa.cpp",
+        "return level.isa < best ? level.isa : best;",
+        "return level.isa;",
+        (f"{KERNELS}::test_no_wish_lifts_the_level",),
+    ),
+    Bug(
+        "linear-parameters-shared-by-threads",
+        "csrc/cpu/expert_linear.cpp",
+        "thread_local Scratch parameters;",
+        "static Scratch parameters;",
+        (f"{THREADS}::test_biases_and_norms",),
+    ),
+    Bug(
+        "patches-gathered-for-all-threads",
+        "csrc/cpu/patch_embedding.cpp",
+        "thread_local Scratch gathered, scratch;",
+        "static Scratch gathered;\n    thread_local Scratch scratch;",
+        (f"{THREADS}::test_patches",),
     ),
 )
