@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bugs.bug import FAR_ROWS, KERNELS, THREADS, Bug
+from bugs.bug import FAR_ROWS, KERNELS, PROCESSES, THREADS, Bug
 
 NATIVE_MEMORY_BUGS = (
     Bug(
@@ -60,5 +60,26 @@ NATIVE_MEMORY_BUGS = (
         "thread_local Scratch gathered, scratch;",
         "static Scratch gathered;\n    thread_local Scratch scratch;",
         (f"{THREADS}::test_patches",),
+    ),
+    Bug(
+        "linear-packed-weight-kept-at-any-size",
+        "csrc/cpu/expert_linear.cpp",
+        "  packed.keep_at_most(kMostPacked);\n",
+        "",
+        (f"{PROCESSES}::test_a_wide_weight_packed_for_a_call_does_not_stay",),
+    ),
+    Bug(
+        "linear-packed-weight-in-new-memory",
+        "csrc/cpu/expert_linear.cpp",
+        "  packed.keep_at_most(kMostPacked);\n",
+        "  packed.keep_at_most(0);\n",
+        (f"{PROCESSES}::test_what_repeats_allocates_nothing_large",),
+    ),
+    Bug(
+        "linear-tasks-in-new-memory",
+        "csrc/cpu/expert_linear.cpp",
+        "thread_local std::vector<LinearBlock> kept;",
+        "std::vector<LinearBlock> kept;",
+        (f"{PROCESSES}::test_what_repeats_allocates_nothing_large",),
     ),
 )
