@@ -197,6 +197,26 @@ def test_shared_attention(size: tuple[int, int], mask: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", ["bidirectional", "seq2seq", "causal"])
+@pytest.mark.parametrize("size", [(3, 64), (2, 88), (1, 7)], ids=str)
+def test_shared_attention_by_a_mask_tensor(size: tuple[int, int], mask: str, dtype: str) -> None:
+    """Keys of both segments hidden one by one, in a mask of its own for each sample or one for all."""
+    for number, (vision, text) in enumerate(LENGTHS):
+        case = Attention(DTYPES[dtype], vision, text, *size, seed=number)
+        places = max(vision) + max(text)
+        seen = torch.rand(len(vision), places, places) > 0.3
+        seen[:, 0] = False
+        for own in (seen, seen[0]):
+            ours = case.run(mask, seen=own)
+            plain, truth = (case.formula(mask, t, own) for t in (DTYPES[dtype], torch.float64))
+            result = op_parity(ours, plain, truth)
+            assert result.passed, result.reason
+            chosen = ([list(range(0, n, 3)) for n in vision], [list(range(1, n, 2)) for n in text])
+            some = case.run(mask, chosen=chosen, seen=own)
+            assert torch.equal(some, ours[case.chosen_rows(chosen)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_transposed_weight_is_packed_to_the_same_bytes(dtype: str) -> None:
     for rows, columns in [(1, 1), (33, 7), (7, 33), (64, 96), (100, 61)]:
         wide = torch.randn(columns, rows + 3).to(DTYPES[dtype])
