@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -62,10 +63,29 @@ void check_positions(const SharedAttention& call) {
   }
 }
 
+// Which keys each query sees, over the longest image's places and the longest text's behind them.
+void take_seen(const Tensor& seen, SharedAttention& call) {
+  int64_t longest[2] = {0, 0};
+  for (int64_t s = 0; s < call.batch; ++s) {
+    longest[0] = std::max<int64_t>(longest[0], call.cu_vision[s + 1] - call.cu_vision[s]);
+    longest[1] = std::max<int64_t>(longest[1], call.cu_text[s + 1] - call.cu_text[s]);
+  }
+  const int64_t places = longest[0] + longest[1];
+  require(seen.is_cpu() && seen.scalar_type() == ScalarType::Bool && seen.is_contiguous() &&
+              (seen.dim() == 2 || (seen.dim() == 3 && seen.size(0) == call.batch)) &&
+              seen.size(seen.dim() - 2) == places && seen.size(seen.dim() - 1) == places,
+          "shared_attention: seen must be a contiguous bool CPU tensor [", places, ", ", places,
+          "] or [", call.batch, ", ", places, ", ", places, "], got shape ", shape_of(seen));
+  call.seen = static_cast<const unsigned char*>(seen.const_data_ptr());
+  call.seen_sample = seen.dim() == 3 ? places * places : 0;
+  call.seen_stride = places;
+  call.seen_text = longest[0];
+}
+
 Tensor shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_text,
                         std::optional<Tensor> cu_vision_q, std::optional<Tensor> cu_text_q,
                         std::optional<Tensor> positions_q, int64_t num_heads, double scale,
-                        StringHandle mask_handle) {
+                        StringHandle mask_handle, std::optional<Tensor> seen) {
   constexpr const char* op = "shared_attention";
   const std::string mask = take(mask_handle);
   SharedAttention call;
@@ -118,9 +138,10 @@ Tensor shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor c
     call.positions_q = static_cast<const int32_t*>(positions_q->const_data_ptr());
     check_positions(call);
   } else {
-    require(!cu_vision_q.has_value() || call.mask == Mask::kBidirectional, op, ": mask '", mask,
-            "' with cu_vision_q and cu_text_q needs positions_q");
+    require(!cu_vision_q.has_value() || (call.mask == Mask::kBidirectional && !seen.has_value()),
+            op, ": mask '", mask, "' or seen with cu_vision_q and cu_text_q needs positions_q");
   }
+  if (seen.has_value()) take_seen(*seen, call);
 
   const int64_t shape[] = {queries, width};
   Tensor out = torch::stable::new_empty(q, {shape, 2});
@@ -259,7 +280,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(beit3_fast, m) {
   m.def(
       "shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_text, "
       "Tensor? cu_vision_q, Tensor? cu_text_q, Tensor? positions_q, int num_heads, float scale, "
-      "str mask) -> Tensor");
+      "str mask, Tensor? seen=None) -> Tensor");
   m.def(
       "cached_attention(Tensor q, Tensor k, Tensor v, Tensor seen, Tensor samples, int num_heads, "
       "float scale, Tensor? prefix=None, int prefix_keys=0) -> Tensor");

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/expert_linear.h"
@@ -179,6 +180,7 @@ Tensor expert_linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> 
   require(rows.has_value() || sorted == rows_in, op, ": bounds end at ", sorted, " but x has ",
           rows_in, " rows");
 
+  call.experts.reserve(experts);
   for (std::size_t e = 0; e < experts; ++e) {
     const Tensor& weight = weights[e];
     require_same_type(weight, x, op, "every weight");
@@ -194,6 +196,7 @@ Tensor expert_linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> 
       require_matrix(weight, op, "every weight");
     } else {  // the weight is never read: any strides will do
       const std::size_t parts = packed.size() / experts;
+      expert.packed.reserve(parts);
       const auto height = out_features / static_cast<int64_t>(parts);
       require(parts == 1 || (height * static_cast<int64_t>(parts) == out_features &&
                              height % beit3_fast::cpu::kPanel == 0),
@@ -215,7 +218,7 @@ Tensor expert_linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> 
     expert.norm_bias = parameter_of(norm_biases, e, in_features, "norm_biases");
     expert.begin = bounds[e];
     expert.end = bounds[e + 1];
-    call.experts.push_back(expert);
+    call.experts.push_back(std::move(expert));
   }
   if (residual.has_value()) {
     require_same_type(*residual, x, op, "residual");

@@ -195,7 +195,7 @@ def shared_attention_backward(
     queries: TokenLayout,
     num_heads: int,
     scale: float,
-    mask: str,
+    mask: str | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, given that of the result [Rq, C]; everything is recomputed in fp32."""
     compute = torch.promote_types(q.dtype, torch.float32)

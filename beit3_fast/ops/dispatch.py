@@ -139,8 +139,6 @@ def _cpu_obstacle(at: Situation) -> str | None:
     if at.op == "cached_attention":
         if at.needs_grad:
             return "has no gradients of cached keys"
-    elif at.mask_tensor:
-        return _NO_MASK_TENSOR
     elif at.padding:
         return _NO_PADDING
     if library.available():

@@ -8,7 +8,7 @@ Rows are packed (``TokenLayout``): no padding, no mask tensor. Masks are structu
 - "seq2seq": text sees the image and text up to itself, the image sees the image (captioning);
 - "causal": every query sees keys up to itself in the order vision, text.
 
-A bool tensor is accepted as well and takes PyTorch's own attention, one sample at a time.
+A bool tensor is accepted as well, by the CPU kernels and by PyTorch's own attention, one sample at a time.
 """
 
 from __future__ import annotations
@@ -106,7 +106,11 @@ def measured_shared_attention(
         )
         how = (num_heads, scale, mask)
         if choice.impl == "cpu":
-            return Measured(_op()(q, k, v, *where, *how))
+            seen = None
+            if isinstance(mask, Tensor):
+                seen = _packed_mask(mask, layout)
+                mask = "bidirectional"
+            return Measured(_op()(q, k, v, *where, num_heads, scale, mask, seen))
         lengths = (layout.longest, queries.longest)
         if choice.impl == "cuda":
             o, parts = cuda_kernels.shared_attention(q, k, v, *where, *lengths, *how, measure)
@@ -123,6 +127,13 @@ def measured_shared_attention(
     if isinstance(layout, PaddedLayout) and valid is not None:
         mask = visible_places(layout, layout, mask)
     return Measured(reference_impl(q, k, v, layout, queries, num_heads, scale, mask))
+
+
+def _packed_mask(mask: Tensor, layout: TokenLayout) -> Tensor:
+    """A mask tensor with its samples in the order of the rows, as the compiled op reads it."""
+    if mask.dim() == 3 and not layout.in_order:
+        mask = mask[list(layout.order)]
+    return mask.contiguous()
 
 
 def _op() -> Any:
@@ -145,13 +156,14 @@ def _register() -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.num_heads, ctx.scale, ctx.mask = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.num_heads, ctx.scale, ctx.mask, seen = inputs
+    ctx.save_for_backward(*tensors, seen)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    gradients = _backward_op(grad, *ctx.saved_tensors, ctx.num_heads, ctx.scale, ctx.mask)
-    return (*gradients, *[None] * 8)
+    *tensors, seen = ctx.saved_tensors
+    gradients = _backward_op(grad, *tensors, ctx.num_heads, ctx.scale, ctx.mask, seen)
+    return (*gradients, *[None] * 9)
 
 
 @torch.library.custom_op("beit3_fast::shared_attention_backward", mutates_args=())
@@ -168,12 +180,14 @@ def _backward_op(
     num_heads: int,
     scale: float,
     mask: str,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     keys = _layout_of(cu_vision, cu_text, None)
     queries = keys
     if cu_vision_q is not None and cu_text_q is not None:
         queries = _layout_of(cu_vision_q, cu_text_q, positions_q)
-    return shared_attention_backward(grad, q, k, v, keys, queries, num_heads, scale, mask)
+    given = mask if seen is None else seen
+    return shared_attention_backward(grad, q, k, v, keys, queries, num_heads, scale, given)
 
 
 @_backward_op.register_fake

@@ -77,17 +77,6 @@ inline void pack_keys_values(const AttentionBlock& block, const AttentionScratch
   }
 }
 
-// Scales the scores of keys that a query sees and makes the others -inf, which no scale of zero may
-// meet; whether it sees any.
-inline bool hide(float* scores, const unsigned char* seen, int64_t keys, float scale) {
-  unsigned char any = 0;
-  for (int64_t key = 0; key < keys; ++key) {
-    any |= seen[key];
-    scores[key] = seen[key] != 0 ? scores[key] * scale : -__builtin_inff();
-  }
-  return any != 0;
-}
-
 // Scores of the packed keys, scaled like the others; those of the padding behind them are -inf.
 template <class Arch>
 inline void score_packed(const AttentionBlock& block, typename Arch::State& state, int64_t rows,
@@ -156,11 +145,16 @@ inline int64_t query_row(const AttentionBlock& block, int64_t query) {
                                       : block.query_text_row + query - block.vision_queries;
 }
 
-// How many of a sample's keys (vision first) a query sees: always a prefix of them.
+// The place of a query among the keys of its segment.
+inline int64_t position_of(const AttentionBlock& block, int64_t query, int64_t row) {
+  if (block.positions != nullptr) return block.positions[row];
+  return query < block.vision_queries ? query : query - block.vision_queries;
+}
+
+// How many of a sample's keys (vision first) the mask lets a query see: always a prefix of them.
 inline int64_t visible_keys(const AttentionBlock& block, int64_t query, int64_t row) {
   const bool text = query >= block.vision_queries;
-  int64_t position = text ? query - block.vision_queries : query;
-  if (block.positions != nullptr) position = block.positions[row];
+  const int64_t position = position_of(block, query, row);
   switch (block.mask) {
     case Mask::kSeq2Seq:
       return text ? block.vision_keys + min_of(position + 1, block.text_keys) : block.vision_keys;
@@ -170,6 +164,28 @@ inline int64_t visible_keys(const AttentionBlock& block, int64_t query, int64_t 
     default:
       return block.vision_keys + block.text_keys;
   }
+}
+
+// Scales the scores of keys that are seen and makes the others -inf, which no scale of zero may
+// meet; whether there are any.
+inline bool hide(float* scores, const unsigned char* seen, int64_t keys, float scale) {
+  unsigned char any = 0;
+  for (int64_t key = 0; key < keys; ++key) {
+    any |= seen[key];
+    scores[key] = seen[key] != 0 ? scores[key] * scale : -__builtin_inff();
+  }
+  return any != 0;
+}
+
+// The same for the first `visible` keys of a query.
+inline bool hide_unseen(const AttentionBlock& block, int64_t query, int64_t row, int64_t visible,
+                        float* scores) {
+  const int64_t first = query < block.vision_queries ? 0 : block.seen_text;
+  const unsigned char* const seen =
+      block.seen + (first + position_of(block, query, row)) * block.seen_stride;
+  const int64_t vision = min_of(visible, block.vision_keys);
+  const bool any = hide(scores, seen, vision, block.scale);
+  return hide(scores + vision, seen + block.seen_text, visible - vision, block.scale) || any;
 }
 
 template <class Arch>
@@ -219,7 +235,7 @@ void attention_block(const AttentionBlock& block, void* scratch) {
     for (int64_t r = 0; r < rows; ++r) {
       float* const scores = s.scores + r * places;
       if (block.seen != nullptr &&
-          !hide(scores + front, block.seen + (begin + r) * all_keys, visible[r], block.scale)) {
+          !hide_unseen(block, begin + r, at[r], visible[r], scores + front)) {
         visible[r] = 0;
       }
       visible[r] += front;

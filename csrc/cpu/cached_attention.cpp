@@ -28,6 +28,7 @@ void cached_attention(const Pool& pool, const CachedAttention& op) {
     block.vision_keys = op.keys;
     block.vision_queries = block.end = op.queries;
     block.seen = op.seen + s * op.queries * op.keys;
+    block.seen_stride = op.keys;
     if (op.prefix != nullptr) {
       block.packed_keys = op.prefix + op.samples[s] * op.prefix_sample + head * head_words;
       block.packed_values = block.packed_keys + key_words;

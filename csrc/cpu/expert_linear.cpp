@@ -2,12 +2,17 @@
 
 #include <algorithm>
 #include <atomic>
+#include <tuple>
 
 #include "isa.h"
 #include "packed_weight.h"
 
 namespace beit3_fast::cpu {
 namespace {
+
+// What a thread keeps for the weights that training packs anew in every call: room for the widest
+// product of the large model in fp32. New memory costs up to as much as packing into it.
+constexpr int64_t kMostPacked = int64_t{40} << 20;
 
 // Row blocks, and where they are too few for the threads, ranges of panels.
 void plan(const Pool& pool, const ExpertLinear& op, const std::vector<LinearBlock>& experts,
@@ -35,8 +40,12 @@ void plan(const Pool& pool, const ExpertLinear& op, const std::vector<LinearBloc
     }
   }
   // The longest first: the last to finish is then a short one.
-  std::stable_sort(tasks->begin(), tasks->end(), [](const LinearBlock& a, const LinearBlock& b) {
-    return a.count * (a.panel_end - a.panel_begin) > b.count * (b.panel_end - b.panel_begin);
+  const auto size = [](const LinearBlock& task) {
+    return task.count * (task.panel_end - task.panel_begin);
+  };
+  std::sort(tasks->begin(), tasks->end(), [&](const LinearBlock& a, const LinearBlock& b) {
+    return std::tuple(-size(a), a.first, a.panel_begin) <
+           std::tuple(-size(b), b.first, b.panel_begin);
   });
 }
 
@@ -58,10 +67,13 @@ void expert_linear(const Pool& pool, const ExpertLinear& op) {
   char* pack_at =
       unpacked == 0 ? nullptr : static_cast<char*>(packed.at_least(unpacked * weight_bytes));
 
-  std::vector<std::vector<const uint32_t*>> panels(op.experts.size());
+  std::size_t parts = 0;
+  for (const Expert& expert : op.experts) parts += std::max<std::size_t>(1, expert.packed.size());
+  std::vector<const uint32_t*> panels;
+  panels.reserve(parts);
   std::vector<LinearBlock> experts;
-  for (std::size_t e = 0; e < op.experts.size(); ++e) {
-    const Expert& expert = op.experts[e];
+  experts.reserve(op.experts.size());
+  for (const Expert& expert : op.experts) {
     if (expert.end <= expert.begin) continue;
     LinearBlock block{};
     block.x = op.x;
@@ -77,15 +89,17 @@ void expert_linear(const Pool& pool, const ExpertLinear& op) {
     block.out_features = op.out_features;
     block.eps = op.eps;
     block.activation = op.activation;
+    const std::size_t first_part = panels.size();
     if (expert.packed.empty()) {
       pack_weight(pool, op.dtype, expert.weight, expert.weight_stride, op.out_features,
                   op.in_features, pack_at);
-      panels[e].push_back(panels_of(pack_at));
+      panels.push_back(panels_of(pack_at));
       pack_at += weight_bytes;
     }
-    for (const void* part : expert.packed) panels[e].push_back(panels_of(part));
-    block.parts = panels[e].data();
-    block.part_panels = panel_count(op.out_features / static_cast<int64_t>(panels[e].size()));
+    for (const void* part : expert.packed) panels.push_back(panels_of(part));
+    block.parts = panels.data() + first_part;
+    block.part_panels =
+        panel_count(op.out_features / static_cast<int64_t>(panels.size() - first_part));
     if (expert.bias.data != nullptr) {
       to_float(expert.bias, op.out_features, out_padded, at);
       block.bias = at;
@@ -101,13 +115,16 @@ void expert_linear(const Pool& pool, const ExpertLinear& op) {
     experts.push_back(block);
   }
 
-  std::vector<LinearBlock> tasks;
+  thread_local std::vector<LinearBlock> kept;
+  std::vector<LinearBlock>& tasks = kept;  // of this thread, in whichever one a task runs
+  tasks.clear();
   plan(pool, op, experts, &tasks);
   share(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     thread_local Scratch scratch;
     const LinearBlock& task = tasks[static_cast<std::size_t>(i)];
     level.linear_block(task, scratch.at_least(level.linear_scratch(task)));
   });
+  packed.keep_at_most(kMostPacked);
 }
 
 int64_t product_loop(const Pool& pool, const ExpertLinear& op, int64_t repeats) {

@@ -72,8 +72,12 @@ struct AttentionBlock {
   int64_t vision_queries;
   int64_t text_queries;
   const int32_t* positions;  // of each query row of q inside its segment; null: its index there
-  // [queries, keys] whether a query sees a key, among those that the mask lets it see; null: all
+  // Whether a query sees a key, among those that the mask lets it see: rows of queries,
+  // `seen_stride` apart, by their positions, and columns of keys, text from `seen_text` on in both.
+  // Null: all.
   const unsigned char* seen;
+  int64_t seen_stride;
+  int64_t seen_text;
   // Keys in front of those, which every query sees, and their values, packed as B; null: none. They
   // come with `seen`.
   const uint32_t* packed_keys;

@@ -46,7 +46,7 @@ void share(const Pool& pool, int64_t count, const Task& task) {
       &shared);
 }
 
-// Memory that grows and is kept, aligned to cache lines. Contents do not survive a growth.
+// Memory that grows and is kept, aligned to pages. Contents do not survive a growth.
 class Scratch {
  public:
   void* at_least(int64_t bytes) {
@@ -57,6 +57,12 @@ class Scratch {
       size_ = bytes;
     }
     return data_.get();
+  }
+
+  void keep_at_most(int64_t bytes) {
+    if (size_ <= bytes) return;
+    size_ = 0;
+    data_.reset();
   }
 
  private:

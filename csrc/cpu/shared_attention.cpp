@@ -55,6 +55,9 @@ void shared_attention(const Pool& pool, const SharedAttention& op) {
     block.vision_queries = op.cu_vision_q[s + 1] - op.cu_vision_q[s];
     block.text_queries = op.cu_text_q[s + 1] - op.cu_text_q[s];
     block.positions = op.positions_q;
+    if (op.seen != nullptr) block.seen = op.seen + s * op.seen_sample;
+    block.seen_stride = op.seen_stride;
+    block.seen_text = op.seen_text;
     const int64_t queries = block.vision_queries + block.text_queries;
     block.begin = queries * part / parts;
     block.end = queries * (part + 1) / parts;

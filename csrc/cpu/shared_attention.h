@@ -24,6 +24,12 @@ struct SharedAttention {
   const int32_t* cu_vision_q = nullptr;  // [B + 1], of the queries
   const int32_t* cu_text_q = nullptr;
   const int32_t* positions_q = nullptr;  // may be null
+  // [B or 1, N, N] whether a query sees a key, numbered by their positions, those of text from
+  // `seen_text` on; `seen_sample` bytes from sample to sample. May be null: all that the mask lets.
+  const unsigned char* seen = nullptr;
+  int64_t seen_sample = 0;
+  int64_t seen_stride = 0;
+  int64_t seen_text = 0;
   float scale = 1.0f;
   Mask mask = Mask::kBidirectional;
 };

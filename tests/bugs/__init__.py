@@ -16,6 +16,7 @@ from bugs.kernels import KERNELS_BUGS
 from bugs.measuring import MEASURING_BUGS
 from bugs.model import MODEL_BUGS
 from bugs.native import NATIVE_BUGS
+from bugs.native_memory import NATIVE_MEMORY_BUGS
 from bugs.ops import OPS_BUGS
 from bugs.pretraining import PRETRAINING_BUGS
 from bugs.product import PRODUCT_BUGS
@@ -38,6 +39,7 @@ BUGS = (
     *VISUAL_TOKENS_BUGS,
     *DISTRIBUTED_BUGS,
     *NATIVE_BUGS,
+    *NATIVE_MEMORY_BUGS,
     *CUDA_BUGS,
     *CUDA_LINEAR_BUGS,
     *CUDA_ATTENTION_BUGS,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bugs.bug import ARGUMENTS, EMULATED, FORWARD, INT8, KERNELS, LINEAR, PROCESSES, Bug
+from bugs.bug import ARGUMENTS, ATTENTION, EMULATED, FORWARD, INT8, KERNELS, LINEAR, PROCESSES, Bug
 
 NATIVE_BUGS = (
     # csrc: single levels; those that this processor lacks run emulated
@@ -118,9 +118,30 @@ NATIVE_BUGS = (
     Bug(
         "cached-attention-unseen-keys-seen",
         "csrc/cpu/attention_loops.h",
-        "block.seen + (begin + r) * all_keys",
-        "block.seen + begin * all_keys",
+        "(first + position_of(block, query, row)) * block.seen_stride",
+        "(first + 0 * position_of(block, query, row)) * block.seen_stride",
         (f"{KERNELS}::test_cached_attention",),
+    ),
+    Bug(
+        "attention-mask-of-text-from-the-first-place",
+        "csrc/cpu/attention_loops.h",
+        "hide(scores + vision, seen + block.seen_text, visible",
+        "hide(scores + vision, seen + block.vision_keys, visible",
+        (f"{KERNELS}::test_shared_attention_by_a_mask_tensor",),
+    ),
+    Bug(
+        "attention-mask-of-the-first-sample",
+        "csrc/cpu/shared_attention.cpp",
+        "block.seen = op.seen + s * op.seen_sample;",
+        "block.seen = op.seen;",
+        (f"{KERNELS}::test_shared_attention_by_a_mask_tensor",),
+    ),
+    Bug(
+        "attention-mask-in-the-callers-order",
+        "beit3_fast/ops/shared_attention.py",
+        "    if mask.dim() == 3 and not layout.in_order:\n",
+        "    if False:\n",
+        (f"{ATTENTION}::test_forward",),
     ),
     Bug(
         "cached-attention-blind-row-not-zero",
@@ -293,7 +314,7 @@ NATIVE_BUGS = (
     Bug(
         "attention-positions-of-queries-ignored",
         "csrc/cpu/attention_loops.h",
-        "  if (block.positions != nullptr) position = block.positions[row];\n",
+        "  if (block.positions != nullptr) return block.positions[row];\n",
         "  (void)row;\n",
         (f"{KERNELS}::test_shared_attention",),
     ),

@@ -85,7 +85,6 @@ def test_auto_follows_the_situation() -> None:
         ({"dtype": torch.float16}, "float16"),
         ({"dtype": torch.float64}, "float64"),
         ({"device": "cuda"}, "CPU tensors"),
-        ({"mask_tensor": True}, "mask"),
         ({"autocast": True}, "autocast"),
         ({"compiling": True}, "compile"),
     ):
@@ -101,7 +100,6 @@ def test_auto_follows_the_situation() -> None:
     [
         ({"dtype": torch.float16}, "float16"),
         ({"device": "cuda"}, "CPU tensors"),
-        ({"mask_tensor": True}, "mask"),
     ],
 )
 def test_an_impossible_request_is_an_error(changes: dict[str, Any], word: str) -> None:

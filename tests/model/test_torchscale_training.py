@@ -88,8 +88,6 @@ def both_training(shape: str, rate: float, impl: str) -> Iterator[tuple[str, Any
 @pytest.mark.parametrize(("impl", "dtype"), impls("fp32"))
 @pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
 def test_training(case: Case, impl: str, dtype: str, shape: str, rate: float) -> None:
-    if impl == "cpu" and case.mask == "arbitrary":
-        pytest.skip("cpu: takes mask structures, not a mask tensor")
     call = inputs(case, shape)
     truth, grads = expected_training(case, shape, rate, False)
     for name, model in both_training(shape, rate, impl):

@@ -73,15 +73,13 @@ ATTENTION_FACTORS: dict[str, Sequence[Any]] = {
 def attention_cases(
     repeats: int, targets: Sequence[tuple[str, str]] = TARGETS, inputs: Sequence[str] = ()
 ) -> list[AttentionCase]:
-    """``repeats`` cases for each layout and target; the cpu implementation has no mask tensors."""
+    """``repeats`` cases for each layout and target."""
     rotation = Rotation()
     cases = []
     for _, tokens, (impl, dtype) in product(range(repeats), LAYOUTS, targets):
         factors = dict(ATTENTION_FACTORS)
         if inputs:
             factors["inputs"] = inputs
-        if impl == "cpu":
-            factors["mask"] = MASKS
         cases.append(AttentionCase(impl, dtype, tokens, **rotation.next((impl, dtype), factors)))
     return cases
 

@@ -139,7 +139,11 @@ class Attention:
         self.scale = width**-0.5
 
     def run(
-        self, mask: str, *, chosen: tuple[list[list[int]], list[list[int]]] | None = None
+        self,
+        mask: str,
+        *,
+        chosen: tuple[list[list[int]], list[list[int]]] | None = None,
+        seen: Tensor | None = None,
     ) -> Tensor:
         offsets = (cumulative(self.vision), cumulative(self.text))
         q = self.q
@@ -150,7 +154,7 @@ class Attention:
             q = q[self.chosen_rows(chosen)]
             more = (cumulative(lengths[0]), cumulative(lengths[1]), positions.int())
         return OPS.shared_attention(
-            q, self.k, self.v, *offsets, *more, self.heads, self.scale, mask
+            q, self.k, self.v, *offsets, *more, self.heads, self.scale, mask, seen
         )
 
     def chosen_rows(self, chosen: tuple[list[list[int]], list[list[int]]]) -> Tensor:
@@ -166,25 +170,31 @@ class Attention:
             dtype=torch.int64,
         )
 
-    def formula(self, mask: str, dtype: torch.dtype) -> Tensor:
+    def formula(self, mask: str, dtype: torch.dtype, seen: Tensor | None = None) -> Tensor:
         out = torch.zeros_like(self.q, dtype=dtype)
         vision_at, text_at = 0, sum(self.vision)
-        for nv, nt in zip(self.vision, self.text, strict=True):
+        for sample, (nv, nt) in enumerate(zip(self.vision, self.text, strict=True)):
             rows = torch.cat(
                 [torch.arange(vision_at, vision_at + nv), torch.arange(text_at, text_at + nt)]
             )
             vision_at, text_at, n = vision_at + nv, text_at + nt, nv + nt
-            seen = torch.full((n,), n)
+            first = torch.full((n,), n)
             if mask != "bidirectional":
-                seen[nv:] = torch.arange(nv + 1, n + 1)
-                seen[:nv] = nv if mask == "seq2seq" else torch.arange(1, nv + 1)
+                first[nv:] = torch.arange(nv + 1, n + 1)
+                first[:nv] = nv if mask == "seq2seq" else torch.arange(1, nv + 1)
+            hidden = torch.arange(n) >= first[:, None]
+            if seen is not None:
+                places = torch.arange(n)
+                places[nv:] += max(self.vision) - nv
+                own = seen if seen.dim() == 2 else seen[sample]
+                hidden |= ~own[places][:, places]
             q, k, v = (
                 t[rows].to(dtype).unflatten(1, (self.heads, -1)).transpose(0, 1)
                 for t in (self.q, self.k, self.v)
             )
             scores = (q @ k.mT) * self.scale
-            scores = scores.masked_fill(torch.arange(n) >= seen[:, None], -math.inf)
-            out[rows] = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+            weights = scores.masked_fill(hidden, -math.inf).softmax(-1).nan_to_num(0.0)
+            out[rows] = (weights @ v).transpose(0, 1).flatten(1)
         return out
 
 

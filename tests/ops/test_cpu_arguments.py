@@ -82,6 +82,10 @@ BAD_ATTENTION: dict[str, tuple[dict[str, Any], str]] = {
     "position": ({"positions_q": torch.tensor([0, 1, 0, 1, 3, 0, 0, 1, 2]).int()}, r"q\[4\] is 3"),
     "positions": ({"positions_q": torch.tensor([0]).int()}, "9 entries"),
     "mask": ({"mask": "full"}, "mask must be"),
+    "seen": ({"seen": torch.ones(5, 5, dtype=torch.bool)}, r"\[6, 6\] or \[2, 6, 6\]"),
+    "seen samples": ({"seen": torch.ones(1, 6, 6, dtype=torch.bool)}, r"got shape \[1, 6, 6\]"),
+    "seen type": ({"seen": torch.ones(6, 6)}, "seen must be a contiguous bool"),
+    "seen strides": ({"seen": torch.ones(6, 12, dtype=torch.bool)[:, ::2]}, "contiguous bool"),
     "scale": ({"scale": math.inf}, "scale"),
 }
 
@@ -186,8 +190,9 @@ def test_some_queries_need_positions_under_a_mask() -> None:
     q, kv = torch.randn(1, 4), torch.randn(3, 4)
     offsets = (cumulative([2]), cumulative([1]), cumulative([1]), cumulative([0]))
     OPS.shared_attention(q, kv, kv, *offsets, None, 1, 1.0, "bidirectional")
-    with pytest.raises(RuntimeError, match="needs positions_q"):
-        OPS.shared_attention(q, kv, kv, *offsets, None, 1, 1.0, "causal")
+    for mask, seen in (("causal", None), ("bidirectional", torch.ones(3, 3, dtype=torch.bool))):
+        with pytest.raises(RuntimeError, match="needs positions_q"):
+            OPS.shared_attention(q, kv, kv, *offsets, None, 1, 1.0, mask, seen)
 
 
 def test_the_product_loop_counts_its_operations_and_checks_its_operands() -> None:

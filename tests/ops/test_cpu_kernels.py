@@ -8,7 +8,6 @@ import mmap
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -198,6 +197,26 @@ def test_shared_attention(size: tuple[int, int], mask: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", ["bidirectional", "seq2seq", "causal"])
+@pytest.mark.parametrize("size", [(3, 64), (2, 88), (1, 7)], ids=str)
+def test_shared_attention_by_a_mask_tensor(size: tuple[int, int], mask: str, dtype: str) -> None:
+    """Keys of both segments hidden one by one, in a mask of its own for each sample or one for all."""
+    for number, (vision, text) in enumerate(LENGTHS):
+        case = Attention(DTYPES[dtype], vision, text, *size, seed=number)
+        places = max(vision) + max(text)
+        seen = torch.rand(len(vision), places, places) > 0.3
+        seen[:, 0] = False
+        for own in (seen, seen[0]):
+            ours = case.run(mask, seen=own)
+            plain, truth = (case.formula(mask, t, own) for t in (DTYPES[dtype], torch.float64))
+            result = op_parity(ours, plain, truth)
+            assert result.passed, result.reason
+            chosen = ([list(range(0, n, 3)) for n in vision], [list(range(1, n, 2)) for n in text])
+            some = case.run(mask, chosen=chosen, seen=own)
+            assert torch.equal(some, ours[case.chosen_rows(chosen)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_transposed_weight_is_packed_to_the_same_bytes(dtype: str) -> None:
     for rows, columns in [(1, 1), (33, 7), (7, 33), (64, 96), (100, 61)]:
         wide = torch.randn(columns, rows + 3).to(DTYPES[dtype])
@@ -335,24 +354,6 @@ def test_nothing_is_read_outside_its_tensor(dtype: str, at_end: bool) -> None:
     fence.open()
 
 
-def test_calls_from_many_threads() -> None:
-    linears = [Linear(d, (20 + 9 * n, 40 + n, 70 - n)) for n in range(4) for d in DTYPES.values()]
-    wanted = [case.run() for case in linears]
-    wrong: list[int] = []
-
-    def work(number: int) -> None:
-        for _ in range(10):
-            if not torch.equal(linears[number].run(packed=[]), wanted[number]):
-                wrong.append(number)
-
-    workers = [threading.Thread(target=work, args=(n,)) for n in range(len(linears))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not wrong
-
-
 @pytest.mark.skipif("BEIT3_FAST_CPU_ISA" in os.environ, reason="this is the inner run")
 @pytest.mark.parametrize("level", LEVELS[:-1])
 def test_lower_levels(level: str) -> None:
@@ -371,17 +372,27 @@ def test_level_is_what_was_asked_for() -> None:
     assert wish is None or OPS.cpu_isa() == wish
 
 
-def test_unknown_level_is_named() -> None:
+def ask_for_the_level(wish: str) -> subprocess.CompletedProcess[str]:
+    """A process that prints its level, with this wish in its environment."""
     code = (
         "from beit3_fast.ops import library; library.load()\n"
-        "import torch; torch.ops.beit3_fast.cpu_isa()"
+        "import torch; print(torch.ops.beit3_fast.cpu_isa())"
     )
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "BEIT3_FAST_CPU_ISA": "avx9000"},
+        env={**os.environ, "BEIT3_FAST_CPU_ISA": wish},
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+@pytest.mark.skipif("BEIT3_FAST_CPU_ISA" in os.environ, reason="the CPU's own level is not known")
+def test_no_wish_lifts_the_level() -> None:
+    assert ask_for_the_level(LEVELS[-1]).stdout.strip() == OPS.cpu_isa()
+
+
+def test_unknown_level_is_named() -> None:
+    done = ask_for_the_level("avx9000")
     assert done.returncode != 0
     assert f"one of {', '.join(LEVELS)}, got 'avx9000'" in done.stderr

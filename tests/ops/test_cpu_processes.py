@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,9 +49,9 @@ def test_forked_workers_of_a_parent_with_threads() -> None:
         assert torch.equal(c, b)
 
 
-def in_a_process(script: str) -> str:
+def in_a_process(script: str, **variables: str) -> str:
     """What ``script`` prints, run where nothing else has started threads."""
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | variables
     prelude = f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
     done = subprocess.run(
         [sys.executable, "-c", prelude + script], env=environment, capture_output=True, text=True
@@ -98,13 +99,18 @@ print(len(names), names)
     assert printed.startswith("1 "), printed
 
 
+ANONYMOUS = """
+def anonymous():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1])
+"""
+
+
 def test_memory_does_not_grow() -> None:
     """KiB that 300 calls add once the scratch memory of every thread is there."""
     printed = in_a_process(
         COUNT
+        + ANONYMOUS
         + """
-def anonymous():
-    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1])
 torch.set_num_threads(2)
 linear, attention = Linear(torch.float32, (500, 200, 300)), Attention(torch.float32, [197] * 2, [9] * 2, 4, 64)
 def run(times):
@@ -113,3 +119,53 @@ run(100); before = anonymous(); run(300); print(anonymous() - before)
 """
     )
     assert int(printed) < 512
+
+
+def test_a_wide_weight_packed_for_a_call_does_not_stay() -> None:
+    """MiB that a call adds whose weight is not packed, 128 of them, as in training."""
+    printed = in_a_process(
+        COUNT
+        + ANONYMOUS
+        + """
+x = torch.zeros(2, 4096, dtype=torch.bfloat16)
+def run(width):
+    weight = torch.zeros(width, 4096, dtype=torch.bfloat16)
+    call = (x, [weight], [], [], [], [], None, None, [0, 2], 1e-5, "none")
+    torch.ops.beit3_fast.expert_linear(*call)
+run(64); before = anonymous(); run(16384); print((anonymous() - before) >> 10)
+"""
+    )
+    assert int(printed) < 64
+
+
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="another library counts allocations")
+def test_what_repeats_allocates_nothing_large(tmp_path: Path) -> None:
+    """Results are tensors of PyTorch's; all else that a call needs is there after the first one."""
+    compiler = os.environ.get("CXX") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    counter = tmp_path / "counter.so"
+    command = [*compiler.split(), "-std=c++17", "-O1", "-shared", "-fPIC", "-o", str(counter)]
+    subprocess.run([*command, str(HERE / "counted_allocations.cpp")], check=True)
+    printed = in_a_process(
+        """
+import ctypes, torch
+from cpu_cases import Attention, Cached, Linear, OPS
+torch.set_num_threads(1)
+linear = Linear(torch.float32, (6000, 40, 70), experts=2, residual=True, gather=True)
+int8 = [OPS.quantize_weight(weight) for weight in linear.weights]
+attention = Attention(torch.float32, [400] * 2, [9] * 2, 4, 64)
+cached = Cached(torch.float32, 300, 6, [0, 1], 2, 64)
+images, token = torch.zeros(2, 3, 96, 96), torch.zeros(70)
+packed = OPS.pack_weight(torch.zeros(70, 768))
+def work():
+    linear.run(); linear.run(packed=[]); linear.run(packed=int8)
+    attention.run("causal"); cached.run(); cached.pack(200); cached.run()
+    OPS.patch_embedding(images, packed, token, token, token, None, None, 16)
+count = ctypes.CDLL(None).large_allocations
+count.restype = ctypes.c_long
+work(); first = count(); work(); work(); print(first > 0, count() - first)
+""",
+        LD_PRELOAD=str(counter),
+    )
+    assert printed == "True 0"

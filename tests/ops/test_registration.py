@@ -147,6 +147,7 @@ def attention_arguments(
     selection: tuple[str, str] | None = None,
     lengths: tuple[list[int], list[int]] = ([5, 0, 4], [2, 3, 0]),
     fused: bool = False,
+    seen: bool = False,
 ) -> tuple[Any, ...]:
     layout = TokenLayout.from_lengths(*lengths)
     count = layout.num_rows
@@ -160,7 +161,8 @@ def attention_arguments(
         rows, queries = layout.select(*selection)  # type: ignore[arg-type]
         q = q.detach()[rows].requires_grad_(grad)
         chosen = [queries.cu_vision, queries.cu_text, queries.positions]
-    return (q, k, v, *cu, *chosen, 2, 8**-0.5, mask)
+    own = torch.rand(layout.mask_size, layout.mask_size) < 0.7 if seen else None
+    return (q, k, v, *cu, *chosen, 2, 8**-0.5, mask, own)
 
 
 ATTENTION: dict[str, dict[str, Any]] = {
@@ -172,6 +174,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "text rows, causal": {"selection": ("none", "all"), "mask": "causal"},
     "no rows": {"lengths": ([0], [0])},
     "fused": {"fused": True},
+    "a mask tensor": {"grad": True, "seen": True, "selection": ("first", "all")},
 }
 
 
