@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import pytest
 from embed_cases import Data
 from held_elsewhere import held_elsewhere
+from torch import Tensor
 
 import beit3_fast
+from beit3_fast.embed import work
 from beit3_fast.embed.decode import Chunk, Decoder
 from beit3_fast.errors import CheckpointError, ConfigError, InputError
 from beit3_fast.progress import Progress
@@ -70,6 +73,12 @@ for moment in ("embedding", "half a shard", "before the manifest"):
         )
         os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
+"""
+
+TAKE = """
+import fcntl, sys
+with open(sys.argv[1], "a") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 """
 
 
@@ -172,6 +181,37 @@ def test_two_processes_do_not_meet(checkpoint: str, data: Data, tmp_path: Path) 
         pytest.raises(CheckpointError, match="another process writes to"),
     ):
         run(checkpoint, tmp_path, data)
+
+
+def test_two_threads_do_not_meet(
+    model: Any, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"processor": beit3_fast.Processor.for_model(model), "workers": 0}
+    encode, inside, finish = work.encode, threading.Event(), threading.Event()
+
+    def waits(*arguments: Any) -> Tensor:
+        if threading.current_thread() is first and not inside.is_set():
+            inside.set()
+            assert finish.wait(60)
+        return encode(*arguments)
+
+    monkeypatch.setattr(work, "encode", waits)
+    first = threading.Thread(
+        target=beit3_fast.embed_dataset, args=(model, data.folder, tmp_path), kwargs=options
+    )
+    first.start()
+    try:
+        assert inside.wait(60)
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="another thread of this process writes to"):
+                beit3_fast.embed_dataset(model, data.folder, tmp_path, **options)
+        # the refused ones did not let other processes in
+        call = [sys.executable, "-c", TAKE, str(tmp_path / ".lock")]
+        assert subprocess.run(call, stderr=subprocess.DEVNULL, check=False).returncode
+    finally:
+        finish.set()
+        first.join(60)
+    assert beit3_fast.embed_dataset(model, data.folder, tmp_path, **options).resumed == 7
 
 
 def test_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
