@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from embed_cases import Data
 from held_elsewhere import held_elsewhere
 from torch import Tensor
@@ -173,6 +174,32 @@ def test_a_worker_that_is_killed(
     report = run(checkpoint, tmp_path, data)
     assert (report.embedded, report.skipped) == (12, 2)
     assert report.resumed <= 6
+
+
+@pytest.mark.timeout(60)
+def test_shared_memory_that_is_too_small(
+    checkpoint: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise RuntimeError("No space left on device (28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
+        wanted = (
+            r"the 2 decoding workers have no room for 2 images of 0\.0 MiB .* \(No space left.* "
+            r"up to 5 batches of 2 wait.*; take fewer workers .* --shm-size"
+        )
+        with pytest.raises(InputError, match=wanted):
+            run(checkpoint, tmp_path, data, workers=2)
+
+    def no_semaphore(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.utils.data.DataLoader, "__iter__", no_semaphore)
+        with pytest.raises(InputError, match=r"no room for what joins the processes \(.*No space"):
+            run(checkpoint, tmp_path, data, workers=2)
+    assert run(checkpoint, tmp_path, data, workers=2).embedded == 12
 
 
 def test_two_processes_do_not_meet(checkpoint: str, data: Data, tmp_path: Path) -> None:
