@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from beit3_fast.data.image_files import state_of_file
 from beit3_fast.data.images import IMAGE_SUFFIXES
 from beit3_fast.data.index_files import KINDS, images_and_text
 from beit3_fast.errors import ConfigError, InputError
@@ -21,11 +22,13 @@ _BLOCK = 512
 
 
 class Blob(NamedTuple):
-    """Bytes of a file: ``size`` of them from ``offset``, or all where ``offset`` is None."""
+    """Bytes of a file: ``size`` of them from ``offset``, or all where ``offset`` is None; ``changed``: when the file was,
+    in ns. Size and time are -1 where there is no such file."""
 
     path: str
     offset: int | None = None
     size: int = 0
+    changed: int = 0
 
 
 class Item(NamedTuple):
@@ -78,7 +81,7 @@ def list_items(sources: Any, kind: str) -> list[Item]:
 
 
 def digest_of(items: Sequence[Item]) -> str:
-    """What two lists share only if they are the same: names, places and sizes; pixels are not read."""
+    """What two lists share only if they are the same: names, places, sizes and when files were changed; pixels are not read."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(repr(tuple(item)).encode("utf-8", "surrogatepass"))
@@ -98,9 +101,9 @@ def _items_of(source: Path, kind: str) -> Iterator[Item]:
     elif suffix == ".jsonl":
         yield from _index(source, kind)
     elif kind == "image":
-        yield Item(str(source), image=Blob(str(source), None, source.stat().st_size))
+        yield Item(str(source), image=_whole(source))
     elif kind == "text":
-        yield Item(str(source), text=Blob(str(source), None, source.stat().st_size))
+        yield Item(str(source), text=_whole(source))
     else:
         text = source.with_suffix(_TEXT_SUFFIX)
         yield from _of_files(
@@ -116,13 +119,18 @@ def _folder(folder: Path, kind: str) -> Iterator[Item]:
             yield from _tar(path, kind)
 
 
+def _whole(path: Path) -> Blob:
+    size, changed = state_of_file(str(path))
+    return Blob(str(path), None, size, changed)
+
+
 def _on_disk(paths: Sequence[Path]) -> list[_File]:
     return [
         _File(
             str(path),
             str(path.with_suffix("")),
             path.suffix.lower(),
-            Blob(str(path), None, path.stat().st_size),
+            _whole(path),
         )
         for path in sorted(paths)
         if path.suffix.lower() in (*IMAGE_SUFFIXES, _TEXT_SUFFIX)
@@ -153,6 +161,7 @@ def _tar(path: Path, kind: str) -> Iterator[Item]:
 def _members(path: Path) -> tuple[list[_File], str | None]:
     """The images and texts of a tar, and what is wrong with the rest of it."""
     files: list[_File] = []
+    changed = state_of_file(str(path))[1]
     try:
         with tarfile.open(path, "r:") as tar, path.open("rb") as raw:
             for member in tar:
@@ -162,7 +171,7 @@ def _members(path: Path) -> tuple[list[_File], str | None]:
                 if not member.isreg() or member.issparse() or not key:
                     continue
                 if suffix in (*IMAGE_SUFFIXES, _TEXT_SUFFIX):
-                    blob = Blob(str(path), member.offset_data, member.size)
+                    blob = Blob(str(path), member.offset_data, member.size, changed)
                     files.append(_File(f"{path}/{member.name}", f"{folder}/{key}", suffix, blob))
             # tarfile takes damage behind the first header for the end
             raw.seek(tar.offset)
@@ -174,7 +183,7 @@ def _members(path: Path) -> tuple[list[_File], str | None]:
 
 
 def _index(path: Path, kind: str) -> Iterator[Item]:
-    seen: set[str] = set()
+    seen: set[Path] = set()
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -186,12 +195,12 @@ def _index(path: Path, kind: str) -> Iterator[Item]:
             except (InputError, ValueError, RecursionError) as error:
                 yield Item(name, problem=f"the line cannot be used ({error})")
                 continue
-            blobs = [Blob(str(path.parent / image)) for image in images]
+            paths = [path.parent / image for image in images]
             if kind == "image":
                 # retrieval and captioning name an image once for each of its captions
-                for blob in blobs:
-                    if blob.path not in seen:
-                        seen.add(blob.path)
-                        yield Item(blob.path, image=blob)
+                for image in paths:
+                    if image not in seen:
+                        seen.add(image)
+                        yield Item(str(image), image=_whole(image))
             else:
-                yield Item(name, blobs[0] if blobs else None, text)
+                yield Item(name, _whole(paths[0]) if paths else None, text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 from embed_cases import Data
 from held_elsewhere import held_elsewhere
+from spm import tiny_sentencepiece_bytes, with_pieces
 from torch import Tensor
 
 import beit3_fast
@@ -146,14 +148,104 @@ def test_another_job_is_refused(
     options: dict[str, Any] = {"processor": processor, "shard_size": 3, "workers": 0}
     with pytest.raises(ConfigError, match="another sources, items"):
         beit3_fast.embed_dataset(model, data.folder, tmp_path, **options)
-    other = beit3_fast.create_model("beit3_tiny_patch16_32_retrieval")
-    with pytest.raises(ConfigError, match="begun with other weights"):
-        beit3_fast.embed_dataset(other, [data.folder, data.tar], tmp_path, **options)
     assert files(tmp_path) == before
     for damage in ("{", "[]", '{"format": "x"}', '{"format": "beit3_fast embeddings 1"}'):
         (tmp_path / "manifest.json").write_text(damage)
         with pytest.raises(CheckpointError, match=r"manifest.json cannot be continued"):
             run(checkpoint, tmp_path, data)
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_weights_that_differ_a_little_are_another_job(
+    kind: str, processor: Any, checkpoint: str, data: Data, tmp_path: Path
+) -> None:
+    def job(model: Any) -> Any:
+        return beit3_fast.embed_dataset(
+            model, data.folder, tmp_path, kind, processor=processor, workers=0
+        )
+
+    other = beit3_fast.create_model("beit3_tiny_patch16_32_retrieval", checkpoint)
+    job(other)
+    with torch.no_grad():
+        if kind == "image":
+            for weight in other.parameters():
+                weight.mul_(1.001)
+        else:
+            other.backbone.text_embed.weight[-1].mul_(1.001)
+    with pytest.raises(ConfigError, match="another job, of another weights"):
+        job(other)
+
+
+def test_rounded_weights_are_another_job_and_packed_ones_are_not(
+    processor: Any, checkpoint: str, data: Data, tmp_path: Path
+) -> None:
+    def job(**options: Any) -> Any:
+        name = "beit3_tiny_patch16_32_retrieval"
+        own = beit3_fast.create_model(name, checkpoint, inference_only=True, **options)
+        return beit3_fast.embed_dataset(
+            own, data.folder, tmp_path, processor=processor, shard_size=3, workers=0
+        )
+
+    run_plain = beit3_fast.create_model("beit3_tiny_patch16_32_retrieval", checkpoint)
+    options: dict[str, Any] = {"processor": processor, "shard_size": 3, "workers": 0}
+    beit3_fast.embed_dataset(run_plain, data.folder, tmp_path, **options)
+    assert job().resumed == 7
+    for dtype in ("int8", "float8"):
+        with pytest.raises(ConfigError, match="another weights"):
+            job(dtype=dtype)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    job(dtype="int8")
+    assert job(dtype="int8").resumed == 7
+
+
+def test_files_written_again_are_another_job(
+    model: Any, processor: Any, data: Data, tmp_path: Path
+) -> None:
+    shutil.copytree(data.folder, tmp_path / "photos")
+    shutil.copy(data.tar, tmp_path)
+    shutil.copy(data.index, tmp_path)
+    sources = {"folder": "photos", "tar": data.tar.name, "index": data.index.name}
+
+    def job(form: str) -> Any:
+        return beit3_fast.embed_dataset(
+            model,
+            tmp_path / sources[form],
+            tmp_path / f"out {form}",
+            processor=processor,
+            workers=0,
+        )
+
+    for form in sources:
+        job(form)
+        assert job(form).resumed
+    for path in (tmp_path / "photos" / "0.png", tmp_path / data.tar.name):
+        size, changed = path.stat().st_size, path.stat().st_mtime_ns
+        path.write_bytes(path.read_bytes())
+        os.utime(path, ns=(changed + 1_000_000, changed + 1_000_000))
+        assert path.stat().st_size == size
+    for form in sources:
+        with pytest.raises(ConfigError, match=r"of another sources; .* written again"):
+            job(form)
+
+
+def test_another_tokenizer_is_another_job(
+    model: Any, processor: Any, data: Data, tmp_path: Path
+) -> None:
+    def job(processor: Any, kind: str) -> Any:
+        return beit3_fast.embed_dataset(
+            model, data.folder, tmp_path / kind, kind, processor=processor, workers=0
+        )
+
+    other = beit3_fast.Processor.for_model(
+        model, with_pieces(tiny_sentencepiece_bytes(), ["unheard"])
+    )
+    for kind in ("text", "pair", "image"):
+        job(processor, kind)
+    for kind in ("text", "pair"):
+        with pytest.raises(ConfigError, match="another tokenizer"):
+            job(other, kind)
+    assert job(other, "image").resumed == 7
 
 
 def test_a_worker_that_is_killed(
