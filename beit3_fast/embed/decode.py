@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from beit3_fast.data import Processor, segments
 from beit3_fast.embed.sources import Blob, Item
@@ -17,12 +17,16 @@ _MAX_TEXT_BYTES = 1 << 20
 
 
 class Chunk(NamedTuple):
-    """Decoded items by their places in the list: images float32 [n, 3, H, W], token ids with bos and eos."""
+    """Decoded items by their places in the list: images float32 [n, 3, H, W], token ids with bos and eos.
+
+    ``unshared`` says why a worker cannot hand over the images, which are then missing.
+    """
 
     places: list[int]
     images: Tensor | None
     texts: list[list[int]]
     skipped: list[tuple[int, str]]
+    unshared: str | None = None
 
 
 class Decoder(Dataset[Chunk]):
@@ -58,7 +62,8 @@ class Decoder(Dataset[Chunk]):
                 texts.append(text)
             if image is not None:
                 images.append(image)
-        return Chunk(done, torch.stack(images) if images else None, texts, skipped)
+        chunk = Chunk(done, torch.stack(images) if images else None, texts, skipped)
+        return chunk if get_worker_info() is None else _shared(chunk)
 
     def _image(self, blob: Blob) -> Tensor:
         image: Tensor = self.processor(images=blob.path if blob.offset is None else _read(blob))[
@@ -107,6 +112,19 @@ class Claims:
     def count(self, own: range) -> int:
         """The number of chunks of one range."""
         return -(-len(own) // self.size)
+
+
+def _shared(chunk: Chunk) -> Chunk:
+    """The images in memory that processes share. DataLoader does that too, but where it fails, waits without end."""
+    if chunk.images is None:
+        return chunk
+    size = chunk.images.nbytes
+    try:
+        chunk.images.share_memory_()
+    except (RuntimeError, OSError) as error:
+        reason = f"{len(chunk.images)} images of {size / 2**20:.1f} MiB in all ({error})"
+        return chunk._replace(images=None, unshared=reason)
+    return chunk
 
 
 def _read(blob: Blob) -> bytes:

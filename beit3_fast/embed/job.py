@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from beit3_fast.checkpoint.lock import held
 from beit3_fast.data import Processor
+from beit3_fast.data.digest import digest_of_tensors
 from beit3_fast.embed.manifest import Manifest
 from beit3_fast.embed.ranks import Ranks
 from beit3_fast.embed.ray_actors import check_ray, make_with_ray
@@ -23,12 +23,12 @@ from beit3_fast.embed.sources import Blob, Item, digest_of, list_items
 from beit3_fast.embed.work import EmbedReport, Engine, Work, encode, make_local
 from beit3_fast.errors import ConfigError, InputError
 from beit3_fast.model.embeddings import Embeddings
+from beit3_fast.ops.packed_weight import PackedWeight
 from beit3_fast.progress import Progress
 from beit3_fast.torchrun import started_by_torchrun
 
 OUTPUTS = ("pooled", "cls")
 ENGINES = ("auto", "local", "torchrun", "ray")
-_PROBED = 16
 _MOST_WORKERS = 256
 
 
@@ -78,37 +78,36 @@ def embed_dataset(
             raise TypeError
     except TypeError as error:
         raise ConfigError(f"folder must be a path, got {folder!r:.80}") from error
-    probe = _probe(model, kind, output, processor)
+    width = _width(model, kind, output, processor)
+    tokenizer = processor.tokenizer
     job = {
         "kind": kind,
         "output": output,
         "format": format,
         "model": type(model).__name__,
-        "width": probe.numel(),
+        "weights": _weights(model),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "processor": f"{processor.preset} {processor.image_size} {processor.max_length}",
-        "tokenizer": None if kind == "image" else _tokenized(processor),
+        "tokenizer": None if kind == "image" or tokenizer is None else tokenizer.identity,
         "sources": digest_of(items),
         "items": len(items),
         "shard_size": shard_size,
     }
-    sizes = (probe.numel(), batch_size, shard_size, workers)
+    sizes = (width, batch_size, shard_size, workers)
     work = Work(model, processor, items, target, kind, output, format, *sizes)
 
     def lead(make: Engine) -> EmbedReport:
-        return _lead(work, job, probe, progress, make)
+        return _lead(work, job, progress, make)
 
     if engine == "torchrun":
         return Ranks().run(work, lead)
     return lead(make_local if engine == "local" else partial(make_with_ray, engine_workers))
 
 
-def _lead(
-    work: Work, job: dict[str, Any], probe: Tensor, progress: bool, make: Engine
-) -> EmbedReport:
+def _lead(work: Work, job: dict[str, Any], progress: bool, make: Engine) -> EmbedReport:
     """The part of the one process that keeps the manifest: what is missing is made, then reported."""
     with held(work.folder):
-        manifest = Manifest(work.folder, job, probe[:_PROBED].tolist())
+        manifest = Manifest(work.folder, job)
         todo = [number for number in range(len(work)) if not manifest.is_done(number)]
         waiting = sum(len(work.places(number)) for number in todo)
         resumed = len(work.items) - waiting
@@ -204,15 +203,17 @@ def _check_texts(items: Sequence[Item], processor: Processor) -> None:
         )
 
 
-def _tokenized(processor: Processor) -> list[int] | None:
-    """What a tokenizer is known by."""
-    tokenizer = processor.tokenizer
-    return None if tokenizer is None else tokenizer.encode("A red cup, and 2 cats.")
+def _width(model: Any, kind: str, output: str, processor: Processor) -> int:
+    """Values of a row, by a trial: a model that has no such embeddings says so before anything is written."""
+    image = torch.zeros(1, 3, *processor.image_size)
+    return encode(model, kind, output, image, [torch.tensor([0, 5, 7, 2])]).shape[1]
 
 
-def _probe(model: Any, kind: str, output: str, processor: Processor) -> Tensor:
-    """The embedding, fp32 [C], of an input that is always the same: by it other weights are noticed."""
-    height, width = processor.image_size
-    image = torch.linspace(-1, 1, 3 * height * width).view(1, 3, height, width)
-    text = [torch.tensor([0, 5, 7, 2])]
-    return encode(model, kind, output, image, text)[0]
+def _weights(model: Any) -> str:
+    """A digest of what the rows are computed with; the same on every device, packed or not."""
+    parts = (
+        (name, weight.unpack(torch.float32) if isinstance(weight, PackedWeight) else weight)
+        for name, weight in model.named_parameters()
+    )
+    # the weights do not tell how many heads share their width
+    return digest_of_tensors(parts, f"{model.backbone.config.num_heads} heads")

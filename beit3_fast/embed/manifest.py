@@ -10,9 +10,7 @@ from beit3_fast.checkpoint.atomic import replacing
 from beit3_fast.errors import CheckpointError, ConfigError
 
 NAME = "manifest.json"
-_FORMAT = "beit3_fast embeddings 1"
-# Another machine or number of threads moves the last bits of an embedding, another checkpoint all of it.
-_SAME_MODEL = 0.05
+_FORMAT = "beit3_fast embeddings 2"
 
 
 class Manifest:
@@ -21,10 +19,9 @@ class Manifest:
     Raises ConfigError where the folder holds a job that is not this one, CheckpointError for a damaged manifest.
     """
 
-    def __init__(self, folder: Path, job: dict[str, Any], probe: list[float]) -> None:
+    def __init__(self, folder: Path, job: dict[str, Any]) -> None:
         self.path = folder / NAME
         self.job = job
-        self.probe = probe
         self.shards: dict[int, dict[str, Any]] = {}
         if self.path.exists():
             self._continue()
@@ -43,7 +40,6 @@ class Manifest:
         content = {
             "format": _FORMAT,
             "job": self.job,
-            "probe": self.probe,
             "shards": {str(key): self.shards[key] for key in sorted(self.shards)},
         }
         write(self.path, json.dumps(content, indent=1, ensure_ascii=True) + "\n")
@@ -53,7 +49,7 @@ class Manifest:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             if content["format"] != _FORMAT:
                 raise ValueError(f"its format is {content['format']!r}, not {_FORMAT!r}")
-            job, probe = content["job"], [float(value) for value in content["probe"]]
+            job = dict(content["job"])
             shards = {int(number): dict(shard) for number, shard in content["shards"].items()}
             if not all(
                 isinstance(shard["file"], str)
@@ -70,16 +66,9 @@ class Manifest:
         if other:
             raise ConfigError(
                 f"{self.path.parent} holds another job, of another {', '.join(other)}; give another folder, or the same "
-                "arguments to go on with that one"
+                "arguments to go on with that one (sources are others as soon as one of their files is written again)"
             )
-        size = max(map(abs, probe), default=0.0)
-        if len(probe) != len(self.probe) or any(
-            abs(a - b) > _SAME_MODEL * size for a, b in zip(probe, self.probe, strict=True)
-        ):
-            raise ConfigError(
-                f"{self.path.parent} was begun with other weights; give another folder, or that checkpoint"
-            )
-        self.probe, self.shards = probe, shards
+        self.shards = shards
 
 
 def write(path: Path, text: str) -> None:

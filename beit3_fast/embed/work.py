@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -101,7 +102,13 @@ class Work:
             decoder, batch_sampler=claims, num_workers=self.workers, collate_fn=_unchanged
         )
         try:
-            yield from loader
+            for chunk in loader:
+                if chunk.unshared is not None:
+                    raise InputError(self._no_room(chunk.unshared))
+                yield chunk
+        # their semaphores lie in shared memory as well
+        except OSError as error:
+            raise InputError(self._no_room(f"what joins the processes ({error})")) from error
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
@@ -109,6 +116,13 @@ class Work:
                 f"a decoding worker died ({str(error).splitlines()[0]}); the same call again goes on from the last "
                 "shard, with fewer workers if memory was short"
             ) from error
+
+    def _no_room(self, what: str) -> str:
+        return (
+            f"the {self.workers} decoding workers have no room for {what} in shared memory, where up to "
+            f"{2 * self.workers + 1} batches of {self.batch_size} wait{_shared_memory()}; take fewer workers (0 needs none), a "
+            "smaller batch size or a larger /dev/shm (docker run --shm-size 2g)"
+        )
 
     def _rows(
         self, chunks: Iterator[Chunk], bar: Bar
@@ -183,6 +197,14 @@ def encode(
     else:
         rows = model.encode_pair(images, texts, output, batch_size=len(texts))
     return rows.to("cpu", torch.float32)
+
+
+def _shared_memory() -> str:
+    try:
+        found = shutil.disk_usage("/dev/shm")
+    except OSError:
+        return ""
+    return f": /dev/shm has {found.total / 2**20:.1f} MiB, {found.free / 2**20:.1f} of them free"
 
 
 def _noted(numbers: Iterable[int], claimed: deque[int]) -> Iterator[int]:

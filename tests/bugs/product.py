@@ -146,6 +146,20 @@ PRODUCT_BUGS = (
         can_hang=True,
     ),
     Bug(
+        "embed-two-threads-in-one-folder",
+        "beit3_fast/checkpoint/lock.py",
+        "with _held_here(folder), _held_by_process(folder):",
+        "with _held_by_process(folder):",
+        ("tests/embed/test_resume.py::test_two_threads_do_not_meet",),
+    ),
+    Bug(
+        "embed-job-of-any-weights",
+        "beit3_fast/embed/job.py",
+        '        "weights": _weights(model),\n',
+        "",
+        ("tests/embed/test_resume.py::test_weights_that_differ_a_little_are_another_job",),
+    ),
+    Bug(
         "verify-says-the-same-of-other-weights",
         "beit3_fast/integrations/verification.py",
         "return not self.changed and all(own.parity.passed for own in self.comparisons)",

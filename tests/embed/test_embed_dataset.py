@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +126,6 @@ def test_what_is_bad_is_named(
 
 @pytest.mark.parametrize("cut", ["truncated", "header"])
 def test_a_damaged_tar_gives_what_it_has(cut: str, embed: Any, data: Data, tmp_path: Path) -> None:
-    import tarfile
-
     with tarfile.open(data.tar) as tar:
         third = [member for member in tar if member.name.endswith(".png")][2]
     damaged = bytearray(data.tar.read_bytes())
@@ -139,6 +140,129 @@ def test_a_damaged_tar_gives_what_it_has(cut: str, embed: Any, data: Data, tmp_p
     text = (tmp_path / "out" / "000000.skipped.jsonl").read_text()
     assert "damaged" in text
     assert report.skipped == (2 if cut == "truncated" else 1)
+
+
+def skipped(folder: Path) -> dict[str, str]:
+    """Reasons by names, relative to ``folder``, of all shards."""
+    lists = sorted((folder / "out").glob("*.skipped.jsonl"))
+    entries = [json.loads(line) for path in lists for line in path.read_text().splitlines()]
+    return {str(Path(entry["name"]).relative_to(folder)): entry["reason"] for entry in entries}
+
+
+def relative(report: EmbedReport, folder: Path) -> list[str]:
+    return [str(Path(name).relative_to(folder)) for name in contents(report)[1]]
+
+
+@pytest.mark.timeout(60)
+def test_links_and_what_is_no_file_in_a_folder(
+    embed: Any, data: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, pool = tmp_path / "folder", tmp_path / "pool"
+    folder.mkdir()
+    pool.mkdir()
+    for name in ("1", "2"):
+        shutil.copy(data.folder / f"{name}.png", pool)
+        shutil.copy(data.folder / f"{name}.txt", pool)
+    (folder / "pool").symlink_to(pool)
+    (folder / "same pool").symlink_to(pool)
+    (pool / "loop").symlink_to(folder)
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
+    for pipe in ("pipe.png", "pipe.txt", "pipe.tar"):
+        os.mkfifo(folder / pipe)
+    report = embed(folder)
+    assert relative(report, tmp_path) == ["folder/pool/1.png", "folder/pool/2.png"]
+    found = skipped(tmp_path)
+    assert sorted(found) == ["folder/gone.png", "folder/pipe.png", "folder/pipe.tar"]
+    assert all("no regular file, or a link that leads nowhere" in why for why in found.values())
+    for again in ("same pool", "pool/loop"):
+        assert f"left out {folder / again}: another path led to this folder" in caplog.text
+    shutil.rmtree(tmp_path / "out")
+    assert relative(embed(folder, "text"), tmp_path) == ["folder/pool/1.txt", "folder/pool/2.txt"]
+    assert sorted(skipped(tmp_path)) == ["folder/pipe.tar", "folder/pipe.txt"]
+    shutil.rmtree(tmp_path / "out")
+    assert embed(folder, "pair").embedded == 2
+    assert sorted(skipped(tmp_path)) == ["folder/gone.png", "folder/pipe.png", "folder/pipe.tar"]
+
+
+def test_a_folder_that_cannot_be_read(
+    embed: Any, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(data.folder, photos)
+    (photos / "closed").mkdir()
+    scandir = os.scandir
+
+    # the tests may run as root, who may read everything
+    def refused(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert embed(photos).embedded == 6
+    assert "Permission denied" in skipped(tmp_path)["photos/closed"]
+
+
+def test_links_in_a_tar_and_tars_behind_one_another(embed: Any, data: Data, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.add(data.folder / "0.png", "0.png")
+        for name, kind in (("hard.png", tarfile.LNKTYPE), ("soft.png", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "0.png"
+            tar.addfile(member)
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        tar.add(data.folder / "1.png", "1.png")
+    path.write_bytes(path.read_bytes() + (tmp_path / "b.tar").read_bytes())
+    report = embed(path)
+    assert relative(report, tmp_path) == ["a.tar/0.png"]
+    found = skipped(tmp_path)
+    assert sorted(found) == ["a.tar", "a.tar/hard.png", "a.tar/soft.png"]
+    assert "a link to '0.png'" in found["a.tar/hard.png"]
+    assert "another tar perhaps, and is not read" in found["a.tar"]
+
+
+def test_one_row_a_file(
+    embed: Any, data: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(data.folder, photos)
+    shutil.copy(data.index, tmp_path)
+    (photos / "alias.png").symlink_to("0.png")
+    (photos / "0.txt").rename(photos / "z.txt")
+    once = contents(embed(photos))[1]
+    assert len(once) == 6
+    assert "left out of" in caplog.text
+    for sources in (
+        [photos, photos],
+        [photos, photos / "..", photos / "3.png"],
+        [photos, tmp_path / data.index.name],
+    ):
+        shutil.rmtree(tmp_path / "out")
+        caplog.clear()
+        report = embed(sources)
+        assert contents(report)[1] == once, sources
+        assert report.skipped == 1
+        assert f"left out of {sources[1]}: " in caplog.text
+        assert "items that were listed before, the first of them" in caplog.text
+    # every line of an index is a text of its own, once
+    shutil.rmtree(tmp_path / "out")
+    index = tmp_path / data.index.name
+    assert embed([index, photos / ".." / index.name], "text").embedded == 12
+
+
+def test_the_later_of_two_members_of_one_name_counts(
+    embed: Any, data: Data, model: Any, processor: Any, tmp_path: Path, caplog: Any
+) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for number, name in ((0, "a.png"), (1, "b.png"), (2, "a.png")):
+            tar.add(data.folder / f"{number}.png", name)
+    rows, names = contents(embed(path))
+    assert names == [f"{path}/a.png", f"{path}/b.png"]
+    photos = [data.folder / f"{number}.png" for number in (2, 1)]
+    close(rows, model.encode_image(photos, processor=processor))
+    assert f"left out of {path}: 1 members that have the name of a later one" in caplog.text
 
 
 def test_workers_change_nothing(embed: Any, data: Data, tmp_path: Path) -> None:

@@ -5,18 +5,24 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from embed_cases import Data
 from held_elsewhere import held_elsewhere
+from spm import tiny_sentencepiece_bytes, with_pieces
+from torch import Tensor
 
 import beit3_fast
+from beit3_fast.embed import work
 from beit3_fast.embed.decode import Chunk, Decoder
 from beit3_fast.errors import CheckpointError, ConfigError, InputError
 from beit3_fast.progress import Progress
@@ -70,6 +76,12 @@ for moment in ("embedding", "half a shard", "before the manifest"):
         )
         os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
+"""
+
+TAKE = """
+import fcntl, sys
+with open(sys.argv[1], "a") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 """
 
 
@@ -136,14 +148,104 @@ def test_another_job_is_refused(
     options: dict[str, Any] = {"processor": processor, "shard_size": 3, "workers": 0}
     with pytest.raises(ConfigError, match="another sources, items"):
         beit3_fast.embed_dataset(model, data.folder, tmp_path, **options)
-    other = beit3_fast.create_model("beit3_tiny_patch16_32_retrieval")
-    with pytest.raises(ConfigError, match="begun with other weights"):
-        beit3_fast.embed_dataset(other, [data.folder, data.tar], tmp_path, **options)
     assert files(tmp_path) == before
     for damage in ("{", "[]", '{"format": "x"}', '{"format": "beit3_fast embeddings 1"}'):
         (tmp_path / "manifest.json").write_text(damage)
         with pytest.raises(CheckpointError, match=r"manifest.json cannot be continued"):
             run(checkpoint, tmp_path, data)
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_weights_that_differ_a_little_are_another_job(
+    kind: str, processor: Any, checkpoint: str, data: Data, tmp_path: Path
+) -> None:
+    def job(model: Any) -> Any:
+        return beit3_fast.embed_dataset(
+            model, data.folder, tmp_path, kind, processor=processor, workers=0
+        )
+
+    other = beit3_fast.create_model("beit3_tiny_patch16_32_retrieval", checkpoint)
+    job(other)
+    with torch.no_grad():
+        if kind == "image":
+            for weight in other.parameters():
+                weight.mul_(1.001)
+        else:
+            other.backbone.text_embed.weight[-1].mul_(1.001)
+    with pytest.raises(ConfigError, match="another job, of another weights"):
+        job(other)
+
+
+def test_rounded_weights_are_another_job_and_packed_ones_are_not(
+    processor: Any, checkpoint: str, data: Data, tmp_path: Path
+) -> None:
+    def job(**options: Any) -> Any:
+        name = "beit3_tiny_patch16_32_retrieval"
+        own = beit3_fast.create_model(name, checkpoint, inference_only=True, **options)
+        return beit3_fast.embed_dataset(
+            own, data.folder, tmp_path, processor=processor, shard_size=3, workers=0
+        )
+
+    run_plain = beit3_fast.create_model("beit3_tiny_patch16_32_retrieval", checkpoint)
+    options: dict[str, Any] = {"processor": processor, "shard_size": 3, "workers": 0}
+    beit3_fast.embed_dataset(run_plain, data.folder, tmp_path, **options)
+    assert job().resumed == 7
+    for dtype in ("int8", "float8"):
+        with pytest.raises(ConfigError, match="another weights"):
+            job(dtype=dtype)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    job(dtype="int8")
+    assert job(dtype="int8").resumed == 7
+
+
+def test_files_written_again_are_another_job(
+    model: Any, processor: Any, data: Data, tmp_path: Path
+) -> None:
+    shutil.copytree(data.folder, tmp_path / "photos")
+    shutil.copy(data.tar, tmp_path)
+    shutil.copy(data.index, tmp_path)
+    sources = {"folder": "photos", "tar": data.tar.name, "index": data.index.name}
+
+    def job(form: str) -> Any:
+        return beit3_fast.embed_dataset(
+            model,
+            tmp_path / sources[form],
+            tmp_path / f"out {form}",
+            processor=processor,
+            workers=0,
+        )
+
+    for form in sources:
+        job(form)
+        assert job(form).resumed
+    for path in (tmp_path / "photos" / "0.png", tmp_path / data.tar.name):
+        size, changed = path.stat().st_size, path.stat().st_mtime_ns
+        path.write_bytes(path.read_bytes())
+        os.utime(path, ns=(changed + 1_000_000, changed + 1_000_000))
+        assert path.stat().st_size == size
+    for form in sources:
+        with pytest.raises(ConfigError, match=r"of another sources; .* written again"):
+            job(form)
+
+
+def test_another_tokenizer_is_another_job(
+    model: Any, processor: Any, data: Data, tmp_path: Path
+) -> None:
+    def job(processor: Any, kind: str) -> Any:
+        return beit3_fast.embed_dataset(
+            model, data.folder, tmp_path / kind, kind, processor=processor, workers=0
+        )
+
+    other = beit3_fast.Processor.for_model(
+        model, with_pieces(tiny_sentencepiece_bytes(), ["unheard"])
+    )
+    for kind in ("text", "pair", "image"):
+        job(processor, kind)
+    for kind in ("text", "pair"):
+        with pytest.raises(ConfigError, match="another tokenizer"):
+            job(other, kind)
+    assert job(other, "image").resumed == 7
 
 
 def test_a_worker_that_is_killed(
@@ -166,12 +268,69 @@ def test_a_worker_that_is_killed(
     assert report.resumed <= 6
 
 
+@pytest.mark.timeout(60)
+def test_shared_memory_that_is_too_small(
+    checkpoint: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise RuntimeError("No space left on device (28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
+        wanted = (
+            r"the 2 decoding workers have no room for 2 images of 0\.0 MiB .* \(No space left.* "
+            r"up to 5 batches of 2 wait.*; take fewer workers .* --shm-size"
+        )
+        with pytest.raises(InputError, match=wanted):
+            run(checkpoint, tmp_path, data, workers=2)
+
+    def no_semaphore(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.utils.data.DataLoader, "__iter__", no_semaphore)
+        with pytest.raises(InputError, match=r"no room for what joins the processes \(.*No space"):
+            run(checkpoint, tmp_path, data, workers=2)
+    assert run(checkpoint, tmp_path, data, workers=2).embedded == 12
+
+
 def test_two_processes_do_not_meet(checkpoint: str, data: Data, tmp_path: Path) -> None:
     with (
         held_elsewhere(tmp_path),
         pytest.raises(CheckpointError, match="another process writes to"),
     ):
         run(checkpoint, tmp_path, data)
+
+
+def test_two_threads_do_not_meet(
+    model: Any, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"processor": beit3_fast.Processor.for_model(model), "workers": 0}
+    encode, inside, finish = work.encode, threading.Event(), threading.Event()
+
+    def waits(*arguments: Any) -> Tensor:
+        if threading.current_thread() is first and not inside.is_set():
+            inside.set()
+            assert finish.wait(60)
+        return encode(*arguments)
+
+    monkeypatch.setattr(work, "encode", waits)
+    first = threading.Thread(
+        target=beit3_fast.embed_dataset, args=(model, data.folder, tmp_path), kwargs=options
+    )
+    first.start()
+    try:
+        assert inside.wait(60)
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="another thread of this process writes to"):
+                beit3_fast.embed_dataset(model, data.folder, tmp_path, **options)
+        # the refused ones did not let other processes in
+        call = [sys.executable, "-c", TAKE, str(tmp_path / ".lock")]
+        assert subprocess.run(call, stderr=subprocess.DEVNULL, check=False).returncode
+    finally:
+        finish.set()
+        first.join(60)
+    assert beit3_fast.embed_dataset(model, data.folder, tmp_path, **options).resumed == 7
 
 
 def test_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
