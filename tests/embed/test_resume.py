@@ -278,8 +278,8 @@ def test_shared_memory_that_is_too_small(
     with monkeypatch.context() as patch:
         patch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
         wanted = (
-            r"the 2 decoding workers have no room for 2 images of 0\.0 MiB .* \(No space left.* "
-            r"up to 5 batches of 2 wait.*; take fewer workers .* --shm-size"
+            r"no room for 2 images of 0\.0234 MiB in all \(No space left.*workers=2 up to 5 batches of 2 wait.*; "
+            r"take fewer workers .* --shm-size"
         )
         with pytest.raises(InputError, match=wanted):
             run(checkpoint, tmp_path, data, workers=2)
