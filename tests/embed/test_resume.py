@@ -225,7 +225,9 @@ def test_files_written_again_are_another_job(
         os.utime(path, ns=(changed + 1_000_000, changed + 1_000_000))
         assert path.stat().st_size == size
     for form in sources:
-        with pytest.raises(ConfigError, match=r"of another sources; .* written again"):
+        with pytest.raises(
+            ConfigError, match=r"of another sources, of which a file .* written again; "
+        ):
             job(form)
 
 
