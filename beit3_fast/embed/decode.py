@@ -122,7 +122,7 @@ def _shared(chunk: Chunk) -> Chunk:
     try:
         chunk.images.share_memory_()
     except (RuntimeError, OSError) as error:
-        reason = f"{len(chunk.images)} images of {size / 2**20:.1f} MiB in all ({error})"
+        reason = f"{len(chunk.images)} images of {size / 2**20:.3g} MiB in all ({error})"
         return chunk._replace(images=None, unshared=reason)
     return chunk
 

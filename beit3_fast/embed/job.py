@@ -62,9 +62,11 @@ def embed_dataset(
     pickled; "auto": "torchrun" under torchrun, else "local". On several machines sources and ``folder`` are shared.
 
     The same call again, after whatever end, goes on with the first shard that is missing, and ends with the same files.
-    An item that cannot be read is logged, listed in the shard's ``.skipped.jsonl`` and counted. Raises ConfigError for
-    options that cannot be used, a package that is missing and a folder of another job, InputError for sources that are
-    not there or where nothing could be used, CheckpointError where the folder cannot be written.
+    Other weights, another tokenizer, or files that were added or written since are another job. An item that cannot be
+    read is logged, listed in the shard's ``.skipped.jsonl`` and counted; one that is reached again, as a file of a folder
+    and of an index, is left out, and the log says so. Raises ConfigError for options that cannot be used, a package that
+    is missing and a folder of another job, InputError for sources that are not there or where nothing could be used and
+    for shared memory that is too small for the workers, CheckpointError where the folder cannot be written.
     """
     engine = _engine(engine, engine_workers)
     check_format(format)
@@ -100,7 +102,7 @@ def embed_dataset(
         return _lead(work, job, progress, make)
 
     if engine == "torchrun":
-        return Ranks().run(work, lead)
+        return Ranks().run(work, job, lead)
     return lead(make_local if engine == "local" else partial(make_with_ray, engine_workers))
 
 

@@ -64,9 +64,14 @@ class Manifest:
             ) from error
         other = [key for key in self.job if job.get(key) != self.job[key]]
         if other:
+            why = (
+                ", of which a file was added, removed or written again"
+                if "sources" in other
+                else ""
+            )
             raise ConfigError(
-                f"{self.path.parent} holds another job, of another {', '.join(other)}; give another folder, or the same "
-                "arguments to go on with that one (sources are others as soon as one of their files is written again)"
+                f"{self.path.parent} holds another job, of another {', '.join(other)}{why}; give another folder, or the same "
+                "arguments to go on with that one"
             )
         self.shards = shards
 

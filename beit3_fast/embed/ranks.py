@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed
 
 from beit3_fast.embed.work import Bar, EmbedReport, Engine, Work
+from beit3_fast.errors import ConfigError
 
 # Ranks wait for each other as long as a shard takes. Where one fails, torchrun ends the others.
 _PATIENCE = timedelta(days=30)
@@ -33,10 +34,17 @@ class Ranks:
         self.store = torch.distributed.PrefixStore(f"beit3_fast/embed/{next(_calls)}", store)
         self._read = 0
 
-    def run(self, work: Work, lead: Callable[[Engine], EmbedReport]) -> EmbedReport:
-        """The whole job, the report of which every rank gets; ``lead`` is rank 0's part."""
+    def run(
+        self, work: Work, job: dict[str, Any], lead: Callable[[Engine], EmbedReport]
+    ) -> EmbedReport:
+        """The whole job, the report of which every rank gets; ``lead`` is rank 0's part.
+
+        Raises ConfigError on a rank where ``job``, which the manifest has, is not that of rank 0.
+        """
         if self.rank:
+            self._check(job)
             return self._follow(work)
+        self.store.set("job", json.dumps(job))
         report = lead(self._lead)
         told = asdict(report) | {"shards": [str(path) for path in report.shards]}
         self.store.set("report", json.dumps(told))
@@ -65,6 +73,15 @@ class Ranks:
         while own + self._read < len(todo):
             self.store.wait([f"done {self._read}"])
             listen()
+
+    def _check(self, job: dict[str, Any]) -> None:
+        led = json.loads(self.store.get("job"))
+        other = [key for key in job if led[key] != job[key]]
+        if other:
+            raise ConfigError(
+                f"rank {self.rank} was started with another {', '.join(other)} than rank 0; give every rank the same model and "
+                "sources"
+            )
 
     def _follow(self, work: Work) -> EmbedReport:
         todo = json.loads(self.store.get("todo"))

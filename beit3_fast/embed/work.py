@@ -79,8 +79,8 @@ class Work:
     def shards(self, numbers: Iterable[int], bar: Bar) -> Iterator[tuple[int, dict[str, Any]]]:
         """Make these shards; yields each number, with what the manifest says of it, once its files are on the disk.
 
-        The next number is asked for when decoding comes to it. Raises InputError where a decoding worker dies,
-        CheckpointError where a file cannot be written.
+        The next number is asked for when decoding comes to it. Raises InputError where a decoding worker dies or shared
+        memory is too small, CheckpointError where a file cannot be written.
         """
         size = _TEXTS_AT_ONCE if self.kind == "text" else self.batch_size
         claimed: deque[int] = deque()
@@ -119,9 +119,9 @@ class Work:
 
     def _no_room(self, what: str) -> str:
         return (
-            f"the {self.workers} decoding workers have no room for {what} in shared memory, where up to "
-            f"{2 * self.workers + 1} batches of {self.batch_size} wait{_shared_memory()}; take fewer workers (0 needs none), a "
-            "smaller batch size or a larger /dev/shm (docker run --shm-size 2g)"
+            f"shared memory has no room for {what}; with workers={self.workers} up to {2 * self.workers + 1} batches of "
+            f"{self.batch_size} wait there{_shared_memory()}; take fewer workers (0 needs none), a smaller batch size or a "
+            "larger /dev/shm (docker run --shm-size 2g)"
         )
 
     def _rows(
@@ -204,7 +204,9 @@ def _shared_memory() -> str:
         found = shutil.disk_usage("/dev/shm")
     except OSError:
         return ""
-    return f": /dev/shm has {found.total / 2**20:.1f} MiB, {found.free / 2**20:.1f} of them free"
+    return (
+        f", and /dev/shm has {found.total / 2**20:.3g} MiB, {found.free / 2**20:.3g} of them free"
+    )
 
 
 def _noted(numbers: Iterable[int], claimed: deque[int]) -> Iterator[int]:

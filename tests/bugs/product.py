@@ -160,6 +160,28 @@ PRODUCT_BUGS = (
         ("tests/embed/test_resume.py::test_weights_that_differ_a_little_are_another_job",),
     ),
     Bug(
+        "embed-waits-for-memory-that-is-not-there",
+        "beit3_fast/embed/decode.py",
+        "return chunk if get_worker_info() is None else _shared(chunk)",
+        "return chunk",
+        ("tests/embed/test_resume.py::test_shared_memory_that_is_too_small",),
+        can_hang=True,
+    ),
+    Bug(
+        "embed-follows-a-link-without-end",
+        "beit3_fast/embed/sources.py",
+        "        if real in entered:\n",
+        "        if False:\n",
+        ("tests/embed/test_embed_dataset.py::test_links_and_what_is_no_file_in_a_folder",),
+    ),
+    Bug(
+        "embed-a-row-for-each-path-of-a-file",
+        "beit3_fast/embed/sources.py",
+        "        return os.path.realpath(path)\n",
+        "        return path\n",
+        ("tests/embed/test_embed_dataset.py::test_one_row_a_file",),
+    ),
+    Bug(
         "verify-says-the-same-of-other-weights",
         "beit3_fast/integrations/verification.py",
         "return not self.changed and all(own.parity.passed for own in self.comparisons)",

@@ -17,7 +17,10 @@ from torch import Tensor
 
 import beit3_fast
 from beit3_fast.data import segments
-from beit3_fast.embed import EmbedReport
+from beit3_fast.embed import EmbedReport, work
+from beit3_fast.embed.decode import Decoder
+from beit3_fast.embed.sources import Blob, list_items
+from beit3_fast.embed.work import encode
 from beit3_fast.retrieval import EmbeddingIndex
 
 
@@ -81,6 +84,57 @@ def test_the_texts_of_an_index_are_token_ids(
     assert names == [f"{data.index}#{line}" for line in range(1, 13)]
     ids = [json.loads(line)["text_segment"] for line in data.index.read_text().splitlines()]
     close(rows, model.encode_text(segments(ids, padding=False)["text_tokens"]))
+
+
+def test_texts_of_one_length_share_a_batch(
+    embed: Any, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[list[int]] = []
+
+    def noted(*arguments: Any) -> Tensor:
+        lengths.append([len(ids) for ids in arguments[-1]])
+        return encode(*arguments)
+
+    monkeypatch.setattr(work, "encode", noted)
+    embed(data.index, "text", shard_size=12)
+    flat = [length for batch in lengths for length in batch]
+    assert flat == sorted([4] * 6 + list(range(3, 9)))
+    assert [len(batch) for batch in lengths] == [2] * 6
+
+
+def test_a_file_that_the_disk_does_not_give(
+    embed: Any, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Decoder._image
+
+    def fails(self: Decoder, blob: Blob) -> Tensor:
+        if blob.path.endswith("2.png"):
+            raise OSError(5, "Input/output error")
+        return read(self, blob)
+
+    monkeypatch.setattr(Decoder, "_image", fails)
+    report = embed(photos(data))
+    assert (report.embedded, report.skipped) == (5, 1)
+    listed = (tmp_path / "out" / "000000.skipped.jsonl").read_text()
+    assert json.loads(listed)["reason"] == "[Errno 5] Input/output error"
+
+
+def test_a_tar_that_was_cut_behind_its_list(
+    model: Any, processor: Any, data: Data, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.tar"
+    shutil.copy(data.tar, path)
+    items = list_items(path, "text")
+    places = list(range(len(items)))
+    decoder = Decoder(items, processor, model.config.vocab_size)
+    assert decoder.__getitems__(places).skipped == []
+    blob = items[-1].text
+    assert isinstance(blob, Blob)
+    assert blob.offset is not None
+    os.truncate(path, blob.offset + blob.size - 1)
+    ((place, reason),) = decoder.__getitems__(places).skipped
+    assert place == places[-1]
+    assert "ends too early" in reason
 
 
 def test_what_is_bad_is_named(

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed
 from embed_cases import Data
 
 import beit3_fast
+from beit3_fast.embed.ranks import Ranks
 from beit3_fast.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,6 +146,22 @@ def test_ranks_share_a_job_and_one_may_die(
     resumed = made(tmp_path / "b.resumed")
     assert sorted(shard for _, shard in resumed) == sorted({*range(7)} - known)
     assert files(tmp_path / "b") == whole
+
+
+def test_ranks_of_different_models_make_nothing() -> None:
+    store = torch.distributed.HashStore()
+    leader, follower = (Ranks.__new__(Ranks) for _ in range(2))
+    leader.store = follower.store = store
+    leader.rank, follower.rank = 0, 1
+    work: Any = None
+
+    def lead(_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        leader.run(work, {"weights": "a", "items": 3, "tokenizer": None}, lead)
+    with pytest.raises(ConfigError, match="rank 1 was started with another weights than rank 0"):
+        follower.run(work, {"weights": "b", "items": 3, "tokenizer": None}, lead)
 
 
 @pytest.mark.full

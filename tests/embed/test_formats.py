@@ -78,6 +78,13 @@ def test_names_that_are_no_utf8_and_a_shard_without_rows(tmp_path: Path) -> None
     assert (tmp_path / "000001.skipped.jsonl").exists()
 
 
+def test_a_shard_made_again_without_a_fault_keeps_no_list_of_faults(tmp_path: Path) -> None:
+    listed = tmp_path / "000000.skipped.jsonl"
+    for faults in ([{"name": "x", "reason": "y"}], []):
+        write_shard(tmp_path, 0, "safetensors", torch.ones(1, 2), ["a"], faults)
+        assert listed.exists() == bool(faults)
+
+
 def test_without_pyarrow(embed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match=r"needs pyarrow.* pip install pyarrow, or use format="):

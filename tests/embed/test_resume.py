@@ -225,7 +225,9 @@ def test_files_written_again_are_another_job(
         os.utime(path, ns=(changed + 1_000_000, changed + 1_000_000))
         assert path.stat().st_size == size
     for form in sources:
-        with pytest.raises(ConfigError, match=r"of another sources; .* written again"):
+        with pytest.raises(
+            ConfigError, match=r"of another sources, of which a file .* written again; "
+        ):
             job(form)
 
 
@@ -278,8 +280,8 @@ def test_shared_memory_that_is_too_small(
     with monkeypatch.context() as patch:
         patch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
         wanted = (
-            r"the 2 decoding workers have no room for 2 images of 0\.0 MiB .* \(No space left.* "
-            r"up to 5 batches of 2 wait.*; take fewer workers .* --shm-size"
+            r"no room for 2 images of 0\.0234 MiB in all \(No space left.*workers=2 up to 5 batches of 2 wait.*; "
+            r"take fewer workers .* --shm-size"
         )
         with pytest.raises(InputError, match=wanted):
             run(checkpoint, tmp_path, data, workers=2)
