@@ -92,6 +92,13 @@ def test_a_disk_that_is_full(arguments: str) -> None:
     assert "No space left on device (make room" in done.stderr
 
 
+def test_no_output_at_all(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed stdout is None in Python."""
+    monkeypatch.setattr(sys, "stdout", None)
+    command(lambda _: print("x") or 0)
+    assert cli.main(["own"]) == 0
+
+
 @pytest.mark.parametrize("number", ["0", "-1", "1" + 24 * "0", "x"])
 def test_counts_are_numbers_that_a_tensor_can_have(
     number: str, capsys: pytest.CaptureFixture[str]

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _escape_what_cannot_be_printed()
     try:
         code = COMMANDS[arguments.command].run(arguments)
-        sys.stdout.flush()
+        print(end="", flush=True)
         return code
     except Beit3FastError as error:
         return _failed(arguments, str(error))
@@ -87,7 +87,7 @@ def _of_the_system(error: OSError) -> str:
     from beit3_fast.checkpoint.atomic import mend
 
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)
     except OSError:
         # as for a closed pipe
         sys.stdout = None
