@@ -50,6 +50,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if not (arguments.queries or images):
             made = [{"index": arguments.index, "images": len(index)}]
             return show(arguments, made, [f"{arguments.index}: {len(index)} images"])
+    index.check_model(model)
     found = []
     if arguments.queries:
         found += index.search(model.encode_text(arguments.queries, **options), arguments.top_k)
