@@ -19,6 +19,7 @@ from beit3_fast.errors import CheckpointError, ConfigError, InputError, ShapeErr
 from beit3_fast.model.guess import check_top_k
 from beit3_fast.retrieval.model import check_retrieval
 from beit3_fast.retrieval.origin import Origin, origin_of
+from beit3_fast.retrieval.rows import finite_rows
 
 BACKENDS = ("auto", "faiss", "torch")
 _FORMAT = "beit3_fast index 2"
@@ -52,24 +53,20 @@ class EmbeddingIndex:
         *,
         origin: Origin | None = None,
     ) -> None:
-        if not isinstance(embeddings, Tensor) or embeddings.dim() != 2:
+        if not isinstance(embeddings, Tensor) or embeddings.dim() != 2 or not embeddings.shape[1]:
             what = (
                 list(embeddings.shape)
                 if isinstance(embeddings, Tensor)
                 else type(embeddings).__name__
             )
-            raise ShapeError(f"embeddings must be a tensor [M, C], got {what}")
+            raise ShapeError(f"embeddings must be a tensor [M, C], C at least 1, got {what}")
         if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
             raise InputError(f"names must be a list of str, got {names!r:.80}")
         if len(names) != len(embeddings):
             raise InputError(
                 f"every embedding has one name, got {len(embeddings)} embeddings and {len(names)} names"
             )
-        self.embeddings = embeddings.detach().to("cpu", torch.float32).contiguous()
-        if not bool(self.embeddings.isfinite().all()):
-            raise InputError(
-                "embeddings must be finite; was the model trained, and the image read?"
-            )
+        self.embeddings = finite_rows("embeddings", embeddings).cpu().contiguous()
         self.names = list(names)
         self.origin = origin
         self.backend, self._faiss = _backend(backend)
@@ -122,17 +119,20 @@ class EmbeddingIndex:
     def search(self, queries: Tensor, top_k: int = 10) -> list[list[Hit]]:
         """The ``top_k`` entries nearest to each query, best first; queries [Q, C], or [C] for one.
 
-        Raises ShapeError for queries of another width, ConfigError for a top_k below 1.
+        Raises ShapeError for queries of another width, InputError for those that are not finite or all zeros,
+        ConfigError for a top_k below 1.
         """
         check_top_k(top_k)
         width = self.embeddings.shape[1]
-        if not isinstance(queries, Tensor) or queries.dim() not in (1, 2):
+        if not isinstance(queries, Tensor):
             raise ShapeError(f"queries must be a tensor [Q, {width}], got {type(queries).__name__}")
-        rows = queries.detach().to("cpu", torch.float32).reshape(-1, queries.shape[-1])
-        if rows.shape[1] != width:
+        if queries.dim() not in (1, 2) or queries.shape[-1] != width:
             raise ShapeError(
                 f"queries must be [Q, {width}] as in the index, got {list(queries.shape)}"
             )
+        rows = finite_rows("queries", queries.reshape(-1, width)).cpu()
+        if not bool(rows.any(1).all()):
+            raise InputError("a query of zeros has no direction, and nothing is near it")
         count = min(top_k, len(self))
         if not count or not len(rows):
             return [[] for _ in rows]
@@ -217,8 +217,10 @@ class EmbeddingIndex:
         """The best cosines with unit rows [Q, C], and their places."""
         if self._faiss is not None:
             if self._searcher is None:
-                self._searcher = self._faiss.IndexFlatIP(rows.shape[1])
-                self._searcher.add(_unit(self.embeddings).numpy())
+                # whole before another thread sees it
+                searcher = self._faiss.IndexFlatIP(rows.shape[1])
+                searcher.add(_unit(self.embeddings).numpy())
+                self._searcher = searcher
             scores, places = self._searcher.search(rows.numpy(), count)
             return torch.from_numpy(scores), torch.from_numpy(places)
         if self._searcher is None:

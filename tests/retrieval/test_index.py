@@ -106,11 +106,20 @@ def test_images_and_texts(model: Any, processor: Any, photos: Any, tmp_path: Pat
     ("arguments", "message"),
     [
         ((None, []), "embeddings must be a tensor .* got NoneType"),
-        ((ROWS[0], ["a"]), r"embeddings must be a tensor \[M, C\], got \[8\]"),
+        ((ROWS[0], ["a"]), r"embeddings must be a tensor \[M, C\], .* got \[8\]"),
         ((ROWS[:2], ["a"]), "got 2 embeddings and 1 names"),
         ((ROWS[:1], "a"), "names must be a list of str, got 'a'"),
         ((ROWS[:1], [1]), r"names must be a list of str, got \[1\]"),
         ((ROWS[:1] * float("nan"), ["a"]), "embeddings must be finite"),
+        ((ROWS[:1].double() * 1e300, ["a"]), "embeddings must be finite"),
+        (
+            (ROWS[:1].to(torch.complex64), ["a"]),
+            "embeddings must be real numbers, got torch.complex64",
+        ),
+        (
+            (ROWS[:1, :0], ["a"]),
+            r"embeddings must be a tensor \[M, C\], C at least 1, got \[1, 0\]",
+        ),
         ((ROWS[:1], ["a"], "annoy"), "backend must be one of.*'annoy'"),
     ],
 )
@@ -124,6 +133,18 @@ def test_bad_calls(model: Any, processor: Any, photos: Any) -> None:
     for call, message in (
         (lambda: index.search(None), "queries must be a tensor .* got NoneType"),
         (lambda: index.search(ROWS[:, :4]), r"queries must be \[Q, 8\] .* got \[50, 4\]"),
+        (lambda: index.search(torch.ones(0)), r"queries must be \[Q, 8\] .* got \[0\]"),
+        (lambda: index.search(torch.ones(())), r"queries must be \[Q, 8\] .* got \[\]"),
+        (
+            lambda: index.search(ROWS.to(torch.complex64)),
+            "queries must be real numbers, got torch.c",
+        ),
+        (
+            lambda: index.search(ROWS * torch.nan),
+            "queries must be finite, 50 of its 50 rows are not",
+        ),
+        (lambda: index.search(ROWS * torch.inf), "queries must be finite"),
+        (lambda: index.search(torch.zeros(8)), "a query of zeros has no direction"),
         (lambda: index.search(ROWS, 0), "top_k must be a positive integer, got 0"),
         (lambda: index.add(ROWS[:, :4], NAMES), "width 8, got 4"),
         (lambda: index.search_text(None, "a"), "a retrieval model.*got NoneType"),
