@@ -127,6 +127,20 @@ def test_search(shop: Shop, run: Any, tmp_path: Path) -> None:
     assert len(lines) == 4
 
 
+def test_build_replaces_an_index_only(shop: Shop, run: Any, refuse: Any, tmp_path: Path) -> None:
+    photo, index = tmp_path / "photo.png", str(tmp_path / "photos.index")
+    photo.write_bytes(Path(shop.photos[0]).read_bytes())
+    model = shop.model("retrieval", tokenizer=False)
+    for target in (photo, tmp_path):
+        message = refuse("search", str(target), "--build", shop.photos[1], *model)
+        assert "is no index and is not replaced" in message
+        assert "another name" in message
+    assert photo.read_bytes() == Path(shop.photos[0]).read_bytes()
+    build = ("search", index, "--build", str(tmp_path), str(photo), *model)
+    assert run(*build) == f"{index}: 1 images\n"
+    assert run(*build, "--image", str(photo)).splitlines()[1:] == [f"  1.000  {photo}"]
+
+
 def test_embed(shop: Shop, run: Any, tmp_path: Path) -> None:
     out, model = str(tmp_path / "out"), shop.model("retrieval", tokenizer=False)
     call = ("embed", *shop.photos, "--out", out, "--shard-size", "2", "--workers", "0", *model)
