@@ -136,7 +136,8 @@ class EmbeddingIndex:
         count = min(top_k, len(self))
         if not count or not len(rows):
             return [[] for _ in rows]
-        scores, places = self._nearest(_unit(rows), count)
+        with torch.autocast("cpu", enabled=False):
+            scores, places = self._nearest(_unit(rows), count)
         return [
             [Hit(self.names[place], score) for place, score in zip(own, best, strict=True)]
             for own, best in zip(places.tolist(), scores.tolist(), strict=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,6 +64,29 @@ def test_the_nearest_first(backend: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert [hit.score for hit in own] == pytest.approx(expected[order].tolist(), abs=1e-5)
     assert index.search(QUERIES[0], 3) == index.search(QUERIES[:1], 3)
     assert len(index.search(QUERIES[0], 99)[0]) == 50
+
+
+def test_autocast_rounds_nothing(backend: str) -> None:
+    index = EmbeddingIndex(ROWS, NAMES, backend)
+    expected = index.search(QUERIES, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert EmbeddingIndex(ROWS, NAMES, backend).search(QUERIES, 5) == expected
+
+
+def test_two_threads_search_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(FakeFlat):
+        def add(self, rows: np.ndarray) -> None:
+            time.sleep(0.2)
+            super().add(rows)
+
+    fake = ModuleType("faiss")
+    fake.IndexFlatIP = Slow  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "faiss", fake)
+    index = EmbeddingIndex(ROWS, NAMES, "faiss")
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(index.search, QUERIES, 5)
+        time.sleep(0.05)
+        assert index.search(QUERIES, 5) == first.result()
 
 
 def test_adding_and_keeping(backend: str, tmp_path: Path) -> None:
