@@ -11,6 +11,7 @@ import pytest
 from cli_calls import refused
 from products import ANSWERS, Shop
 
+import beit3_fast
 from beit3_fast import cli
 
 
@@ -159,6 +160,20 @@ def test_search(shop: Shop, run: Any, tmp_path: Path) -> None:
     assert len(lines) == 4
 
 
+def test_build_replaces_an_index_only(shop: Shop, run: Any, refuse: Any, tmp_path: Path) -> None:
+    photo, index = tmp_path / "photo.png", str(tmp_path / "photos.index")
+    photo.write_bytes(Path(shop.photos[0]).read_bytes())
+    model = shop.model("retrieval", tokenizer=False)
+    for target in (photo, tmp_path):
+        message = refuse("search", str(target), "--build", shop.photos[1], *model)
+        assert "is no index and is not replaced" in message
+        assert "another name" in message
+    assert photo.read_bytes() == Path(shop.photos[0]).read_bytes()
+    build = ("search", index, "--build", str(tmp_path), str(photo), *model)
+    assert run(*build) == f"{index}: 1 images\n"
+    assert run(*build, "--image", str(photo)).splitlines()[1:] == [f"  1.000  {photo}"]
+
+
 def test_embed(shop: Shop, run: Any, tmp_path: Path) -> None:
     out, model = str(tmp_path / "out"), shop.model("retrieval", tokenizer=False)
     call = ("embed", *shop.photos, "--out", out, "--shard-size", "2", "--workers", "0", *model)
@@ -167,6 +182,20 @@ def test_embed(shop: Shop, run: Any, tmp_path: Path) -> None:
     assert report == {"folder": out, "shards": 2, "embedded": 3, "skipped": 0, "resumed": 3}
     hits = run("search", f"{out}/000000.safetensors", "--image", shop.photos[1], *model, "--json")
     assert hits[0]["hits"][0]["name"] == shop.photos[1]
+
+
+def test_an_index_of_another_model(shop: Shop, run: Any, refuse: Any, tmp_path: Path) -> None:
+    index, model = str(tmp_path / "photos.index"), shop.model("retrieval", tokenizer=False)
+    other = str(tmp_path / "other.safetensors")
+    beit3_fast.save_checkpoint(beit3_fast.create_model(shop.name("retrieval")), other)
+    run("search", index, "--build", *shop.photos, *model)
+    query = ("search", index, "--image", shop.photos[0])
+    assert run(*query, *model, "--dtype", "bfloat16").splitlines()[1].endswith(shop.photos[0])
+    message = refuse(*query, "--model", shop.name("retrieval"), "--checkpoint", other)
+    assert "made by another model or checkpoint" in message
+    run("embed", *shop.photos, "--out", str(tmp_path / "cls"), "--output", "cls", *model)
+    shard = str(tmp_path / "cls" / "000000.safetensors")
+    assert "holds cls image embeddings" in refuse("search", shard, *query[2:], *model)
 
 
 def test_what_is_refused(shop: Shop, refuse: Any, tmp_path: Path) -> None:

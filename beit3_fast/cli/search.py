@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from beit3_fast.cli.command import Command
 from beit3_fast.cli.options import add_model, image_paths, load_model, positive, show
-from beit3_fast.errors import ConfigError
+from beit3_fast.errors import CheckpointError, ConfigError
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("index", metavar="INDEX", help="the index file")
+    parser.add_argument(
+        "index",
+        metavar="INDEX",
+        help="the index file; --build replaces an index, and no other file",
+    )
     parser.add_argument("queries", nargs="*", metavar="TEXT", help="what to search for")
     parser.add_argument(
         "--build",
@@ -37,11 +42,11 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ConfigError("nothing to do; give a text, --image FILE, or --build IMAGE...")
     if arguments.queries and not arguments.tokenizer:
         raise ConfigError("texts need --tokenizer beit3.spm")
-    paths = image_paths(arguments.build) if arguments.build else []
+    paths = _once(image_paths(arguments.build)) if arguments.build else []
     index = None if paths else EmbeddingIndex.load(arguments.index)
-    # before the images are embedded, which takes longest
-    if paths and not Path(arguments.index).absolute().parent.is_dir():
-        raise ConfigError(f"the folder of {arguments.index!r} does not exist; make it first")
+    if paths:
+        # before the images are embedded, which takes longest
+        _check_target(arguments.index)
     model, processor = load_model(arguments, "retrieval", "search")
     options = {"processor": processor, "batch_size": arguments.batch_size}
     if index is None:
@@ -50,6 +55,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if not (arguments.queries or images):
             made = [{"index": arguments.index, "images": len(index)}]
             return show(arguments, made, [f"{arguments.index}: {len(index)} images"])
+    index.check_model(model)
     found = []
     if arguments.queries:
         found += index.search(model.encode_text(arguments.queries, **options), arguments.top_k)
@@ -60,6 +66,30 @@ def _run(arguments: argparse.Namespace) -> int:
         report.append({"query": query, "hits": [hit._asdict() for hit in hits]})
         lines += [query, *(f"  {hit.score:.3f}  {hit.name}" for hit in hits)]
     return show(arguments, report, lines)
+
+
+def _once(paths: list[str]) -> list[str]:
+    """Every file under the first of its names, as when a folder and a file in it are given."""
+    named: dict[str, str] = {}
+    for path in paths:
+        named.setdefault(os.path.abspath(path), path)
+    return list(named.values())
+
+
+def _check_target(path: str) -> None:
+    """Raises ConfigError where no index can be written, or where there is something that is none."""
+    from beit3_fast.retrieval import EmbeddingIndex
+
+    if not Path(path).absolute().parent.is_dir():
+        raise ConfigError(f"the folder of {path!r} does not exist; make it first")
+    if not os.path.lexists(path):
+        return
+    try:
+        EmbeddingIndex.load(path)
+    except CheckpointError as error:
+        raise ConfigError(
+            f"{path!r} is no index and is not replaced ({error}); give another name, or remove it first"
+        ) from error
 
 
 SEARCH = Command(

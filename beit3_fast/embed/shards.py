@@ -12,6 +12,7 @@ from beit3_fast.checkpoint.atomic import replacing
 from beit3_fast.embed.manifest import write
 from beit3_fast.errors import CheckpointError, ConfigError
 from beit3_fast.retrieval import EmbeddingIndex
+from beit3_fast.retrieval.origin import Origin
 
 FORMATS = ("safetensors", "parquet")
 
@@ -31,8 +32,12 @@ def write_shard(
     rows: Tensor,
     names: list[str],
     skipped: list[dict[str, str]],
+    origin: Origin,
 ) -> dict[str, Any]:
-    """Write rows fp32 [N, C] and the list of what they lack, whole or not at all; what the manifest says of them."""
+    """Write rows fp32 [N, C] and the list of what they lack, whole or not at all; what the manifest says of them.
+
+    A safetensors file is an index and keeps ``origin``, what made the rows.
+    """
     path = folder / f"{number:06}.{form}"
     listed = folder / f"{number:06}.skipped.jsonl"
     try:
@@ -43,7 +48,7 @@ def write_shard(
         if form == "parquet":
             _write_parquet(path, rows, names)
         else:
-            EmbeddingIndex(rows, names, "torch").save(path)
+            EmbeddingIndex(rows, names, "torch", origin=origin).save(path)
         size = path.stat().st_size
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error})") from error

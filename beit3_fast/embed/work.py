@@ -20,6 +20,7 @@ from beit3_fast.embed.decode import Chunk, Claims, Decoder
 from beit3_fast.embed.shards import write_shard
 from beit3_fast.embed.sources import Item
 from beit3_fast.errors import InputError
+from beit3_fast.retrieval.origin import origin_of
 
 logger = logging.getLogger("beit3_fast")
 
@@ -94,7 +95,11 @@ class Work:
             reasons = [
                 {"name": self.items[place].name, "reason": reason} for place, reason in skipped
             ]
-            yield number, write_shard(self.folder, number, self.form, rows, names, reasons)
+            origin = origin_of(self.model, f"{self.output} {self.kind}")
+            yield (
+                number,
+                write_shard(self.folder, number, self.form, rows, names, reasons, origin),
+            )
 
     def _decoded(self, claims: Claims) -> Iterator[Chunk]:
         decoder = Decoder(self.items, self.processor, self.model.backbone.config.vocab_size)

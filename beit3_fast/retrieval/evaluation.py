@@ -12,6 +12,7 @@ from torch import Tensor
 from beit3_fast.data import Processor
 from beit3_fast.errors import ConfigError, InputError, ShapeError
 from beit3_fast.retrieval.model import check_retrieval
+from beit3_fast.retrieval.rows import finite_rows
 
 KS = (1, 5, 10)
 # Scores of a block of rows against everything are held at once.
@@ -37,7 +38,7 @@ def recall(
 ) -> Recall:
     """Recall of embeddings: images [I, C], texts [T, C], and for each text the row of its image, int64 [T].
 
-    TR@k: an image counts where any of its texts is among its k nearest texts. IR@k: a text counts where its image is
+    What is near has a large inner product, the cosine of unit rows. TR@k: an image counts where any of its texts is among its k nearest texts. IR@k: a text counts where its image is
     among its k nearest images. Images without a text count as not found. Raises ShapeError and InputError for
     operands that do not fit, ConfigError for ks that are no positive integers.
     """
@@ -47,18 +48,23 @@ def recall(
                 f"{name} must be embeddings [N, C], at least one, got "
                 f"{list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__}"
             )
-        spoiled = len(rows) - int(rows.isfinite().all(1).sum())
-        if spoiled:
-            raise InputError(
-                f"{name} must be finite, {spoiled} of its {len(rows)} rows are not; look for NaN in the model's weights"
-            )
+    images, texts = finite_rows("images", images), finite_rows("texts", texts)
     if images.shape[1] != texts.shape[1]:
         raise ShapeError(
             f"images and texts must have one width, got {images.shape[1]} and {texts.shape[1]}"
         )
-    if not ks or not all(isinstance(k, int) and not isinstance(k, bool) and k > 0 for k in ks):
+    if (
+        not isinstance(ks, (list, tuple))
+        or not ks
+        or not all(isinstance(k, int) and not isinstance(k, bool) and k > 0 for k in ks)
+    ):
         raise ConfigError(f"ks must be positive integers, got {ks!r}")
-    owner = torch.as_tensor(image_of_text, device=images.device)
+    try:
+        owner = torch.as_tensor(image_of_text, device=images.device)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ShapeError(
+            f"image_of_text must be int64 [T] = [{len(texts)}], got {image_of_text!r:.80}"
+        ) from error
     if owner.dtype != torch.int64 or tuple(owner.shape) != (len(texts),):
         raise ShapeError(
             f"image_of_text must be int64 [T] = [{len(texts)}], got {owner.dtype} of shape {list(owner.shape)}"
@@ -69,7 +75,6 @@ def recall(
             f"{int(owner.max())}"
         )
     numbers = torch.arange(len(images), device=images.device)
-    images, texts = images.float(), texts.float()
     return Recall(
         _found(images, texts, numbers, owner, ks), _found(texts, images, owner, numbers, ks)
     )
@@ -94,6 +99,10 @@ def evaluate_retrieval(
         isinstance(own, (list, tuple)) for own in captions
     ):
         raise InputError(f"captions must be a list of lists of str, got {captions!r:.80}")
+    if not isinstance(images, (list, tuple)) and getattr(images, "ndim", 0) != 4:
+        raise InputError(
+            f"images must be a list, or one tensor or array of images, got {type(images).__name__}"
+        )
     if len(images) != len(captions):
         raise InputError(
             f"every image has a list of captions, got {len(images)} images and {len(captions)} lists"

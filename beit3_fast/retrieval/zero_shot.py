@@ -20,7 +20,7 @@ TEMPLATES = ("a photo of a {}.",)
 
 
 class ZeroShotClassifier:
-    """Made by ``zero_shot_classifier``: ``labels``, and ``weights`` [L, C] of unit length, one row a label."""
+    """Made by ``zero_shot_classifier``: ``labels``, and ``weights`` fp32 [L, C] of unit length, one row a label."""
 
     def __init__(
         self,
@@ -33,9 +33,10 @@ class ZeroShotClassifier:
 
     @torch.no_grad()
     def logits(self, images: Any, batch_size: int = 32) -> Tensor:
-        """[B, L] for one image or a list, as ``model.encode_image`` takes them; their softmax is the probabilities."""
+        """fp32 [B, L] for one image or a list, as ``model.encode_image`` takes them; their softmax is the probabilities."""
         embedded = self.model.encode_image(images, processor=self.processor, batch_size=batch_size)
-        return self.model.logit_scale.exp() * embedded @ self.weights.T
+        # in bfloat16 logits of 32 and more are multiples of a quarter, and classes tie
+        return self.model.logit_scale.float().exp() * embedded.float() @ self.weights.T
 
     def __call__(self, images: Any, top_k: int = 5, *, batch_size: int = 32) -> list[list[Guess]]:
         """The ``top_k`` likeliest labels of every image, best first.
@@ -43,7 +44,7 @@ class ZeroShotClassifier:
         Raises what ``model.encode_image`` raises, and InputError where scores are not finite.
         """
         check_top_k(top_k)
-        logits = self.logits(images, batch_size).float()
+        logits = self.logits(images, batch_size)
         check_finite(logits, "image", range(len(logits)))
         return best(logits.softmax(dim=-1), top_k, self.labels)
 
@@ -75,7 +76,7 @@ def zero_shot_classifier(
     # replace, not format: a label or template may have braces of its own.
     texts = [template.replace("{}", name) for name in names for template in sentences]
     embedded = model.encode_text(texts, processor=processor, batch_size=batch_size)
-    means = embedded.unflatten(0, (len(names), len(sentences))).mean(1)
+    means = embedded.float().unflatten(0, (len(names), len(sentences))).mean(1)
     check_finite(means, "label", range(len(names)))
     return ZeroShotClassifier(model, names, F.normalize(means, dim=-1), processor)
 

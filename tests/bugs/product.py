@@ -182,6 +182,27 @@ PRODUCT_BUGS = (
         ("tests/embed/test_embed_dataset.py::test_one_row_a_file",),
     ),
     Bug(
+        "index-of-other-layers-searched",
+        "beit3_fast/retrieval/origin.py",
+        "or not (rounded or _same(self.layers, own.layers))",
+        "",
+        ("tests/retrieval/test_origin.py::test_another_checkpoint_is_refused",),
+    ),
+    Bug(
+        "index-of-class-tokens-searched",
+        "beit3_fast/retrieval/origin.py",
+        'COMPARABLE = ("pooled image", "pooled text")',
+        'COMPARABLE = ("pooled image", "pooled text", "cls image")',
+        ("tests/retrieval/test_origin.py::test_rows_of_another_space",),
+    ),
+    Bug(
+        "search-build-replaces-any-file",
+        "beit3_fast/cli/search.py",
+        "if not os.path.lexists(path):",
+        "if True:",
+        ("tests/test_cli_tasks.py::test_build_replaces_an_index_only",),
+    ),
+    Bug(
         "verify-says-the-same-of-other-weights",
         "beit3_fast/integrations/verification.py",
         "return not self.changed and all(own.parity.passed for own in self.comparisons)",

@@ -93,6 +93,11 @@ ROWS = torch.randn(3, 4)
             {"texts": torch.cat([ROWS[:2], ROWS[:1] * torch.nan])},
             "texts must be finite, 1 of its 3",
         ),
+        ({"texts": ROWS.double() * 1e300}, "texts must be finite"),
+        ({"images": ROWS.to(torch.complex64)}, "images must be real numbers, got torch.complex64"),
+        ({"image_of_text": ["a", 1, 2]}, r"int64 \[T\] = \[3\], got \['a', 1, 2\]"),
+        ({"image_of_text": None}, r"int64 \[T\] = \[3\], got None"),
+        ({"ks": 5}, "ks must be positive integers, got 5"),
         ({"ks": ()}, "ks must be positive integers"),
         ({"ks": (0,)}, r"ks must be positive integers, got \(0,\)"),
     ],
@@ -109,6 +114,8 @@ def test_bad_lists(model: Any, processor: Any, photos: Any) -> None:
         (photos, ["a cat"] * 4, "captions must be a list of lists"),
         (photos, [["a cat"]], "got 4 images and 1 lists"),
         (photos[:1], [[]], "at least one"),
+        (None, [["a"]], "images must be a list, or one tensor or array of images, got NoneType"),
+        ("a", [["a"]], "images must be a list, or one tensor or array of images, got str"),
     ):
         with pytest.raises(Beit3FastError, match=message):
             evaluate_retrieval(model, images, captions, processor=processor)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,13 +57,36 @@ def test_the_nearest_first(backend: str, monkeypatch: pytest.MonkeyPatch) -> Non
     index = EmbeddingIndex(ROWS, NAMES, backend)
     assert index.backend == backend
     assert len(index) == 50
-    scores = QUERIES @ ROWS.T
+    scores = torch.cosine_similarity(QUERIES[:, None], ROWS[None], dim=2)
     for own, expected in zip(index.search(QUERIES, 5), scores, strict=True):
         order = expected.argsort(descending=True)[:5].tolist()
         assert [hit.name for hit in own] == [NAMES[i] for i in order]
         assert [hit.score for hit in own] == pytest.approx(expected[order].tolist(), abs=1e-5)
     assert index.search(QUERIES[0], 3) == index.search(QUERIES[:1], 3)
     assert len(index.search(QUERIES[0], 99)[0]) == 50
+
+
+def test_autocast_rounds_nothing(backend: str) -> None:
+    index = EmbeddingIndex(ROWS, NAMES, backend)
+    expected = index.search(QUERIES, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert EmbeddingIndex(ROWS, NAMES, backend).search(QUERIES, 5) == expected
+
+
+def test_two_threads_search_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(FakeFlat):
+        def add(self, rows: np.ndarray) -> None:
+            time.sleep(0.2)
+            super().add(rows)
+
+    fake = ModuleType("faiss")
+    fake.IndexFlatIP = Slow  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "faiss", fake)
+    index = EmbeddingIndex(ROWS, NAMES, "faiss")
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(index.search, QUERIES, 5)
+        time.sleep(0.05)
+        assert index.search(QUERIES, 5) == first.result()
 
 
 def test_adding_and_keeping(backend: str, tmp_path: Path) -> None:
@@ -106,11 +131,20 @@ def test_images_and_texts(model: Any, processor: Any, photos: Any, tmp_path: Pat
     ("arguments", "message"),
     [
         ((None, []), "embeddings must be a tensor .* got NoneType"),
-        ((ROWS[0], ["a"]), r"embeddings must be a tensor \[M, C\], got \[8\]"),
+        ((ROWS[0], ["a"]), r"embeddings must be a tensor \[M, C\], .* got \[8\]"),
         ((ROWS[:2], ["a"]), "got 2 embeddings and 1 names"),
         ((ROWS[:1], "a"), "names must be a list of str, got 'a'"),
         ((ROWS[:1], [1]), r"names must be a list of str, got \[1\]"),
         ((ROWS[:1] * float("nan"), ["a"]), "embeddings must be finite"),
+        ((ROWS[:1].double() * 1e300, ["a"]), "embeddings must be finite"),
+        (
+            (ROWS[:1].to(torch.complex64), ["a"]),
+            "embeddings must be real numbers, got torch.complex64",
+        ),
+        (
+            (ROWS[:1, :0], ["a"]),
+            r"embeddings must be a tensor \[M, C\], C at least 1, got \[1, 0\]",
+        ),
         ((ROWS[:1], ["a"], "annoy"), "backend must be one of.*'annoy'"),
     ],
 )
@@ -124,6 +158,18 @@ def test_bad_calls(model: Any, processor: Any, photos: Any) -> None:
     for call, message in (
         (lambda: index.search(None), "queries must be a tensor .* got NoneType"),
         (lambda: index.search(ROWS[:, :4]), r"queries must be \[Q, 8\] .* got \[50, 4\]"),
+        (lambda: index.search(torch.ones(0)), r"queries must be \[Q, 8\] .* got \[0\]"),
+        (lambda: index.search(torch.ones(())), r"queries must be \[Q, 8\] .* got \[\]"),
+        (
+            lambda: index.search(ROWS.to(torch.complex64)),
+            "queries must be real numbers, got torch.c",
+        ),
+        (
+            lambda: index.search(ROWS * torch.nan),
+            "queries must be finite, 50 of its 50 rows are not",
+        ),
+        (lambda: index.search(ROWS * torch.inf), "queries must be finite"),
+        (lambda: index.search(torch.zeros(8)), "a query of zeros has no direction"),
         (lambda: index.search(ROWS, 0), "top_k must be a positive integer, got 0"),
         (lambda: index.add(ROWS[:, :4], NAMES), "width 8, got 4"),
         (lambda: index.search_text(None, "a"), "a retrieval model.*got NoneType"),

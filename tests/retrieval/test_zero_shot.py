@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -83,3 +84,16 @@ def test_bad_images(model: Any, processor: Any, photos: Any) -> None:
     ):
         with pytest.raises(Beit3FastError, match=message):
             call()
+
+
+def test_logits_are_not_rounded_to_the_dtype(model: Any, processor: Any, photos: Any) -> None:
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    with torch.no_grad():
+        half.logit_scale.fill_(math.log(100))
+    logits = beit3_fast.zero_shot_classifier(half, LABELS, processor=processor).logits(photos)
+    weights = F.normalize(
+        half.encode_text([f"a photo of a {name}." for name in LABELS], processor=processor).double()
+    )
+    scale = half.logit_scale.double().exp()
+    expected = scale * half.encode_image(photos, processor=processor).double() @ weights.T
+    assert torch.allclose(logits.double(), expected, atol=1e-4)
