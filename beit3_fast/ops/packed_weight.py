@@ -2,9 +2,9 @@
 
 ``PackedWeight`` is a tensor [O, I] whose memory is the packed form, exact, rounded to int8 (CPU) or to float8 (CPU
 and CUDA; scales, then rows of numbers). ``expert_linear`` reads that form; to everything else it behaves as the plain
-weight, which is unpacked for the call, so that a view of it is a copy. It has no gradient and cannot be changed in
-place, except as a whole by ``copy_`` (which ``load_state_dict`` uses); moved to another dtype or device, it becomes a
-plain parameter.
+weight, which is unpacked for the call. It has no gradient and cannot be changed in place, nor through a view (an
+``UnpackedView``), except as a whole by ``copy_`` (which ``load_state_dict`` uses); moved to another dtype or device, it
+becomes a plain parameter.
 """
 
 from __future__ import annotations
@@ -157,13 +157,104 @@ class PackedWeight(Tensor):
             first.packed.copy_(first._packed_like(source.expand(first.shape)))
             increment_version(first.packed)  # PyTorch does not count changes made within a dispatch
             return first
-        if func._schema.is_mutable:
-            _check_written(func._schema, args, kwargs or {})
+        if func is torch.ops.aten._to_copy.default and _changes_nothing(first, kwargs or {}):
+            return PackedWeight(first.packed.clone(), tuple(first.shape), first.dtype)
+        return _on_copies(func, args, kwargs or {})
 
-        def plainly(value: Any) -> Any:
-            return value.unpack() if isinstance(value, PackedWeight) else value
 
-        return func(*tree_map(plainly, args), **tree_map(plainly, kwargs or {}))
+class UnpackedView(Tensor):
+    """A view of a packed weight, for reading: a write would be lost with ``plain``, the copy behind it, and raises."""
+
+    plain: Tensor
+
+    @staticmethod
+    def __new__(cls, plain: Tensor) -> UnpackedView:
+        view: UnpackedView = Tensor._make_wrapper_subclass(
+            cls,
+            plain.shape,
+            strides=plain.stride(),
+            storage_offset=plain.storage_offset(),
+            dtype=plain.dtype,
+            device=plain.device,
+        )
+        view.plain = plain
+        return view
+
+    def unpack(self) -> Tensor:
+        """The numbers as a plain tensor."""
+        return self.plain
+
+    # PyTorch refuses the following to a tensor without memory of its own, or reads it all the same.
+
+    def tolist(self) -> Any:
+        """The numbers in lists."""
+        return self.plain.tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The numbers in an array, for reading."""
+        array = self.plain.numpy(force=force)
+        array.flags.writeable = False
+        return array
+
+    def share_memory_(self) -> UnpackedView:
+        """Moves the copy to memory that processes share."""
+        self.plain.share_memory_()
+        return self
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.plain.clone().__dlpack__(**options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.plain.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain.clone().__reduce_ex__(protocol)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"UnpackedView({self.plain!r})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["plain"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> UnpackedView:
+        return UnpackedView(inner["plain"])
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _on_copies(func, args, kwargs or {})
+
+
+def _on_copies(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Calls an op with the plain numbers. Raises ConfigError where it would write to them."""
+    # Within inference_mode, calls that are made of others come here whole: .to() of what needs no change, too.
+    made_of_others = func.decompose(*args, **kwargs)
+    if made_of_others is not NotImplemented:
+        return made_of_others
+    schema = func._schema
+    if schema.is_mutable:
+        _check_written(schema, args, kwargs)
+
+    def plainly(value: Any) -> Any:
+        return value.unpack() if isinstance(value, (PackedWeight, UnpackedView)) else value
+
+    result = func(*tree_map(plainly, args), **tree_map(plainly, kwargs))
+    if schema.is_mutable or not any(returned.alias_info for returned in schema.returns):
+        return result
+    with torch.inference_mode(
+        False
+    ):  # as for detach: a view has the version of what it is a view of
+        return tree_map(lambda t: UnpackedView(t) if isinstance(t, Tensor) else t, result)
+
+
+def _changes_nothing(weight: PackedWeight, wanted: dict[str, Any]) -> bool:
+    """Whether .to() leaves dtype and device as they are; "cpu" and "cpu:0" are one device."""
+    dtype, device = wanted.get("dtype"), wanted.get("device")
+    if device is not None and device.type == "cpu":
+        device = torch.device("cpu")
+    return dtype in (None, weight.dtype) and device in (None, weight.device)
 
 
 def _check_written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -172,7 +263,8 @@ def _check_written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for argument in schema.arguments:
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
-        if any(isinstance(t, PackedWeight) for t in tree_leaves(given.get(argument.name))):
+        written = tree_leaves(given.get(argument.name))
+        if any(isinstance(tensor, (PackedWeight, UnpackedView)) for tensor in written):
             name = schema.name.removeprefix("aten::")
             raise ConfigError(f"{name} cannot change this weight: {_PACKED}")
 

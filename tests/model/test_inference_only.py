@@ -220,11 +220,47 @@ def test_no_write_is_lost_on_a_copy() -> None:
         lambda: torch.add(other, other, out=weight),
         lambda: weight.mul_(2),
         lambda: torch._foreach_lerp_([weight], [other], 0.5),
+        lambda: weight.__setitem__(0, 100.0),
+        lambda: weight.__setitem__(slice(0, 2), 0.0),
+        lambda: weight.__setitem__((slice(None), 0), other[:, 0]),
+        lambda: weight.__setitem__(..., 0.0),
+        lambda: weight.__setitem__(weight > 0, 0.0),
+        lambda: weight.view(-1).mul_(0),
+        lambda: weight.flatten()[3:].zero_(),
+        lambda: weight.t().mul_(0),
+        lambda: weight[0].fill_(5.0),
+        lambda: weight[0].copy_(other[0]),
+        lambda: weight.chunk(2)[0].zero_(),
+        lambda: weight.unbind()[1].add_(1),
+        lambda: weight.narrow(0, 0, 1).zero_(),
+        lambda: weight.diagonal().zero_(),
+        lambda: weight.data[0].detach().zero_(),
+        lambda: torch.mul(other[0], 3, out=weight[0]),
+        lambda: torch._foreach_zero_(list(weight.unbind())),
     ):
         with pytest.raises(ConfigError, match="cannot change this weight: it is packed"):
             write()
     with pytest.raises(ConfigError, match="to train it"):
         weight.requires_grad = True
+    with pytest.raises(ValueError, match="read-only"):
+        weight[0].numpy().fill(0.0)
     assert torch.equal(weight.unpack(), torch.ones(4, 8))
     other.add_(weight)  # read, not written
     assert torch.equal(other, torch.full((4, 8), 2.0))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_views_can_be_read(inference: bool) -> None:
+    plain = torch.arange(32.0).view(4, 8)
+    with torch.inference_mode(inference):
+        weight = pack(plain)
+        assert torch.equal(weight[1:, ::2], plain[1:, ::2])
+        assert torch.equal(plain @ weight.t()[:, :2], plain @ plain.t()[:, :2])
+        assert weight[1].tolist() == weight[1].numpy().tolist() == plain[1].tolist()
+        for read in (weight[1].clone(), weight[1].double(), copy.deepcopy(weight[1])):
+            assert type(read) is Tensor
+            assert torch.equal(read.add_(1).float(), plain[1] + 1)
+        assert torch.equal(pickle.loads(pickle.dumps(weight[1])), plain[1])
+        assert torch.equal(torch.from_dlpack(weight[1]), plain[1])
+        assert torch.equal(weight[1].share_memory_(), plain[1])
+    assert torch.equal(weight.unpack(), plain)
