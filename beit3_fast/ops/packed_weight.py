@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_leaves, tree_map
 
-from beit3_fast.errors import ConfigError
+from beit3_fast.errors import ConfigError, ShapeError
 from beit3_fast.float8 import E4M3, Quantized
 from beit3_fast.float8 import dequantize as dequantize_float8
 from beit3_fast.float8 import quantize as round_to_float8
@@ -87,11 +87,13 @@ class PackedWeight(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         # torch.nn.Module.to() ends here, with its own tensor where nothing has to change.
-        if isinstance(value, PackedWeight):
+        if value.shape != self.shape:
+            raise ShapeError(
+                f"data of a packed weight must have its shape {list(self.shape)}, got {list(value.shape)}"
+            )
+        if isinstance(value, PackedWeight) and value.dtype == self.dtype:
             self.packed = value.packed
-        elif (
-            value.shape == self.shape and value.dtype == self.dtype and value.device == self.device
-        ):
+        elif value.dtype == self.dtype and value.device == self.device:
             self.packed = self._packed_like(value)
         else:
             torch.utils.swap_tensors(self, nn.Parameter(value.detach(), requires_grad=False))
@@ -308,6 +310,7 @@ def keep_packed(linear: nn.Linear, weight: Any) -> None:
     """Give a linear layer a weight made here; its state dict goes on holding plain weights."""
     linear.weight = weight
     linear.register_state_dict_post_hook(_unpack_entry)
+    linear.register_load_state_dict_pre_hook(_pack_assigned)
 
 
 def _unpack_entry(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -315,3 +318,21 @@ def _unpack_entry(module: nn.Module, state: dict[str, Any], prefix: str, _: Any)
     if isinstance(weight, PackedWeight):
         # In fp32 a rounded weight comes back as the same numbers when it is rounded again.
         state[f"{prefix}weight"] = weight.unpack(torch.float32 if weight.is_rounded else None)
+
+
+def _pack_assigned(
+    module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any
+) -> None:
+    """load_state_dict(assign=True) puts the given tensor in the place of the weight: in the form that this one has."""
+    weight, given = module.weight, state.get(f"{prefix}weight")
+    if (
+        metadata.get("assign_to_params_buffers")
+        and isinstance(weight, PackedWeight)
+        and isinstance(given, Tensor)
+        and given.shape == weight.shape
+    ):
+        if weight.is_rounded:
+            packed = weight._packed_like(given.detach())
+            state[f"{prefix}weight"] = _parameter(packed, tuple(weight.shape), weight.dtype)
+        elif given.dtype in (torch.float32, torch.bfloat16):
+            state[f"{prefix}weight"] = pack(given)

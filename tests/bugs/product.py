@@ -53,6 +53,20 @@ PRODUCT_BUGS = (
         ("tests/model/test_inference_only.py::test_a_copy_is_independent",),
     ),
     Bug(
+        "packed-weight-new-data-ignored",
+        "beit3_fast/ops/packed_weight.py",
+        "            self.packed = self._packed_like(value)\n",
+        "            pass\n",
+        ("tests/model/test_inference_only.py::test_new_data_is_packed",),
+    ),
+    Bug(
+        "packed-weight-assigned-stays-plain",
+        "beit3_fast/ops/packed_weight.py",
+        "    linear.register_load_state_dict_pre_hook(_pack_assigned)\n",
+        "",
+        ("tests/model/test_inference_only.py::test_assigned_weights_are_packed",),
+    ),
+    Bug(
         "packed-weight-changes-not-counted",
         "beit3_fast/ops/packed_weight.py",
         "            increment_version(first.packed)  # PyTorch does not count changes made within a dispatch\n",

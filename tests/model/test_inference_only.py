@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import beit3_fast
-from beit3_fast.errors import ConfigError
+from beit3_fast.errors import ConfigError, ShapeError
 from beit3_fast.ops import Norm, expert_linear, library
 from beit3_fast.ops.packed_weight import PackedWeight, pack
 
@@ -264,3 +264,34 @@ def test_views_can_be_read(inference: bool) -> None:
         assert torch.equal(torch.from_dlpack(weight[1]), plain[1])
         assert torch.equal(weight[1].share_memory_(), plain[1])
     assert torch.equal(weight.unpack(), plain)
+
+
+def test_new_data_is_packed() -> None:
+    plain, packed = pair("float32")
+    with torch.no_grad():
+        fc1(plain).zero_()
+    fc1(packed).data = torch.zeros(fc1(packed).shape)
+    assert isinstance(fc1(packed), PackedWeight)
+    assert torch.equal(scores(packed), scores(plain))
+    for other in (torch.zeros(3, 5), pack(torch.zeros(3, 5))):
+        with pytest.raises(ShapeError, match=r"must have its shape .*, got \[3, 5\]"):
+            fc1(packed).data = other
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "int8"])
+def test_assigned_weights_are_packed(dtype: str) -> None:
+    model = beit3_fast.create_model(NAME, dtype=dtype, impl="cpu", inference_only=True)
+    other = beit3_fast.create_model(NAME, dtype=dtype, impl="cpu", inference_only=True)
+    other.load_state_dict(model.state_dict(), assign=True)
+    for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert type(ours) is type(theirs)
+        assert not ours.requires_grad
+    assert torch.equal(scores(other), scores(model))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict({"head.3.weight": torch.ones(2, 3)}, strict=False, assign=True)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "composite", "reference"])
+def test_no_out_features(impl: str) -> None:
+    with pytest.raises(ShapeError, match="at least one out-feature"):
+        expert_linear(torch.randn(3, 8), [torch.randn(0, 8)], bounds=(0, 3), impl=impl)
