@@ -1,6 +1,6 @@
 """A weight kept only in the layout that the kernels read: one copy of it, for inference.
 
-``PackedWeight`` is a tensor [O, I] whose memory is the packed form, exact, rounded to int8 (CPU) or to float8 (CPU
+``PackedWeight`` is a tensor [O, I], or [O, ...] with I numbers behind O, whose memory is the packed form, exact, rounded to int8 (CPU) or to float8 (CPU
 and CUDA; scales, then rows of numbers). ``expert_linear`` reads that form; to everything else it behaves as the plain
 weight, which is unpacked for the call. It has no gradient and cannot be changed in place, nor through a view (an
 ``UnpackedView``), except as a whole by ``copy_`` (which ``load_state_dict`` uses); moved to another dtype or device, it
@@ -9,6 +9,7 @@ becomes a plain parameter.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -70,8 +71,9 @@ class PackedWeight(Tensor):
         if self.is_float8:
             return dequantize_float8(self.float8(), self.shape[1]).to(dtype or self.dtype)
         library.load()
-        plain: Tensor = torch.ops.beit3_fast.unpack_weight(self.packed, *self.shape)
-        return plain.to(dtype or self.dtype)
+        columns = math.prod(self.shape[1:])
+        plain: Tensor = torch.ops.beit3_fast.unpack_weight(self.packed, self.shape[0], columns)
+        return plain.view(self.shape).to(dtype or self.dtype)
 
     def _packed_like(self, plain: Tensor) -> Tensor:
         if self.is_float8:
@@ -161,6 +163,11 @@ class PackedWeight(Tensor):
             return first
         if func is torch.ops.aten._to_copy.default and _changes_nothing(first, kwargs or {}):
             return PackedWeight(first.packed.clone(), tuple(first.shape), first.dtype)
+        if func is torch.ops.aten.view.default and tuple(args[1]) == (
+            first.shape[0],
+            math.prod(first.shape[1:]),
+        ):
+            return PackedWeight(first.packed, tuple(args[1]), first.dtype)
         return _on_copies(func, args, kwargs or {})
 
 
@@ -272,9 +279,9 @@ def _check_written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def pack(weight: Tensor) -> Any:
-    """A weight [O, I], fp32 or bf16, as the parameter of an inference model."""
+    """A weight [O, I] or [O, ...], fp32 or bf16, as the parameter of an inference model."""
     library.load()
-    packed = torch.ops.beit3_fast.pack_weight(rows_in_memory(weight.detach()))
+    packed = torch.ops.beit3_fast.pack_weight(rows_in_memory(weight.detach().flatten(1)))
     return _parameter(packed, tuple(weight.shape), weight.dtype)
 
 
@@ -306,8 +313,8 @@ def _parameter(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> An
     return nn.Parameter(PackedWeight(packed, shape, dtype), requires_grad=False)
 
 
-def keep_packed(linear: nn.Linear, weight: Any) -> None:
-    """Give a linear layer a weight made here; its state dict goes on holding plain weights."""
+def keep_packed(linear: nn.Linear | nn.Conv2d, weight: Any) -> None:
+    """Give a linear layer, or a convolution of patches, a weight made here; its state dict goes on holding plain weights."""
     linear.weight = weight
     linear.register_state_dict_post_hook(_unpack_entry)
     linear.register_load_state_dict_pre_hook(_pack_assigned)

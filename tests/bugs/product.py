@@ -53,6 +53,20 @@ PRODUCT_BUGS = (
         ("tests/model/test_inference_only.py::test_a_copy_is_independent",),
     ),
     Bug(
+        "captioning-head-kept-twice",
+        "beit3_fast/model/registry.py",
+        "        products.append(model.mlm_head)\n",
+        "        pass\n",
+        ("tests/model/test_inference_only.py::test_nothing_keeps_a_second_copy",),
+    ),
+    Bug(
+        "patch-projection-kept-twice",
+        "beit3_fast/model/registry.py",
+        "        products.append(backbone.vision_embed.proj)\n",
+        "        pass\n",
+        ("tests/model/test_inference_only.py::test_nothing_keeps_a_second_copy",),
+    ),
+    Bug(
         "packed-weight-new-data-ignored",
         "beit3_fast/ops/packed_weight.py",
         "            self.packed = self._packed_like(value)\n",

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from rounded_models import TASKS, outputs
 from torch import Tensor
 
 import beit3_fast
 from beit3_fast.errors import ConfigError, ShapeError
 from beit3_fast.ops import Norm, expert_linear, library
-from beit3_fast.ops.packed_weight import PackedWeight, pack
+from beit3_fast.ops.packed_weight import PackedWeight, UnpackedView, pack
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the compiled library")
 NAME = "beit3_tiny_patch16_32_vqav2"
@@ -48,34 +49,49 @@ def fc1(model: Any) -> Any:
 def test_the_same_bits_as_the_plain_model(dtype: str) -> None:
     plain, packed = pair(dtype)
     kept = [p for p in packed.parameters() if isinstance(p, PackedWeight)]
-    assert len(kept) == 2 * 6 * len(packed.beit3.encoder.layers)
+    assert len(kept) == 2 * 6 * len(packed.beit3.encoder.layers) + 1
     assert torch.equal(scores(packed), scores(plain))
 
 
-def tensors_alive() -> list[Tensor]:
-    return [item for item in gc.get_objects() if type(item) is Tensor]
+def memory_alive() -> dict[int, Tensor]:
+    """A tensor for every piece of memory that one reads."""
+    alive = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
+    plain = [t for t in alive if not isinstance(t, (PackedWeight, UnpackedView))]
+    strided = [t for t in plain if (t.device.type, t.layout) == STRIDED]
+    return {t.untyped_storage().data_ptr(): t.detach() for t in strided}
 
 
-def test_nothing_keeps_a_second_copy() -> None:
+@torch.inference_mode()
+def use(model: Any, task: str) -> None:
+    images = torch.randn(2, 3, 32, 32).to(next(model.parameters()).dtype)
+    texts = [torch.tensor([0, 7, 9, 2]), torch.tensor([0, 5, 2])]
+    model.encode_image(images)
+    if task != "imageclassification":
+        model.encode_text(texts)
+        model.encode_pair(list(images), texts)
+    if task == "captioning":
+        model.caption(images, max_length=6, mask_id=91)
+    if task in TASKS:
+        outputs(model, task)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "int8"])
+@pytest.mark.parametrize("task", [*TASKS, "pretraining", ""])
+def test_nothing_keeps_a_second_copy(task: str, dtype: str) -> None:
     gc.collect()
-    others = tensors_alive()  # of other tests in this process; kept, so that no id is used again
-    known = set(map(id, others))
-    packed = beit3_fast.create_model(NAME, impl="cpu", inference_only=True)
-    scores(packed)
+    others = memory_alive()  # of other tests in this process; kept, so that no memory is used again
+    name = f"beit3_tiny_patch16_32_{task}".rstrip("_")
+    packed = beit3_fast.create_model(name, dtype=dtype, impl="cpu", inference_only=True)
+    use(packed, task)
     gc.collect()
-    shapes = {tuple(p.shape) for p in packed.parameters() if isinstance(p, PackedWeight)}
-    owned = {p.data_ptr() for p in packed.parameters() if not isinstance(p, PackedWeight)}
-    sizes = {p.packed.numel() for p in packed.parameters() if isinstance(p, PackedWeight)}
-    stored = {p.packed.data_ptr() for p in packed.parameters() if isinstance(p, PackedWeight)}
-    for tensor in tensors_alive():
-        if id(tensor) in known or (tensor.device.type, tensor.layout) != STRIDED:
-            continue
-        if tensor.untyped_storage().nbytes() < 4 * min(sizes) // 2:
-            continue
-        if tuple(tensor.shape) in shapes and tensor.data_ptr() not in owned:
-            raise AssertionError(f"a plain weight of shape {list(tensor.shape)} is kept")
-        if tensor.dim() == 1 and tensor.numel() in sizes:
-            assert tensor.data_ptr() in stored, "a packed weight is kept twice"
+    tensors = [*packed.parameters(), *packed.buffers()]
+    own = [t.packed if isinstance(t, PackedWeight) else t for t in tensors]
+    known = {t.untyped_storage().data_ptr() for t in own} | set(others)
+    smallest = min(t.packed.nbytes for t in tensors if isinstance(t, PackedWeight))
+    for pointer, tensor in memory_alive().items():
+        if pointer not in known:
+            kept = f"{tensor.dtype} of shape {list(tensor.shape)} is kept"
+            assert tensor.untyped_storage().nbytes() < smallest // 2, kept
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
