@@ -15,9 +15,10 @@ from beit3_fast.data.tokenizer import BOS, EOS, PAD
 from beit3_fast.errors import ConfigError, InputError
 from beit3_fast.finite import check_finite
 from beit3_fast.generate import Caption, CaptionStep, Options, Special, caption_steps, captions
-from beit3_fast.model.decoding import CaptionDecoder
+from beit3_fast.model.decoding import CaptionDecoder, head_logits
 from beit3_fast.model.inputs import check_processor, image_batches, image_tensors, listed
 from beit3_fast.model.task import BEiT3Task
+from beit3_fast.ops.packed_weight import PackedWeight
 from beit3_fast.padded_layout import shapes_are_fixed
 
 # The vocabulary of the released models, and <mask> in it.
@@ -69,9 +70,9 @@ class BEiT3ForCaptioning(BEiT3Task):
                 rows = rows[language_masked_pos.bool()]
             elif padding_mask is not None:
                 rows = torch.where(padding_mask.bool()[..., None], 0.0, rows)
-            return self.mlm_head(rows), None
+            return self._logits(rows), None
         if language_masked_pos is not None:
-            return self.mlm_head(self._caller_order(encoded)), None
+            return self._logits(self._caller_order(encoded)), None
         features = encoded.rows
         kept = torch.ones_like(text_ids, dtype=torch.bool)
         if padding_mask is not None:
@@ -80,7 +81,7 @@ class BEiT3ForCaptioning(BEiT3Task):
         places = torch.arange(text_ids.numel(), device=text_ids.device).view_as(text_ids)
         padded = features.new_zeros(text_ids.numel(), features.shape[1])
         padded = padded.index_copy(0, places[order][kept[order]], features)
-        return self.mlm_head(padded.view(*text_ids.shape, -1)), None
+        return self._logits(padded.view(*text_ids.shape, -1)), None
 
     @torch.inference_mode()
     def caption(
@@ -229,6 +230,13 @@ class BEiT3ForCaptioning(BEiT3Task):
             return None
         return torch.Generator(self.mlm_head.weight.device).manual_seed(options.seed)
 
+    def _logits(self, rows: Tensor) -> Tensor:
+        """A packed weight is multiplied as it is; nn.Linear would unpack it at every call."""
+        head = self.mlm_head
+        if isinstance(head.weight, PackedWeight):
+            return head_logits(head, rows, self.beit3.impl)
+        return head(rows)
+
     def _caller_order(self, encoded: Any) -> Tensor:
         """Text rows sorted by the caller's samples, as indexing with the mask would give them."""
         if encoded.layout.in_order:
@@ -281,7 +289,7 @@ class BEiT3ForCaptioning(BEiT3Task):
             features = features[:, num_image:]
         if language_masked_pos is not None:
             features = features[language_masked_pos.bool()]
-        return self.mlm_head(features), state
+        return self._logits(features), state
 
 
 def _check_pixels(images: Tensor, places: list[int]) -> None:

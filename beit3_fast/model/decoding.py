@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from beit3_fast.generate import Special
 from beit3_fast.generate.decoder import words_of
@@ -52,6 +52,13 @@ class _Shape(NamedTuple):
     asking: Tensor  # int64 [S * W], the mask tokens among all rows
     ahead: Tensor  # int64 [2W], how many places in front of the words'
     masks: Tensor  # int64 [S, W], the mask token
+
+
+def head_logits(head: nn.Linear, rows: Tensor, impl: str) -> Tensor:
+    """Logits [..., V] of rows [..., C]."""
+    flat = rows.flatten(0, -2)
+    logits = expert_linear(flat, [head.weight], [head.bias], bounds=(0, len(flat)), impl=impl)
+    return logits.unflatten(0, rows.shape[:-1])
 
 
 class CaptionDecoder:
@@ -105,10 +112,7 @@ class CaptionDecoder:
 
     def logits(self, rows: Tensor) -> Tensor:
         """Logits [..., V] of rows [..., C]."""
-        head, flat = self.model.mlm_head, rows.flatten(0, -2)
-        weights, bounds = [head.weight], (0, len(flat))
-        logits = expert_linear(flat, weights, [head.bias], bounds=bounds, impl=self.impl)
-        return logits.unflatten(0, rows.shape[:-1])
+        return head_logits(self.model.mlm_head, rows, self.impl)
 
     def likeliest(self, rows: Tensor, count: int, special: Special | None) -> tuple[Tensor, Tensor]:
         """The ``count`` likeliest tokens of rows [..., C]: log p and ids [..., count]; ``special``: words only."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -34,6 +35,7 @@ DTYPES = {
     "float64": torch.float64,
 }
 INT8, FLOAT8 = "int8", "float8"
+Product = nn.Linear | nn.Conv2d
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ def create_model(
     ``checkpoint`` is an official ``.pth`` or a ``.safetensors`` file, loaded strictly; positions are interpolated
     to this model's image size. ``overrides`` are fields of BEiT3Config (img_size, drop_path_rate, modalities,
     ...). ``inference_only`` gives parameters without gradients, and where the compiled CPU kernels run keeps
-    the weights of the layers in their layout only: half the memory, no packing at the first call; state dict,
-    saving and loading are the same. ``dtype="int8"`` is for inference on a CPU: the weights of the layers are
+    the weights of the layers, of the patch projection and of the captioning head in their layout only: half the memory, no
+    packing at the first call; state dict, saving and loading are the same. ``dtype="int8"`` is for inference on a CPU: the weights of the layers are
     rounded to int8 by output channel and the rows that meet them by row, all else is bfloat16 (README: accuracy);
     its state dict holds the rounded weights in float32. ``dtype="float8"`` is the same in e4m3, for GPUs of compute
     capability 8.9 and newer (elsewhere, a CPU included, it shows the accuracy and is slow): rows are rounded by 128
@@ -161,12 +163,8 @@ def create_model(
 def for_inference(model: Any) -> Any:
     """What ``inference_only=True`` makes of a model, in place."""
     model.eval().requires_grad_(False)
-    if next(model.parameters()).device.type != "cpu":
-        return model
-    for linear in _layer_products(model):
-        at = dispatch.situation("expert_linear", [linear.weight])
-        if dispatch.choose(at, _backbone(model).impl).impl == "cpu":
-            keep_packed(linear, pack(linear.weight))
+    if next(model.parameters()).device.type == "cpu":
+        _pack(model, [*_layer_products(model), *_other_products(model)])
     return model
 
 
@@ -175,7 +173,8 @@ def to_int8(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     model.eval().requires_grad_(False)
     for linear in _layer_products(model):
         keep_packed(linear, quantize(linear.weight, dtype))
-    return model.to(dtype)
+    _pack(model.to(dtype), _other_products(model))
+    return model
 
 
 def to_float8(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -190,6 +189,25 @@ def _backbone(model: Any) -> BEiT3:
 def _layer_products(model: Any) -> list[nn.Linear]:
     layers = _backbone(model).encoder.layers
     return [module for module in layers.modules() if isinstance(module, nn.Linear)]
+
+
+def _other_products(model: Any) -> list[Product]:
+    """What the ops multiply beside the layers: patches, and the rows that become words of a caption."""
+    backbone = _backbone(model)
+    products: list[Product] = []
+    if "vision" in backbone.config.modalities:
+        products.append(backbone.vision_embed.proj)
+    if isinstance(model, BEiT3ForCaptioning):
+        products.append(model.mlm_head)
+    return products
+
+
+def _pack(model: Any, products: Sequence[Product]) -> None:
+    """Keeps the weights of these packed only, where the CPU kernels are the ones that read them."""
+    for product in products:
+        at = dispatch.situation("expert_linear", [product.weight])
+        if dispatch.choose(at, _backbone(model).impl).impl == "cpu":
+            keep_packed(product, pack(product.weight))
 
 
 def _asked(impl: str) -> str:

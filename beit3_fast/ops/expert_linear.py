@@ -278,13 +278,15 @@ _PANEL = 32
 
 
 def packed_form(weight: Tensor) -> Tensor:
-    """A weight [O, I] in the layout that the CPU kernels read, packed on its first use."""
+    """A weight [O, I] or [O, ...] in the layout that the CPU kernels read, packed on its first use."""
     if isinstance(weight, PackedWeight):
         return weight.packed
     return derived(
         "packed",
         (weight,),
-        lambda: torch.ops.beit3_fast.pack_weight(dispatch.rows_in_memory(weight.detach())),
+        lambda: torch.ops.beit3_fast.pack_weight(
+            dispatch.rows_in_memory(weight.detach().flatten(1))
+        ),
     )
 
 

@@ -120,6 +120,10 @@ def check(
         )
     features = x.shape[1]
     out, inner = (*shape(weights[0]), 0)[:2]
+    if not out:
+        raise ShapeError(
+            f"weights must have at least one out-feature, got shape {list(shape(weights[0]))}"
+        )
     for expert, weight in enumerate(weights):
         if shape(weight) != (out, inner) or inner != features:
             raise ShapeError(

@@ -1,14 +1,15 @@
 """A weight kept only in the layout that the kernels read: one copy of it, for inference.
 
-``PackedWeight`` is a tensor [O, I] whose memory is the packed form, exact, rounded to int8 (CPU) or to float8 (CPU
+``PackedWeight`` is a tensor [O, I], or [O, ...] with I numbers behind O, whose memory is the packed form, exact, rounded to int8 (CPU) or to float8 (CPU
 and CUDA; scales, then rows of numbers). ``expert_linear`` reads that form; to everything else it behaves as the plain
-weight, which is unpacked for the call, so that a view of it is a copy. It has no gradient and cannot be changed in
-place, except as a whole by ``copy_`` (which ``load_state_dict`` uses); moved to another dtype or device, it becomes a
-plain parameter.
+weight, which is unpacked for the call. It has no gradient and cannot be changed in place, nor through a view (an
+``UnpackedView``), except as a whole by ``copy_`` (which ``load_state_dict`` uses); moved to another dtype or device, it
+becomes a plain parameter.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_leaves, tree_map
 
-from beit3_fast.errors import ConfigError
+from beit3_fast.errors import ConfigError, ShapeError
 from beit3_fast.float8 import E4M3, Quantized
 from beit3_fast.float8 import dequantize as dequantize_float8
 from beit3_fast.float8 import quantize as round_to_float8
@@ -70,8 +71,9 @@ class PackedWeight(Tensor):
         if self.is_float8:
             return dequantize_float8(self.float8(), self.shape[1]).to(dtype or self.dtype)
         library.load()
-        plain: Tensor = torch.ops.beit3_fast.unpack_weight(self.packed, *self.shape)
-        return plain.to(dtype or self.dtype)
+        columns = math.prod(self.shape[1:])
+        plain: Tensor = torch.ops.beit3_fast.unpack_weight(self.packed, self.shape[0], columns)
+        return plain.view(self.shape).to(dtype or self.dtype)
 
     def _packed_like(self, plain: Tensor) -> Tensor:
         if self.is_float8:
@@ -87,11 +89,13 @@ class PackedWeight(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         # torch.nn.Module.to() ends here, with its own tensor where nothing has to change.
-        if isinstance(value, PackedWeight):
+        if value.shape != self.shape:
+            raise ShapeError(
+                f"data of a packed weight must have its shape {list(self.shape)}, got {list(value.shape)}"
+            )
+        if isinstance(value, PackedWeight) and value.dtype == self.dtype:
             self.packed = value.packed
-        elif (
-            value.shape == self.shape and value.dtype == self.dtype and value.device == self.device
-        ):
+        elif value.dtype == self.dtype and value.device == self.device:
             self.packed = self._packed_like(value)
         else:
             torch.utils.swap_tensors(self, nn.Parameter(value.detach(), requires_grad=False))
@@ -157,13 +161,109 @@ class PackedWeight(Tensor):
             first.packed.copy_(first._packed_like(source.expand(first.shape)))
             increment_version(first.packed)  # PyTorch does not count changes made within a dispatch
             return first
-        if func._schema.is_mutable:
-            _check_written(func._schema, args, kwargs or {})
+        if func is torch.ops.aten._to_copy.default and _changes_nothing(first, kwargs or {}):
+            return PackedWeight(first.packed.clone(), tuple(first.shape), first.dtype)
+        if func is torch.ops.aten.view.default and tuple(args[1]) == (
+            first.shape[0],
+            math.prod(first.shape[1:]),
+        ):
+            return PackedWeight(first.packed, tuple(args[1]), first.dtype)
+        return _on_copies(func, args, kwargs or {})
 
-        def plainly(value: Any) -> Any:
-            return value.unpack() if isinstance(value, PackedWeight) else value
 
-        return func(*tree_map(plainly, args), **tree_map(plainly, kwargs or {}))
+class UnpackedView(Tensor):
+    """A view of a packed weight, for reading: a write would be lost with ``plain``, the copy behind it, and raises."""
+
+    plain: Tensor
+
+    @staticmethod
+    def __new__(cls, plain: Tensor) -> UnpackedView:
+        view: UnpackedView = Tensor._make_wrapper_subclass(
+            cls,
+            plain.shape,
+            strides=plain.stride(),
+            storage_offset=plain.storage_offset(),
+            dtype=plain.dtype,
+            device=plain.device,
+        )
+        view.plain = plain
+        return view
+
+    def unpack(self) -> Tensor:
+        """The numbers as a plain tensor."""
+        return self.plain
+
+    # PyTorch refuses the following to a tensor without memory of its own, or reads it all the same.
+
+    def tolist(self) -> Any:
+        """The numbers in lists."""
+        return self.plain.tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The numbers in an array, for reading."""
+        array = self.plain.numpy(force=force)
+        array.flags.writeable = False
+        return array
+
+    def share_memory_(self) -> UnpackedView:
+        """Moves the copy to memory that processes share."""
+        self.plain.share_memory_()
+        return self
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.plain.clone().__dlpack__(**options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.plain.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain.clone().__reduce_ex__(protocol)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"UnpackedView({self.plain!r})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["plain"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> UnpackedView:
+        return UnpackedView(inner["plain"])
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _on_copies(func, args, kwargs or {})
+
+
+def _on_copies(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Calls an op with the plain numbers. Raises ConfigError where it would write to them."""
+    # Within inference_mode, calls that are made of others come here whole: .to() of what needs no change, too.
+    made_of_others = func.decompose(*args, **kwargs)
+    if made_of_others is not NotImplemented:
+        return made_of_others
+    schema = func._schema
+    if schema.is_mutable:
+        _check_written(schema, args, kwargs)
+
+    def plainly(value: Any) -> Any:
+        return value.unpack() if isinstance(value, (PackedWeight, UnpackedView)) else value
+
+    result = func(*tree_map(plainly, args), **tree_map(plainly, kwargs))
+    if schema.is_mutable or not any(returned.alias_info for returned in schema.returns):
+        return result
+    with torch.inference_mode(
+        False
+    ):  # as for detach: a view has the version of what it is a view of
+        return tree_map(lambda t: UnpackedView(t) if isinstance(t, Tensor) else t, result)
+
+
+def _changes_nothing(weight: PackedWeight, wanted: dict[str, Any]) -> bool:
+    """Whether .to() leaves dtype and device as they are; "cpu" and "cpu:0" are one device."""
+    dtype, device = wanted.get("dtype"), wanted.get("device")
+    if device is not None and device.type == "cpu":
+        device = torch.device("cpu")
+    return dtype in (None, weight.dtype) and device in (None, weight.device)
 
 
 def _check_written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -172,15 +272,16 @@ def _check_written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for argument in schema.arguments:
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
-        if any(isinstance(t, PackedWeight) for t in tree_leaves(given.get(argument.name))):
+        written = tree_leaves(given.get(argument.name))
+        if any(isinstance(tensor, (PackedWeight, UnpackedView)) for tensor in written):
             name = schema.name.removeprefix("aten::")
             raise ConfigError(f"{name} cannot change this weight: {_PACKED}")
 
 
 def pack(weight: Tensor) -> Any:
-    """A weight [O, I], fp32 or bf16, as the parameter of an inference model."""
+    """A weight [O, I] or [O, ...], fp32 or bf16, as the parameter of an inference model."""
     library.load()
-    packed = torch.ops.beit3_fast.pack_weight(rows_in_memory(weight.detach()))
+    packed = torch.ops.beit3_fast.pack_weight(rows_in_memory(weight.detach().flatten(1)))
     return _parameter(packed, tuple(weight.shape), weight.dtype)
 
 
@@ -212,10 +313,11 @@ def _parameter(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> An
     return nn.Parameter(PackedWeight(packed, shape, dtype), requires_grad=False)
 
 
-def keep_packed(linear: nn.Linear, weight: Any) -> None:
-    """Give a linear layer a weight made here; its state dict goes on holding plain weights."""
+def keep_packed(linear: nn.Linear | nn.Conv2d, weight: Any) -> None:
+    """Give a linear layer, or a convolution of patches, a weight made here; its state dict goes on holding plain weights."""
     linear.weight = weight
     linear.register_state_dict_post_hook(_unpack_entry)
+    linear.register_load_state_dict_pre_hook(_pack_assigned)
 
 
 def _unpack_entry(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -223,3 +325,21 @@ def _unpack_entry(module: nn.Module, state: dict[str, Any], prefix: str, _: Any)
     if isinstance(weight, PackedWeight):
         # In fp32 a rounded weight comes back as the same numbers when it is rounded again.
         state[f"{prefix}weight"] = weight.unpack(torch.float32 if weight.is_rounded else None)
+
+
+def _pack_assigned(
+    module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any
+) -> None:
+    """load_state_dict(assign=True) puts the given tensor in the place of the weight: in the form that this one has."""
+    weight, given = module.weight, state.get(f"{prefix}weight")
+    if (
+        metadata.get("assign_to_params_buffers")
+        and isinstance(weight, PackedWeight)
+        and isinstance(given, Tensor)
+        and given.shape == weight.shape
+    ):
+        if weight.is_rounded:
+            packed = weight._packed_like(given.detach())
+            state[f"{prefix}weight"] = _parameter(packed, tuple(weight.shape), weight.dtype)
+        elif given.dtype in (torch.float32, torch.bfloat16):
+            state[f"{prefix}weight"] = pack(given)

@@ -20,6 +20,7 @@ from beit3_fast.derived import derived, needs_grad
 from beit3_fast.errors import ShapeError
 from beit3_fast.ops import dispatch, library
 from beit3_fast.ops.expert_linear import expert_linear, packed_form
+from beit3_fast.ops.packed_weight import PackedWeight
 from beit3_fast.reference.patch_embedding import patch_embedding as reference_impl
 
 
@@ -52,18 +53,18 @@ def patch_embedding(
     choice = dispatch.choose(at, impl)
     if choice.impl == "reference":
         return reference_impl(images, weight, bias, cls_token, mask_token, positions, masked)
-    if needs_grad(weight):
-        matrix = weight.flatten(1)
-    else:
-        matrix = derived("matrix", (weight,), lambda: weight.detach().flatten(1))
     fused = choice.impl == "cpu" and all(tensor.dtype == images.dtype for tensor in tensors)
     if fused and not (at.needs_grad or at.autocast or at.compiling):
         whole = [None if t is None else t.contiguous() for t in (bias, cls_token, mask_token)]
         places = [None if t is None else t.contiguous() for t in (positions, masked)]
         embedded: Tensor = _op()(
-            images.contiguous(), packed_form(matrix), *whole, *places, weight.shape[-1]
+            images.contiguous(), packed_form(weight), *whole, *places, weight.shape[-1]
         )
         return embedded
+    if needs_grad(weight) or isinstance(weight, PackedWeight):
+        matrix = weight.flatten(1)
+    else:
+        matrix = derived("matrix", (weight,), lambda: weight.detach().flatten(1))
 
     def product(patches: Tensor, bias: Tensor | None) -> Tensor:
         biases = None if bias is None else [bias]

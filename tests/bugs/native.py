@@ -209,9 +209,23 @@ NATIVE_BUGS = (
     Bug(
         "packed-weight-write-to-a-copy",
         "beit3_fast/ops/packed_weight.py",
-        "            _check_written(func._schema, args, kwargs or {})\n",
-        "            pass\n",
+        "        _check_written(schema, args, kwargs)\n",
+        "        pass\n",
         ("tests/model/test_inference_only.py::test_no_write_is_lost_on_a_copy",),
+    ),
+    Bug(
+        "packed-weight-view-is-a-plain-copy",
+        "beit3_fast/ops/packed_weight.py",
+        "UnpackedView(t) if isinstance(t, Tensor) else t",
+        "t",
+        ("tests/model/test_inference_only.py::test_no_write_is_lost_on_a_copy",),
+    ),
+    Bug(
+        "int8-rounded-again-within-inference-mode",
+        "beit3_fast/ops/packed_weight.py",
+        "if made_of_others is not NotImplemented:",
+        "if False:",
+        ("tests/model/test_rounded_weights.py::test_made_within_inference_mode",),
     ),
     Bug(
         "int8-state-dict-rounded-twice",

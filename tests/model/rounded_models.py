@@ -54,4 +54,5 @@ def models(dtype: str, task: str = "vqav2", **options: Any) -> tuple[Any, Any]:
 
 
 def weights(model: Any) -> list[PackedWeight]:
-    return [p for p in model.parameters() if isinstance(p, PackedWeight)]
+    """The rounded ones."""
+    return [p for p in model.parameters() if isinstance(p, PackedWeight) and p.is_rounded]

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from rounded_models import TASKS, outputs
 from torch import Tensor
 
 import beit3_fast
-from beit3_fast.errors import ConfigError
+from beit3_fast.errors import ConfigError, ShapeError
 from beit3_fast.ops import Norm, expert_linear, library
-from beit3_fast.ops.packed_weight import PackedWeight, pack
+from beit3_fast.ops.packed_weight import PackedWeight, UnpackedView, pack
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the compiled library")
 NAME = "beit3_tiny_patch16_32_vqav2"
@@ -48,34 +49,49 @@ def fc1(model: Any) -> Any:
 def test_the_same_bits_as_the_plain_model(dtype: str) -> None:
     plain, packed = pair(dtype)
     kept = [p for p in packed.parameters() if isinstance(p, PackedWeight)]
-    assert len(kept) == 2 * 6 * len(packed.beit3.encoder.layers)
+    assert len(kept) == 2 * 6 * len(packed.beit3.encoder.layers) + 1
     assert torch.equal(scores(packed), scores(plain))
 
 
-def tensors_alive() -> list[Tensor]:
-    return [item for item in gc.get_objects() if type(item) is Tensor]
+def memory_alive() -> dict[int, Tensor]:
+    """A tensor for every piece of memory that one reads."""
+    alive = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
+    plain = [t for t in alive if not isinstance(t, (PackedWeight, UnpackedView))]
+    strided = [t for t in plain if (t.device.type, t.layout) == STRIDED]
+    return {t.untyped_storage().data_ptr(): t.detach() for t in strided}
 
 
-def test_nothing_keeps_a_second_copy() -> None:
+@torch.inference_mode()
+def use(model: Any, task: str) -> None:
+    images = torch.randn(2, 3, 32, 32).to(next(model.parameters()).dtype)
+    texts = [torch.tensor([0, 7, 9, 2]), torch.tensor([0, 5, 2])]
+    model.encode_image(images)
+    if task != "imageclassification":
+        model.encode_text(texts)
+        model.encode_pair(list(images), texts)
+    if task == "captioning":
+        model.caption(images, max_length=6, mask_id=91)
+    if task in TASKS:
+        outputs(model, task)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "int8"])
+@pytest.mark.parametrize("task", [*TASKS, "pretraining", ""])
+def test_nothing_keeps_a_second_copy(task: str, dtype: str) -> None:
     gc.collect()
-    others = tensors_alive()  # of other tests in this process; kept, so that no id is used again
-    known = set(map(id, others))
-    packed = beit3_fast.create_model(NAME, impl="cpu", inference_only=True)
-    scores(packed)
+    others = memory_alive()  # of other tests in this process; kept, so that no memory is used again
+    name = f"beit3_tiny_patch16_32_{task}".rstrip("_")
+    packed = beit3_fast.create_model(name, dtype=dtype, impl="cpu", inference_only=True)
+    use(packed, task)
     gc.collect()
-    shapes = {tuple(p.shape) for p in packed.parameters() if isinstance(p, PackedWeight)}
-    owned = {p.data_ptr() for p in packed.parameters() if not isinstance(p, PackedWeight)}
-    sizes = {p.packed.numel() for p in packed.parameters() if isinstance(p, PackedWeight)}
-    stored = {p.packed.data_ptr() for p in packed.parameters() if isinstance(p, PackedWeight)}
-    for tensor in tensors_alive():
-        if id(tensor) in known or (tensor.device.type, tensor.layout) != STRIDED:
-            continue
-        if tensor.untyped_storage().nbytes() < 4 * min(sizes) // 2:
-            continue
-        if tuple(tensor.shape) in shapes and tensor.data_ptr() not in owned:
-            raise AssertionError(f"a plain weight of shape {list(tensor.shape)} is kept")
-        if tensor.dim() == 1 and tensor.numel() in sizes:
-            assert tensor.data_ptr() in stored, "a packed weight is kept twice"
+    tensors = [*packed.parameters(), *packed.buffers()]
+    own = [t.packed if isinstance(t, PackedWeight) else t for t in tensors]
+    known = {t.untyped_storage().data_ptr() for t in own} | set(others)
+    smallest = min(t.packed.nbytes for t in tensors if isinstance(t, PackedWeight))
+    for pointer, tensor in memory_alive().items():
+        if pointer not in known:
+            kept = f"{tensor.dtype} of shape {list(tensor.shape)} is kept"
+            assert tensor.untyped_storage().nbytes() < smallest // 2, kept
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -220,11 +236,78 @@ def test_no_write_is_lost_on_a_copy() -> None:
         lambda: torch.add(other, other, out=weight),
         lambda: weight.mul_(2),
         lambda: torch._foreach_lerp_([weight], [other], 0.5),
+        lambda: weight.__setitem__(0, 100.0),
+        lambda: weight.__setitem__(slice(0, 2), 0.0),
+        lambda: weight.__setitem__((slice(None), 0), other[:, 0]),
+        lambda: weight.__setitem__(..., 0.0),
+        lambda: weight.__setitem__(weight > 0, 0.0),
+        lambda: weight.view(-1).mul_(0),
+        lambda: weight.flatten()[3:].zero_(),
+        lambda: weight.t().mul_(0),
+        lambda: weight[0].fill_(5.0),
+        lambda: weight[0].copy_(other[0]),
+        lambda: weight.chunk(2)[0].zero_(),
+        lambda: weight.unbind()[1].add_(1),
+        lambda: weight.narrow(0, 0, 1).zero_(),
+        lambda: weight.diagonal().zero_(),
+        lambda: weight.data[0].detach().zero_(),
+        lambda: torch.mul(other[0], 3, out=weight[0]),
+        lambda: torch._foreach_zero_(list(weight.unbind())),
     ):
         with pytest.raises(ConfigError, match="cannot change this weight: it is packed"):
             write()
     with pytest.raises(ConfigError, match="to train it"):
         weight.requires_grad = True
+    with pytest.raises(ValueError, match="read-only"):
+        weight[0].numpy().fill(0.0)
     assert torch.equal(weight.unpack(), torch.ones(4, 8))
     other.add_(weight)  # read, not written
     assert torch.equal(other, torch.full((4, 8), 2.0))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_views_can_be_read(inference: bool) -> None:
+    plain = torch.arange(32.0).view(4, 8)
+    with torch.inference_mode(inference):
+        weight = pack(plain)
+        assert torch.equal(weight[1:, ::2], plain[1:, ::2])
+        assert torch.equal(plain @ weight.t()[:, :2], plain @ plain.t()[:, :2])
+        assert weight[1].tolist() == weight[1].numpy().tolist() == plain[1].tolist()
+        for read in (weight[1].clone(), weight[1].double(), copy.deepcopy(weight[1])):
+            assert type(read) is Tensor
+            assert torch.equal(read.add_(1).float(), plain[1] + 1)
+        assert torch.equal(pickle.loads(pickle.dumps(weight[1])), plain[1])
+        assert torch.equal(torch.from_dlpack(weight[1]), plain[1])
+        assert torch.equal(weight[1].share_memory_(), plain[1])
+    assert torch.equal(weight.unpack(), plain)
+
+
+def test_new_data_is_packed() -> None:
+    plain, packed = pair("float32")
+    with torch.no_grad():
+        fc1(plain).zero_()
+    fc1(packed).data = torch.zeros(fc1(packed).shape)
+    assert isinstance(fc1(packed), PackedWeight)
+    assert torch.equal(scores(packed), scores(plain))
+    for other in (torch.zeros(3, 5), pack(torch.zeros(3, 5))):
+        with pytest.raises(ShapeError, match=r"must have its shape .*, got \[3, 5\]"):
+            fc1(packed).data = other
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "int8"])
+def test_assigned_weights_are_packed(dtype: str) -> None:
+    model = beit3_fast.create_model(NAME, dtype=dtype, impl="cpu", inference_only=True)
+    other = beit3_fast.create_model(NAME, dtype=dtype, impl="cpu", inference_only=True)
+    other.load_state_dict(model.state_dict(), assign=True)
+    for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert type(ours) is type(theirs)
+        assert not ours.requires_grad
+    assert torch.equal(scores(other), scores(model))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict({"head.3.weight": torch.ones(2, 3)}, strict=False, assign=True)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "composite", "reference"])
+def test_no_out_features(impl: str) -> None:
+    with pytest.raises(ShapeError, match="at least one out-feature"):
+        expert_linear(torch.randn(3, 8), [torch.randn(0, 8)], bounds=(0, 3), impl=impl)

@@ -66,3 +66,26 @@ def test_activations_in_fp32(dtype: str) -> None:
     round_weights, bound = {"int8": (to_int8, 0.02), "float8": (to_float8, 0.08)}[dtype]
     found = outputs(round_weights(copy.deepcopy(plain), torch.float32))
     assert 0 < (found - expected).norm() / expected.norm() < bound
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_moving_to_where_it_is_changes_nothing(dtype: str, inference: bool) -> None:
+    _, rounded = models(dtype)
+    before = outputs(rounded)
+    with torch.inference_mode(inference):
+        rounded.to("cpu").to("cpu:0").to(torch.bfloat16).to("cpu", torch.bfloat16)
+        for weight in weights(rounded):
+            weight.data = weight.to(torch.bfloat16, copy=True)
+    assert weights(rounded)
+    assert torch.equal(outputs(rounded), before)
+
+
+def test_made_within_inference_mode(dtype: str) -> None:
+    made = []
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            torch.manual_seed(1)
+            made.append(beit3_fast.create_model(NAME, dtype=dtype))
+    for ours, theirs in zip(weights(made[0]), weights(made[1]), strict=True):
+        assert torch.equal(ours.packed, theirs.packed)
+    assert torch.equal(*map(outputs, made))
