@@ -1,6 +1,6 @@
 """Tensors derived from weights (stacked, packed, interpolated), kept as long as the weights are unchanged.
 
-A derived tensor is recomputed when a source's storage, dtype, device or version counter changes; optimizers
+A derived tensor is recomputed when a source's storage, strides, dtype, device or version counter changes; optimizers
 (fused ones too, which leave the counter alone: their steps are watched), ``load_state_dict``, ``copy_`` and
 ``.to()`` are all seen. What PyTorch writes without counting is not: through ``parameter.data`` or numpy, and by a collective of
 ``torch.distributed`` (``broadcast``, ``all_reduce``); call ``beit3_fast.refresh(model)`` after it. Of tensors in shared
@@ -61,6 +61,7 @@ def _stamp(source: Tensor) -> tuple[Any, ...]:
         source._version,
         source.dtype,
         source.device,
+        source.stride(),
     )
 
 
