@@ -91,8 +91,12 @@ class BEiT3Config:
                 f"vl_expert_layers must be between 0 and num_layers {self.num_layers}, "
                 f"got {self.vl_expert_layers}"
             )
+        for field in ("normalize_output", "checkpoint_activations"):
+            if not isinstance(getattr(self, field), bool):
+                raise ConfigError(f"{field} must be True or False, got {getattr(self, field)!r}")
         named = self.modalities
-        if not isinstance(named, tuple) or not named or any(m not in MODALITIES for m in named):
+        known = isinstance(named, tuple) and bool(named) and all(m in MODALITIES for m in named)
+        if not known or len(set(named)) < len(named):
             raise ConfigError(f"modalities must be a tuple of some of {MODALITIES}, got {named!r}")
 
     @property

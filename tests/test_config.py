@@ -88,6 +88,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"vl_expert_layers": 13}, "between 0 and num_layers 12, got 13"),
     ({"modalities": ()}, "modalities"),
     ({"modalities": ("audio",)}, "'vision', 'text'.*'audio'"),
+    ({"modalities": ("text", "text")}, "must be a tuple of some"),
+    ({"normalize_output": "no"}, "normalize_output must be True or False, got 'no'"),
+    ({"checkpoint_activations": "x"}, "checkpoint_activations must be True or False"),
     ({"modalities": "vision"}, "must be a tuple of some.*got 'vision'"),
     ({"modalities": None}, "modalities.*got None"),
 ]

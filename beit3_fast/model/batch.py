@@ -242,6 +242,7 @@ def _vision_rows(model: Any, images: Tensor, masked_position: Tensor | None) -> 
     embed = branch(model, "vision_embed")
     table = model.encoder.embed_positions.A.weight
     positions = vision_positions(table, model.config.grid_size, embed.grid_size(images))
+    _check_masked(masked_position)
     rows: Tensor = embed(images, masked_position, model.impl, positions)
     return rows.flatten(0, 1)
 
@@ -262,6 +263,14 @@ def _sources(layout: TokenLayout, num_vision: int, num_text: int, kept: Tensor |
 
 def _cat(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _check_masked(masked: Tensor | None) -> None:
+    """Raises ShapeError for what is neither 0 nor 1. On a GPU values are not read."""
+    if masked is None or masked.dtype is torch.bool or masked.device.type != "cpu":
+        return
+    if not torch.compiler.is_compiling() and not ((masked == 0) | (masked == 1)).all():
+        raise ShapeError("vision_masked_position must be bool or hold 0 and 1 only")
 
 
 def _check(

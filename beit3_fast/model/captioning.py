@@ -17,7 +17,7 @@ from beit3_fast.finite import check_finite
 from beit3_fast.generate import Caption, CaptionStep, Options, Special, caption_steps, captions
 from beit3_fast.model.decoding import CaptionDecoder, head_logits
 from beit3_fast.model.inputs import check_processor, image_batches, image_tensors, listed
-from beit3_fast.model.task import BEiT3Task
+from beit3_fast.model.task import BEiT3Task, check_given
 from beit3_fast.ops.packed_weight import PackedWeight
 from beit3_fast.padded_layout import shapes_are_fixed
 
@@ -51,6 +51,7 @@ class BEiT3ForCaptioning(BEiT3Task):
         image and an empty ``incremental_state``; later calls have ``image=None``, the last word and a mask token
         as ``text_ids`` [B, 2], and ``text_len``, the length of the text so far including both.
         """
+        check_given(text_ids=text_ids)
         if incremental_state is not None or image is None:
             return self._decode(
                 image, text_ids, padding_mask, language_masked_pos, text_len, incremental_state

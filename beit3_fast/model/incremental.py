@@ -113,17 +113,15 @@ def _layer(
             )
         k = torch.cat([cache["prev_key"], k], dim=2)
         v = torch.cat([cache["prev_value"], v], dim=2)
+    if blocked is not None and tuple(blocked.shape) != (q.shape[2], k.shape[2]):
+        raise ShapeError(
+            f"attn_mask must be [new tokens, all tokens] = {[q.shape[2], k.shape[2]]}, "
+            f"got {list(blocked.shape)}"
+        )
     # Contiguous, because torchscale and its decoders take views of the cache that join B and H.
     k, v = k.contiguous(), v.contiguous()
     cache["prev_key"], cache["prev_value"] = k, v
-    visible = None
-    if blocked is not None:
-        if tuple(blocked.shape) != (q.shape[2], k.shape[2]):
-            raise ShapeError(
-                f"attn_mask must be [new tokens, all tokens] = {[q.shape[2], k.shape[2]]}, "
-                f"got {list(blocked.shape)}"
-            )
-        visible = blocked == 0
+    visible = None if blocked is None else blocked == 0
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # [B, H, n, D]
     o = o.transpose(1, 2).reshape(x.shape[0], -1)
     x = linear(o, [attention.out_proj], attention.inner_attn_ln, residual=x)

@@ -105,9 +105,9 @@ def create_model(
     to this model's image size. ``overrides`` are fields of BEiT3Config (img_size, drop_path_rate, modalities,
     ...). ``inference_only`` gives parameters without gradients, and where the compiled CPU kernels run keeps
     the weights of the layers, of the patch projection and of the captioning head in their layout only: half the memory, no
-    packing at the first call; state dict, saving and loading are the same. ``dtype="int8"`` is for inference on a CPU: the weights of the layers are
-    rounded to int8 by output channel and the rows that meet them by row, all else is bfloat16 (README: accuracy);
-    its state dict holds the rounded weights in float32. ``dtype="float8"`` is the same in e4m3, for GPUs of compute
+    packing at the first call; state dict, saving and loading are the same. ``dtype="int8"`` is for inference on a CPU: the
+    weights of the layers are rounded to int8 by output channel and the rows that meet them by row, all else is bfloat16
+    (README: accuracy); its state dict holds the rounded weights in float32. ``dtype="float8"`` is the same in e4m3, for GPUs of compute
     capability 8.9 and newer (elsewhere, a CPU included, it shows the accuracy and is slow): rows are rounded by 128
     columns, and LayerNorm's weights go into those of the products.
     The model's ``name`` and ``preset`` (image preprocessing, the file's where it states one) are set. Raises

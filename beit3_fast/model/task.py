@@ -56,6 +56,13 @@ class BEiT3Task(Embeddings, Capturable):
                     parameter.mul_(_HEAD_INIT_SCALE)
 
 
+def check_given(**inputs: Tensor | None) -> None:
+    """Raises ShapeError for an input that a head cannot do without and that is no tensor."""
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            raise ShapeError(f"{name} is needed, a tensor, got {type(value).__name__}")
+
+
 def text_of_all(encoded: Encoded) -> Tensor:
     """[B, C]: the first text row of every sample. Raises ShapeError where a sample has none."""
     sample = encoded.layout.sample_without_text

@@ -28,7 +28,7 @@ from beit3_fast.model.inputs import (
     listed,
     text_tensors,
 )
-from beit3_fast.model.task import BEiT3Task, text_of_all
+from beit3_fast.model.task import BEiT3Task, check_given, text_of_all
 from beit3_fast.model.work import Work, embedding_work, encoder_work, linear_work, training_work
 
 
@@ -43,6 +43,7 @@ class BEiT3ForImageClassification(BEiT3Task):
 
     def forward(self, image: Tensor) -> Tensor:
         """image [B, 3, H, W] -> logits [B, num_classes]."""
+        check_given(image=image)
         encoded = self.beit3.encode(image=image)
         batch, width = encoded.layout.batch_size, encoded.rows.shape[1]
         tokens = encoded.rows.view(batch, encoded.layout.longest, width)
@@ -106,6 +107,7 @@ class BEiT3ForVisualReasoning(BEiT3Task):
         self, image_a: Tensor, image_b: Tensor, text_description: Tensor, padding_mask: Tensor
     ) -> Tensor:
         """Images [B, 3, H, W] each, text int64 [B, Nt], padding_mask [B, Nt], nonzero for padding."""
+        check_given(image_a=image_a, image_b=image_b, text_description=text_description)
         if image_a.shape != image_b.shape:
             raise ShapeError(
                 "image_a and image_b must have the same shape, got "
@@ -193,6 +195,7 @@ class BEiT3ForVisualQuestionAnswering(BEiT3Task):
 
     def forward(self, image: Tensor, question: Tensor, padding_mask: Tensor) -> Tensor:
         """image [B, 3, H, W], question int64 [B, Nt], padding_mask [B, Nt], nonzero for padding."""
+        check_given(image=image, question=question)
         encoded = self.beit3.encode(
             image, question, padding_mask, read_vision="first", read_text="none"
         )

@@ -1,8 +1,8 @@
 """A weight kept only in the layout that the kernels read: one copy of it, for inference.
 
-``PackedWeight`` is a tensor [O, I], or [O, ...] with I numbers behind O, whose memory is the packed form, exact, rounded to int8 (CPU) or to float8 (CPU
-and CUDA; scales, then rows of numbers). ``expert_linear`` reads that form; to everything else it behaves as the plain
-weight, which is unpacked for the call. It has no gradient and cannot be changed in place, nor through a view (an
+``PackedWeight`` is a tensor [O, I], or [O, ...] with I numbers behind O, whose memory is the packed form, exact,
+rounded to int8 (CPU) or to float8 (CPU and CUDA; scales, then rows of numbers). ``expert_linear`` reads that form; to
+everything else it behaves as the plain weight, which is unpacked for the call. It has no gradient and cannot be changed in place, nor through a view (an
 ``UnpackedView``), except as a whole by ``copy_`` (which ``load_state_dict`` uses); moved to another dtype or device, it
 becomes a plain parameter.
 """

@@ -14,6 +14,9 @@ import beit3_fast
 from beit3_fast.embed.shards import write_shard
 from beit3_fast.errors import CheckpointError, ConfigError
 from beit3_fast.retrieval import EmbeddingIndex
+from beit3_fast.retrieval.origin import Origin
+
+ORIGIN = Origin("pooled image", torch.zeros(2), torch.zeros(2))
 
 
 @pytest.fixture
@@ -71,9 +74,11 @@ def test_it_goes_on_where_it_stopped(
 
 def test_names_that_are_no_utf8_and_a_shard_without_rows(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-    write_shard(tmp_path, 0, "parquet", torch.ones(1, 2), ["a\udcff.png"], [])
+    write_shard(tmp_path, 0, "parquet", torch.ones(1, 2), ["a\udcff.png"], [], ORIGIN)
     assert parquet.read_table(tmp_path / "000000.parquet")["name"].to_pylist() == ["a\\udcff.png"]
-    write_shard(tmp_path, 1, "parquet", torch.empty(0, 2), [], [{"name": "x", "reason": "y"}])
+    write_shard(
+        tmp_path, 1, "parquet", torch.empty(0, 2), [], [{"name": "x", "reason": "y"}], ORIGIN
+    )
     assert parquet.read_table(tmp_path / "000001.parquet").num_rows == 0
     assert (tmp_path / "000001.skipped.jsonl").exists()
 
@@ -81,7 +86,7 @@ def test_names_that_are_no_utf8_and_a_shard_without_rows(tmp_path: Path) -> None
 def test_a_shard_made_again_without_a_fault_keeps_no_list_of_faults(tmp_path: Path) -> None:
     listed = tmp_path / "000000.skipped.jsonl"
     for faults in ([{"name": "x", "reason": "y"}], []):
-        write_shard(tmp_path, 0, "safetensors", torch.ones(1, 2), ["a"], faults)
+        write_shard(tmp_path, 0, "safetensors", torch.ones(1, 2), ["a"], faults, ORIGIN)
         assert listed.exists() == bool(faults)
 
 

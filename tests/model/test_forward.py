@@ -292,3 +292,17 @@ def test_double_precision() -> None:
     assert out.dtype == torch.float64
     expected = backbone()(texts(2, 3), images(2))["encoder_out"]
     torch.testing.assert_close(out.float(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_patch_is_masked_or_it_is_not() -> None:
+    model, patches = backbone(TINY), Nv - 1
+    for wrong in (torch.full((2, patches), 0.3), torch.full((2, patches), 2)):
+        with pytest.raises(ShapeError, match="vision_masked_position must be bool or hold 0 and 1"):
+            model(None, images(2), vision_masked_position=wrong)
+    masked = torch.arange(patches).expand(2, patches) % 2
+    with torch.no_grad():
+        whole, given = (
+            model(None, images(2), vision_masked_position=own)["encoder_out"]
+            for own in (masked.bool(), masked.float())
+        )
+    assert torch.equal(whole, given)

@@ -255,6 +255,37 @@ def test_inputs_that_do_not_belong_together() -> None:
         task_model("captioning")(images(2), texts(2, 3), None, torch.ones(2, 4))
 
 
+@pytest.mark.parametrize(
+    ("task", "arguments", "missing"),
+    [
+        ("vqav2", lambda: (None, texts(2, 3), None), "image"),
+        ("vqav2", lambda: (images(2), None, None), "question"),
+        ("nlvr2", lambda: (images(2), None, texts(2, 3), None), "image_b"),
+        ("nlvr2", lambda: (images(2), images(2), None, None), "text_description"),
+        ("captioning", lambda: (images(2), None, None, None), "text_ids"),
+        ("imageclassification", lambda: (None,), "image"),
+    ],
+)
+def test_an_input_that_is_missing(task: str, arguments: Any, missing: str) -> None:
+    with pytest.raises(ShapeError, match=f"^{missing} is needed, a tensor, got NoneType"):
+        task_model(task)(*arguments())
+
+
+def test_a_decoding_step_that_fails_leaves_its_state() -> None:
+    model = task_model("captioning").eval()
+    right, wrong = ({i: {} for i in range(model.get_num_layers())} for _ in range(2))
+    picture, words = images(1), texts(1, 2)
+    step = {"attn_mask": torch.zeros(2, 3), "positions": torch.tensor([[2, 3]])}
+    with torch.no_grad(), pytest.raises(ShapeError, match="attn_mask must be"):
+        model.beit3(words, incremental_state=wrong, **step)
+    assert wrong == {i: {} for i in wrong}
+    with torch.no_grad():
+        first, second = (
+            model(picture, words, None, None, incremental_state=own)[0] for own in (right, wrong)
+        )
+    assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("task", ["imageclassification", "nlvr2", "vqav2", "retrieval"])
 def test_an_empty_batch(task: str) -> None:
     model, picture, words = task_model(task), images(0), texts(0, 3)

@@ -13,7 +13,7 @@ from torch import Tensor
 from beit3_fast.errors import KernelUnavailable
 from beit3_fast.layout import TokenLayout
 from beit3_fast.model import create_model
-from beit3_fast.ops import Norm, expert_linear, shared_attention
+from beit3_fast.ops import Norm, expert_linear, masked_linear_cross_entropy, shared_attention
 
 LAYOUT = TokenLayout.from_lengths([4, 3], [2, 1])
 DTYPES = [torch.float32, torch.bfloat16]
@@ -55,6 +55,19 @@ def test_forward_mode(op: Any, dtype: torch.dtype, impl: str) -> None:
         dual = fwAD.unpack_dual(call(fwAD.make_dual(x, tangent))).tangent
     assert dual is not None
     assert_near(dual, expected)
+
+
+@pytest.mark.parametrize("impl", ["auto", "composite"])
+def test_forward_mode_of_a_loss(impl: str) -> None:
+    x, tangent, weight = draw(6, 16), draw(6, 16, seed=1), draw(30, 16, seed=2)
+    named = torch.tensor([0, 3]), torch.tensor([4, 7])
+
+    def loss(own: Tensor, impl: str) -> Tensor:
+        return masked_linear_cross_entropy(own, weight, None, *named, impl=impl)
+
+    _, expected = torch.func.jvp(lambda own: loss(own, "reference"), (x,), (tangent,))
+    _, found = torch.func.jvp(lambda own: loss(own, impl), (x,), (tangent,))
+    assert_near(found, expected)
 
 
 @pytest.mark.parametrize("op", [linear, attention])
