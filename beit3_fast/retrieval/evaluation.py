@@ -75,9 +75,10 @@ def recall(
             f"{int(owner.max())}"
         )
     numbers = torch.arange(len(images), device=images.device)
-    return Recall(
-        _found(images, texts, numbers, owner, ks), _found(texts, images, owner, numbers, ks)
-    )
+    with torch.autocast(images.device.type, enabled=False):
+        return Recall(
+            _found(images, texts, numbers, owner, ks), _found(texts, images, owner, numbers, ks)
+        )
 
 
 def evaluate_retrieval(

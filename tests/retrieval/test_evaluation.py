@@ -121,3 +121,12 @@ def test_bad_lists(model: Any, processor: Any, photos: Any) -> None:
             evaluate_retrieval(model, images, captions, processor=processor)
     with pytest.raises(Beit3FastError, match=r"a retrieval model.*got BEiT3ForCaptioning"):
         evaluate_retrieval(create_model("beit3_tiny_patch16_32_captioning"), photos, [[]] * 4)
+
+
+def test_autocast_rounds_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(300, 16, generator=generator)
+    texts = images + 1.5 * torch.randn(300, 16, generator=generator)
+    expected = recall(images, texts, list(range(300)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert recall(images, texts, list(range(300))) == expected
