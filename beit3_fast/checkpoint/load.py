@@ -15,6 +15,8 @@ from beit3_fast.errors import CheckpointError
 
 logger = logging.getLogger("beit3_fast")
 
+# Fields of a configuration that change results and no shape.
+_SHAPELESS = ("num_heads", "layer_norm_eps")
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -36,7 +38,8 @@ def load_checkpoint(
     tables in ``keys`` know to be foreign (another task's head, a branch or a final norm that the model lacks) is
     dropped and reported.
 
-    strict: every other name must be in both; False reports the differences instead. Shapes must always fit.
+    strict: every other name must be in both, and the file's configuration, where it has one, must not say otherwise
+        than the model's; False reports the names instead. Shapes must always fit.
     allow_missing: prefixes of names that the file may lack; they keep their values. ``HEADS`` names all heads.
     allow_mismatched: prefixes of names that may have another shape in the file (a head with another number of
         classes); they keep their values.
@@ -44,7 +47,7 @@ def load_checkpoint(
     key, verify: as in ``read_checkpoint``.
 
     Raises CheckpointError (CheckpointMismatch, with the report, where names, shapes or values do not fit), and leaves
-    the model as it was.
+    the model as it was, also where a hook of the model raises half-way.
     """
     checkpoint = _checkpoint(source, key, verify)
     for name, tensor in _tensors(model).items():
@@ -52,10 +55,12 @@ def load_checkpoint(
     report, ready = _plan(
         model, checkpoint, strict, allow_missing, allow_mismatched, allow_nonfinite
     )
+    before = _copies(model) if _has_hooks(model) else {}
     try:
         with torch.no_grad():
             model.load_state_dict(ready, strict=False)
     except Exception as error:
+        _put_back(model, before)
         raise CheckpointError(f"{checkpoint}: the model refused its weights: {error}") from error
     report.loaded = list(ready)
     logger.log(logging.WARNING if report.problems() else logging.INFO, "%s", report)
@@ -102,6 +107,8 @@ def _plan(
 ) -> tuple[LoadReport, dict[str, Tensor]]:
     """The report and the tensors to copy. Raises CheckpointError when they may not be."""
     targets = _tensors(model)
+    if strict:
+        _compare_configurations(checkpoint, model)
     try:
         state, remarks = keys.fit(checkpoint.state, targets)
     except CheckpointError as error:
@@ -133,8 +140,48 @@ def _plan(
     return report, ready
 
 
+def _compare_configurations(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Raises CheckpointError where the file's configuration says that its weights are meant for another computation."""
+    given, own = checkpoint.config or {}, getattr(model, "config", None)
+    other = [
+        f"{field} {given[field]!r} in the file and {getattr(own, field)!r} in the model"
+        for field in _SHAPELESS
+        if field in given and given[field] != getattr(own, field, given[field])
+    ]
+    if other:
+        raise CheckpointError(
+            f"{checkpoint}: its configuration is another one: {', '.join(other)}; make the model with the file's, or pass "
+            "strict=False to load the weights nevertheless"
+        )
+
+
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    """Whether code of others runs while weights are copied, and may end it half-way."""
+    hooks = (
+        hook
+        for module in model.modules()
+        for table in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks)
+        for hook in table.values()
+    )
+    # PyTorch wraps some; ours, on packed weights, raise before anything is written.
+    return any(
+        not str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("beit3_fast.")
+        for hook in hooks
+    )
+
+
+def _copies(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
+
+
+@torch.no_grad()
+def _put_back(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    for name, tensor in _tensors(model).items() if before else ():
+        tensor.copy_(before[name])
 
 
 def _check_target(name: str, tensor: Tensor) -> None:

@@ -90,6 +90,7 @@ class EncoderForward:
         self.encoder = encoder
         self.impl = impl
         self.distrusted: str | None = None
+        self.trusted_class = type(encoder)
         self.fallback_reasons: list[str] = []
         self._structure: Structure | None = None
         self._implied_split: tuple[int, int | None] | None = None
@@ -125,6 +126,8 @@ class EncoderForward:
         """Why no call at all can take the fast path now, or None."""
         if self.distrusted:
             return self.distrusted
+        if type(self.encoder) is not self.trusted_class:
+            return f"the encoder has become a {type(self.encoder).__name__}; accelerate the model again"
         if nn.modules.module._has_any_global_hook():
             return "a hook on all modules (torch.nn.modules.module.register_module_...)"
         structure = self.structure()

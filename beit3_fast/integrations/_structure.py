@@ -102,6 +102,7 @@ class Structure:
     """
 
     def __init__(self, encoder: Any) -> None:
+        self._encoder = encoder
         watched: list[tuple[str, nn.Module]] = []
         for name, part in encoder._modules.items():
             if part is not None and name not in _CALLED_PARTS:
@@ -120,10 +121,15 @@ class Structure:
             m for m in self._modules if type(m).__name__ == "Dropout" and hasattr(m, "p")
         ]
         self._layers = list(encoder.layers)
+        self._norms = [] if self.obstacles else list(_norms_of(self._layers))
         self._multiways: list[Any] = [m for m in self._modules if hasattr(m, "split_position")]
 
     def _read(self) -> tuple[Any, ...]:
         return (
+            type(self._encoder),
+            self._dicts[0].get("forward_embedding"),
+            [vars_.get("residual_connection") for vars_ in self._dicts[1:]],
+            [None in vars_["_parameters"].values() for vars_ in self._dicts[1:]],
             any(self._hooks),
             [type(module) for module in self._modules],
             [vars_.get("forward") for vars_ in self._dicts[1:]],
@@ -139,6 +145,9 @@ class Structure:
         for dropout in self._dropouts:
             if dropout.training and dropout.p > 0:
                 return f"dropout of {dropout.p} in train mode"
+        for image, text in self._norms:
+            if image.eps != text.eps:
+                return f"experts whose LayerNorms differ in eps, {image.eps} and {text.eps}"
         for layer in self._layers:
             attention = layer.self_attn
             if layer.alpha != 1.0:
@@ -177,6 +186,16 @@ class Structure:
             module.split_position = split
 
 
+def _norms_of(layers: list[Any]) -> Iterator[tuple[Any, Any]]:
+    """The LayerNorms of both experts that one product takes with one epsilon."""
+    for layer in layers:
+        pair = layer.ffn._modules
+        own = (layer.self_attn_layer_norm, layer.final_layer_norm, layer.self_attn.inner_attn_ln)
+        yield from ((norm._modules["A"], norm._modules["B"]) for norm in own if norm is not None)
+        if pair["A"].ffn_layernorm is not None and pair["B"].ffn_layernorm is not None:
+            yield pair["A"].ffn_layernorm, pair["B"].ffn_layernorm
+
+
 def _checkpoint_wrap(layer: nn.Module) -> str | None:
     """None: no instance-level forward; "plain": fairscale's checkpointing; "other": something else."""
     forward = layer.__dict__.get("forward")
@@ -207,6 +226,11 @@ def _obstacles(
     for name in ("layernorm_embedding", "relative_position"):
         if getattr(encoder, name, None) is not None:
             yield f"the encoder has a {name}"
+    if "forward_embedding" in encoder.__dict__:
+        yield "the encoder has a forward_embedding of its own"
+    dropout = encoder._modules.get("dropout_module")
+    if dropout is not None:
+        yield from _one("dropout_module", dropout, "Dropout")
     if encoder._parameters or encoder._buffers:
         yield "the encoder has parameters or buffers of its own"
     if not isinstance(getattr(encoder, "embed_scale", None), (int, float)):
@@ -237,6 +261,8 @@ def _layer_obstacles(name: str, layer: nn.Module) -> Iterator[str]:
     elif type(layer).__name__ != "EncoderLayer":
         yield f"{name} is a {type(layer).__name__}, not an EncoderLayer"
     else:
+        if "residual_connection" in layer.__dict__:
+            yield f"{name} has a residual_connection of its own"
         yield from _inside(name, layer, _LAYER_PARTS)
 
 

@@ -127,7 +127,7 @@ def _encoders(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _check(forward: EncoderForward, name: str) -> None:
     """Distrust an encoder whose own forward gives something else, as changed copies of torchscale do."""
-    forward.distrusted = None
+    forward.distrusted, forward.trusted_class = None, type(forward.encoder)
     obstacles = forward.structure().obstacles
     if not obstacles:
         forward.distrusted = difference(forward)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from beit3_fast.composite._layer_norm import layer_norm as _norm_rows
 from beit3_fast.derived import needs_grad
-from beit3_fast.errors import ShapeError
+from beit3_fast.errors import ConfigError, ShapeError
 from beit3_fast.layout import Part, Selection, TokenLayout
 from beit3_fast.model.drop_path import Draws, Kept, draw, touch
 from beit3_fast.model.stack import computed
@@ -232,9 +232,7 @@ def _feed_forward(
         x, [e.fc1 for e in experts.modules], experts.bounds, norm, "gelu", None, impl, stores
     )
     norms = [e.ffn_layernorm for e in experts.modules]
-    inner = None
-    if norms[0] is not None:
-        inner = Norm([n.weight for n in norms], [n.bias for n in norms], norms[0].eps)
+    inner = None if norms[0] is None else norm_of(norms)
     return _experts_linear(h, linears, experts.bounds, inner, None, residual, impl)
 
 
@@ -275,7 +273,15 @@ def _experts_linear(
 
 
 def _norm(norm: nn.Module, layout: TokenLayout) -> Norm:
-    modules = route(norm, layout).modules
+    return norm_of(route(norm, layout).modules)
+
+
+def norm_of(modules: Sequence[Any]) -> Norm:
+    """The LayerNorms of the experts of one product. Raises ConfigError where they differ in epsilon."""
+    if any(module.eps != modules[0].eps for module in modules):
+        raise ConfigError(
+            f"the LayerNorms of a product's experts must have one eps, got {[n.eps for n in modules]}"
+        )
     return Norm([n.weight for n in modules], [n.bias for n in modules], modules[0].eps)
 
 

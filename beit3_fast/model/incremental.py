@@ -16,8 +16,8 @@ from torch import Tensor
 
 from beit3_fast.errors import ShapeError
 from beit3_fast.layout import TokenLayout
-from beit3_fast.model.encoder import feed_forward, layer_norm, route
-from beit3_fast.ops import Norm, expert_linear
+from beit3_fast.model.encoder import feed_forward, layer_norm, norm_of, route
+from beit3_fast.ops import expert_linear
 
 
 def encode_incremental(
@@ -87,8 +87,7 @@ def _layer(
         experts = [route(module, layout) for module in modules]
         inner = None
         if norm is not None:
-            norms = route(norm, layout).modules
-            inner = Norm([n.weight for n in norms], [n.bias for n in norms], norms[0].eps)
+            inner = norm_of(route(norm, layout).modules)
         per_expert = list(zip(*(e.modules for e in experts), strict=True))
         return expert_linear(
             x,

@@ -80,6 +80,24 @@ MODEL_BUGS = (
         ("tests/test_derived.py::test_a_forked_process_finds_the_lock_free",),
     ),
     Bug(
+        "accelerate-one-eps-for-both-experts",
+        "beit3_fast/integrations/_structure.py",
+        "            if image.eps != text.eps:\n",
+        "            if False:\n",
+        (
+            "tests/integrations/test_torchscale_left_alone.py::test_a_changed_encoder_runs_its_own_code",
+        ),
+    ),
+    Bug(
+        "accelerate-an-encoder-of-another-class",
+        "beit3_fast/integrations/_encoder_forward.py",
+        "if type(self.encoder) is not self.trusted_class:",
+        "if False:",
+        (
+            "tests/integrations/test_torchscale_left_alone.py::test_a_changed_encoder_runs_its_own_code",
+        ),
+    ),
+    Bug(
         "capture-reads-memory-that-was-freed",
         "beit3_fast/model/capture.py",
         "return Bucket(length, text, padding, replay, True, reads)",
@@ -136,10 +154,10 @@ MODEL_BUGS = (
         (f"{FORMULA}::test_mixed_batches",),
     ),
     Bug(
-        "encoder-eps-of-the-ffn-norm-ignored",
+        "encoder-eps-ignored",
         "beit3_fast/model/encoder.py",
-        "inner = Norm([n.weight for n in norms], [n.bias for n in norms], norms[0].eps)",
-        "inner = Norm([n.weight for n in norms], [n.bias for n in norms])",
+        "return Norm([n.weight for n in modules], [n.bias for n in modules], modules[0].eps)",
+        "return Norm([n.weight for n in modules], [n.bias for n in modules])",
         (f"{FORMULA}::test_mixed_batches",),
     ),
     Bug(

@@ -30,6 +30,7 @@ from beit3_fast.checkpoint import (
     save_checkpoint,
 )
 from beit3_fast.errors import CheckpointError
+from beit3_fast.model import create_model
 
 SHAPES = layout("retrieval", SMALL_BASE, (2, 2))
 
@@ -316,15 +317,20 @@ def test_models_that_cannot_be_written_to_are_refused_before_the_first_copy() ->
         load_checkpoint(frozen, state)
 
 
-def test_a_model_whose_hook_fails_gives_a_checkpoint_error() -> None:
+@pytest.mark.parametrize("when", ["pre", "post"])
+@pytest.mark.parametrize("where", ["", "beit3.encoder.layers.1"])
+def test_a_model_whose_hook_fails_stays_as_it_was(where: str, when: str) -> None:
     target = model()
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
 
     def refuse(*_: Any) -> None:
         raise KeyError("planted")
 
-    target.register_load_state_dict_pre_hook(refuse)
+    getattr(target.get_submodule(where), f"register_load_state_dict_{when}_hook")(refuse)
     with pytest.raises(CheckpointError, match=r"refused its weights.*planted"):
         load_checkpoint(target, weights(SHAPES))
+    for name, tensor in target.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_timm_vision_names(tmp_path: Path) -> None:
@@ -436,3 +442,15 @@ def test_files_without_checksums_say_so(tmp_path: Path) -> None:
         assert same(checkpoint.state, state)
         assert any("unnoticed" in remark for remark in checkpoint.remarks)
     assert not read_checkpoint(torch_file(tmp_path / "z.pth", {"model": state})).remarks
+
+
+@pytest.mark.parametrize("change", [{"num_heads": 1}, {"layer_norm_eps": 1e-2}])
+def test_a_configuration_that_no_shape_shows(change: dict[str, Any], tmp_path: Path) -> None:
+    name = "beit3_tiny_patch16_32_imageclassification"
+    path = save_checkpoint(create_model(name, **change), tmp_path / "x.safetensors")
+    (field,) = change
+    with pytest.raises(CheckpointError, match=rf"another one: {field} .* in the file and"):
+        create_model(name, path)
+    other = create_model(name)
+    load_checkpoint(other, path, strict=False)
+    create_model(name, path, **change)

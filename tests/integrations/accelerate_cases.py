@@ -90,6 +90,48 @@ def class_changed(model: Any) -> None:
     model.encoder.layers[1].ffn.A.fc2.__class__ = Half
 
 
+def eps_changed(name: str) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        model.encoder.layers[1].get_submodule(name).eps = 0.5
+
+    return change
+
+
+def doubled_dropout(model: Any) -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    model.encoder.dropout_module = Doubled()
+
+
+def own_embedding(model: Any) -> None:
+    real = model.encoder.forward_embedding
+
+    def doubled(*args: Any) -> Any:
+        x, embedding = real(*args)
+        return 2 * x, embedding
+
+    model.encoder.forward_embedding = doubled
+
+
+def own_residual(model: Any) -> None:
+    model.encoder.layers[1].residual_connection = lambda x, residual: 2 * x + residual
+
+
+def encoder_class_changed(model: Any) -> None:
+    class Encoder(type(model.encoder)):  # type: ignore[misc]
+        def forward_embedding(self, *args: Any) -> Any:
+            x, embedding = super().forward_embedding(*args)
+            return 2 * x, embedding
+
+    model.encoder.__class__ = Encoder
+
+
+def bias_removed(model: Any) -> None:
+    model.encoder.layers[1].ffn.B.fc1.bias = None
+
+
 def own_forward(model: Any) -> None:
     layer = model.encoder.layers[0]
     real = type(layer).forward.__get__(layer)

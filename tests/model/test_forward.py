@@ -306,3 +306,10 @@ def test_a_patch_is_masked_or_it_is_not() -> None:
             for own in (masked.bool(), masked.float())
         )
     assert torch.equal(whole, given)
+
+
+def test_experts_of_one_product_share_their_eps() -> None:
+    model = backbone(TINY)
+    model.encoder.layers[0].self_attn_layer_norm.A.eps = 0.5
+    with pytest.raises(ConfigError, match=r"must have one eps, got \[0\.5, "):
+        model(texts(2, 3), images(2))
