@@ -154,13 +154,6 @@ MODEL_BUGS = (
         (f"{FORMULA}::test_mixed_batches",),
     ),
     Bug(
-        "encoder-eps-ignored",
-        "beit3_fast/model/encoder.py",
-        "return Norm([n.weight for n in modules], [n.bias for n in modules], modules[0].eps)",
-        "return Norm([n.weight for n in modules], [n.bias for n in modules])",
-        (f"{FORMULA}::test_mixed_batches",),
-    ),
-    Bug(
         "encoder-key-and-value-swapped-where-few-rows-are-read",
         "beit3_fast/model/encoder.py",
         'k, v = project(layer, x, layout, "kv", impl)',
@@ -201,13 +194,6 @@ MODEL_BUGS = (
         "return torch.empty_like(packed).index_copy(0, rows, packed)",
         "return packed[rows]",
         (f"{TASKS}::test_the_first_decoding_step_is_the_plain_forward",),
-    ),
-    Bug(
-        "incremental-eps-ignored",
-        "beit3_fast/model/incremental.py",
-        "inner = Norm([n.weight for n in norms], [n.bias for n in norms], norms[0].eps)",
-        "inner = Norm([n.weight for n in norms], [n.bias for n in norms])",
-        (f"{TASKS}::test_decoding_step_by_step_is_decoding_at_once",),
     ),
     Bug(
         "registry-preset-of-the-checkpoint-ignored",
