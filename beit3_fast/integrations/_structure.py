@@ -129,7 +129,8 @@ class Structure:
             type(self._encoder),
             self._dicts[0].get("forward_embedding"),
             [vars_.get("residual_connection") for vars_ in self._dicts[1:]],
-            [None in vars_["_parameters"].values() for vars_ in self._dicts[1:]],
+            # Not `in`, which would compare every tensor with None.
+            [any(p is None for p in vars_["_parameters"].values()) for vars_ in self._dicts[1:]],
             any(self._hooks),
             [type(module) for module in self._modules],
             [vars_.get("forward") for vars_ in self._dicts[1:]],
