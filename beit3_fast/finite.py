@@ -14,13 +14,29 @@ if TYPE_CHECKING:
 
 def check_finite(scores: Tensor, what: str, places: Iterable[int]) -> None:
     """Raises InputError for the first row of scores [B, ...] with NaN or infinity, as the ``what`` of its place."""
-    finite = scores.isfinite().flatten(1).all(1).tolist()
+    _check(
+        scores,
+        places,
+        f"the scores of {what} {{}} are not finite: there is NaN or infinity in its input or in the weights, or the model "
+        "overflows in this dtype; float16 ends at 65504, try bfloat16 or float32",
+    )
+
+
+def check_pixels(images: Tensor, places: Iterable[int]) -> None:
+    """Raises InputError for the first of images [B, ...] with NaN or infinity: every word would be as likely as any other."""
+    _check(
+        images,
+        places,
+        "image {} holds NaN or infinity, of which no caption can be made; look at how it was normalised, and at overflow "
+        "if it is of float16",
+    )
+
+
+def _check(rows: Tensor, places: Iterable[int], message: str) -> None:
+    finite = rows.isfinite().flatten(1).all(1).tolist()
     for place, fine in zip(places, finite, strict=True):
         if not fine:
-            raise InputError(
-                f"the scores of {what} {place} are not finite: there is NaN or infinity in its input or in the weights, or "
-                "the model overflows in this dtype; float16 ends at 65504, try bfloat16 or float32"
-            )
+            raise InputError(message.format(place))
 
 
 def for_json(value: Any) -> Any:

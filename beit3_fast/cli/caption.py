@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from beit3_fast.cli.command import Command
 from beit3_fast.cli.options import (
@@ -73,10 +73,7 @@ def _run(arguments: argparse.Namespace) -> int:
             arguments.length_penalty,
             arguments.captions,
             processor=processor,
-            sample=arguments.sample,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
+            **_choice_of_words(arguments),
             seed=seed,
             compat=arguments.compat,
             batch_size=arguments.batch_size,
@@ -88,6 +85,11 @@ def _run(arguments: argparse.Namespace) -> int:
     ]
     lines = [f"{path}: {caption.text}" for path, own in found for caption in own]
     return show(arguments, report, lines, len(paths) - len(found))
+
+
+def _choice_of_words(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("sample", "temperature", "top_k", "top_p")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def _stream(arguments: argparse.Namespace, paths: list[str]) -> int:
@@ -109,10 +111,7 @@ def _stream(arguments: argparse.Namespace, paths: list[str]) -> int:
         paths[0],
         arguments.max_length,
         processor=processor,
-        sample=arguments.sample,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
+        **_choice_of_words(arguments),
         seed=arguments.seed,
     )
     for step in steps:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from beit3_fast.config import BEiT3Config
 from beit3_fast.data import Processor
 from beit3_fast.data.tokenizer import BOS, EOS, PAD
-from beit3_fast.errors import ConfigError, InputError
-from beit3_fast.finite import check_finite
+from beit3_fast.errors import ConfigError
+from beit3_fast.finite import check_finite, check_pixels
 from beit3_fast.generate import Caption, CaptionStep, Options, Special, caption_steps, captions
 from beit3_fast.model.decoding import CaptionDecoder, head_logits
 from beit3_fast.model.inputs import check_processor, image_batches, image_tensors, listed
@@ -137,7 +137,7 @@ class BEiT3ForCaptioning(BEiT3Task):
         generator = self._generator(options)
         results: list[list[Caption]] = [[]] * len(sources)
         for places, batch in image_batches(self.beit3, sources, processor, batch_size):
-            _check_pixels(batch, places)
+            check_pixels(batch, places)
             decoder = self._decoder(batch, options, special)
             found = captions(decoder, options, special, generator)
             check_finite(torch.tensor([[c.score for c in own] for own in found]), "image", places)
@@ -174,7 +174,7 @@ class BEiT3ForCaptioning(BEiT3Task):
         if len(sources) != 1:
             raise ConfigError(f"stream_caption takes one image, got {len(sources)}; use caption")
         (tensor,) = image_tensors(self.beit3, sources, processor)
-        _check_pixels(tensor[None], [0])
+        check_pixels(tensor[None], [0])
         with torch.inference_mode():
             decoder = self._decoder(tensor[None], options, special)
         return self._steps(decoder, options, special, processor)
@@ -291,17 +291,6 @@ class BEiT3ForCaptioning(BEiT3Task):
         if language_masked_pos is not None:
             features = features[language_masked_pos.bool()]
         return self._logits(features), state
-
-
-def _check_pixels(images: Tensor, places: list[int]) -> None:
-    """Raises InputError for a number that is not finite: every word would be as likely as any other, or none."""
-    finite = images.isfinite().flatten(1).all(1).tolist()
-    for place, fine in zip(places, finite, strict=True):
-        if not fine:
-            raise InputError(
-                f"image {place} holds NaN or infinity, of which no caption can be made; look at how it was normalised, "
-                "and at overflow if it is of float16"
-            )
 
 
 def _words(tokens: Sequence[int], special: Special) -> list[int]:

@@ -252,9 +252,8 @@ def _on_copies(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = func(*tree_map(plainly, args), **tree_map(plainly, kwargs))
     if schema.is_mutable or not any(returned.alias_info for returned in schema.returns):
         return result
-    with torch.inference_mode(
-        False
-    ):  # as for detach: a view has the version of what it is a view of
+    # As for detach: a view has the version of what it is a view of.
+    with torch.inference_mode(False):
         return tree_map(lambda t: UnpackedView(t) if isinstance(t, Tensor) else t, result)
 
 

@@ -38,7 +38,8 @@ def recall(
 ) -> Recall:
     """Recall of embeddings: images [I, C], texts [T, C], and for each text the row of its image, int64 [T].
 
-    What is near has a large inner product, the cosine of unit rows. TR@k: an image counts where any of its texts is among its k nearest texts. IR@k: a text counts where its image is
+    What is near has a large inner product, the cosine of unit rows. TR@k: an image counts where any of its texts is among
+    its k nearest texts. IR@k: a text counts where its image is
     among its k nearest images. Images without a text count as not found. Raises ShapeError and InputError for
     operands that do not fit, ConfigError for ks that are no positive integers.
     """

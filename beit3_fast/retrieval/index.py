@@ -105,7 +105,10 @@ class EmbeddingIndex:
         return f"EmbeddingIndex({len(self)} entries of width {self.embeddings.shape[1]}, {self.backend})"
 
     def add(self, embeddings: Tensor, names: Sequence[str]) -> None:
-        """Append entries, which what made the others made. Raises ShapeError and InputError as the constructor, and for another width."""
+        """Append entries that the same model made.
+
+        Raises ShapeError and InputError as the constructor, and for another width.
+        """
         more = EmbeddingIndex(embeddings, names, "torch")
         if more.embeddings.shape[1] != self.embeddings.shape[1]:
             raise ShapeError(

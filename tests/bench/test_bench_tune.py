@@ -12,7 +12,10 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 if torch.cuda.is_available():
-    pytest.skip("the interpreter's steps", allow_module_level=True)
+    pytest.skip(
+        "counts the steps of Triton's interpreter, which a GPU does not use",
+        allow_module_level=True,
+    )
 
 from beit3_fast.kernels import _tiles, expert_linear
 from beit3_fast.ops import triton_kernels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bugs.bug import FUZZ, LOAD, MALFORMED, POSITIONS, SAVE, Bug
+from bugs.bug import ATOMIC_SAVE, FUZZ, LOAD, MALFORMED, POSITIONS, SAVE, Bug
 
 FILES_BUGS = (
     # checkpoint
@@ -32,7 +32,7 @@ FILES_BUGS = (
         "beit3_fast/checkpoint/atomic.py",
         "os.fsync(file.fileno())\n                os.replace(partial, target)",
         "os.replace(partial, target)\n                os.fsync(file.fileno())",
-        (f"{SAVE}::test_data_reaches_the_disk_before_the_name",),
+        (f"{ATOMIC_SAVE}::test_data_reaches_the_disk_before_the_name",),
     ),
     Bug(
         "safetensors-digest-not-compared",

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_cases import Standin, snapshot
-from malformed_files import CASES, SHAPES, good_bytes, pickle_in_legacy, pickle_in_zip
+from malformed_archives import CASES
+from malformed_files import SHAPES, good_bytes, pickle_in_legacy, pickle_in_zip
 
 from beit3_fast.checkpoint import (
     check_checkpoint,
