@@ -110,6 +110,7 @@ class Structure:
         self._dicts = [encoder.__dict__, *(module.__dict__ for _, module in watched)]
         self._modules = [module for _, module in watched]
         self._hooks = [module.__dict__[hooks] for module in self._modules for hooks in _HOOKS]
+        self._parameters = [own for module in self._modules if (own := module._parameters)]
         self._children = [
             children for vars_ in self._dicts if (children := vars_["_modules"]) is not None
         ]
@@ -128,9 +129,8 @@ class Structure:
         return (
             type(self._encoder),
             self._dicts[0].get("forward_embedding"),
-            [vars_.get("residual_connection") for vars_ in self._dicts[1:]],
-            # Not `in`, which would compare every tensor with None.
-            [any(p is None for p in vars_["_parameters"].values()) for vars_ in self._dicts[1:]],
+            [layer.__dict__.get("residual_connection") for layer in self._encoder.layers],
+            [(own.get("weight") is None, own.get("bias") is None) for own in self._parameters],
             any(self._hooks),
             [type(module) for module in self._modules],
             [vars_.get("forward") for vars_ in self._dicts[1:]],
