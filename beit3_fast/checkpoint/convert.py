@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from beit3_fast.checkpoint.load import check_checkpoint
-from beit3_fast.checkpoint.read import PathLike, read_checkpoint
+from beit3_fast.checkpoint.read import PathLike, as_path, read_checkpoint, same_bits
 from beit3_fast.checkpoint.safetensors_file import DIGESTS
 from beit3_fast.checkpoint.save import save_checkpoint
 from beit3_fast.errors import CheckpointError
@@ -44,7 +43,7 @@ def convert_checkpoint(
     ``save_checkpoint``). ``key`` is as in ``read_checkpoint``. Raises CheckpointError, also when ``target`` exists and
     ``overwrite`` is not set.
     """
-    source, target = Path(source), Path(target)
+    source, target = as_path(source), as_path(target)
     if target.exists():
         if source.exists() and source.samefile(target):
             raise CheckpointError(f"{target}: is the source itself; give another name")
@@ -84,11 +83,3 @@ def convert_checkpoint(
 
 def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return list(a) == list(b) and all(same_bits(a[name], b[name]) for name in a)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """True when dtype, shape and every bit are the same; NaN equals itself, zero differs from minus zero."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    left, right = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(left, right)

@@ -19,6 +19,8 @@ from beit3_fast.errors import CheckpointError
 WRAPPERS = ("model", "module", "model_ema", "model_state", "state_dict")
 """Entries of a file that hold the weights, the preferred one first."""
 
+_MAX_WRAPPERS = 8
+
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """What DistributedDataParallel, torch.compile and Lightning put before every name."""
 
@@ -75,11 +77,16 @@ _FOLDS = (
 )
 
 
-def unwrap(content: Any, key: str | None) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def unwrap(
+    content: Any, key: str | None, depth: int = 0
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The table of named tensors in what a file holds, and the names of the entries beside it.
 
-    ``key`` names the entry to take. Raises CheckpointError when there is no such table.
+    ``key`` names the entry to take; ``depth`` counts the dictionaries around ``content``. Raises CheckpointError when
+    there is no such table.
     """
+    if depth > _MAX_WRAPPERS:
+        raise CheckpointError(f"its weights lie in more than {_MAX_WRAPPERS} dictionaries")
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"it holds a {type(content).__name__} where a dictionary of named tensors was expected"
@@ -91,7 +98,7 @@ def unwrap(content: Any, key: str | None) -> tuple[dict[str, Tensor], tuple[str,
     names = [key] if key is not None else [name for name in WRAPPERS if name in items]
     wrapper = next((name for name in names if isinstance(items[name], Mapping)), None)
     if wrapper is not None:
-        state, _ = unwrap(items.pop(wrapper), None)
+        state, _ = unwrap(items.pop(wrapper), None, depth + 1)
         return state, tuple(str(name) for name in items)
     if not items:
         raise CheckpointError("it holds no tensors")

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from beit3_fast.checkpoint import keys, positions
-from beit3_fast.checkpoint.read import Checkpoint, PathLike, from_state, read_checkpoint
+from beit3_fast.checkpoint.read import (
+    Checkpoint,
+    PathLike,
+    from_state,
+    read_checkpoint,
+    same_bits,
+)
 from beit3_fast.checkpoint.report import CheckpointMismatch, LoadReport, explain
 from beit3_fast.errors import CheckpointError
 
@@ -49,6 +55,7 @@ def load_checkpoint(
     Raises CheckpointError (CheckpointMismatch, with the report, where names, shapes or values do not fit), and leaves
     the model as it was, also where a hook of the model raises half-way.
     """
+    _check_model(model)
     checkpoint = _checkpoint(source, key, verify)
     for name, tensor in _tensors(model).items():
         _check_target(name, tensor)
@@ -62,6 +69,11 @@ def load_checkpoint(
     except Exception as error:
         _put_back(model, before)
         raise CheckpointError(f"{checkpoint}: the model refused its weights: {error}") from error
+    except BaseException:
+        # Ctrl-C between two tensors: the way forward is the one that needs no copies.
+        with torch.no_grad():
+            model.load_state_dict(ready, strict=False)
+        raise
     report.loaded = list(ready)
     logger.log(logging.WARNING if report.problems() else logging.INFO, "%s", report)
     return report
@@ -82,6 +94,7 @@ def check_checkpoint(
 
     Raises CheckpointError where ``load_checkpoint`` would because of the file.
     """
+    _check_model(model)
     checkpoint = _checkpoint(source, key, verify)
     report, _ = _plan(model, checkpoint, strict, allow_missing, allow_mismatched, allow_nonfinite)
     return report
@@ -107,6 +120,11 @@ def _plan(
 ) -> tuple[LoadReport, dict[str, Tensor]]:
     """The report and the tensors to copy. Raises CheckpointError when they may not be."""
     targets = _tensors(model)
+    for option, prefixes in (
+        ("allow_missing", allow_missing),
+        ("allow_mismatched", allow_mismatched),
+    ):
+        _check_prefixes(option, prefixes)
     if strict:
         _compare_configurations(checkpoint, model)
     try:
@@ -116,10 +134,14 @@ def _plan(
     report = LoadReport(
         str(checkpoint), preset=checkpoint.preset, remarks=[*checkpoint.remarks, *remarks]
     )
+    own_name = getattr(model, "name", None)
+    if checkpoint.name is not None and own_name is not None and checkpoint.name != own_name:
+        report.remarks.append(f"it was saved from {checkpoint.name}; the model is {own_name}")
     if checkpoint.left_out:
         report.remarks.append(f"left in the file: {', '.join(checkpoint.left_out)}")
     _compare_names(report, state, targets)
     ready = _prepare(report, state, targets, (_source_grid(checkpoint), _grid_of(model)))
+    _check_ties(report, ready, targets)
     if not allow_nonfinite:
         _check_values(report, ready, targets)
     blocking = LoadReport(
@@ -138,6 +160,19 @@ def _plan(
     if blocking.problems() or not ready:
         raise CheckpointMismatch(explain(blocking, state, targets), blocking)
     return report, ready
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"a model is needed to load into, got {type(model).__name__}")
+
+
+def _check_prefixes(option: str, prefixes: str | Sequence[str]) -> None:
+    listed = isinstance(prefixes, Sequence) and all(isinstance(p, str) for p in prefixes)
+    if not listed:
+        raise CheckpointError(
+            f"{option} must be a prefix of names or a sequence of them, such as HEADS, got {prefixes!r}"
+        )
 
 
 def _compare_configurations(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -293,6 +328,23 @@ def _fit_positions(
     if resized is not table:
         report.interpolated[name] = (source, grid)
     return resized
+
+
+def _check_ties(
+    report: LoadReport, ready: Mapping[str, Tensor], targets: Mapping[str, Tensor]
+) -> None:
+    """Names that are one tensor of the model must have one value in the file."""
+    first: dict[tuple[object, ...], str] = {}
+    for name in ready:
+        target = targets[name]
+        if target.is_meta or not target.numel():
+            continue
+        place = (target.device, target.data_ptr(), target.dtype, target.shape, target.stride())
+        other = first.setdefault(place, name)
+        if other != name and not same_bits(ready[name], ready[other]):
+            report.rejected[name] = (
+                f"is the same tensor as {other} in the model, and another one in the file"
+            )
 
 
 def _check_values(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BufferedReader
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from beit3_fast.checkpoint import keys, safetensors_file, torch_file
 from beit3_fast.checkpoint.pickle_scan import MAX_TENSORS
-from beit3_fast.errors import CheckpointError
+from beit3_fast.data.presets import ImagePreset
+from beit3_fast.errors import CheckpointError, ConfigError
 
 PathLike = str | os.PathLike[str]
 
@@ -75,15 +76,12 @@ class Checkpoint:
     @property
     def config(self) -> dict[str, Any] | None:
         """The fields of BEiT3Config, where the file tells them. Raises CheckpointError when they cannot be read."""
-        config = self._json("config")
-        if config is not None and not isinstance(config, dict):
-            raise CheckpointError(f"{self}: its config in the metadata is no table of values")
-        return config
+        return self._of_metadata(config_in)
 
     @property
-    def preset(self) -> Any:
-        """The preset of the image processor, where the file tells it. Raises CheckpointError when it cannot be read."""
-        return self._json("preprocessing")
+    def preset(self) -> str | dict[str, Any] | None:
+        """The name or the fields of an ImagePreset, where the file tells it. Raises CheckpointError when it is none."""
+        return self._of_metadata(preset_in)
 
     @cached_property
     def sha256(self) -> str:
@@ -103,16 +101,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
         return digest.hexdigest()
 
-    def _json(self, key: str) -> Any:
-        text = self.metadata.get(key)
-        if text is None:
-            return None
+    def _of_metadata(self, read: Callable[[Mapping[str, str]], Any]) -> Any:
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{self}: its {key} in the metadata is no valid JSON ({error})"
-            ) from error
+            return read(self.metadata)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self}: {error}") from error.__cause__
 
 
 def read_checkpoint(path: PathLike, *, key: str | None = None, verify: bool = True) -> Checkpoint:
@@ -123,7 +116,7 @@ def read_checkpoint(path: PathLike, *, key: str | None = None, verify: bool = Tr
     Nothing in the file is executed. Raises CheckpointError, with the path and the reason, for every file that is not
     a whole, plain set of named tensors.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         with _open(path) as file:
             status = os.fstat(file.fileno())
@@ -147,6 +140,52 @@ def from_state(state: Mapping[str, Tensor]) -> Checkpoint:
     return Checkpoint(path=None, state=checked, left_out=left_out)
 
 
+def config_in(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The configuration that metadata hold. Raises CheckpointError when it cannot be read."""
+    config = _json(metadata, "config")
+    if config is not None and not isinstance(config, dict):
+        raise CheckpointError("its config in the metadata is no table of values")
+    return config
+
+
+def preset_in(metadata: Mapping[str, str]) -> str | dict[str, Any] | None:
+    """The name or the fields of the image preset that metadata hold. Raises CheckpointError when they make none."""
+    preset = _json(metadata, "preprocessing")
+    if preset is None:
+        return None
+    try:
+        ImagePreset.get(preset)
+    except ConfigError as error:
+        raise CheckpointError(f"its image preset in the metadata is none: {error}") from error
+    return preset
+
+
+def _json(metadata: Mapping[str, str], key: str) -> Any:
+    text = metadata.get(key)
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"its {key} in the metadata is no valid JSON ({error})") from error
+
+
+def as_path(path: PathLike) -> Path:
+    """The path of a file. Raises CheckpointError for what can be the name of none."""
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if not isinstance(text, str):
+        raise CheckpointError(
+            f"expected the path of a file, as a str or a pathlib.Path, got {type(path).__name__}"
+        )
+    try:
+        nameless = not text or b"\0" in os.fsencode(text)
+    except UnicodeEncodeError:
+        nameless = True
+    if nameless:
+        raise CheckpointError(f"{text!r} cannot be the name of a file; give its path")
+    return Path(text)
+
+
 def check_tensor(name: str, tensor: Any) -> Tensor:
     """The tensor without its ties to autograd. Raises CheckpointError unless it is dense, plain and has data."""
     if not isinstance(tensor, Tensor):
@@ -165,6 +204,14 @@ def check_tensor(name: str, tensor: Any) -> Tensor:
             f"{name} is a lazy view; save it again after resolve_conj() or resolve_neg()"
         )
     return tensor.detach()
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """True when dtype, shape and every bit are the same; NaN equals itself, zero differs from minus zero."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    left, right = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(left, right)
 
 
 def _open(path: Path) -> BufferedReader:
@@ -218,9 +265,26 @@ def _read(file: BufferedReader, path: Path, size: int, key: str | None, verify: 
 
 def _own_metadata(content: Any) -> dict[str, str]:
     own = dict.get(content, OWN_KEY) if isinstance(content, dict) else None
-    if not isinstance(own, dict):
-        return {}
-    return {k: v for k, v in dict.items(own) if isinstance(k, str) and isinstance(v, str)}
+    return {} if own is None or isinstance(own, Tensor) else check_texts(own)
+
+
+def check_texts(metadata: Any) -> dict[str, str]:
+    """What a file says beside its weights. Raises CheckpointError unless it is a dictionary of texts."""
+    texts = dict(metadata.items()) if isinstance(metadata, Mapping) else None
+    if texts is None:
+        raise CheckpointError(
+            f"metadata must be a dictionary of texts, got {type(metadata).__name__}"
+        )
+    for name, text in texts.items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise CheckpointError(f"metadata must be texts under names, got {name!r}: {text!r}")
+        try:
+            (name + text).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise CheckpointError(
+                f"metadata must be text that UTF-8 can hold, got {name!r}: {text!r}"
+            ) from error
+    return texts
 
 
 def _describe(head: bytes) -> str:

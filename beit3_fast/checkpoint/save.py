@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from beit3_fast.checkpoint import safetensors_file
 from beit3_fast.checkpoint.atomic import replacing
-from beit3_fast.checkpoint.read import OWN_KEY, PathLike, check_tensor
+from beit3_fast.checkpoint.read import (
+    OWN_KEY,
+    PathLike,
+    as_path,
+    check_tensor,
+    check_texts,
+    config_in,
+    preset_in,
+)
+from beit3_fast.checkpoint.safetensors_file import DIGESTS
 from beit3_fast.errors import CheckpointError
 
 SUFFIXES = {".safetensors": "safetensors", ".pth": "zip", ".pt": "zip", ".bin": "zip"}
@@ -39,9 +48,9 @@ def save_checkpoint(
     The file appears whole or not at all, and only then replaces an older one. Raises CheckpointError when the weights
     or the path cannot be used, or the disk cannot take them.
     """
-    path = Path(path)
-    texts = dict(metadata or {})
+    path = as_path(path)
     try:
+        texts = {} if metadata is None else check_texts(metadata)
         form = _form(path)
         if not isinstance(model, (nn.Module, Mapping)):
             raise CheckpointError(
@@ -56,6 +65,7 @@ def save_checkpoint(
         for key, value in (("config", config), ("preprocessing", preset)):
             if value is not None:
                 texts[key] = _to_json(key, value)
+        _check_readable(texts)
         tensors = _tensors(model.state_dict() if isinstance(model, nn.Module) else model)
         with replacing(path) as file:
             if form == "zip":
@@ -94,6 +104,17 @@ def _to_json(key: str, value: Any) -> str:
         return json.dumps(table, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the {key} cannot be written as JSON: {error}") from error
+
+
+def _check_readable(texts: Mapping[str, str]) -> None:
+    """Raises CheckpointError for what ``read_checkpoint`` and ``load_checkpoint`` would refuse later."""
+    taken = [name for name in DIGESTS if name in texts]
+    if taken:
+        raise CheckpointError(
+            f"metadata cannot have {', '.join(taken)}, which is written by itself"
+        )
+    config_in(check_texts(texts))
+    preset_in(texts)
 
 
 class _Recorder:

@@ -70,7 +70,12 @@ def read_zip(file: BinaryIO, size: int, verify: bool) -> tuple[Any, list[str]]:
     if pickled.file_size > _MAX_PICKLE:
         raise CheckpointError(f"its pickle of {pickled.file_size} bytes is too large for weights")
     file.seek(_data_offset(file, pickled, size))
-    scan = scan_pickle(io.BytesIO(file.read(pickled.file_size)))
+    pickle_bytes = io.BytesIO(file.read(pickled.file_size))
+    scan = scan_pickle(pickle_bytes)
+    if pickle_bytes.tell() != pickled.file_size:
+        raise CheckpointError(
+            f"its pickle ends at byte {pickle_bytes.tell()} of {pickled.file_size}: it has been added to"
+        )
     for key, storage in scan.storages.items():
         record = records.get(f"{root}data/{key}")
         if record is None:
@@ -142,6 +147,12 @@ def _check_directory(file: BinaryIO, size: int) -> None:
     if end < 0 or end + 22 > len(tail):
         raise CheckpointError(
             "its zip directory is missing: it is cut off; copy or download it again"
+        )
+    behind = len(tail) - end - 22 - int(struct.unpack_from("<H", tail, end + 20)[0])
+    if behind:
+        raise CheckpointError(
+            f"its zip directory ends {behind} bytes from the end of the file: it has been cut off or added to; "
+            "copy or download it again"
         )
     length = int(struct.unpack_from("<I", tail, end + 12)[0])
     if length == 0xFFFFFFFF and end >= 20 and tail[end - 20 : end - 16] == b"PK\x06\x07":

@@ -150,6 +150,7 @@ def create_model(
         with torch.device("meta"):
             model = make(config, **options).to(wanted)
         model.to_empty(device=place)
+        model.name = name
         preset = load_checkpoint(model, checkpoint).preset
     model.name = name
     model.preset = preset or (task.preset if task else "square")

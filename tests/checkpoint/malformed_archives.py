@@ -6,6 +6,7 @@ import json
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from checkpoint_cases import torch_file
@@ -15,6 +16,8 @@ from malformed_files import (
     Write,
     add,
     case,
+    content,
+    described,
     entry,
     good,
     good_bytes,
@@ -23,8 +26,6 @@ from malformed_files import (
     pickle_in_zip,
     repack,
 )
-
-from beit3_fast.checkpoint import save_checkpoint
 
 __all__ = ["CASES"]
 
@@ -236,17 +237,42 @@ add(
     "comes twice",
     header(lambda t: (json.dumps(t)[:-1] + f', "{FIRST}": {json.dumps(t[FIRST])}}}').encode()),
 )
+add("bad configuration", "no valid JSON", described(config="{"))
+add("configuration of a list", "no table", described(config="[]"))
+for name, text in (
+    ("unknown", '"nonsense"'),
+    ("of a number", "5"),
+    ("without a spread", '{"std": [0, 0, 0]}'),
+    ("of a list", "[1, 2]"),
+):
+    add(f"preset {name}", "image preset in the metadata is none", described(preprocessing=text))
 add(
-    "bad configuration",
-    "no valid JSON",
-    lambda p: save_checkpoint(
-        good(), p.with_suffix(".safetensors"), metadata={"config": "{"}
-    ).rename(p),
+    "metadata of numbers in a zip",
+    "must be texts under names",
+    content(lambda: {"model": good(), "beit3_fast": {"model": 5}}),
 )
 add(
-    "configuration of a list",
-    "no table",
-    lambda p: save_checkpoint(
-        good(), p.with_suffix(".safetensors"), metadata={"config": "[]"}
-    ).rename(p),
+    "metadata of a list in a zip",
+    "must be a dictionary of texts",
+    content(lambda: {"model": good(), "beit3_fast": ["model"]}),
 )
+add(
+    "bytes behind a zip",
+    "has been cut off or added to",
+    lambda p: p.write_bytes(good_bytes("zip") + b"more"),
+)
+add(
+    "bytes behind the pickle of a zip",
+    "it has been added to",
+    repack(lambda r: r.update({"archive/data.pkl": r["archive/data.pkl"] + b"more"})),
+)
+
+
+def _within_itself() -> dict[str, Any]:
+    inner: dict[str, Any] = {}
+    for _ in range(20):
+        inner = {"model": inner or good()}
+    return inner
+
+
+add("dictionaries in dictionaries", "in more than 8 dictionaries", content(_within_itself))

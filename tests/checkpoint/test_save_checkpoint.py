@@ -40,6 +40,11 @@ DTYPES = (
 )
 
 
+class BytesPath:
+    def __fspath__(self) -> bytes:
+        return b"x.pth"
+
+
 def every_kind_of_tensor() -> dict[str, Tensor]:
     """Odd sizes in all dtypes, so that alignment matters; special values; views and shared memory."""
     generator = torch.Generator().manual_seed(3)
@@ -155,8 +160,9 @@ def test_a_model_brings_its_own_description(name: str, tmp_path: Path) -> None:
         "square",
     )
     assert same(found.state, model.state_dict())
-    found = read_checkpoint(save_checkpoint(model, tmp_path / name, name="other", preset={"a": 1}))
-    assert (found.name, found.preset) == ("other", {"a": 1})
+    own = {"mean": [0, 0, 0]}
+    found = read_checkpoint(save_checkpoint(model, tmp_path / name, name="other", preset=own))
+    assert (found.name, found.preset) == ("other", own)
 
 
 def test_the_official_loader_reads_our_pth(tmp_path: Path) -> None:
@@ -230,3 +236,43 @@ def test_descriptions_that_are_no_json(tmp_path: Path) -> None:
     for bad in ({"a": object()}, {"a": float("nan")}):
         with pytest.raises(CheckpointError, match="config cannot be written as JSON"):
             save_checkpoint({"a": torch.ones(1)}, tmp_path / "x.pth", config=bad)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ({"name": 5}, "'model': 5"),
+        ({"metadata": {1: "a"}}, "must be texts under names, got 1"),
+        ({"metadata": {"a": None}}, "must be texts under names"),
+        ({"metadata": ["a"]}, "must be a dictionary of texts, got list"),
+        ({"metadata": {"a": "\ud800"}}, "UTF-8"),
+        ({"metadata": {"sha256": "0"}}, "written by itself"),
+        ({"metadata": {"config": "{"}}, "no valid JSON"),
+        ({"config": 5}, "no table of values"),
+        ({"preset": "nonsense"}, "image preset in the metadata is none"),
+        ({"preset": {"std": [0, 0, 0]}}, "std must be positive"),
+        ({"preset": 5}, "image preset in the metadata is none"),
+    ],
+)
+def test_what_the_reader_would_refuse_is_not_written(
+    description: dict[str, Any], message: str, form: str, tmp_path: Path
+) -> None:
+    path = save_checkpoint({"good": torch.ones(2)}, tmp_path / form)
+    with pytest.raises(CheckpointError, match=message):
+        save_checkpoint({"a": torch.ones(1)}, path, **description)
+    assert set(read_checkpoint(path).state) == {"good"}
+
+
+@pytest.mark.parametrize("path", [None, 5, b"x.pth", "", "a\0.pth", "\ud800.pth", BytesPath()])
+def test_what_can_be_the_name_of_no_file(path: Any) -> None:
+    for call in (
+        lambda: save_checkpoint({"a": torch.ones(1)}, path),
+        lambda: read_checkpoint(path),
+        lambda: convert_checkpoint(path, "x.pth"),
+        lambda: convert_checkpoint("x.pth", path),
+    ):
+        with pytest.raises(
+            CheckpointError, match=r"expected the path|cannot be the name of a file"
+        ):
+            call()
