@@ -153,6 +153,13 @@ def fit(state: Mapping[str, Tensor], wanted: Iterable[str]) -> tuple[dict[str, T
     return renamed, remarks
 
 
+def wrapper_of(names: Iterable[str]) -> str | None:
+    """The attribute of a wrapper, such as DistributedDataParallel, in which the model with these names lies."""
+    names = list(names)
+    prefix = next((p for p in PREFIXES if _all_start(names, p)), None)
+    return None if prefix is None else prefix.rstrip(".")
+
+
 class Wanted:
     """The names of a model, and what they say about names that it does not have."""
 

@@ -93,6 +93,9 @@ def explain(
         *_size_hint(shapes(state), shapes(targets)),
         *(blocking.problems() or ["no name of the file is a name of the model"]),
     ]
+    wrapper = keys.wrapper_of(targets)
+    if wrapper is not None:
+        lines.append(f"the model is wrapped: load into its attribute {wrapper}")
     if _tables_swapped(state, targets):
         lines.append(
             "the position tables of A (vision) and B (text) look swapped: are the branches?"

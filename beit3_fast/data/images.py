@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+from numbers import Integral
 from os import PathLike
 from typing import IO, TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from beit3_fast.data.presets import PRESETS, ImagePreset, image_size_pair
-from beit3_fast.errors import InputError
+from beit3_fast.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -137,6 +138,7 @@ def load_image(
     """
     from PIL import Image
 
+    check_max_pixels(max_pixels)
     if isinstance(source, Image.Image):
         return _decode(source, "the Pillow image", background, max_pixels)
     if isinstance(source, Tensor):
@@ -153,6 +155,12 @@ def load_image(
         "expected an image as a path, bytes, seekable binary file object, Pillow image, numpy array or torch tensor, "
         f"got {type(source).__name__}"
     )
+
+
+def check_max_pixels(max_pixels: object) -> None:
+    """Raises ConfigError unless this can be the largest number of pixels of an image."""
+    if max_pixels is not None and not (isinstance(max_pixels, Integral) and max_pixels > 0):
+        raise ConfigError(f"max_pixels must be a positive integer or None, got {max_pixels!r}")
 
 
 def _from_path(
@@ -203,8 +211,14 @@ def _decode(
     image: Image.Image, what: str, background: tuple[int, int, int], max_pixels: int | None
 ) -> Image.Image:
     _check_size(*image.size, what, max_pixels)
+    colours_of_16_bits = any("RGB;16" in str(tile[3:]) for tile in getattr(image, "tile", ()))
     try:
         image.load()
+        transparent = image.info.get("transparency")
+        if colours_of_16_bits and isinstance(transparent, tuple):
+            # Pillow keeps the high byte of every pixel, and all of the one colour that is transparent.
+            image = image.copy()
+            image.info["transparency"] = tuple(value >> 8 for value in transparent)
         return _to_rgb(_upright(image), background)
     except InputError:
         raise
@@ -253,7 +267,11 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
             raise InputError(
                 f"integer pixels must lie in [0, 65535], got [{values.min()}, {values.max()}]"
             )
+        transparent = image.info.get("transparency")
         image = Image.fromarray((values >> 8).astype(np.uint8))
+        if isinstance(transparent, int):
+            image = image.convert("RGB")
+            image.paste(background, mask=Image.fromarray(values == transparent))
     elif image.mode == "F":
         image = Image.fromarray(_unit_to_bytes(np.asarray(image)))
     elif image.has_transparency_data:
@@ -267,13 +285,14 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
 
 
 def _tensor_to_array(tensor: Tensor) -> np.ndarray:
+    plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
+    if not plain or tensor.is_meta or tensor.is_complex():
+        raise InputError(f"an image tensor must hold plain numbers, got {_kind(tensor)}")
     if tensor.dim() == 3 and tensor.shape[0] not in _CHANNELS:
         raise InputError(
             f"an image tensor must be [H, W], [1, H, W], [3, H, W] or [4, H, W], got {list(tensor.shape)}; "
             "use permute(2, 0, 1) for channels that come last"
         )
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_complex():
-        raise InputError(f"an image tensor must hold plain numbers, got {_kind(tensor)}")
     tensor = tensor.detach().cpu()
     if tensor.is_floating_point():
         tensor = tensor.float()

@@ -11,6 +11,9 @@ from typing import Any
 from beit3_fast.errors import ConfigError
 
 RESIZES = ("squash", "crop")
+MAX_SIDE = 16_384
+"""Pixels; an image of this size takes 3 GiB as model input."""
+
 INTERPOLATIONS = ("bicubic", "bilinear", "lanczos")
 
 
@@ -65,6 +68,8 @@ class ImagePreset:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ImagePreset:
         """Raises ConfigError for unknown fields and values that make no sense."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"expected a dictionary of preset fields, got {values!r}")
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = [key for key in values if key not in known]
         if unknown:
@@ -88,9 +93,11 @@ class ImagePreset:
 def image_size_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """(H, W) from one number or a pair. Raises ConfigError unless both are positive integers."""
     pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(pair) != 2 or not all(_is_number(side, (int,)) and side > 0 for side in pair):
+    if len(pair) != 2 or not all(
+        _is_number(side, (int,)) and 0 < side <= MAX_SIDE for side in pair
+    ):
         raise ConfigError(
-            f"image_size must be a positive integer or a pair (height, width), got {size!r}"
+            f"image_size must be a positive integer of at most {MAX_SIDE} or a pair (height, width), got {size!r}"
         )
     return pair
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from beit3_fast.data.batch import Batch
-from beit3_fast.data.images import MAX_PIXELS, preprocess_image
+from beit3_fast.data.images import MAX_PIXELS, check_max_pixels, preprocess_image
 from beit3_fast.data.presets import ImagePreset, image_size_pair
 from beit3_fast.data.tokenizer import Padding, Tokenizer, check_lengths
 from beit3_fast.errors import ConfigError, InputError
@@ -47,6 +47,7 @@ class Processor:
         check_lengths(max_length, padding)
         self.max_length = max_length
         self.padding = padding
+        check_max_pixels(max_pixels)
         self.max_pixels = max_pixels
         if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
             tokenizer = Tokenizer(tokenizer)

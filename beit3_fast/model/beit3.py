@@ -98,7 +98,8 @@ class BEiT3(Embeddings, Capturable):
         """torchscale's call: padded in, padded out.
 
         textual_tokens int64 [B, Nt]; visual_tokens [B, 3, H, W]; text_padding_position [B, Nt], nonzero for
-        padding; attn_mask [N, N], nonzero where blocked; vision_masked_position [B, patches]; positions
+        padding; attn_mask [N, N], nonzero where blocked (a row of all keys blocked attends to nothing, where
+        torchscale's sum with -1e8 takes the mean of all values); vision_masked_position [B, patches]; positions
         [1 or B, Nt], rows of the text position table (texts only). Returns encoder_out [B, N, C] (zeros at
         padding), encoder_embedding, encoder_padding_mask, encoder_states, l_aux, multiway_split_position.
         Raises ShapeError and ConfigError for inputs that do not fit.

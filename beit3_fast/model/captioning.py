@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from beit3_fast.config import BEiT3Config
 from beit3_fast.data import Processor
 from beit3_fast.data.tokenizer import BOS, EOS, PAD
-from beit3_fast.errors import ConfigError
+from beit3_fast.errors import ConfigError, ShapeError
 from beit3_fast.finite import check_finite, check_pixels
 from beit3_fast.generate import Caption, CaptionStep, Options, Special, caption_steps, captions
 from beit3_fast.model.decoding import CaptionDecoder, head_logits
@@ -257,13 +257,19 @@ class BEiT3ForCaptioning(BEiT3Task):
             raise ConfigError("a caption step without an image needs incremental_state")
         for index in range(self.get_num_layers()):
             state.setdefault(index, {})
-        new, length = text_ids.shape[1], text_len or text_ids.shape[1]
+        new = text_ids.shape[1]
+        length = new if text_len is None else text_len
         num_image = self.config.num_vision_tokens
         if image is not None:
             rows, columns = self.beit3.vision_embed.grid_size(image)
             num_image = rows * columns + 1
         elif "prev_key" in state[0]:
-            num_image = state[0]["prev_key"].shape[2] + new - length
+            num_image = state[0]["prev_key"].shape[2] + new - _integer(length)
+        if _integer(length) < new or num_image < 1 or (image is not None and length != new):
+            raise ShapeError(
+                f"text_len must be the length of the text so far, including the {new} of text_ids "
+                f"{list(text_ids.shape)} (with the image: no more than these), got {text_len!r}"
+            )
         device = text_ids.device
         total = num_image + length
         blocked = torch.ones(total, total, dtype=torch.bool, device=device)
@@ -291,6 +297,12 @@ class BEiT3ForCaptioning(BEiT3Task):
         if language_masked_pos is not None:
             features = features[language_masked_pos.bool()]
         return self._logits(features), state
+
+
+def _integer(text_len: object) -> int:
+    if not isinstance(text_len, int) or isinstance(text_len, bool):
+        raise ShapeError(f"text_len must be an int, got {text_len!r}")
+    return text_len
 
 
 def _words(tokens: Sequence[int], special: Special) -> list[int]:

@@ -102,6 +102,17 @@ def test_only_models_are_loaded_into(target: Any) -> None:
             call(target, weights(SHAPES))
 
 
+@pytest.mark.parametrize("attribute", ["module", "_orig_mod"])
+def test_a_wrapped_model_is_told_how_to_unwrap(attribute: str) -> None:
+    wrapper = nn.Module()
+    setattr(wrapper, attribute, model())
+    with pytest.raises(
+        CheckpointMismatch, match=f"is wrapped: load into its attribute {attribute}$"
+    ):
+        load_checkpoint(wrapper, weights(SHAPES))
+    load_checkpoint(getattr(wrapper, attribute), wrapper.state_dict())
+
+
 def test_a_dictionary_that_holds_itself() -> None:
     endless: dict[str, Any] = {"a": torch.ones(1)}
     endless["model"] = endless

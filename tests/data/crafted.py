@@ -18,8 +18,10 @@ def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     return file.getvalue()
 
 
-def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
-    """A PNG file with any header: ``rows`` is what gets compressed, filter bytes included."""
+def png(
+    width: int, height: int, depth: int, colour: int, rows: bytes, transparent: bytes | None = None
+) -> bytes:
+    """A PNG file with any header: ``rows`` is what gets compressed, filter bytes included; ``transparent`` is its tRNS."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         body = name + content
@@ -29,6 +31,7 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
+        + (b"" if transparent is None else chunk(b"tRNS", transparent))
         + chunk(b"IDAT", zlib.compress(rows))
         + chunk(b"IEND", b"")
     )

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from beit3_fast.data import load_image, preprocess_image
+from beit3_fast.data import Processor, load_image, preprocess_image
 from beit3_fast.data.images import FORMATS
-from beit3_fast.errors import InputError
+from beit3_fast.errors import ConfigError, InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9" height="9"/></svg>'
@@ -214,6 +214,8 @@ class TestArrays:
             (torch.zeros(3, 4, 4, dtype=torch.complex64), "plain numbers"),
             (torch.zeros(3, 4, 4, device="meta"), "plain numbers"),
             (torch.zeros(4, 4).to_sparse(), "plain numbers"),
+            (torch.quantize_per_tensor(torch.zeros(4, 4), 1.0, 0, torch.quint8), "plain numbers"),
+            (torch.nested.nested_tensor([torch.zeros(4, 4)]), "plain numbers"),
         ],
         ids=range(13),
     )
@@ -285,6 +287,20 @@ class TestBombs:
                 load_image(source, max_pixels=48 * 64 - 1)
             with pytest.raises(InputError, match="max_pixels"):
                 preprocess_image(source, 8, max_pixels=48 * 64 - 1)
+
+    @pytest.mark.parametrize("limit", ["5", 0, -1, 1.5, [5]])
+    def test_limits_that_are_none(self, limit: Any) -> None:
+        for call in (
+            lambda: load_image(NOISE, max_pixels=limit),
+            lambda: Processor(max_pixels=limit),
+        ):
+            with pytest.raises(ConfigError, match="max_pixels must be a positive integer or None"):
+                call()
+
+    def test_a_model_input_has_a_limit_too(self) -> None:
+        for size in (10**9, (8, 16_385)):
+            with pytest.raises(ConfigError, match="at most 16384"):
+                preprocess_image(NOISE, size)
 
     def test_an_open_image_is_checked_too(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -153,6 +153,27 @@ class TestDefinedResults:
         content = encoded(image, transparency=(1, 2, 3))
         assert pixels(content).tolist() == [[[255, 255, 255], [4, 5, 6]]]
 
+    @pytest.mark.parametrize("value", [0x1234, 0x00C8, 0])
+    def test_transparent_colour_of_16_bits(self, value: int) -> None:
+        # one pixel of the colour, one that differs in the low byte, one whose high byte is the colour's low byte
+        values = [value, value ^ 1, (value & 0xFF) << 8 | 0x77]
+        grey = b"\0" + b"".join(v.to_bytes(2, "big") for v in values)
+        colour = b"\0" + b"".join(v.to_bytes(2, "big") * 3 for v in values)
+        one = value.to_bytes(2, "big")
+        result = pixels(png(3, 1, 16, 0, grey, one), background=(1, 2, 3)).tolist()[0]
+        assert result == [[1, 2, 3], [value >> 8] * 3, [values[2] >> 8] * 3]
+        # Pillow keeps eight bits of a colour, and so does the comparison
+        same = values[2] >> 8 == value >> 8
+        result = pixels(png(3, 1, 16, 2, colour, one * 3), background=(1, 2, 3)).tolist()[0]
+        assert result == [[1, 2, 3], [1, 2, 3], [1, 2, 3] if same else [values[2] >> 8] * 3]
+
+    def test_a_pillow_image_of_16_bits_keeps_its_transparent_colour(self) -> None:
+        content = png(1, 1, 16, 2, b"\0" + b"\x12\x34" * 3, b"\x12\x34" * 3)
+        with Image.open(io.BytesIO(content)) as image:
+            for _ in range(2):
+                assert pixels(image).tolist() == [[[255] * 3]]
+            assert image.info["transparency"] == (0x1234,) * 3
+
     def test_one_bit(self) -> None:
         image = Image.new("1", (3, 1))
         image.putpixel((1, 0), 1)

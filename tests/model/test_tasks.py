@@ -286,6 +286,21 @@ def test_a_decoding_step_that_fails_leaves_its_state() -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("text_len", [0, 1, 3, -1, "2", 2.0, True])
+def test_the_length_of_a_caption_so_far(text_len: Any) -> None:
+    model, words = task_model("captioning").eval(), texts(1, 2)
+    state: dict[int, dict[str, Tensor]] = {}
+    with torch.no_grad(), pytest.raises(ShapeError, match="text_len must be"):
+        model(images(1), words, None, None, text_len, state)
+    with torch.no_grad():
+        _, kept = model(images(1), words, None, None, 2, state)
+    for wrong in (0, 1, 10**6, "3", 3.0):
+        with torch.no_grad(), pytest.raises(ShapeError, match="text_len must be"):
+            model(None, words, None, None, wrong, kept)
+    with torch.no_grad():
+        assert model(None, words, None, None, 3, kept)[0].shape[:2] == (1, 2)
+
+
 @pytest.mark.parametrize("task", ["imageclassification", "nlvr2", "vqav2", "retrieval"])
 def test_an_empty_batch(task: str) -> None:
     model, picture, words = task_model(task), images(0), texts(0, 3)
