@@ -31,32 +31,49 @@ struct Int8 : OfInt8<Element, OfTiles<Int8<Element, Dot>>> {
   static void tile(const uint32_t* a, const uint32_t* b, int64_t panel_words, int64_t units,
                    float* c, int64_t c_stride, bool more) {
     __m512i sum[M][V];
+#pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 16
       for (int j = 0; j < V; ++j) {
-        sum[i][j] = more ? _mm512_loadu_si512(c + i * c_stride + 16 * j) : _mm512_setzero_si512();
+        sum[i][j] = _mm512_setzero_si512();
       }
     }
     const auto step = [&](int64_t k) __attribute__((always_inline)) {
       __m512i right[V];
+#pragma GCC unroll 16
       for (int j = 0; j < V; ++j) {
         right[j] = _mm512_loadu_si512(b + (j / 2) * panel_words + k * kPanel + (j % 2) * 16);
       }
+#pragma GCC unroll 16
       for (int part = 0; part < Dot::kParts; ++part) {
+#pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
           const auto word = static_cast<int>(a[i * kRowWords + 16 * part + k]);
           const __m512i left = _mm512_set1_epi32(word);
+#pragma GCC unroll 16
           for (int j = 0; j < V; ++j) sum[i][j] = Dot::add(sum[i][j], part, left, right[j]);
         }
       }
     };
     for (; units >= kChunk; units -= kChunk, a += M * kRowWords, b += kChunk * kPanel) {
+      // Sums go from one turn of a loop to the next through copies: where registers allow it, the
+      // whole chunk is one turn.
+      if constexpr (Dot::kParts == 1) {
+#pragma GCC unroll 16
+        for (int64_t k = 0; k < kChunk; ++k) step(k);
+      } else {
 #pragma GCC unroll 4
-      for (int64_t k = 0; k < kChunk; ++k) step(k);
+        for (int64_t k = 0; k < kChunk; ++k) step(k);
+      }
     }
     for (int64_t k = 0; k < units; ++k) step(k);
+#pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 16
       for (int j = 0; j < V; ++j) {
-        _mm512_storeu_si512(c + i * c_stride + 16 * j, sum[i][j]);
+        float* const to = c + i * c_stride + 16 * j;
+        const __m512i before = more ? _mm512_loadu_si512(to) : _mm512_setzero_si512();
+        _mm512_storeu_si512(to, _mm512_add_epi32(before, sum[i][j]));
       }
     }
   }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <tuple>
 
 #include "isa.h"
@@ -13,6 +14,48 @@ namespace {
 // What a thread keeps for the weights that training packs anew in every call: room for the widest
 // product of the large model in fp32. New memory costs up to as much as packing into it.
 constexpr int64_t kMostPacked = int64_t{40} << 20;
+
+// A multiple of the rows of a tile at every level but AMX, whose blocks are high enough.
+constexpr int64_t kWholeTiles = 12;
+
+// More pieces of a block would spend their time on its rows, which each of them converts.
+constexpr int64_t kMostPieces = 4;
+
+// The longest first: the last to finish is then a short one.
+void sort_by_size(std::vector<LinearBlock>* tasks) {
+  const auto size = [](const LinearBlock& task) {
+    return task.count * (task.panel_end - task.panel_begin);
+  };
+  std::sort(tasks->begin(), tasks->end(), [&](const LinearBlock& a, const LinearBlock& b) {
+    return std::tuple(-size(a), a.first, a.panel_begin) <
+           std::tuple(-size(b), b.first, b.panel_begin);
+  });
+}
+
+// What is left when every thread has had as many tasks is cut at panels: two threads with eleven
+// blocks would otherwise work as long as with twelve.
+void share_the_rest(int64_t threads, std::vector<LinearBlock>* tasks) {
+  const auto count = static_cast<int64_t>(tasks->size());
+  const int64_t rest = count % threads;
+  if (count < threads || rest == 0) return;
+  const int64_t wanted = std::min(kMostPieces, threads / std::gcd(rest, threads));
+  for (int64_t i = count - rest; i < count; ++i) {
+    const LinearBlock whole = (*tasks)[static_cast<std::size_t>(i)];
+    const int64_t width = whole.panel_end - whole.panel_begin;
+    const int64_t pieces = std::min(wanted, width);
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      LinearBlock task = whole;
+      task.panel_begin = whole.panel_begin + width * piece / pieces;
+      task.panel_end = whole.panel_begin + width * (piece + 1) / pieces;
+      if (piece == 0) {
+        (*tasks)[static_cast<std::size_t>(i)] = task;
+      } else {
+        tasks->push_back(task);
+      }
+    }
+  }
+  sort_by_size(tasks);
+}
 
 // Row blocks, and where they are too few for the threads, ranges of panels.
 void plan(const Pool& pool, const ExpertLinear& op, const std::vector<LinearBlock>& experts,
@@ -27,26 +70,24 @@ void plan(const Pool& pool, const ExpertLinear& op, const std::vector<LinearBloc
     const int64_t parts = std::min(ceil_div(ceil_div(expert.count, kBlockRows), workers) * workers,
                                    std::max<int64_t>(1, expert.count / kFewRows));
     const int64_t splits = std::clamp<int64_t>(ceil_div(workers, parts), 1, panels);
+    // Many blocks are made of whole tiles, as their size in rows matters less than lower tiles do.
+    const int64_t grain = parts >= 4 * workers ? kWholeTiles : 1;
+    const auto first_row = [&](int64_t part) {
+      return std::min(expert.count, ceil_div(expert.count, grain) * part / parts * grain);
+    };
     for (int64_t part = 0; part < parts; ++part) {
       for (int64_t split = 0; split < splits; ++split) {
         LinearBlock task = expert;
-        const int64_t begin = expert.count * part / parts;
-        task.first = expert.first + begin;
-        task.count = expert.count * (part + 1) / parts - begin;
+        task.first = expert.first + first_row(part);
+        task.count = first_row(part + 1) - first_row(part);
         task.panel_begin = panels * split / splits;
         task.panel_end = panels * (split + 1) / splits;
         tasks->push_back(task);
       }
     }
   }
-  // The longest first: the last to finish is then a short one.
-  const auto size = [](const LinearBlock& task) {
-    return task.count * (task.panel_end - task.panel_begin);
-  };
-  std::sort(tasks->begin(), tasks->end(), [&](const LinearBlock& a, const LinearBlock& b) {
-    return std::tuple(-size(a), a.first, a.panel_begin) <
-           std::tuple(-size(b), b.first, b.panel_begin);
-  });
+  sort_by_size(tasks);
+  share_the_rest(pool.threads, tasks);
 }
 
 }  // namespace

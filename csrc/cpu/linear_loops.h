@@ -159,7 +159,8 @@ void linear_block(const LinearBlock& block, void* scratch) {
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t begin = tile_begin<Arch>(block.count, tiles, t);
         const int64_t rows = tile_begin<Arch>(block.count, tiles, t + 1) - begin;
-        float* const c = own.c + begin * c_stride;
+        // Sums that no later block of the depth adds to need no place of their own.
+        float* const c = own.c + (depths > 1 ? begin * c_stride : 0);
         // Of fewer tiles each would have to ask for more than it has time to hide, and wide ones
         // gain nothing.
         if (tiles >= 4 && vectors <= 2) {

@@ -258,8 +258,8 @@ NATIVE_BUGS = (
     Bug(
         "linear-rows-of-the-first-expert",
         "csrc/cpu/expert_linear.cpp",
-        "task.first = expert.first + begin;",
-        "task.first = begin;",
+        "task.first = expert.first + first_row(part);",
+        "task.first = first_row(part);",
         (f"{KERNELS}::test_expert_linear_sizes",),
     ),
     Bug(
@@ -267,6 +267,20 @@ NATIVE_BUGS = (
         "csrc/cpu/expert_linear.cpp",
         "task.panel_end = panels * (split + 1) / splits;",
         "task.panel_end = task.panel_begin + panels / splits;",
+        (f"{KERNELS}::test_columns_are_shared_out_among_threads",),
+    ),
+    Bug(
+        "linear-last-panels-of-a-cut-block-lost",
+        "csrc/cpu/expert_linear.cpp",
+        "task.panel_end = whole.panel_begin + width * (piece + 1) / pieces;",
+        "task.panel_end = task.panel_begin + width / pieces;",
+        (f"{KERNELS}::test_columns_are_shared_out_among_threads",),
+    ),
+    Bug(
+        "linear-rows-of-whole-tiles-beyond-the-expert",
+        "csrc/cpu/expert_linear.cpp",
+        "return std::min(expert.count, ceil_div(expert.count, grain) * part / parts * grain);",
+        "return ceil_div(expert.count, grain) * part / parts * grain;",
         (f"{KERNELS}::test_columns_are_shared_out_among_threads",),
     ),
     Bug(

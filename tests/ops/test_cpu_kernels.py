@@ -86,10 +86,11 @@ def test_expert_linear_rows_do_not_meet(dtype: str) -> None:
     assert torch.equal(case.run(packed=[]), whole)
 
 
+@pytest.mark.parametrize("rows", [5, 700, 1570])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_columns_are_shared_out_among_threads(dtype: str) -> None:
-    """Few rows and many columns: each thread has columns of its own, and none is left over."""
-    case = Linear(DTYPES[dtype], (5, 40, 330), experts=2, residual=True)
+def test_columns_are_shared_out_among_threads(dtype: str, rows: int) -> None:
+    """Of few rows, and of the blocks left when all threads had as many: no column is left over."""
+    case = Linear(DTYPES[dtype], (rows, 40, 330), experts=2, residual=True)
     case.check()
     whole = case.run()
     threads = torch.get_num_threads()
