@@ -7,6 +7,7 @@ candidates are walked in Python, one ``.item()`` at a time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -148,3 +149,22 @@ def official_captions(
         ]
         for own in hypotheses
     ]
+
+
+@torch.no_grad()
+def official_score(
+    model: Any, image: Tensor, mask_id: int, words: Sequence[int], length_penalty: float = 0.6
+) -> float:
+    """The score that ``official_captions`` gives to these words of image [1, 3, H, W], where the length ended them.
+
+    The released search counts one word more than it keeps: the likeliest after the last.
+    """
+    text, total = torch.tensor([[BOS, mask_id]]), 0.0
+    state: State = {}
+    for length, word in enumerate([*words, None], 2):
+        logits = official_caption_step(model, image if length == 2 else None, text, state, length)
+        log_p = F.log_softmax(logits[0, 1], dim=-1)
+        total += float(log_p.max() if word is None else log_p[word])
+        reorder_cache(state, torch.zeros(1, dtype=torch.long))
+        text = torch.tensor([[word or 0, mask_id]])
+    return total / (len(words) + 2) ** length_penalty

@@ -160,6 +160,25 @@ def test_search(shop: Shop, run: Any, tmp_path: Path) -> None:
     assert len(lines) == 4
 
 
+@pytest.mark.parametrize("batch_size", ["1", "16"])
+def test_an_index_is_made_without_a_bad_image(
+    batch_size: str, shop: Shop, run: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bad, index = tmp_path / "bad.jpg", str(tmp_path / "photos.index")
+    bad.write_text("no image")
+    model = ("--batch-size", batch_size, *shop.model("retrieval", tokenizer=False))
+    assert cli.main(("search", index, "--build", str(bad), *model)) == 1
+    assert not Path(index).exists()
+    capsys.readouterr()
+    photos = [shop.photos[0], str(bad), *shop.photos[1:]]
+    assert cli.main(("search", index, "--build", *photos, *model)) == 1
+    captured = capsys.readouterr()
+    assert captured.out == f"{index}: 2 images\n"
+    assert captured.err.startswith(f"beit3-fast search: skipped {bad}: ")
+    hits = run("search", index, "--image", shop.photos[1], *model, "--json")[0]["hits"]
+    assert hits[0]["name"] == shop.photos[1]
+
+
 def test_build_replaces_an_index_only(shop: Shop, run: Any, refuse: Any, tmp_path: Path) -> None:
     photo, index = tmp_path / "photo.png", str(tmp_path / "photos.index")
     photo.write_bytes(Path(shop.photos[0]).read_bytes())

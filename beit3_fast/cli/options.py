@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beit3_fast.cli.command import complain, print_json
@@ -143,7 +143,7 @@ def image_paths(arguments: Sequence[str]) -> list[str]:
 
     paths: list[str] = []
     for argument in arguments:
-        paths += images_of_folder(argument) if Path(argument).is_dir() else [argument]
+        paths += images_of_folder(argument) if os.path.isdir(argument) else [argument]
     return paths
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from beit3_fast.cli.command import Command
-from beit3_fast.cli.options import add_model, image_paths, load_model, positive, show
+from beit3_fast.cli.options import add_model, image_paths, load_model, of_each, positive, show
 from beit3_fast.errors import CheckpointError, ConfigError
 
 
@@ -35,7 +35,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    import torch
+
     from beit3_fast.retrieval import EmbeddingIndex
+    from beit3_fast.retrieval.origin import origin_of
 
     images = arguments.image or []
     if not (arguments.build or arguments.queries or images):
@@ -49,12 +52,18 @@ def _run(arguments: argparse.Namespace) -> int:
         _check_target(arguments.index)
     model, processor = load_model(arguments, "retrieval", "search")
     options = {"processor": processor, "batch_size": arguments.batch_size}
+    missing = 0
     if index is None:
-        index = EmbeddingIndex.build(model, paths, **options)
+        rows = of_each(arguments, paths, lambda own, _: list(model.encode_image(own, **options)))
+        if not rows:
+            return 1
+        missing = len(paths) - len(rows)
+        embeddings, names = torch.stack([row for _, row in rows]), [path for path, _ in rows]
+        index = EmbeddingIndex(embeddings, names, origin=origin_of(model, "pooled image"))
         index.save(arguments.index)
         if not (arguments.queries or images):
             made = [{"index": arguments.index, "images": len(index)}]
-            return show(arguments, made, [f"{arguments.index}: {len(index)} images"])
+            return show(arguments, made, [f"{arguments.index}: {len(index)} images"], missing)
     index.check_model(model)
     found = []
     if arguments.queries:
@@ -65,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for query, hits in zip([*arguments.queries, *images], found, strict=True):
         report.append({"query": query, "hits": [hit._asdict() for hit in hits]})
         lines += [query, *(f"  {hit.score:.3f}  {hit.name}" for hit in hits)]
-    return show(arguments, report, lines)
+    return show(arguments, report, lines, missing)
 
 
 def _once(paths: list[str]) -> list[str]:
@@ -80,7 +89,7 @@ def _check_target(path: str) -> None:
     """Raises ConfigError where no index can be written, or where there is something that is none."""
     from beit3_fast.retrieval import EmbeddingIndex
 
-    if not Path(path).absolute().parent.is_dir():
+    if not os.path.isdir(Path(path).absolute().parent):
         raise ConfigError(f"the folder of {path!r} does not exist; make it first")
     if not os.path.lexists(path):
         return

@@ -23,7 +23,7 @@ def list_images(sources: str | PathLike[str] | Sequence[str | PathLike[str]]) ->
         raise InputError(f"expected the path of images, or a list of such paths, got {given!r:.80}")
     paths: list[str] = []
     for source in map(Path, given):
-        if source.is_dir():
+        if os.path.isdir(source):
             paths += images_of_folder(source)
         elif source.suffix.lower() == ".jsonl":
             paths += [row.image for row in read_index(source, "image") if row.image is not None]

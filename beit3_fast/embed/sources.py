@@ -131,9 +131,10 @@ def digest_of(items: Sequence[Item]) -> str:
 
 def _items_of(source: Path, kind: str) -> Iterator[Item]:
     suffix = source.suffix.lower()
-    if source.is_dir():
+    # unlike Path's own, these take a name that is too long for one of a file that is not there
+    if os.path.isdir(source):
         yield from _folder(source, kind)
-    elif not source.is_file():
+    elif not os.path.isfile(source):
         raise InputError(f"there is no file or folder {str(source)!r}")
     elif source.name.lower().endswith(_COMPRESSED):
         raise InputError(f"{str(source)!r} is compressed; unpack it to a plain .tar first")
@@ -148,7 +149,7 @@ def _items_of(source: Path, kind: str) -> Iterator[Item]:
     else:
         text = source.with_suffix(_TEXT_SUFFIX)
         yield from _of_files(
-            [*_on_disk([source]), *_on_disk([text] if text.is_file() else [])], kind
+            [*_on_disk([source]), *_on_disk([text] if os.path.isfile(text) else [])], kind
         )
 
 
@@ -226,23 +227,27 @@ def _members(path: Path) -> tuple[list[_File], str | None]:
     # of members of one name the last counts, as when they are unpacked
     files: dict[str, _File] = {}
     again: list[str] = []
+    hidden: list[str] = []
     problem: str | None = None
     changed = state_of_file(str(path))[1]
     try:
         with tarfile.open(path, "r:") as tar, path.open("rb") as raw:
             for member in tar:
                 file = _member(path, member, changed)
-                if file is not None:
+                if file is not None and _is_hidden(file):
+                    hidden.append(file.name)
+                elif file is not None:
                     again += [file.name] if file.name in files else []
                     files[file.name] = file
             problem = _behind(raw, tar.offset)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         problem = f"it is damaged or no plain tar ({error})"
-    if again:
-        logger.warning(
-            "left out of %s: %d members that have the name of a later one, the first of them %s",
-            *(path, len(again), again[0]),
-        )
+    for names, why in ((again, "have the name of a later one"), (hidden, "begin with a dot")):
+        if names:
+            logger.warning(
+                "left out of %s: %d members that %s, the first of them %s",
+                *(path, len(names), why, names[0]),
+            )
     return list(files.values()), problem
 
 
@@ -251,7 +256,7 @@ def _member(path: Path, member: tarfile.TarInfo, changed: int) -> _File | None:
     folder, _, name = member.name.rpartition("/")
     key, _, extension = name.partition(".")
     suffix = f".{extension.rpartition('.')[2].lower()}"
-    if member.isdir() or not key or suffix not in (*IMAGE_SUFFIXES, _TEXT_SUFFIX):
+    if member.isdir() or suffix not in (*IMAGE_SUFFIXES, _TEXT_SUFFIX):
         return None
     problem = None
     if member.issym() or member.islnk():
@@ -260,6 +265,11 @@ def _member(path: Path, member: tarfile.TarInfo, changed: int) -> _File | None:
         problem = "it is no regular file of the tar, or a sparse one"
     blob = Blob(str(path), member.offset_data, member.size, changed)
     return _File(f"{path}/{member.name}", f"{folder}/{key}", suffix, blob, problem)
+
+
+def _is_hidden(member: _File) -> bool:
+    """Whether a member of a tar has no key, which webdataset passes over: what other programs keep beside a file."""
+    return member.key.endswith("/")
 
 
 def _behind(raw: BinaryIO, end: int) -> str | None:

@@ -69,6 +69,83 @@ def shape(weight: Weight) -> tuple[int, ...]:
     return (sum(part.shape[0] for part in weight), *weight[0].shape[1:])
 
 
+def fits(
+    x: Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[Weight] | None,
+    bounds: Sequence[int],
+    norm: Norm | None,
+    activation: str | None,
+    residual: Tensor | None,
+) -> bool:
+    """Whether ``check`` lets these pass, for sure: the usual case in a fifth of its time, False where it has to look closer.
+
+    A sentence through a model is some fifty products of a quarter of a millisecond.
+    """
+    if not isinstance(x, Tensor) or x.dim() != 2 or torch.compiler.is_compiling():
+        return False
+    (count, features), dtype, device = x.shape, x.dtype, x.device
+    lists = isinstance(weights, (list, tuple)) and isinstance(bounds, (list, tuple))
+    if not features or not dtype.is_floating_point or not lists or not weights:
+        return False
+    experts, roundings, heights = len(weights), set(), set()
+    for weight in weights:
+        height = 0
+        for part in weight if isinstance(weight, tuple) else (weight,):
+            if not isinstance(part, Tensor) or part.dtype is not dtype or part.device != device:
+                return False
+            if part.dim() != 2 or part.shape[1] != features:
+                return False
+            height += part.shape[0]
+            roundings.add(rounding(part))
+        heights.add(height)
+    out = heights.pop()
+    if heights or len(roundings) > 1 or not out:
+        return False
+    if biases is not None:
+        if not isinstance(biases, (list, tuple)) or len(biases) != experts:
+            return False
+        for bias in biases:
+            height = 0
+            for part in bias if isinstance(bias, tuple) else (bias,):
+                if not isinstance(part, Tensor) or part.dtype is not dtype or part.device != device:
+                    return False
+                if part.dim() != 1:
+                    return False
+                height += part.shape[0]
+            if height != out:
+                return False
+    if norm is not None:
+        if type(norm) is not Norm or type(norm.eps) is not float or not 0 <= norm.eps < 1:
+            return False
+        for group in (norm.weights, norm.biases):
+            if not isinstance(group, (list, tuple)) or len(group) != experts:
+                return False
+            for part in group:
+                if (
+                    not isinstance(part, Tensor)
+                    or part.device != device
+                    or part.shape != (features,)
+                ):
+                    return False
+    if residual is not None:
+        if (
+            not isinstance(residual, Tensor)
+            or residual.dtype is not dtype
+            or residual.device != device
+        ):
+            return False
+        if residual.shape != (count, out):
+            return False
+    start = 0
+    for bound in bounds:
+        if type(bound) is not int or bound < start:
+            return False
+        start = bound
+    usual = activation is None or activation == "gelu"
+    return usual and len(bounds) == experts + 1 and bounds[0] == 0 and start == count
+
+
 def check(
     x: Tensor,
     parts: Tensor | None,

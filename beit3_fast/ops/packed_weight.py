@@ -24,6 +24,8 @@ from beit3_fast.float8 import quantize as round_to_float8
 from beit3_fast.ops import library
 from beit3_fast.ops.dispatch import rows_in_memory
 
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 _PACKED = (
     "it is packed for inference; create the model without inference_only=True, dtype='int8' or "
     "dtype='float8'"
@@ -278,7 +280,8 @@ def _check_written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def pack(weight: Tensor) -> Any:
-    """A weight [O, I] or [O, ...], fp32 or bf16, as the parameter of an inference model."""
+    """A weight [O, I] or [O, ...], fp32 or bf16, as the parameter of an inference model. Raises ShapeError for another."""
+    _check_weight(weight, most_dimensions=8, dtypes=(torch.float32, torch.bfloat16))
     library.load()
     packed = torch.ops.beit3_fast.pack_weight(rows_in_memory(weight.detach().flatten(1)))
     return _parameter(packed, tuple(weight.shape), weight.dtype)
@@ -287,8 +290,10 @@ def pack(weight: Tensor) -> Any:
 def quantize(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A weight [O, I] rounded to int8, each output channel by its own scale, for activations of ``dtype``.
 
-    The scale is the channel's largest magnitude / 127; a channel with a number that is not finite gives NaN.
+    The scale is the channel's largest magnitude / 127; a channel with a number that is not finite gives NaN. Raises
+    ShapeError for a tensor of another kind.
     """
+    _check_weight(weight, most_dimensions=2, dtypes=_FLOATING)
     library.load()
     plain = weight.detach()
     plain = plain if plain.dtype in (torch.float32, torch.bfloat16) else plain.float()
@@ -300,6 +305,17 @@ def quantize_float8(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A weight [O, I] rounded to e4m3, each output channel by its own scale (``beit3_fast.float8``), for activations of
     ``dtype``. A channel with a number that is not finite gives NaN."""
     return _parameter(_pack_float8(weight.detach()), tuple(weight.shape), dtype)
+
+
+def _check_weight(weight: object, most_dimensions: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(weight, Tensor):
+        raise ShapeError(f"a weight must be a tensor, got {type(weight).__name__}")
+    if not (2 <= weight.dim() <= most_dimensions and weight.numel()) or weight.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ShapeError(
+            f"a weight must be {'[O, I]' if most_dimensions == 2 else '[O, I] or [O, ...]'} with at least one number, "
+            f"{names}, got {list(weight.shape)}, {weight.dtype}"
+        )
 
 
 def _pack_float8(plain: Tensor) -> Tensor:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from bench import products
+from bench.inputs import photo_batch
+from bench.official_captioning import official_captions, official_score
 
 pytest.importorskip("skimage")
 pytest.importorskip("torchscale")
@@ -30,6 +35,40 @@ def test_a_report(product: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert ("of_floor" in report) == (product == "caption")
     assert products.main([*CALLS[product], *TINY]) == 0
     assert "x as fast as the " in capsys.readouterr().out
+
+
+def captions_of_both(dtype: torch.dtype) -> tuple[Any, Tensor, int, list[tuple[Any, Any]]]:
+    """The released model, images, the mask token, and (our caption, the released one) of each image."""
+    ours, official = products.models("captioning", "tiny", 32, dtype)
+    images, mask = photo_batch([0, 1, 2], 32).to(dtype), ours.config.vocab_size - 9
+    mine = ours.caption(images, 3, 8, mask_id=mask, compat=True)
+    theirs = official_captions(official, images, mask, 3, 8)
+    return official, images, mask, [(a[0], b[0]) for a, b in zip(mine, theirs, strict=True)]
+
+
+def test_the_score_of_given_words_is_that_of_the_search() -> None:
+    official, images, mask, pairs = captions_of_both(torch.float32)
+    for image, (_, caption) in zip(images, pairs, strict=True):
+        score = official_score(official, image[None], mask, caption.tokens)
+        assert score == pytest.approx(caption.score, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captions_are_judged_by_their_scores(dtype: torch.dtype) -> None:
+    official, images, mask, pairs = captions_of_both(dtype)
+    assert products.worse_captions(official, images, mask, pairs) == ""
+    ours, theirs = pairs[1]
+    other = next(word for word in range(10, 20) if word != ours.tokens[2])
+    words = (*ours.tokens[:2], other, *ours.tokens[3:])
+    score = official_score(official, images[1:2], mask, words)
+    for wrong in (
+        dataclasses.replace(ours, score=ours.score * 1.2),
+        dataclasses.replace(ours, tokens=words, score=score),
+    ):
+        found = products.worse_captions(
+            official, images, mask, [pairs[0], (wrong, theirs), pairs[2]]
+        )
+        assert found == "captions [1] are worse than the released ones"
 
 
 def test_no_speed_where_files_are_not_embedded(

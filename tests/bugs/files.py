@@ -100,4 +100,30 @@ FILES_BUGS = (
         '_SHAPELESS = ("layer_norm_eps",)',
         ("tests/checkpoint/test_load_checkpoint.py::test_a_configuration_that_no_shape_shows",),
     ),
+    Bug(
+        "load-tied-weights-of-two-values",
+        "beit3_fast/checkpoint/load.py",
+        "    _check_ties(report, ready, targets)\n",
+        "",
+        ("tests/checkpoint/test_load_all_or_nothing.py::test_tied_weights_have_one_value",),
+    ),
+    Bug(
+        "load-interrupted-half-way",
+        "beit3_fast/checkpoint/load.py",
+        "            model.load_state_dict(ready, strict=False)\n        raise\n",
+        "            pass\n        raise\n",
+        (
+            "tests/checkpoint/test_load_all_or_nothing.py::test_an_interrupted_load_is_finished_first",
+        ),
+    ),
+    Bug(
+        "read-a-preset-that-is-none",
+        "beit3_fast/checkpoint/read.py",
+        "        ImagePreset.get(preset)\n",
+        "        preset\n",
+        (
+            "tests/checkpoint/test_malformed_files.py::test_a_malformed_file_is_refused",
+            "tests/checkpoint/test_save_checkpoint.py::test_what_the_reader_would_refuse_is_not_written",
+        ),
+    ),
 )

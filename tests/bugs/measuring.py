@@ -89,4 +89,11 @@ MEASURING_BUGS = (
         "2.0 * samples * tokens**2 * width",
         (f"{FIGURES}::test_the_work_is_that_of_the_useful_operations",),
     ),
+    Bug(
+        "captions-of-any-score-are-as-good",
+        "bench/products.py",
+        "if mine < theirs - limit or abs(a.score - mine) > limit",
+        "if abs(a.score - mine) > limit",
+        ("tests/bench/test_bench_products.py::test_captions_are_judged_by_their_scores",),
+    ),
 )

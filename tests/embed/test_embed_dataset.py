@@ -21,6 +21,7 @@ from beit3_fast.embed import EmbedReport, work
 from beit3_fast.embed.decode import Decoder
 from beit3_fast.embed.sources import Blob, list_items
 from beit3_fast.embed.work import encode
+from beit3_fast.errors import InputError
 from beit3_fast.retrieval import EmbeddingIndex
 
 
@@ -317,6 +318,23 @@ def test_the_later_of_two_members_of_one_name_counts(
     photos = [data.folder / f"{number}.png" for number in (2, 1)]
     close(rows, model.encode_image(photos, processor=processor))
     assert f"left out of {path}: 1 members that have the name of a later one" in caplog.text
+
+
+def test_hidden_members_of_a_tar_are_left_out(
+    embed: Any, data: Data, tmp_path: Path, caplog: Any
+) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in ("a.png", "._a.png", "b/.c.png", "b/c.png"):
+            tar.add(data.folder / "0.png", name)
+    assert contents(embed(path))[1] == [f"{path}/a.png", f"{path}/b/c.png"]
+    assert f"left out of {path}: 2 members that begin with a dot, the first of them" in caplog.text
+
+
+@pytest.mark.parametrize("source", ["a" * 300, f"b/{'a' * 300}.tar", "a\0.png"])
+def test_names_that_no_file_can_have(embed: Any, source: str) -> None:
+    with pytest.raises(InputError, match="there is no file or folder"):
+        embed(source)
 
 
 def test_workers_change_nothing(embed: Any, data: Data, tmp_path: Path) -> None:

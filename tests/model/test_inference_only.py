@@ -17,7 +17,7 @@ from torch import Tensor
 import beit3_fast
 from beit3_fast.errors import ConfigError, ShapeError
 from beit3_fast.ops import Norm, expert_linear, library
-from beit3_fast.ops.packed_weight import PackedWeight, UnpackedView, pack
+from beit3_fast.ops.packed_weight import PackedWeight, UnpackedView, pack, quantize
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the compiled library")
 NAME = "beit3_tiny_patch16_32_vqav2"
@@ -317,3 +317,20 @@ def test_assigned_weights_are_packed(dtype: str) -> None:
 def test_no_out_features(impl: str) -> None:
     with pytest.raises(ShapeError, match="at least one out-feature"):
         expert_linear(torch.randn(3, 8), [torch.randn(0, 8)], bounds=(0, 3), impl=impl)
+
+
+@pytest.mark.parametrize("make", [pack, quantize])
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.zeros(0, 5),
+        torch.zeros(5, 0),
+        torch.zeros(5),
+        torch.zeros(3, 3, dtype=torch.int32),
+        [[1.0]],
+        None,
+    ],
+)
+def test_what_is_no_weight(make: Any, weight: Any) -> None:
+    with pytest.raises(ShapeError, match=r"^a weight must be "):
+        make(weight)
