@@ -159,7 +159,7 @@ def load_image(
 
 def check_max_pixels(max_pixels: object) -> None:
     """Raises ConfigError unless this can be the largest number of pixels of an image."""
-    if max_pixels is not None and not (isinstance(max_pixels, Integral) and max_pixels > 0):
+    if max_pixels is not None and not (isinstance(max_pixels, Integral) and int(max_pixels) > 0):
         raise ConfigError(f"max_pixels must be a positive integer or None, got {max_pixels!r}")
 
 
