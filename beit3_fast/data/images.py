@@ -215,7 +215,8 @@ def _decode(
     try:
         image.load()
         transparent = image.info.get("transparency")
-        if colours_of_16_bits and isinstance(transparent, tuple):
+        # Once an image is loaded, only a value beyond 8 bits tells.
+        if isinstance(transparent, tuple) and (colours_of_16_bits or max(transparent) > 255):
             # Pillow keeps the high byte of every pixel, and all of the one colour that is transparent.
             image = image.copy()
             image.info["transparency"] = tuple(value >> 8 for value in transparent)

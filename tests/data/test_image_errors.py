@@ -217,7 +217,7 @@ class TestArrays:
             (torch.quantize_per_tensor(torch.zeros(4, 4), 1.0, 0, torch.quint8), "plain numbers"),
             (torch.nested.nested_tensor([torch.zeros(4, 4)]), "plain numbers"),
         ],
-        ids=range(13),
+        ids=range(15),
     )
     def test_torch(self, tensor: torch.Tensor, message: str) -> None:
         with pytest.raises(InputError, match=message):
