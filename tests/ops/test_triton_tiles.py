@@ -159,7 +159,12 @@ SPOILED: list[tuple[Place, Any, str]] = [
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder in the place of the shipped one."""
     monkeypatch.setattr(_tiles, "FOLDER", tmp_path)
+    forget()  # what other tests of this process have read
     yield tmp_path
+    forget()
+
+
+def forget() -> None:
     _tiles.read.cache_clear()
     _tiles.choose.cache_clear()
 
