@@ -64,6 +64,11 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return bool(flags & _BF16) if flags else bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def has_matrix_units(device: torch.device) -> bool:
+    """Whether the device multiplies whole tiles of bf16 at once: AMX on a CPU, any GPU."""
+    return device.type != "cpu" or "amx_bf16" in (_flags() or ())
+
+
 def git_commit() -> str:
     """The checked-out commit, with "+" if files of it were changed, or "unknown"."""
     root = Path(__file__).resolve().parent.parent

@@ -27,7 +27,12 @@ from beit3_fast.timing import Effort  # noqa: E402
 from bench import report as reports  # noqa: E402
 from bench import workloads  # noqa: E402
 from bench.baselines import parse_runtimes, torchscale_obstacle  # noqa: E402
-from bench.environment import available_memory, multiplies_bfloat16, physical_cores  # noqa: E402
+from bench.environment import (  # noqa: E402
+    available_memory,
+    has_matrix_units,
+    multiplies_bfloat16,
+    physical_cores,
+)
 from bench.measure import Case, Plan, Progress, run, steps_of  # noqa: E402
 
 DTYPES = {
@@ -145,9 +150,14 @@ def _plan(options: argparse.Namespace) -> Plan:
             file=sys.stderr,
         )
         dtypes = ["float32"]
-        if options.quick and not options.workloads:
-            # What is meant for bfloat16 alone would take float32 more than the three minutes.
-            names = {name: None for name in names if "float32" in chosen[name].dtypes}
+    if options.quick and not options.workloads and not has_matrix_units(device):
+        # What is meant for bfloat16 alone takes more than half of three minutes there, and float32 longer.
+        long = [name for name in names if "float32" not in chosen[name].dtypes]
+        print(
+            f"bench: this CPU has no AMX, so --quick leaves out {', '.join(long)}; --workloads measures it",
+            file=sys.stderr,
+        )
+        names = {name: None for name in names if name not in long}
     cases = tuple(
         Case(workloads.parse_workload(name), dtype, batch)
         for name in names

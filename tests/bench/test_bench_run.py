@@ -261,7 +261,8 @@ def test_comparison_with_an_earlier_run(tmp_path: Path, capsys: pytest.CaptureFi
 def test_quick_is_base_models_and_measures_memory_in_bfloat16_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(run, "multiplies_bfloat16", lambda device: True)
+    for ability in ("multiplies_bfloat16", "has_matrix_units"):
+        monkeypatch.setattr(run, ability, lambda device: True)
     options = run._parser().parse_args(["--quick"])
     plan = run._plan(options)
     names = {case.workload.name for case in plan.cases}
@@ -333,3 +334,19 @@ def test_a_cpu_without_bfloat16_products_is_measured_in_float32(
     assert {case.workload.name for case in plan.cases} == {"image/base/224", "pair/base/224"}
     assert "--dtypes bf16 measures it" in capsys.readouterr().err
     assert dtypes("--quick", "--dtypes", "bf16") == {"bfloat16"}
+
+
+def test_quick_leaves_out_what_takes_long_without_matrix_units(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def names(*arguments: str) -> set[str]:
+        return {case.workload.name for case in run._plan(run._parser().parse_args(arguments)).cases}
+
+    monkeypatch.setattr(run, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(environment, "_flags", lambda: {"avx512f", "avx512_bf16"})
+    assert names("--quick") == {"image/base/224", "pair/base/224"}
+    assert "leaves out vqa/base/480; --workloads measures it" in capsys.readouterr().err
+    assert names("--quick", "--workloads", "vqa/base/480") == {"vqa/base/480"}
+    assert "vqa/base/480" in names()
+    monkeypatch.setattr(environment, "_flags", lambda: {"amx_tile", "amx_bf16"})
+    assert "vqa/base/480" in names("--quick")
