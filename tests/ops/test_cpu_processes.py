@@ -115,7 +115,11 @@ torch.set_num_threads(2)
 linear, attention = Linear(torch.float32, (500, 200, 300)), Attention(torch.float32, [197] * 2, [9] * 2, 4, 64)
 def run(times):
     for _ in range(times): linear.run(); attention.run("bidirectional")
-run(100); before = anonymous(); run(300); print(anonymous() - before)
+def added():
+    before = anonymous(); run(300)
+    return anonymous() - before
+# A thread that a busy machine kept from its first task gets its scratch memory late, but once.
+run(100); print(min(added(), added()))
 """
     )
     assert int(printed) < 512
