@@ -24,17 +24,7 @@ from beit3_fast.composite.expert_linear import expert_linear as composite_impl
 from beit3_fast.derived import derived, needs_grad
 from beit3_fast.ops import cpu_kernels, cuda_kernels, dispatch, library, triton_kernels
 from beit3_fast.ops.float8_linear import float8_linear
-from beit3_fast.ops.operands import (
-    Measured,
-    Norm,
-    Weight,
-    check,
-    fits,
-    flat,
-    measured,
-    rounding,
-    shape,
-)
+from beit3_fast.ops.operands import Measured, Norm, Weight, check, flat, measured, rounding, shape
 from beit3_fast.ops.packed_weight import PackedWeight
 from beit3_fast.reference.expert_linear import expert_linear as reference_impl
 
@@ -88,9 +78,7 @@ def measured_expert_linear(
     leaves them ("triton" and "cuda" do), and rows of a product in float8 the next one's operand ("cuda" does).
     ``stores=False``: such a product is their only reader, and they need not be in memory as they are."""
     x, parts, width, rounded = measured(x)
-    plain = rows is None and parts is None
-    if not (plain and fits(x, weights, biases, bounds, norm, activation, residual)):
-        check(x, parts, width, weights, biases, bounds, norm, activation, residual, rows)
+    check(x, parts, width, weights, biases, bounds, norm, activation, residual, rows)
     rows = None if rows is None else dispatch.rows_in_memory(rows)
     used = [e for e in range(len(weights)) if bounds[e] < bounds[e + 1]] or [0]
     if len(used) < len(weights):

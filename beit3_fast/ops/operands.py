@@ -69,83 +69,6 @@ def shape(weight: Weight) -> tuple[int, ...]:
     return (sum(part.shape[0] for part in weight), *weight[0].shape[1:])
 
 
-def fits(
-    x: Tensor,
-    weights: Sequence[Weight],
-    biases: Sequence[Weight] | None,
-    bounds: Sequence[int],
-    norm: Norm | None,
-    activation: str | None,
-    residual: Tensor | None,
-) -> bool:
-    """Whether ``check`` lets these pass, for sure: the usual case in a fifth of its time, False where it has to look closer.
-
-    A sentence through a model is some fifty products of a quarter of a millisecond.
-    """
-    if not isinstance(x, Tensor) or x.dim() != 2 or torch.compiler.is_compiling():
-        return False
-    (count, features), dtype, device = x.shape, x.dtype, x.device
-    lists = isinstance(weights, (list, tuple)) and isinstance(bounds, (list, tuple))
-    if not features or not dtype.is_floating_point or not lists or not weights:
-        return False
-    experts, roundings, heights = len(weights), set(), set()
-    for weight in weights:
-        height = 0
-        for part in weight if isinstance(weight, tuple) else (weight,):
-            if not isinstance(part, Tensor) or part.dtype is not dtype or part.device != device:
-                return False
-            if part.dim() != 2 or part.shape[1] != features:
-                return False
-            height += part.shape[0]
-            roundings.add(rounding(part))
-        heights.add(height)
-    out = heights.pop()
-    if heights or len(roundings) > 1 or not out:
-        return False
-    if biases is not None:
-        if not isinstance(biases, (list, tuple)) or len(biases) != experts:
-            return False
-        for bias in biases:
-            height = 0
-            for part in bias if isinstance(bias, tuple) else (bias,):
-                if not isinstance(part, Tensor) or part.dtype is not dtype or part.device != device:
-                    return False
-                if part.dim() != 1:
-                    return False
-                height += part.shape[0]
-            if height != out:
-                return False
-    if norm is not None:
-        if type(norm) is not Norm or type(norm.eps) is not float or not 0 <= norm.eps < 1:
-            return False
-        for group in (norm.weights, norm.biases):
-            if not isinstance(group, (list, tuple)) or len(group) != experts:
-                return False
-            for part in group:
-                if (
-                    not isinstance(part, Tensor)
-                    or part.device != device
-                    or part.shape != (features,)
-                ):
-                    return False
-    if residual is not None:
-        if (
-            not isinstance(residual, Tensor)
-            or residual.dtype is not dtype
-            or residual.device != device
-        ):
-            return False
-        if residual.shape != (count, out):
-            return False
-    start = 0
-    for bound in bounds:
-        if type(bound) is not int or bound < start:
-            return False
-        start = bound
-    usual = activation is None or activation == "gelu"
-    return usual and len(bounds) == experts + 1 and bounds[0] == 0 and start == count
-
-
 def check(
     x: Tensor,
     parts: Tensor | None,
@@ -170,57 +93,54 @@ def check(
         raise ShapeError(f"x must have at least one feature, got shape {list(x.shape)}")
     if parts is not None:
         _check_parts(parts, width, x)
-    _check_tensors("weights", weights)
-    if biases is not None:
-        _check_tensors("biases", biases)
-    check_devices(
-        "x",
-        x,
-        weights=flat(weights),
-        biases=flat(biases or ()),
-        residual=(residual,),
-        rows=(rows,),
-        statistics=(parts,),
-    )
-    others = [] if residual is None else [residual]
-    for tensor in (*flat(weights), *flat(biases or ()), *others):
-        if not dispatch.multiplies_with(x, tensor):
+    shapes = _shapes("weights", weights)
+    bias_shapes = [] if biases is None else _shapes("biases", biases)
+    own, own_biases = flat(weights), flat(biases or ())
+    _check_devices("weights", own, x)
+    _check_devices("biases", own_biases, x)
+    if residual is not None:
+        _check_devices("residual", (residual,), x)
+    if rows is not None:
+        _check_devices("rows", (rows,), x)
+    if parts is not None:
+        _check_devices("statistics", (parts,), x)
+    others = () if residual is None else (residual,)
+    dtype = x.dtype
+    for tensor in (*own, *own_biases, *others):
+        if tensor.dtype is not dtype and not dispatch.multiplies_with(x, tensor):
             raise ShapeError(
                 f"weights, biases and residual must have x's dtype {x.dtype}, got {tensor.dtype}; "
                 "convert them or run under torch.autocast, which leaves float64 alone"
             )
-    rounded = {rounding(part) for part in flat(weights)}
+    rounded = {rounding(part) for part in own}
     if len(rounded) > 1:
         names = " and ".join(sorted(name or "not" for name in rounded))
         raise ShapeError(
             f"weights must be rounded to int8 or float8 all together or not at all, got {names}"
         )
     features = x.shape[1]
-    out, inner = (*shape(weights[0]), 0)[:2]
+    out, inner = (*shapes[0], 0)[:2]
     if not out:
-        raise ShapeError(
-            f"weights must have at least one out-feature, got shape {list(shape(weights[0]))}"
-        )
-    for expert, weight in enumerate(weights):
-        if shape(weight) != (out, inner) or inner != features:
+        raise ShapeError(f"weights must have at least one out-feature, got shape {list(shapes[0])}")
+    for expert, found in enumerate(shapes):
+        if found != (out, inner) or inner != features:
             raise ShapeError(
                 f"weights[{expert}] must have shape [O, I] = [{out}, {features}] like x and the other "
-                f"experts, got {list(shape(weight))}"
+                f"experts, got {list(found)}"
             )
     if biases is not None:
-        _check_vectors("biases", [shape(bias) for bias in biases], len(weights), out)
+        _check_vectors("biases", bias_shapes, len(weights), out)
     if norm is not None:
         if not isinstance(norm, Norm):
             raise ShapeError(f"norm must be a Norm of beit3_fast.ops, got {type(norm).__name__}")
-        _check_tensors("norm.weights", norm.weights)
-        _check_tensors("norm.biases", norm.biases)
-        check_devices("x", x, **{"norm.weights": norm.weights, "norm.biases": norm.biases})
+        for name, group in (("norm.weights", norm.weights), ("norm.biases", norm.biases)):
+            found_shapes = _shapes(name, group)
+            _check_devices(name, group, x)
+            _check_vectors(name, found_shapes, len(weights), features)
         if not isinstance(norm.eps, (float, int)) or not 0 <= norm.eps < float("inf"):
             raise ShapeError(
                 f"norm.eps must be a number, finite and not negative, got {norm.eps!r}"
             )
-        _check_vectors("norm.weights", [t.shape for t in norm.weights], len(weights), features)
-        _check_vectors("norm.biases", [t.shape for t in norm.biases], len(weights), features)
     if activation not in (None, "gelu"):
         raise ShapeError(f"activation must be None or 'gelu', got {activation!r}")
     if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
@@ -246,15 +166,14 @@ def check(
         )
 
 
-def check_devices(first: str, expected: Tensor, **groups: Sequence[Tensor | None]) -> None:
-    """Raises ShapeError for a tensor that is not on the device of the first one."""
-    for name, tensors in groups.items():
-        for tensor in tensors:
-            if tensor is not None and tensor.device != expected.device:
-                raise ShapeError(
-                    f"{name} must be on {first}'s device {expected.device}, got {tensor.device}; "
-                    "move all operands of a call to one device"
-                )
+def _check_devices(name: str, tensors: Sequence[Tensor], x: Tensor) -> None:
+    device = x.device
+    for tensor in tensors:
+        if tensor.device != device:
+            raise ShapeError(
+                f"{name} must be on x's device {device}, got {tensor.device}; "
+                "move all operands of a call to one device"
+            )
 
 
 def _check_parts(parts: Tensor, width: int, x: Tensor) -> None:
@@ -278,8 +197,8 @@ def _check_rows(rows: Tensor, count: int) -> bool:
     return True
 
 
-def _check_tensors(name: str, tensors: Any) -> None:
-    """One tensor, or one tuple of tensors, for each expert."""
+def _shapes(name: str, tensors: Any) -> list[tuple[int, ...]]:
+    """The shape of one tensor, or of one tuple of tensors stacked, for each expert."""
     if tensors is None or isinstance(tensors, (str, Tensor)) or not hasattr(tensors, "__len__"):
         raise ShapeError(
             f"{name} must be a list, one entry per expert, got {type(tensors).__name__}"
@@ -287,11 +206,12 @@ def _check_tensors(name: str, tensors: Any) -> None:
     if name == "weights" and not len(tensors):
         raise ShapeError("weights must hold at least one expert, got none")
     for expert, entry in enumerate(tensors):
-        parts = entry if isinstance(entry, tuple) else (entry,)
-        if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
-            raise ShapeError(
-                f"{name}[{expert}] must be a tensor or a tuple of tensors, got {type(entry).__name__}"
-            )
+        for part in (entry or (None,)) if isinstance(entry, tuple) else (entry,):
+            if not isinstance(part, Tensor) or not part.dim():
+                raise ShapeError(
+                    f"{name}[{expert}] must be a tensor or a tuple of tensors, got {type(entry).__name__}"
+                )
+    return [shape(entry) for entry in tensors]
 
 
 def _check_vectors(name: str, shapes: Sequence[Sequence[int]], experts: int, size: int) -> None:

@@ -254,7 +254,7 @@ KERNEL_GATES_BUGS = (
     Bug(
         "norm-on-another-device",
         "beit3_fast/ops/operands.py",
-        '        check_devices("x", x, **{"norm.weights": norm.weights, "norm.biases": norm.biases})\n',
+        "            _check_devices(name, group, x)\n",
         "",
         (f"{OP_CONTRACT}::test_expert_linear",),
     ),

@@ -228,10 +228,10 @@ OPS_BUGS = (
         (f"{COMPILE}::test_one_graph_for_all_batch_sizes",),
     ),
     Bug(
-        "quick-look-without-the-height-of-biases",
+        "check-without-the-shapes-of-biases",
         "beit3_fast/ops/operands.py",
-        "            if height != out:\n                return False\n",
-        "",
-        ("tests/ops/test_operands.py::test_nothing_passes_that_the_check_refuses",),
+        '        _check_vectors("biases", bias_shapes, len(weights), out)\n',
+        "        pass\n",
+        ("tests/ops/test_operands.py::test_one_fault_is_refused",),
     ),
 )
