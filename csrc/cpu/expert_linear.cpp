@@ -43,15 +43,12 @@ void share_the_rest(int64_t threads, std::vector<LinearBlock>* tasks) {
     const LinearBlock whole = (*tasks)[static_cast<std::size_t>(i)];
     const int64_t width = whole.panel_end - whole.panel_begin;
     const int64_t pieces = std::min(wanted, width);
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-      LinearBlock task = whole;
-      task.panel_begin = whole.panel_begin + width * piece / pieces;
-      task.panel_end = whole.panel_begin + width * (piece + 1) / pieces;
-      if (piece == 0) {
-        (*tasks)[static_cast<std::size_t>(i)] = task;
-      } else {
-        tasks->push_back(task);
-      }
+    const auto cut = [&](int64_t piece) { return whole.panel_begin + width * piece / pieces; };
+    (*tasks)[static_cast<std::size_t>(i)].panel_end = cut(1);
+    for (int64_t piece = 1; piece < pieces; ++piece) {
+      tasks->push_back(whole);
+      tasks->back().panel_begin = cut(piece);
+      tasks->back().panel_end = cut(piece + 1);
     }
   }
   sort_by_size(tasks);

@@ -272,8 +272,8 @@ NATIVE_BUGS = (
     Bug(
         "linear-last-panels-of-a-cut-block-lost",
         "csrc/cpu/expert_linear.cpp",
-        "task.panel_end = whole.panel_begin + width * (piece + 1) / pieces;",
-        "task.panel_end = task.panel_begin + width / pieces;",
+        "tasks->back().panel_end = cut(piece + 1);",
+        "tasks->back().panel_end = cut(piece) + width / pieces;",
         (f"{KERNELS}::test_columns_are_shared_out_among_threads",),
     ),
     Bug(

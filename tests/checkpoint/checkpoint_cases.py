@@ -181,3 +181,11 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 def torch_file(path: Path, content: Any, **options: Any) -> Path:
     torch.save(content, path, **options)
     return path
+
+
+SHAPES = layout("retrieval", SMALL_BASE, (2, 2))
+"""Of a small model for the tests of loading."""
+
+
+def model() -> Standin:
+    return Standin(SHAPES)

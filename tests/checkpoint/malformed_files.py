@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint_cases import SMALL_BASE, layout, torch_file, weights
+from checkpoint_cases import SHAPES, torch_file, weights
 from torch import Tensor
 
 from beit3_fast.checkpoint import safetensors_file, save_checkpoint
 
-SHAPES = layout("retrieval", SMALL_BASE, (2, 2))
 FIRST = "beit3.text_embed.weight"
 Write = Callable[[Path], Any]
 CASES: dict[str, tuple[Write, str]] = {}

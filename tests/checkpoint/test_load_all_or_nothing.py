@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_cases import SMALL_BASE, Standin, layout, same, snapshot, weights
+from checkpoint_cases import SHAPES, Standin, model, same, snapshot, weights
 from torch import Tensor, nn
 
 from beit3_fast.checkpoint import (
@@ -19,12 +19,6 @@ from beit3_fast.checkpoint import (
 )
 from beit3_fast.errors import CheckpointError
 from beit3_fast.model import create_model
-
-SHAPES = layout("retrieval", SMALL_BASE, (2, 2))
-
-
-def model() -> Standin:
-    return Standin(SHAPES)
 
 
 def test_models_that_cannot_be_written_to_are_refused_before_the_first_copy() -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_cases import (
+    SHAPES,
     SMALL_BASE,
     Standin,
     branch_of,
     layout,
+    model,
     same,
     snapshot,
     torch_file,
@@ -28,12 +30,6 @@ from beit3_fast.checkpoint import (
 )
 from beit3_fast.errors import CheckpointError
 from beit3_fast.model import create_model
-
-SHAPES = layout("retrieval", SMALL_BASE, (2, 2))
-
-
-def model() -> Standin:
-    return Standin(SHAPES)
 
 
 @pytest.mark.parametrize(

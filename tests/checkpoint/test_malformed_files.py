@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import Standin, snapshot
+from checkpoint_cases import SHAPES, Standin, snapshot
 from malformed_archives import CASES
-from malformed_files import SHAPES, good_bytes, pickle_in_legacy, pickle_in_zip
+from malformed_files import good_bytes, pickle_in_legacy, pickle_in_zip
 
 from beit3_fast.checkpoint import (
     check_checkpoint,

@@ -13,6 +13,7 @@ from checkpoint_cases import (
     CLASSES,
     LARGE,
     OFFICIAL,
+    SHAPES,
     SMALL_BASE,
     SMALL_LARGE,
     TASKS,
@@ -177,7 +178,7 @@ def test_another_number_of_classes_is_an_explicit_choice(tmp_path: Path) -> None
 
 
 def test_a_file_of_the_official_fine_tuning_loads(tmp_path: Path) -> None:
-    state = weights(layout("retrieval", SMALL_BASE, (2, 2)))
+    state = weights(SHAPES)
     namespace = argparse.Namespace(model="beit3_base_patch16_384", lr=5e-4, opt_betas=[0.9, 0.999])
     content = {
         "model": state,
@@ -194,7 +195,7 @@ def test_a_file_of_the_official_fine_tuning_loads(tmp_path: Path) -> None:
         path = torch_file(
             tmp_path / f"{legacy}.pth", content, _use_new_zipfile_serialization=not legacy
         )
-        model = Standin(layout("retrieval", SMALL_BASE, (2, 2)))
+        model = Standin(SHAPES)
         report = load_checkpoint(model, path)
         assert same(model.state_dict(), state)
         assert "left in the file: optimizer, epoch, scaler, args, model_ema" in report.remarks
@@ -209,7 +210,7 @@ def test_the_name_of_a_file_does_not_matter(name: str, form: str, tmp_path: Path
     path = torch_file(
         tmp_path / name, {"model": state}, _use_new_zipfile_serialization=form == "zip"
     )
-    model = Standin(layout("retrieval", SMALL_BASE, (2, 2)))
+    model = Standin(SHAPES)
     load_checkpoint(model, str(path))
     assert same(model.state_dict(), state)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_cases import SMALL_BASE, Standin, layout, same, torch_file, weights
+from checkpoint_cases import SHAPES, Standin, same, torch_file, weights
 from torch import Tensor
 
 from beit3_fast.checkpoint import (
@@ -151,7 +151,7 @@ def test_conversion_for_a_model_keeps_its_configuration(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FORMS)
 def test_a_model_brings_its_own_description(name: str, tmp_path: Path) -> None:
-    model = Standin(layout("retrieval", SMALL_BASE, (2, 2)))
+    model = Standin(SHAPES)
     model.name, model.config, model.preset = "tiny", SIZES["tiny"], "square"  # type: ignore[assignment]
     found = read_checkpoint(save_checkpoint(model, tmp_path / name))
     assert (found.name, found.config, found.preset) == (
