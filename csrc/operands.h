@@ -47,12 +47,28 @@ inline std::string take(StringHandle handle) {
   return out;
 }
 
-inline std::string shape_of(const Tensor& t) {
-  std::ostringstream out;
+// For messages: written only where there is one.
+struct ShapeOf {
+  const Tensor& tensor;
+};
+
+inline ShapeOf shape_of(const Tensor& t) { return {t}; }
+
+inline std::ostream& operator<<(std::ostream& out, const ShapeOf& shape) {
   out << '[';
-  for (int64_t i = 0; i < t.dim(); ++i) out << (i > 0 ? ", " : "") << t.size(i);
-  out << ']';
-  return out.str();
+  for (int64_t i = 0; i < shape.tensor.dim(); ++i)
+    out << (i > 0 ? ", " : "") << shape.tensor.size(i);
+  return out << ']';
+}
+
+// The name of one of several operands, for messages.
+struct Entry {
+  const char* list;
+  std::size_t index;
+};
+
+inline std::ostream& operator<<(std::ostream& out, const Entry& entry) {
+  return out << entry.list << '[' << entry.index << ']';
 }
 
 inline bool is_float_type(const Tensor& t) {

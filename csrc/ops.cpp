@@ -15,7 +15,7 @@
 #include "cpu/isa.h"
 #include "cpu/packed_weight.h"
 #include "cpu/patch_embedding.h"
-#include "operands.h"
+#include "linear_operands.h"
 
 namespace {
 
@@ -62,20 +62,6 @@ Tensor quantize_weight(Tensor weight) {
   return packed;
 }
 
-// The form of a packed weight, by the type of its tensor.
-DType form_of(const Tensor& packed, const char* op) {
-  if (packed.is_cpu() && packed.scalar_type() == ScalarType::Char) return DType::kInt8;
-  return dtype_of(packed, op, "packed");
-}
-
-// Whether this is a weight [out_features, in_features] of that form, packed by this build.
-bool holds_weight(const Tensor& packed, DType form, int64_t out_features, int64_t in_features) {
-  return packed.dim() == 1 && packed.is_contiguous() &&
-         beit3_fast::cpu::is_packed(packed.const_data_ptr(),
-                                    packed.numel() * static_cast<int64_t>(packed.element_size()),
-                                    form, out_features, in_features);
-}
-
 Tensor unpack_weight(Tensor packed, int64_t rows, int64_t columns) {
   const DType dtype = form_of(packed, "unpack_weight");
   require(rows > 0 && columns > 0 && holds_weight(packed, dtype, rows, columns),
@@ -89,20 +75,10 @@ Tensor unpack_weight(Tensor packed, int64_t rows, int64_t columns) {
   return weight;
 }
 
-Parameter parameter_of(const Tensor& t, int64_t size, const char* op, const std::string& name) {
-  require(t.is_cpu() && is_float_type(t), op, ": ", name,
-          " must be a CPU tensor of float32 or bfloat16");
-  require(t.dim() == 1 && t.size(0) == size && (size <= 1 || t.stride(0) == 1), op, ": ", name,
-          " must be contiguous with shape [", size, "], got ", shape_of(t));
-  return {t.const_data_ptr(),
-          t.scalar_type() == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16};
-}
-
-Parameter parameter_of(const std::vector<Tensor>& list, std::size_t expert, int64_t size,
-                       const char* name) {
+Parameter entry_of(const std::vector<Tensor>& list, std::size_t expert, int64_t size,
+                   const char* name) {
   if (list.empty()) return {};
-  return parameter_of(list[expert], size, "expert_linear",
-                      std::string(name) + '[' + std::to_string(expert) + ']');
+  return parameter_of(list[expert], size, "expert_linear", Entry{name, expert});
 }
 
 void require_list(const std::vector<Tensor>& list, std::size_t experts, const char* name) {
@@ -196,26 +172,12 @@ Tensor expert_linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> 
       require_matrix(weight, op, "every weight");
     } else {  // the weight is never read: any strides will do
       const std::size_t parts = packed.size() / experts;
-      expert.packed.reserve(parts);
-      const auto height = out_features / static_cast<int64_t>(parts);
-      require(parts == 1 || (height * static_cast<int64_t>(parts) == out_features &&
-                             height % beit3_fast::cpu::kPanel == 0),
-              op, ": ", out_features, " out-features in ", parts,
-              " packed parts are no multiples of ", beit3_fast::cpu::kPanel);
-      for (std::size_t i = e * parts; i < (e + 1) * parts; ++i) {
-        const Tensor& p = packed[i];
-        require(
-            p.is_cpu() && (form == DType::kInt8 || form == call.dtype) && form_of(p, op) == form,
-            op, ": every packed weight must be of the dtype of x, or all of int8");
-        require(holds_weight(p, form, height, in_features), op, ": packed[", i,
-                "] is not a weight of shape [", height, ", ", in_features,
-                "] and this dtype packed by pack_weight of this build");
-        expert.packed.push_back(p.const_data_ptr());
-      }
+      take_packed(op, packed, e * parts, parts, form, call.dtype, out_features, in_features,
+                  expert);
     }
-    expert.bias = parameter_of(biases, e, out_features, "biases");
-    expert.norm_weight = parameter_of(norm_weights, e, in_features, "norm_weights");
-    expert.norm_bias = parameter_of(norm_biases, e, in_features, "norm_biases");
+    if (!biases.empty()) expert.bias = {entry_of(biases, e, out_features, "biases")};
+    expert.norm_weight = entry_of(norm_weights, e, in_features, "norm_weights");
+    expert.norm_bias = entry_of(norm_biases, e, in_features, "norm_biases");
     expert.begin = bounds[e];
     expert.end = bounds[e + 1];
     call.experts.push_back(std::move(expert));

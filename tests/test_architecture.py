@@ -49,6 +49,7 @@ OPS_HELPERS = {
     "operands",
     "packed_weight",
     "triton_kernels",
+    "whole_layer",
 }
 
 

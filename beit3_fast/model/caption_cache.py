@@ -17,6 +17,7 @@ from beit3_fast.ops import (
     pack_keys,
     reads_packed_keys,
 )
+from beit3_fast.ops.whole_layer import LayerOperands, decoder_layer
 
 
 class LayerCache:
@@ -73,6 +74,25 @@ class LayerCache:
             prefix=self.image,
             front=self.front,
             new=NewKeys(k, v, place if isinstance(place, Tensor) else self.front + place),
+        )
+
+    def layer(
+        self, x: Tensor, operands: LayerOperands, place: int | Tensor, seen: Tensor, samples: Tensor
+    ) -> Tensor | None:
+        """A whole layer on the new rows x [S * m, C], see ``whole_layer.decoder_layer``; None where its ops are to be called."""
+        if self.image is None or isinstance(place, Tensor):
+            return None
+        stop = seen.shape[2]
+        return decoder_layer(
+            x,
+            operands,
+            self.k[:, :stop],
+            self.v[:, :stop],
+            place=place,
+            seen=seen,
+            samples=samples,
+            prefix=self.image,
+            impl=self.impl,
         )
 
     def keep(self, samples: Tensor) -> None:

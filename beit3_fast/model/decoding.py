@@ -22,6 +22,7 @@ from beit3_fast.model.batch import embed_padded
 from beit3_fast.model.caption_cache import LayerCache
 from beit3_fast.model.embedding import text_rows
 from beit3_fast.model.encoder import attend, layer_norm, project
+from beit3_fast.model.experts import layer_operands
 from beit3_fast.model.step_graph import StepGraph, try_to_capture
 from beit3_fast.ops import (
     Measured,
@@ -180,14 +181,23 @@ class CaptionDecoder:
         place = moment.used
         if isinstance(place, Tensor):
             place = place + self.caches[0].front
-        last = len(self.encoder.layers) - 1
-        for index, layer in enumerate(self.encoder.layers):
+        last, samples = len(self.encoder.layers) - 1, torch.tensor(self.samples)
+        for index, (layer, cache) in enumerate(zip(self.encoder.layers, self.caches, strict=True)):
+            asked = layout
+            if index == last:
+                asked, seen = shape.last_layout, seen[:, width:]
+            operands = None if cache.image is None else layer_operands(layer, layout, asked)
+            y = None
+            if operands is not None:
+                y = cache.layer(x.rows, operands, place, seen, samples)
+            if y is not None:
+                x, layout = Measured(y), asked
+                continue
             q, k, v = project(layer, x, layout, "qkv", self.impl)
             q = q.unflatten(0, (batch, 2 * width))
             if index == last:
-                q, seen = q[:, width:], seen[:, width:]
-                x, layout = x.select(shape.asking), shape.last_layout
-            o = self.caches[index].attend(q, k, v, place, seen, self.samples)
+                q, x, layout = q[:, width:], x.select(shape.asking), asked
+            o = cache.attend(q, k, v, place, seen, self.samples)
             x = attend(layer, o, x.rows, layout, self.impl)
         asking = x.rows
         if self.encoder.layer_norm is not None:

@@ -1,4 +1,4 @@
-"""The Multiway Transformer on packed rows: every layer is five calls of two ops.
+"""The Multiway Transformer on packed rows: every layer is five calls of two ops, or one of both (``whole_layer``).
 
 Rows go from op to op with the statistics that the op left which wrote them (``Measured``): the LayerNorm in front of
 the next product need not read them. ``encoder_layer`` and ``encode_rows`` read parameters by their official names only, so they run the modules
@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from beit3_fast.composite._layer_norm import layer_norm as _norm_rows
 from beit3_fast.derived import needs_grad
-from beit3_fast.errors import ConfigError, ShapeError
 from beit3_fast.layout import Part, Selection, TokenLayout
 from beit3_fast.model.drop_path import Draws, Kept, draw, touch
+from beit3_fast.model.experts import layer_operands, norm_of, route
 from beit3_fast.model.stack import computed
 from beit3_fast.ops import (
     Measured,
@@ -29,6 +29,7 @@ from beit3_fast.ops import (
     measured_expert_linear,
     measured_shared_attention,
     rounding,
+    whole_layer,
 )
 from beit3_fast.padded_layout import PaddedLayout
 
@@ -42,33 +43,6 @@ class Layer(nn.Module):
     def forward(self, x: Measured, layout: TokenLayout, **options: Any) -> Measured:
         """``run_layer`` of this layer."""
         return run_layer(self, x, layout, **options)
-
-
-class Route(NamedTuple):
-    """The experts of a module in row order, and the row ranges that they own."""
-
-    modules: list[Any]
-    bounds: tuple[int, ...]
-
-
-def route(module: nn.Module, layout: TokenLayout) -> Route:
-    """Send the rows of a layout to the experts of a Multiway, or all to a bare module."""
-    children = module._modules
-    if "C" in children:
-        return Route([children[name] for name in "ACB"], layout.expert_bounds("ACB"))
-    if "A" in children and "B" in children:
-        return Route([children["A"], children["B"]], layout.expert_bounds("AB"))
-    if "A" not in children and "B" not in children:
-        return Route([module], layout.expert_bounds("A"))
-    missing, rows = (
-        ("text", layout.num_text_rows) if "A" in children else ("vision", layout.num_vision_rows)
-    )
-    if rows:
-        raise ShapeError(
-            f"this model has no {missing} branch, but the batch has {rows} {missing} rows; create it with "
-            "modalities=('vision', 'text')"
-        )
-    return Route([children.get("A", children.get("B"))], layout.expert_bounds("A"))
 
 
 def run_layer(
@@ -95,9 +69,13 @@ def encoder_layer(
     ``kept``: what drop path leaves of the attention and of the feed-forward branch.
     """
     own = layout if read is None else read.layout
+    first, second = kept
+    if first is None and second is None and x.parts is None:
+        whole = _in_one_call(layer, x.rows, layout, mask, read, impl)
+        if whole is not None:
+            return Measured(whole)
     queries = x if read is None else x.select(read.rows)
     residual = queries.rows
-    first, second = kept
     if first is None:
         x = _attention(layer, x, layout, queries, own, mask, residual, impl)
     elif first.samples is None:
@@ -106,6 +84,23 @@ def encoder_layer(
     else:
         x = Measured(_attention_of_some(layer, x.rows, layout, residual, own, mask, first, impl))
     return computed(feed_forward, layer, x, own, impl, second, again=recompute_ffn)
+
+
+def _in_one_call(
+    layer: Any,
+    x: Tensor,
+    layout: TokenLayout,
+    mask: str | Tensor,
+    read: Selection | None,
+    impl: str,
+) -> Tensor | None:
+    """``encoder_layer`` where the compiled library computes it whole, else None."""
+    if x.device.type != "cpu" or isinstance(mask, Tensor) or isinstance(layout, PaddedLayout):
+        return None
+    operands = layer_operands(layer, layout, layout if read is None else read.layout)
+    if operands is None:
+        return None
+    return whole_layer.encoder_layer(x, operands, layout, mask=mask, read=read, impl=impl)
 
 
 def _attention(
@@ -274,15 +269,6 @@ def _experts_linear(
 
 def _norm(norm: nn.Module, layout: TokenLayout) -> Norm:
     return norm_of(route(norm, layout).modules)
-
-
-def norm_of(modules: Sequence[Any]) -> Norm:
-    """The LayerNorms of the experts of one product. Raises ConfigError where they differ in epsilon."""
-    if any(module.eps != modules[0].eps for module in modules):
-        raise ConfigError(
-            f"the LayerNorms of a product's experts must have one eps, got {[n.eps for n in modules]}"
-        )
-    return Norm([n.weight for n in modules], [n.bias for n in modules], modules[0].eps)
 
 
 def layer_norm(norm: nn.Module, x: Tensor, layout: TokenLayout) -> Tensor:

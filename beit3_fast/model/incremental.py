@@ -16,7 +16,8 @@ from torch import Tensor
 
 from beit3_fast.errors import ShapeError
 from beit3_fast.layout import TokenLayout
-from beit3_fast.model.encoder import feed_forward, layer_norm, norm_of, route
+from beit3_fast.model.encoder import feed_forward, layer_norm
+from beit3_fast.model.experts import norm_of, route
 from beit3_fast.ops import expert_linear
 
 

@@ -220,7 +220,7 @@ def _cpu(
     else:
         groups = [weight if isinstance(weight, tuple) else (weight,) for weight in weights]
         heights = {part.shape[0] for parts in groups for part in parts}
-        apart = len(heights) == 1 and heights.pop() % _PANEL == 0
+        apart = len(heights) == 1 and heights.pop() % PANEL == 0
         for parts in groups:
             stacked.append(_stand_in(parts))
             packed += map(packed_form, parts) if apart else [_packed_whole(parts)]
@@ -274,7 +274,7 @@ def _on_gpu(
 
 
 # Columns of a panel of packed weights (csrc/cpu/kernels.h): equal parts of whole panels can lie apart.
-_PANEL = 32
+PANEL = 32
 
 
 def packed_form(weight: Tensor) -> Tensor:
@@ -340,8 +340,8 @@ def _register() -> None:
     def _(x: Tensor) -> Tensor:
         depth, columns = x.shape
         size = x.element_size()
-        chunks, panels = -(-depth * size // 64), -(-columns // _PANEL)
-        return x.new_empty((64 + panels * chunks * 64 * _PANEL) // size)
+        chunks, panels = -(-depth * size // 64), -(-columns // PANEL)
+        return x.new_empty((64 + panels * chunks * 64 * PANEL) // size)
 
     @torch.library.register_fake("beit3_fast::unpack_weight")
     def _(packed: Tensor, out_features: int, in_features: int) -> Tensor:

@@ -15,13 +15,13 @@ void cached_attention(const Pool& pool, const CachedAttention& op) {
     thread_local Scratch scratch;
     const int64_t s = task / op.num_heads, head = task % op.num_heads;
     const int64_t column = head * op.head_dim;
-    const int64_t row = s * op.queries * width + column;
     AttentionBlock block{};
-    block.q = elements_on(op.q, row, op.dtype);
+    block.q = elements_on(op.q, s * op.q_sequence + column, op.dtype);
     block.k = elements_on(op.k, op.samples[s] * op.k_sample + column, op.dtype);
     block.v = elements_on(op.v, op.samples[s] * op.v_sample + column, op.dtype);
-    block.out = const_cast<void*>(elements_on(op.out, row, op.dtype));
-    block.q_stride = block.out_stride = width;
+    block.out = const_cast<void*>(elements_on(op.out, s * op.queries * width + column, op.dtype));
+    block.q_stride = op.q_stride;
+    block.out_stride = width;
     block.k_stride = op.k_stride;
     block.v_stride = op.v_stride;
     block.head_dim = op.head_dim;

@@ -8,10 +8,12 @@ namespace beit3_fast::cpu {
 
 struct CachedAttention {
   DType dtype = DType::kFloat32;
-  const void* q = nullptr;  // [S, n, H * D]
+  const void* q = nullptr;  // [S, n, H * D], sequences and rows at strides of their own
   const void* k = nullptr;  // [B, N, H * D], samples and rows at strides of their own
   const void* v = nullptr;
   void* out = nullptr;  // [S, n, H * D]
+  int64_t q_sequence = 0;
+  int64_t q_stride = 0;
   int64_t k_sample = 0;
   int64_t k_stride = 0;
   int64_t v_sample = 0;

@@ -138,8 +138,13 @@ void expert_linear(const Pool& pool, const ExpertLinear& op) {
     block.parts = panels.data() + first_part;
     block.part_panels =
         panel_count(op.out_features / static_cast<int64_t>(panels.size() - first_part));
-    if (expert.bias.data != nullptr) {
-      to_float(expert.bias, op.out_features, out_padded, at);
+    if (!expert.bias.empty()) {
+      const auto bias_parts = static_cast<int64_t>(expert.bias.size());
+      const int64_t height = op.out_features / bias_parts;
+      for (int64_t i = 0; i < bias_parts; ++i) {
+        const int64_t padded = i + 1 < bias_parts ? height : out_padded - i * height;
+        to_float(expert.bias[static_cast<std::size_t>(i)], height, padded, at + i * height);
+      }
       block.bias = at;
       at += out_padded;
     }

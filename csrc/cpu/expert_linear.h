@@ -19,10 +19,10 @@ struct Expert {
   int64_t weight_stride = 0;
   // From pack_weight: equally high parts of the weight, whole panels where there are several.
   std::vector<const void*> packed;
-  Parameter bias;         // [O]
-  Parameter norm_weight;  // [I]
-  Parameter norm_bias;    // [I]
-  int64_t begin = 0;      // its sorted rows [begin, end)
+  std::vector<Parameter> bias;  // none, or [O] in equally high parts
+  Parameter norm_weight;        // [I]
+  Parameter norm_bias;          // [I]
+  int64_t begin = 0;            // its sorted rows [begin, end)
   int64_t end = 0;
 };
 

@@ -13,6 +13,7 @@ from bugs.files import FILES_BUGS
 from bugs.finetuning import FINETUNING_BUGS
 from bugs.kernel_gates import KERNEL_GATES_BUGS
 from bugs.kernels import KERNELS_BUGS
+from bugs.layers import LAYERS_BUGS
 from bugs.measuring import MEASURING_BUGS
 from bugs.model import MODEL_BUGS
 from bugs.native import NATIVE_BUGS
@@ -38,6 +39,7 @@ BUGS = (
     *FINETUNING_BUGS,
     *VISUAL_TOKENS_BUGS,
     *DISTRIBUTED_BUGS,
+    *LAYERS_BUGS,
     *NATIVE_BUGS,
     *NATIVE_MEMORY_BUGS,
     *CUDA_BUGS,

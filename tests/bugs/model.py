@@ -120,14 +120,14 @@ MODEL_BUGS = (
     ),
     Bug(
         "encoder-swapped-experts",
-        "beit3_fast/model/encoder.py",
+        "beit3_fast/model/experts.py",
         'Route([children["A"], children["B"]]',
         'Route([children["B"], children["A"]]',
         (f"{FORMULA}::test_mixed_batches",),
     ),
     Bug(
         "encoder-pair-expert-last",
-        "beit3_fast/model/encoder.py",
+        "beit3_fast/model/experts.py",
         'for name in "ACB"]',
         'for name in "ABC"]',
         (f"{FORMULA}::test_mixed_batches",),
@@ -148,7 +148,7 @@ MODEL_BUGS = (
     ),
     Bug(
         "encoder-eps-of-the-norms-ignored",
-        "beit3_fast/model/encoder.py",
+        "beit3_fast/model/experts.py",
         "return Norm([n.weight for n in modules], [n.bias for n in modules], modules[0].eps)",
         "return Norm([n.weight for n in modules], [n.bias for n in modules])",
         (f"{FORMULA}::test_mixed_batches",),

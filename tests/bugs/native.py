@@ -96,7 +96,7 @@ NATIVE_BUGS = (
     ),
     Bug(
         "ops-cpp-position-check-off-by-one",
-        "csrc/attention_ops.cpp",
+        "csrc/attention_operands.h",
         "position < keys[s + 1] - keys[s]",
         "position <= keys[s + 1] - keys[s]",
         (f"{ARGUMENTS}::test_shared_attention_rejects",),
@@ -187,9 +187,9 @@ NATIVE_BUGS = (
     ),
     Bug(
         "cached-attention-sample-check-off-by-one",
-        "csrc/attention_ops.cpp",
-        "call.samples[s] < k.size(0)",
-        "call.samples[s] <= k.size(0)",
+        "csrc/attention_operands.h",
+        "call.samples[s] < own.k.size(0)",
+        "call.samples[s] <= own.k.size(0)",
         (f"{ARGUMENTS}::test_cached_attention_rejects",),
     ),
     Bug(

@@ -220,6 +220,7 @@ def test_what_is_computed(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[int] = []
     head, embed = decoding.head_top_k, decoding.embed_padded
     attention, pack = caption_cache.measured_cached_attention, caption_cache.pack_keys
+    whole = caption_cache.decoder_layer
 
     def spy_head(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Any:
         assert weight.shape[0] == vocabulary
@@ -232,6 +233,11 @@ def test_what_is_computed(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
         caches.add((k if image is None else image.packed).untyped_storage().data_ptr())
         return attention(q, k, *rest, **options)
 
+    def spy_layer(x: Tensor, *rest: Any, **options: Any) -> Any:
+        rows.append(options["seen"].shape[0] * options["seen"].shape[1])
+        caches.add(options["prefix"].packed.untyped_storage().data_ptr())
+        return whole(x, *rest, **options)
+
     def spy_pack(k: Tensor, *rest: Any, **options: Any) -> Any:
         packed.append(len(k))
         return pack(k, *rest, **options)
@@ -242,6 +248,7 @@ def test_what_is_computed(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(decoding, "head_top_k", spy_head)
     monkeypatch.setattr(caption_cache, "measured_cached_attention", spy_attention)
+    monkeypatch.setattr(caption_cache, "decoder_layer", spy_layer)
     monkeypatch.setattr(caption_cache, "pack_keys", spy_pack)
     monkeypatch.setattr(decoding, "embed_padded", spy_embed)
     model.caption(photos(4), num_beams=3, max_length=7, mask_id=MASK)

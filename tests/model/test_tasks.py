@@ -14,7 +14,7 @@ from torch import Tensor
 
 import beit3_fast.model.encoder as encoder_module
 from beit3_fast.errors import ConfigError, ShapeError
-from beit3_fast.ops import Measured
+from beit3_fast.ops import Measured, whole_layer
 from beit3_fast.parity import assert_parity, model_parity
 
 IMPLS = ("composite", "cpu", "auto")
@@ -205,22 +205,31 @@ ROWS_READ: dict[str, tuple[int, Callable[[Any], Any]]] = {
 }
 
 
+@pytest.mark.parametrize("impl", ["cpu", "composite"])
 @pytest.mark.parametrize("task", ROWS_READ)
 @torch.no_grad()
 def test_rows_that_nobody_reads_are_not_computed(
-    task: str, monkeypatch: pytest.MonkeyPatch
+    task: str, impl: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    need(impl)
     expected, call = ROWS_READ[task]
     rows: list[int] = []
-    real = encoder_module.measured_expert_linear
+    real, whole = encoder_module.measured_expert_linear, whole_layer.encoder_layer
 
     def spy(x: Measured, *args: Any, **options: Any) -> Measured:
         if options.get("activation") == "gelu":
             rows.append(x.rows.shape[0])
         return real(x, *args, **options)
 
+    def spy_layer(*given: Any, **options: Any) -> Tensor | None:
+        y = whole(*given, **options)
+        if y is not None:
+            rows.append(y.shape[0])
+        return y
+
     monkeypatch.setattr(encoder_module, "measured_expert_linear", spy)
-    call(task_model(task))
+    monkeypatch.setattr(whole_layer, "encoder_layer", spy_layer)
+    call(task_model(task, impl))
     assert len(rows) == TINY.num_layers
     assert rows[-1] == expected
     assert rows[0] > expected

@@ -19,6 +19,8 @@ OPS = torch.ops.beit3_fast
 REGISTERED = {
     "cached_attention",
     "cpu_expert_linear",
+    "decoder_layer",
+    "encoder_layer",
     "expert_linear",
     "masked_linear_cross_entropy",
     "masked_linear_cross_entropy_backward",
@@ -192,6 +194,44 @@ def test_cached_attention(dtype: torch.dtype) -> None:
     torch.library.opcheck(OPS.pack_keys.default, (k, v, 2))
     packed = OPS.pack_keys(k, v, 2)
     torch.library.opcheck(OPS.cached_attention.default, (*arguments, packed, 7))
+
+
+def layer_arguments(dtype: torch.dtype, width: int = 32, hidden: int = 64) -> list[Any]:
+    """The parameters of a layer with one expert, as encoder_layer and decoder_layer take them."""
+    shapes = [(width, width)] * 4 + [(hidden, width), (width, hidden)]
+    packed = [OPS.pack_weight(draw(*shape, dtype=dtype)) for shape in shapes]
+    biases = [draw(shape[0], dtype=dtype) for shape in shapes]
+    widths = (width, width, width, hidden)
+    norms = [[draw(size, dtype=dtype) for size in widths] for _ in range(2)]
+    return [packed, biases, *norms, [1e-5] * 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("selected", [False, True])
+def test_encoder_layer(dtype: torch.dtype, selected: bool) -> None:
+    import_module("beit3_fast.ops.whole_layer")._ops()
+    layout = TokenLayout.from_lengths([5, 0], [2, 3])
+    own: list[Tensor | None] = [None] * 4
+    asked = layout.num_rows
+    if selected:
+        rows, queries = layout.select("first", "first")
+        own = [rows, queries.cu_vision, queries.cu_text, queries.positions]
+        asked = len(rows)
+    bounds = [[0, layout.num_rows], [0, asked], [0, asked]]
+    x, cu = draw(layout.num_rows, 32, dtype=dtype), (layout.cu_vision, layout.cu_text)
+    arguments = (x, *layer_arguments(dtype), *bounds, 2, "causal", *cu, *own)
+    torch.library.opcheck(OPS.encoder_layer.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoder_layer(dtype: torch.dtype) -> None:
+    import_module("beit3_fast.ops.whole_layer")._ops()
+    k, v = draw(2, 3, 9, 32, dtype=dtype)
+    seen, samples = torch.rand(2, 1, 9) < 0.5, torch.tensor([2, 0])
+    arguments = (draw(4, 32, dtype=dtype), *layer_arguments(dtype), 2, k, v, 5, seen, samples)
+    torch.library.opcheck(OPS.decoder_layer.default, arguments)
+    prefix = OPS.pack_keys(*draw(2, 3, 6, 32, dtype=dtype), 2)
+    torch.library.opcheck(OPS.decoder_layer.default, (*arguments, prefix, 6))
 
 
 @pytest.mark.parametrize("name", ATTENTION)

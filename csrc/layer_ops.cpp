@@ -1,0 +1,332 @@
+// Whole layers on LibTorch's stable ABI, see ops.cpp: the four products and the attention of one in
+// a single call. With few rows, a call from Python costs as much as what it computes.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "attention_operands.h"
+#include "linear_operands.h"
+
+namespace {
+
+using beit3_fast::cpu::Activation;
+using beit3_fast::cpu::CachedAttention;
+using beit3_fast::cpu::elements_on;
+using beit3_fast::cpu::Expert;
+using beit3_fast::cpu::ExpertLinear;
+using beit3_fast::cpu::SharedAttention;
+using namespace beit3_fast::operands;
+using Bounds = std::vector<int64_t>;
+
+// Lists of a layer's parameters. Product after product (queries, keys and values; their projection;
+// the two of the feed-forward network), in each expert after expert.
+struct Parameters {
+  std::vector<Tensor> packed;  // an expert's queries, keys and values lie apart
+  std::vector<Tensor> biases;  // as packed
+  std::vector<Tensor> norm_weights;
+  std::vector<Tensor> norm_biases;
+  std::vector<double> eps;
+};
+
+enum ProductName : std::size_t { kProject, kOut, kFirst, kSecond };
+constexpr std::size_t kParts = 3;  // of kProject
+
+Tensor rows_like(const Tensor& x, int64_t rows, int64_t columns) {
+  const int64_t shape[] = {rows, columns};
+  return torch::stable::new_empty(x, {shape, 2});
+}
+
+class Layer {
+ public:
+  // Rows like x [.., C]; attention and feed-forward network have as many experts as their bounds
+  // have ranges.
+  Layer(const char* op, const Tensor& x, Parameters parameters, std::size_t experts,
+        std::size_t ffn_experts)
+      : op_(op), own_(std::move(parameters)), dtype_(dtype_of(x, op, "x")), width_(x.size(1)) {
+    require(experts > 0 && ffn_experts > 0, op, ": needs bounds of at least one expert");
+    const std::size_t norms = 2 * (experts + ffn_experts);
+    const std::size_t products = norms + (kParts - 1) * experts;
+    require(own_.packed.size() == products && own_.biases.size() == products &&
+                own_.norm_weights.size() == norms && own_.norm_biases.size() == norms &&
+                own_.eps.size() == 4,
+            op, ": expected ", products, " weights and biases, ", norms, " norms and 4 eps, got ",
+            own_.packed.size(), ", ", own_.biases.size(), ", ", own_.norm_weights.size(), ", ",
+            own_.norm_biases.size(), " and ", own_.eps.size());
+    for (const double eps : own_.eps) {
+      require(std::isfinite(eps) && eps >= 0.0, op, ": eps must be finite and not negative, got ",
+              eps);
+    }
+    form_ = form_of(own_.packed[0], op);
+    experts_ = {experts, experts, ffn_experts, ffn_experts};
+    first_ = {0, kParts * experts, (kParts + 1) * experts, (kParts + 1) * experts + ffn_experts};
+    norm_ = {0, experts, 2 * experts, 2 * experts + ffn_experts};
+    const Tensor& bias = own_.biases[first_[kFirst]];
+    require(bias.dim() == 1 && bias.size(0) > 0, op, ": a bias must be [F], got ", shape_of(bias));
+    hidden_ = bias.size(0);
+  }
+
+  int64_t width() const { return width_; }
+
+  // LayerNorm and the parts [from, to) of queries, keys and values, side by side.
+  Tensor project(const Tensor& x, const Bounds& bounds, std::size_t from, std::size_t to) const {
+    const auto parts = static_cast<int64_t>(to - from);
+    const Tensor y = rows_like(x, x.size(0), parts * width_);
+    ExpertLinear call = product(kProject, x, width_, y, bounds, from, to);
+    beit3_fast::cpu::expert_linear(torch_pool(), call);
+    return y;
+  }
+
+  // What follows attention o: its projection, added to the rows x, and the feed-forward network.
+  Tensor rest(const Tensor& o, const Tensor& x, const Bounds& bounds,
+              const Bounds& ffn_bounds) const {
+    const int64_t rows = o.size(0);
+    const Tensor attended = rows_like(x, rows, width_);
+    ExpertLinear out = product(kOut, o, width_, attended, bounds, 0, 1);
+    add(x, out);
+    beit3_fast::cpu::expert_linear(torch_pool(), out);
+    const Tensor hidden = rows_like(x, rows, hidden_);
+    ExpertLinear first = product(kFirst, attended, width_, hidden, ffn_bounds, 0, 1);
+    first.activation = Activation::kGelu;
+    beit3_fast::cpu::expert_linear(torch_pool(), first);
+    Tensor y = rows_like(x, rows, width_);
+    ExpertLinear second = product(kSecond, hidden, hidden_, y, ffn_bounds, 0, 1);
+    add(attended, second);
+    beit3_fast::cpu::expert_linear(torch_pool(), second);
+    return y;
+  }
+
+ private:
+  void check_bounds(const Bounds& bounds, std::size_t experts, int64_t rows) const {
+    require(bounds.size() == experts + 1 && bounds[0] == 0 && bounds[experts] == rows, op_,
+            ": bounds must be ", experts + 1, " row numbers from 0 to ", rows);
+    for (std::size_t e = 0; e < experts; ++e) {
+      require(bounds[e] <= bounds[e + 1], op_, ": bounds must not decrease, got ", bounds[e],
+              " then ", bounds[e + 1]);
+    }
+  }
+
+  static void add(const Tensor& residual, ExpertLinear& call) {
+    call.residual = residual.const_data_ptr();
+    call.residual_stride = residual.stride(0);
+  }
+
+  ExpertLinear product(ProductName name, const Tensor& x, int64_t in_features, const Tensor& out,
+                       const Bounds& bounds, std::size_t from, std::size_t to) const {
+    const std::size_t experts = experts_[name];
+    check_bounds(bounds, experts, x.size(0));
+    ExpertLinear call;
+    call.dtype = dtype_;
+    call.int8 = form_ == DType::kInt8;
+    call.x = x.const_data_ptr();
+    call.x_stride = x.stride(0);
+    call.out = out.mutable_data_ptr();
+    call.out_stride = call.out_features = out.size(1);
+    call.in_features = in_features;
+    call.eps = static_cast<float>(own_.eps[name]);
+    call.experts.resize(experts);
+    const std::size_t parts = name == kProject ? kParts : 1;
+    const int64_t height = call.out_features / static_cast<int64_t>(to - from);
+    for (std::size_t e = 0; e < experts; ++e) {
+      Expert& expert = call.experts[e];
+      const std::size_t first = first_[name] + e * parts + from;
+      take_packed(op_, own_.packed, first, to - from, form_, dtype_, call.out_features, in_features,
+                  expert);
+      for (std::size_t i = 0; i < to - from; ++i) {
+        const Tensor& bias = own_.biases[first + i];
+        require_same_type(bias, x, op_, "every bias");
+        expert.bias.push_back(parameter_of(bias, height, op_, Entry{"biases", first + i}));
+      }
+      const std::size_t norm = norm_[name] + e;
+      expert.norm_weight =
+          parameter_of(own_.norm_weights[norm], in_features, op_, Entry{"norm_weights", norm});
+      expert.norm_bias =
+          parameter_of(own_.norm_biases[norm], in_features, op_, Entry{"norm_biases", norm});
+      expert.begin = bounds[e];
+      expert.end = bounds[e + 1];
+    }
+    return call;
+  }
+
+  const char* op_;
+  Parameters own_;
+  DType dtype_;
+  DType form_;
+  int64_t width_;
+  int64_t hidden_;
+  // Of each product: its experts, and where its weights and its norms begin in the lists.
+  std::array<std::size_t, 4> experts_;
+  std::array<std::size_t, 4> first_;
+  std::array<std::size_t, 4> norm_;
+};
+
+std::size_t ranges(const Bounds& bounds) { return bounds.empty() ? 0 : bounds.size() - 1; }
+
+void require_rows(const Tensor& x, const char* op) {
+  require_matrix(x, op, "x");
+  require(x.size(0) > 0 && x.size(1) > 0, op, ": x must not be empty, got shape ", shape_of(x));
+}
+
+// Rows of x, one after the other: row(i) for every i in [0, count).
+template <class Row>
+Tensor gathered(const Tensor& x, int64_t count, const Row& row) {
+  Tensor y = rows_like(x, count, x.size(1));
+  const auto size = static_cast<int64_t>(x.element_size());
+  const auto* from = static_cast<const char*>(x.const_data_ptr());
+  auto* to = static_cast<char*>(y.mutable_data_ptr());
+  const auto bytes = static_cast<std::size_t>(x.size(1) * size);
+  for (int64_t i = 0; i < count; ++i, to += bytes) {
+    std::memcpy(to, from + row(i) * x.stride(0) * size, bytes);
+  }
+  return y;
+}
+
+// The named rows of x.
+Tensor select(const Tensor& x, const Tensor& rows, const char* op) {
+  require(rows.is_cpu() && rows.scalar_type() == ScalarType::Long && rows.dim() == 1 &&
+              rows.is_contiguous(),
+          op, ": rows must be a contiguous int64 CPU tensor with 1 dimension");
+  const auto* index = static_cast<const int64_t*>(rows.const_data_ptr());
+  for (int64_t i = 0; i < rows.size(0); ++i) {
+    require(index[i] >= 0 && index[i] < x.size(0), op, ": rows[", i, "] is ", index[i],
+            ", outside the ", x.size(0), " rows of x");
+  }
+  return gathered(x, rows.size(0), [&](int64_t i) { return index[i]; });
+}
+
+// The last `count` rows of each of so many sequences, which x has one after the other.
+Tensor last_rows(const Tensor& x, int64_t sequences, int64_t count) {
+  const int64_t each = x.size(0) / sequences;
+  return gathered(x, sequences * count,
+                  [&](int64_t i) { return i / count * each + each - count + i % count; });
+}
+
+Tensor encoder_layer(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> biases,
+                     std::vector<Tensor> norm_weights, std::vector<Tensor> norm_biases,
+                     std::vector<double> eps, Bounds bounds, Bounds own_bounds, Bounds ffn_bounds,
+                     int64_t num_heads, StringHandle mask_handle, Tensor cu_vision, Tensor cu_text,
+                     std::optional<Tensor> rows, std::optional<Tensor> cu_vision_q,
+                     std::optional<Tensor> cu_text_q, std::optional<Tensor> positions_q) {
+  constexpr const char* op = "encoder_layer";
+  const std::string mask = take(mask_handle);
+  require_rows(x, op);
+  const Layer layer(op, x,
+                    {std::move(packed), std::move(biases), std::move(norm_weights),
+                     std::move(norm_biases), std::move(eps)},
+                    ranges(bounds), ranges(ffn_bounds));
+  const int64_t width = layer.width();
+  require_heads(num_heads, width, op);
+  require(rows.has_value() == cu_vision_q.has_value(), op, ": rows and cu_vision_q come together");
+  const Tensor queries = rows.has_value() ? select(x, *rows, op) : x;
+  SharedAttention call;
+  call.dtype = dtype_of(x, op, "x");
+  call.mask = mask_of(mask, op);
+  take_layout({cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q}, x.size(0), queries.size(0),
+              false, op, call);
+  if (queries.size(0) == 0) return queries;
+
+  // Queries in front of keys and values where all are of the same rows.
+  const std::size_t apart = rows.has_value() ? 1 : 0;
+  const Tensor projected = layer.project(x, bounds, apart, kParts);
+  const Tensor q = apart ? layer.project(queries, own_bounds, 0, 1) : projected;
+  const Tensor o = rows_like(x, queries.size(0), width);
+  const int64_t keys_at = apart ? 0 : width;
+  call.q = q.const_data_ptr();
+  call.k = elements_on(projected.const_data_ptr(), keys_at, call.dtype);
+  call.v = elements_on(projected.const_data_ptr(), keys_at + width, call.dtype);
+  call.out = o.mutable_data_ptr();
+  call.q_stride = q.stride(0);
+  call.k_stride = call.v_stride = projected.stride(0);
+  call.out_stride = width;
+  call.num_heads = num_heads;
+  call.head_dim = width / num_heads;
+  call.scale = static_cast<float>(std::pow(static_cast<double>(call.head_dim), -0.5));
+  beit3_fast::cpu::shared_attention(torch_pool(), call);
+  return layer.rest(o, queries, own_bounds, ffn_bounds);
+}
+
+// Rows [.., C] of projected queries, keys and values: those of sequence s, `count` of them, become
+// the rows from `place` on of sample samples[s] of a cache [B, N, C].
+void write_rows(const Tensor& projected, int64_t column, int64_t count, const int64_t* samples,
+                int64_t sequences, int64_t place, Tensor& cache) {
+  const auto size = static_cast<int64_t>(cache.element_size());
+  const auto bytes = static_cast<std::size_t>(cache.size(2) * size);
+  const auto* from = static_cast<const char*>(projected.const_data_ptr()) + column * size;
+  auto* to = static_cast<char*>(cache.mutable_data_ptr());
+  for (int64_t s = 0; s < sequences; ++s) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = samples[s] * cache.stride(0) + (place + i) * cache.stride(1);
+      std::memcpy(to + at * size, from + (s * count + i) * projected.stride(0) * size, bytes);
+    }
+  }
+}
+
+Tensor decoder_layer(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> biases,
+                     std::vector<Tensor> norm_weights, std::vector<Tensor> norm_biases,
+                     std::vector<double> eps, int64_t num_heads, Tensor k, Tensor v, int64_t place,
+                     Tensor seen, Tensor samples, std::optional<Tensor> prefix,
+                     int64_t prefix_keys) {
+  constexpr const char* op = "decoder_layer";
+  require_rows(x, op);
+  const Layer layer(op, x,
+                    {std::move(packed), std::move(biases), std::move(norm_weights),
+                     std::move(norm_biases), std::move(eps)},
+                    1, 1);
+  const int64_t width = layer.width(), rows = x.size(0);
+  require(
+      seen.dim() == 3 && samples.dim() == 1 && samples.size(0) > 0 && rows % samples.size(0) == 0,
+      op, ": seen must be [S, n, N] and samples divide the ", rows, " rows of x, got ",
+      shape_of(seen), " and ", shape_of(samples));
+  CachedAttention call;
+  call.dtype = dtype_of(x, op, "x");
+  call.sequences = samples.size(0);
+  call.queries = seen.size(1);
+  const int64_t each = rows / call.sequences, skipped = each - call.queries;
+  require(call.queries > 0 && skipped >= 0, op, ": seen must name some of the ", each,
+          " rows of a sequence, got ", call.queries);
+  const double scale = std::pow(static_cast<double>(width / std::max<int64_t>(num_heads, 1)), -0.5);
+  take_cache({k, v, seen, samples, prefix, prefix_keys}, x, num_heads, width, scale, op, call);
+  require(place >= 0 && place + each <= call.keys, op, ": ", each, " rows from ", place,
+          " on do not fit into ", call.keys, " places");
+
+  const Tensor projected = layer.project(x, {0, rows}, 0, kParts);
+  write_rows(projected, width, each, call.samples, call.sequences, place, k);
+  write_rows(projected, 2 * width, each, call.samples, call.sequences, place, v);
+  const int64_t asked = call.sequences * call.queries;
+  const Tensor o = rows_like(x, asked, width);
+  call.q_stride = projected.stride(0);
+  call.q_sequence = each * call.q_stride;
+  call.q = elements_on(projected.const_data_ptr(), skipped * call.q_stride, call.dtype);
+  call.out = o.mutable_data_ptr();
+  beit3_fast::cpu::cached_attention(torch_pool(), call);
+  const Tensor queries = skipped > 0 ? last_rows(x, call.sequences, call.queries) : x;
+  return layer.rest(o, queries, {0, asked}, {0, asked});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(beit3_fast, m) {
+  m.def(
+      "encoder_layer(Tensor x, Tensor[] packed, Tensor[] biases, Tensor[] norm_weights, "
+      "Tensor[] norm_biases, float[] eps, int[] bounds, int[] own_bounds, int[] ffn_bounds, "
+      "int num_heads, str mask, Tensor cu_vision, Tensor cu_text, Tensor? rows=None, "
+      "Tensor? cu_vision_q=None, Tensor? cu_text_q=None, Tensor? positions_q=None) -> Tensor");
+  m.def(
+      "decoder_layer(Tensor x, Tensor[] packed, Tensor[] biases, Tensor[] norm_weights, "
+      "Tensor[] norm_biases, float[] eps, int num_heads, Tensor(a!) k, Tensor(b!) v, int place, "
+      "Tensor seen, Tensor samples, Tensor? prefix=None, int prefix_keys=0) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(beit3_fast, CPU, m) {
+  m.impl("encoder_layer", TORCH_BOX(&encoder_layer));
+  m.impl("decoder_layer", TORCH_BOX(&decoder_layer));
+}
