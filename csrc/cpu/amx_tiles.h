@@ -51,13 +51,14 @@ struct OfAmx : Base {
   static constexpr int kTileRows = 32;
   static constexpr bool kEven = false;
   static constexpr int64_t kDepthUnits = 256;
+  static constexpr bool kAsksAhead = false;
   using State = Tiles;
 
   static int64_t vectors_at_once(int64_t, int64_t columns) { return columns <= 16 ? 1 : 2; }
 
   static void product(Tiles& tiles, int64_t rows, int64_t vectors, const uint32_t* a,
                       const uint32_t* b, int64_t, int64_t units, float* c, int64_t c_stride,
-                      bool more) {
+                      bool more, Ahead) {
     tiles.set_rows(rows);
     const int64_t chunks = ceil_div(units, kChunk);
     if (vectors == 1) {

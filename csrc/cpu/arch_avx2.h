@@ -14,7 +14,7 @@ struct OfParts : OfTiles<Arch> {
   // columns.
   template <int M, int V>
   static void tile(const uint32_t* a, const uint32_t* b, int64_t panel_words, int64_t units,
-                   float* c, int64_t c_stride, bool more) {
+                   float* c, int64_t c_stride, bool more, Ahead) {
     constexpr int kWide = M == 1 ? 4 : M <= 3 ? 2 : 1;
     constexpr int kVectors = V < kWide ? V : kWide;
     constexpr int kRows = M > 6 ? (M + 1) / 2 : M;

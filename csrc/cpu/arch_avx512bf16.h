@@ -16,7 +16,10 @@ struct BFloat16 : OfTiles<BFloat16> {
   static constexpr int kPerUnit = 2;
   static constexpr int kRowWords = 16;
   static constexpr int kTileRows = 12;
-  static constexpr int64_t kDepthUnits = 768;
+  // A block of B stays in the nearest cache: what is asked of memory meanwhile takes all ways to
+  // the next one.
+  static constexpr int64_t kDepthUnits = 256;
+  static constexpr bool kAsksAhead = true;
   static constexpr int kExpDegree = 5;
   static constexpr int kOnes = 0x3f803f80;  // a pair of bf16 ones
 
@@ -57,7 +60,7 @@ struct BFloat16 : OfTiles<BFloat16> {
 
   template <int M, int V>
   static void tile(const uint32_t* a, const uint32_t* b, int64_t panel_words, int64_t units,
-                   float* c, int64_t c_stride, bool more) {
+                   float* c, int64_t c_stride, bool more, Ahead ahead) {
     Vec sum[M][V];
     for (int i = 0; i < M; ++i) {
       for (int j = 0; j < V; ++j) sum[i][j] = v_zero();
@@ -73,8 +76,11 @@ struct BFloat16 : OfTiles<BFloat16> {
       }
     };
     for (; units >= kChunk; units -= kChunk, a += M * kRowWords, b += kChunk * kPanel) {
+      for (int64_t k = 0; k < kChunk; k += kAskUnits) {
+        ahead.ask();
 #pragma GCC unroll 4
-      for (int64_t k = 0; k < kChunk; ++k) step(k);
+        for (int64_t i = 0; i < kAskUnits; ++i) step(k + i);
+      }
     }
     for (int64_t k = 0; k < units; ++k) step(k);
     for (int i = 0; i < M; ++i) {

@@ -29,7 +29,7 @@ struct Int8 : OfInt8<Element, OfTiles<Int8<Element, Dot>>> {
 
   template <int M, int V>
   static void tile(const uint32_t* a, const uint32_t* b, int64_t panel_words, int64_t units,
-                   float* c, int64_t c_stride, bool more) {
+                   float* c, int64_t c_stride, bool more, Ahead) {
     // Loops that GCC unrolls only late leave the sums in memory at both ends.
     __m512i sum[M][V];
 #pragma GCC unroll 16

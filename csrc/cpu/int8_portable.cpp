@@ -21,7 +21,7 @@ struct Int8 : OfInt8<Element, OfTiles<Int8<Element>>> {
 
   template <int M, int V>
   static void tile(const uint32_t* a, const uint32_t* b, int64_t panel_words, int64_t units,
-                   float* c, int64_t c_stride, bool more) {
+                   float* c, int64_t c_stride, bool more, Ahead) {
     for (int i = 0; i < M; ++i) {
       for (int j = 0; j < V; ++j) {
         row(a + i * kRowWords, M * kRowWords, b + (j / 2) * panel_words + (j % 2) * 16, units,

@@ -30,7 +30,7 @@ struct Float32 : OfTiles<Float32> {
 
   template <int M, int V>
   static void tile(const uint32_t* a, const uint32_t* b, int64_t panel_words, int64_t units,
-                   float* c, int64_t c_stride, bool more) {
+                   float* c, int64_t c_stride, bool more, Ahead) {
     // Sums of blocks of the depth are added up in c: one long chain of additions would round more
     // than the products of other libraries do. The first block is short for short products, which
     // others add up in lanes.
@@ -96,7 +96,7 @@ struct WidenedBFloat16 : OfTiles<WidenedBFloat16> {
 
   template <int M, int V>
   static void tile(const uint32_t* a, const uint32_t* b, int64_t panel_words, int64_t units,
-                   float* c, int64_t c_stride, bool more) {
+                   float* c, int64_t c_stride, bool more, Ahead) {
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     Vec sum[M][V];
     for (int i = 0; i < M; ++i) {

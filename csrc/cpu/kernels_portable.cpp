@@ -39,7 +39,7 @@ struct Portable : OfTiles<Portable<Element>> {
 
   template <int M, int V>
   static void tile(const uint32_t* a, const uint32_t* b, int64_t panel_words, int64_t units,
-                   float* c, int64_t c_stride, bool more) {
+                   float* c, int64_t c_stride, bool more, Ahead) {
     constexpr int kWidth = V == 1 ? 16 : 32;
     for (int i = 0; i < M; ++i) {
       for (int j = 0; j < 16 * V / kWidth; ++j) {

@@ -102,12 +102,24 @@ inline void finish(const LinearBlock& block, int64_t first, int64_t rows, int64_
   }
 }
 
-// Asks for a share of the block of B that comes next, one of as many as there are tiles: it lies
-// behind the present one, and the first tile would wait for each line of it.
-inline void foresee_weights(const uint32_t* b, int64_t words, int64_t tile, int64_t tiles) {
+// A tile's share of the block of B that comes next and lies behind the present one: the first tile
+// would wait for each line of it. Between tiles it is asked for at once, if they are so many that
+// each has time to hide its share.
+template <class Arch>
+inline Ahead next_weights(const uint32_t* b, int64_t units, int64_t tile, int64_t tiles) {
   constexpr int64_t line = kCacheLine / static_cast<int64_t>(sizeof(uint32_t));
-  const uint32_t* const end = b + words * (tile + 1) / tiles;
-  for (b += words * tile / tiles; b < end; b += line) __builtin_prefetch(b, 0, 2);
+  Ahead ahead;
+  if constexpr (Arch::kAsksAhead) {
+    ahead.lines = ceil_div(kAskUnits * kPanel / line, tiles);
+    ahead.at = b + units / kAskUnits * ahead.lines * line * tile;
+    return ahead;
+  }
+  if (tiles < 4) return ahead;
+  const int64_t words = units * kPanel;
+  ahead.at = b + words * tile / tiles;
+  ahead.lines = ceil_div(words * (tile + 1) / tiles - words * tile / tiles, line);
+  ahead.ask();
+  return {};
 }
 
 template <class Arch>
@@ -161,15 +173,12 @@ void linear_block(const LinearBlock& block, void* scratch) {
         const int64_t rows = tile_begin<Arch>(block.count, tiles, t + 1) - begin;
         // Sums that no later block of the depth adds to need no place of their own.
         float* const c = own.c + (depths > 1 ? begin * c_stride : 0);
-        // Of fewer tiles each would have to ask for more than it has time to hide, and wide ones
-        // gain nothing.
-        if (tiles >= 4 && vectors <= 2) {
-          foresee_weights(b + depth * kPanel, depth * kPanel, t, tiles);
-        }
+        Ahead ahead;
+        if (vectors <= 2) ahead = next_weights<Arch>(b + depth * kPanel, depth, t, tiles);
         if (d + 1 == depths) foresee<Arch>(block, block.first + begin, rows, column, columns);
         Arch::product(state, rows, vectors,
                       own.a + begin * row_words + from * rows * Arch::kRowWords, b, panel_words,
-                      depth, c, c_stride, d > 0);
+                      depth, c, c_stride, d > 0, ahead);
         if (d + 1 == depths) {
           scales.rows = own.row_scales + begin;
           end_tile(block, block.first + begin, rows, column, columns, c, c_stride, scales);
@@ -194,7 +203,7 @@ int64_t product_loop(const LinearBlock& block, int64_t repeats, void* scratch) {
   typename Arch::State state;
   for (int64_t i = 0; i < repeats; ++i) {
     Arch::product(state, rows, vectors, own.a, block.parts[0], panel_words, units, own.c,
-                  vectors * 16, false);
+                  vectors * 16, false, {});
   }
   return rows * vectors * 16;
 }

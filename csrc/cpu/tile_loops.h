@@ -6,6 +6,7 @@
 //   kRowWords    words of A for one row of one chunk
 //   kTileRows    most rows of a tile
 //   kEven        whether rows are dealt out evenly to tiles, or all tiles but the last are full
+//   kAsksAhead   whether products ask for the block of B that comes next as they run
 //   kDepthUnits  most units of depth of a block of B, which should stay in the nearest cache
 //   kExpDegree   degree of the polynomial in exp2
 //   moments      mean and variance in one pass over a row, or false where that would be inexact
@@ -79,9 +80,22 @@ inline void store_some(T* p, Vec a, int64_t left) {
   }
 }
 
+// Memory to ask for while products run: so many lines for every kAskUnits units of their depth.
+constexpr int64_t kAskUnits = 4;
+
+struct Ahead {
+  const uint32_t* at = nullptr;
+  int64_t lines = 0;
+
+  void ask() {
+    constexpr int64_t line = kCacheLine / static_cast<int64_t>(sizeof(uint32_t));
+    for (int64_t i = 0; i < lines; ++i, at += line) __builtin_prefetch(at, 0, 2);
+  }
+};
+
 // Products of one tile of A and some columns of B; with `more` they are added to c.
 using Tile = void (*)(const uint32_t* a, const uint32_t* b, int64_t panel_words, int64_t units,
-                      float* c, int64_t c_stride, bool more);
+                      float* c, int64_t c_stride, bool more, Ahead ahead);
 
 // How many vectors of columns a tile of registers takes at once. Few rows leave few accumulators,
 // fewer than the products in flight: they take several panels.
@@ -150,7 +164,7 @@ inline void multiply(typename Arch::State& state, int64_t rows, const uint32_t* 
   for (int64_t column = 0; column < columns;) {
     const int64_t vectors = Arch::vectors_at_once(rows, columns - column);
     Arch::product(state, rows, vectors, a, b + column / kPanel * panel_words, panel_words, units,
-                  c + column, c_stride, more);
+                  c + column, c_stride, more, {});
     column += vectors * 16;
   }
 }
@@ -160,12 +174,14 @@ struct OfTiles {
   struct State {};
   static constexpr bool kEven = true;
   static constexpr bool kInt8 = false;
+  static constexpr bool kAsksAhead = false;
   static int64_t vectors_at_once(int64_t rows, int64_t columns) {
     return vectors_of_tiles(rows, columns);
   }
   static void product(State&, int64_t rows, int64_t vectors, const uint32_t* a, const uint32_t* b,
-                      int64_t panel_words, int64_t units, float* c, int64_t c_stride, bool more) {
-    choose_tile<Arch>(rows, vectors)(a, b, panel_words, units, c, c_stride, more);
+                      int64_t panel_words, int64_t units, float* c, int64_t c_stride, bool more,
+                      Ahead ahead) {
+    choose_tile<Arch>(rows, vectors)(a, b, panel_words, units, c, c_stride, more, ahead);
   }
 };
 
