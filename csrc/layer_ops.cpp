@@ -87,13 +87,10 @@ class Layer {
   }
 
   // What follows attention o: its projection, added to the rows x, and the feed-forward network.
-  Tensor rest(const Tensor& o, const Tensor& x, const Bounds& bounds,
-              const Bounds& ffn_bounds) const {
+  // Takes o, whose memory is given back when it is read.
+  Tensor rest(Tensor o, const Tensor& x, const Bounds& bounds, const Bounds& ffn_bounds) const {
     const int64_t rows = o.size(0);
-    const Tensor attended = rows_like(x, rows, width_);
-    ExpertLinear out = product(kOut, o, width_, attended, bounds, 0, 1);
-    add(x, out);
-    beit3_fast::cpu::expert_linear(torch_pool(), out);
+    const Tensor attended = project_out(std::move(o), x, bounds);
     const Tensor hidden = rows_like(x, rows, hidden_);
     ExpertLinear first = product(kFirst, attended, width_, hidden, ffn_bounds, 0, 1);
     first.activation = Activation::kGelu;
@@ -106,6 +103,14 @@ class Layer {
   }
 
  private:
+  Tensor project_out(Tensor o, const Tensor& x, const Bounds& bounds) const {
+    Tensor y = rows_like(x, o.size(0), width_);
+    ExpertLinear out = product(kOut, o, width_, y, bounds, 0, 1);
+    add(x, out);
+    beit3_fast::cpu::expert_linear(torch_pool(), out);
+    return y;
+  }
+
   void check_bounds(const Bounds& bounds, std::size_t experts, int64_t rows) const {
     require(bounds.size() == experts + 1 && bounds[0] == 0 && bounds[experts] == rows, op_,
             ": bounds must be ", experts + 1, " row numbers from 0 to ", rows);
@@ -210,6 +215,28 @@ Tensor last_rows(const Tensor& x, int64_t sequences, int64_t count) {
                   [&](int64_t i) { return i / count * each + each - count + i % count; });
 }
 
+// The attention of the queries, which are all rows of x or `selected` ones, without its projection.
+Tensor attend(const Layer& layer, const Tensor& x, const Tensor& queries, bool selected,
+              const Bounds& bounds, const Bounds& own_bounds, SharedAttention& call) {
+  const int64_t width = layer.width();
+  // Queries in front of keys and values where all are of the same rows.
+  const Tensor projected = layer.project(x, bounds, selected ? 1 : 0, kParts);
+  const Tensor q = selected ? layer.project(queries, own_bounds, 0, 1) : projected;
+  Tensor o = rows_like(x, queries.size(0), width);
+  const int64_t keys_at = selected ? 0 : width;
+  call.q = q.const_data_ptr();
+  call.k = elements_on(projected.const_data_ptr(), keys_at, call.dtype);
+  call.v = elements_on(projected.const_data_ptr(), keys_at + width, call.dtype);
+  call.out = o.mutable_data_ptr();
+  call.q_stride = q.stride(0);
+  call.k_stride = call.v_stride = projected.stride(0);
+  call.out_stride = width;
+  call.head_dim = width / call.num_heads;
+  call.scale = static_cast<float>(std::pow(static_cast<double>(call.head_dim), -0.5));
+  beit3_fast::cpu::shared_attention(torch_pool(), call);
+  return o;
+}
+
 Tensor encoder_layer(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> biases,
                      std::vector<Tensor> norm_weights, std::vector<Tensor> norm_biases,
                      std::vector<double> eps, Bounds bounds, Bounds own_bounds, Bounds ffn_bounds,
@@ -234,24 +261,9 @@ Tensor encoder_layer(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> b
               false, op, call);
   if (queries.size(0) == 0) return queries;
 
-  // Queries in front of keys and values where all are of the same rows.
-  const std::size_t apart = rows.has_value() ? 1 : 0;
-  const Tensor projected = layer.project(x, bounds, apart, kParts);
-  const Tensor q = apart ? layer.project(queries, own_bounds, 0, 1) : projected;
-  const Tensor o = rows_like(x, queries.size(0), width);
-  const int64_t keys_at = apart ? 0 : width;
-  call.q = q.const_data_ptr();
-  call.k = elements_on(projected.const_data_ptr(), keys_at, call.dtype);
-  call.v = elements_on(projected.const_data_ptr(), keys_at + width, call.dtype);
-  call.out = o.mutable_data_ptr();
-  call.q_stride = q.stride(0);
-  call.k_stride = call.v_stride = projected.stride(0);
-  call.out_stride = width;
   call.num_heads = num_heads;
-  call.head_dim = width / num_heads;
-  call.scale = static_cast<float>(std::pow(static_cast<double>(call.head_dim), -0.5));
-  beit3_fast::cpu::shared_attention(torch_pool(), call);
-  return layer.rest(o, queries, own_bounds, ffn_bounds);
+  return layer.rest(attend(layer, x, queries, rows.has_value(), bounds, own_bounds, call), queries,
+                    own_bounds, ffn_bounds);
 }
 
 // Rows [.., C] of projected queries, keys and values: those of sequence s, `count` of them, become

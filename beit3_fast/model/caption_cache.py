@@ -77,7 +77,12 @@ class LayerCache:
         )
 
     def layer(
-        self, x: Tensor, operands: LayerOperands, place: int | Tensor, seen: Tensor, samples: Tensor
+        self,
+        x: Tensor,
+        operands: LayerOperands,
+        place: int | Tensor,
+        seen: Tensor,
+        samples: tuple[int, ...],
     ) -> Tensor | None:
         """A whole layer on the new rows x [S * m, C], see ``whole_layer.decoder_layer``; None where its ops are to be called."""
         if self.image is None or isinstance(place, Tensor):

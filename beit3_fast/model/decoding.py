@@ -181,28 +181,38 @@ class CaptionDecoder:
         place = moment.used
         if isinstance(place, Tensor):
             place = place + self.caches[0].front
-        last, samples = len(self.encoder.layers) - 1, torch.tensor(self.samples)
-        for index, (layer, cache) in enumerate(zip(self.encoder.layers, self.caches, strict=True)):
-            asked = layout
-            if index == last:
-                asked, seen = shape.last_layout, seen[:, width:]
-            operands = None if cache.image is None else layer_operands(layer, layout, asked)
-            y = None
-            if operands is not None:
-                y = cache.layer(x.rows, operands, place, seen, samples)
-            if y is not None:
-                x, layout = Measured(y), asked
-                continue
-            q, k, v = project(layer, x, layout, "qkv", self.impl)
-            q = q.unflatten(0, (batch, 2 * width))
-            if index == last:
-                q, x, layout = q[:, width:], x.select(shape.asking), asked
-            o = cache.attend(q, k, v, place, seen, self.samples)
-            x = attend(layer, o, x.rows, layout, self.impl)
+        for index in range(len(self.encoder.layers) - 1):
+            x = self._layer(index, x, shape, layout, place, seen)
+        layout = shape.last_layout
+        x = self._layer(-1, x, shape, layout, place, seen[:, width:])
         asking = x.rows
         if self.encoder.layer_norm is not None:
             asking = layer_norm(self.encoder.layer_norm, asking, layout)
         return asking.unflatten(0, (batch, width))
+
+    def _layer(
+        self,
+        index: int,
+        x: Measured,
+        shape: _Shape,
+        asked: TokenLayout,
+        place: int | Tensor,
+        seen: Tensor,
+    ) -> Measured:
+        """A layer on the rows x [S * 2W, C] of a step, for those that ``asked`` has: the last n of an image; ``seen`` [S, n, words]."""
+        layer, cache, layout = self.encoder.layers[index], self.caches[index], shape.layout
+        if cache.image is not None:
+            operands = layer_operands(layer, layout, asked)
+            if operands is not None:
+                y = cache.layer(x.rows, operands, place, seen, self.samples)
+                if y is not None:
+                    return Measured(y)
+        q, k, v = project(layer, x, layout, "qkv", self.impl)
+        q = q.unflatten(0, (len(seen), -1))
+        if asked is not layout:
+            q, x = q[:, -seen.shape[1] :], x.select(shape.asking)
+        o = cache.attend(q, k, v, place, seen, self.samples)
+        return attend(layer, o, x.rows, asked, self.impl)
 
     def _shape(self, batch: int, width: int) -> _Shape:
         """Made once: lists reach a device by copies, which no graph may hold."""

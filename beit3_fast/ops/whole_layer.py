@@ -6,6 +6,7 @@ decoding) a call from Python costs as much as what it computes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,10 +58,11 @@ def encoder_layer(
     None where the ops of the layer are to be called one by one: the CPU kernels are not those that ``impl`` takes, or some
     operand is none that they read as it is. Those calls say what is wrong with it.
     """
-    if not _taken(x, operands, ("expert_linear", "shared_attention"), impl):
+    if not _taken(x, operands, "shared_attention", impl):
         return None
-    own = None if read is None else read.layout
-    asked = (read.rows, own.cu_vision, own.cu_text, own.positions) if read and own else (None,) * 4
+    asked: tuple[Tensor | None, ...] = ()
+    if read is not None:
+        asked = (read.rows, read.layout.cu_vision, read.layout.cu_text, read.layout.positions)
     bounds = (operands.bounds, operands.own_bounds, operands.ffn_bounds)
     try:
         y: Tensor = _ops().encoder_layer.default(
@@ -86,16 +88,16 @@ def decoder_layer(
     *,
     place: int,
     seen: Tensor,
-    samples: Tensor,
+    samples: Sequence[int],
     prefix: PackedKeys | None = None,
     impl: str = "auto",
 ) -> Tensor | None:
     """A layer on the new rows x [S * m, C] of S sequences, as ``cached_attention`` attends: [S * n, C], their last n rows each.
 
-    k and v [B, N, C]: the cache, in which sample ``samples[s]`` of int64 [S] takes the keys and values of sequence s from
-    ``place`` on; ``seen`` bool [S, n, N]. None as in ``encoder_layer``; the cache may have been written then.
+    k and v [B, N, C]: the cache, in which sample ``samples[s]`` takes the keys and values of sequence s from ``place`` on;
+    ``seen`` bool [S, n, N]. None as in ``encoder_layer``; the cache may have been written then.
     """
-    if not _taken(x, operands, ("expert_linear", "cached_attention"), impl):
+    if not _taken(x, operands, "cached_attention", impl):
         return None
     packed = (None, 0) if prefix is None else prefix
     try:
@@ -107,7 +109,7 @@ def decoder_layer(
             v,
             place,
             seen.contiguous(),
-            samples,
+            torch.tensor(samples, dtype=torch.int64),
             *packed,
         )
     except RuntimeError:
@@ -121,8 +123,8 @@ def _parameters(operands: LayerOperands) -> tuple[Any, ...]:
     return packed, *vectors, operands.eps
 
 
-def _taken(x: Tensor, operands: LayerOperands, ops: tuple[str, ...], impl: str) -> bool:
-    """Whether the CPU kernels are those that every op of the layer takes, with weights that they read part by part."""
+def _taken(x: Tensor, operands: LayerOperands, attention: str, impl: str) -> bool:
+    """Whether products and this attention take the CPU kernels, with weights that these read part by part."""
     weights = operands.weights
     if x.device.type != "cpu" or torch.compiler.is_compiling() or x.dim() != 2 or not len(x):
         return False
@@ -140,8 +142,8 @@ def _taken(x: Tensor, operands: LayerOperands, ops: tuple[str, ...], impl: str) 
         return False
     if dispatch.choose(at, impl).impl != "cpu":
         return False
-    plain = at._replace(int8=False, packed=False)
-    return all(dispatch.choose(plain._replace(op=op), impl).impl == "cpu" for op in ops[1:])
+    at = at._replace(op=attention, int8=False, packed=False)
+    return dispatch.choose(at, impl).impl == "cpu"
 
 
 def _ops() -> Any:
