@@ -135,6 +135,7 @@ def test_verify_refuses_in_one_line(
         ((path, "--dtype", "x"), "which torchscale has, got 'x'"),
         ((path, "--model", "beit3_tiny_retrieval"), "did you mean beit3_tiny_patch16_32_retrieval"),
         ((path, "--model", "beit3_tiny_patch16_32_nlvr2"), "missing: head.norm1"),
+        ((path, "--model", "beit3_tiny_patch16_32_pretraining"), "no pretraining to compare"),
         ((path, "--num-classes", "3"), "has no classes"),
         ((path, "--device", "cuda:99"), "is not there"),
         ((path, "--impl", "x"), "impl must be"),

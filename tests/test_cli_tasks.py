@@ -223,7 +223,10 @@ def test_what_is_refused(shop: Shop, refuse: Any, tmp_path: Path) -> None:
     classes = shop.model("imageclassification", tokenizer=False)
     index = str(tmp_path / "photos.index")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "two").write_text("cat\ndog\n")
+    two = ("--labels", str(tmp_path / "two"))
     for arguments, message in (
+        (("classify", photo, *two, *classes), "the label file names 2 classes"),
         (("caption", "missing.jpg", *captioning), "missing.jpg"),
         (("caption", photo, *captioning[:5], "none.spm"), "none.spm"),
         (("caption", photo, *captioning, "--dtype", "int4"), "dtype must be one of"),
@@ -234,6 +237,7 @@ def test_what_is_refused(shop: Shop, refuse: Any, tmp_path: Path) -> None:
         (("caption", photo, *captioning, "--captions", "9"), "at most num_beams"),
         (("caption", str(tmp_path / "empty"), *captioning), "has no image files"),
         (("caption", photo, *captioning, "--stream", "--json"), "leave out --json"),
+        (("caption", photo, *captioning, "--stream", "--length-penalty", "3"), "--length-penalty"),
         (("caption", photo, photo, *captioning, "--stream"), "takes one image, got 2"),
         (
             ("caption", photo, "--model", "beit3_tiny_captioning", *captioning[2:]),

@@ -21,6 +21,8 @@ from beit3_fast.errors import ConfigError
 if TYPE_CHECKING:
     from beit3_fast.generate import Caption
 
+_LENGTH_PENALTY = 0.6
+
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=IMAGES_HELP)
@@ -35,9 +37,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length-penalty",
         type=float,
-        default=0.6,
         metavar="X",
-        help="from -10 to 10 (default: %(default)s)",
+        help=f"from -10 to 10 (default: {_LENGTH_PENALTY})",
     )
     parser.add_argument(
         "--captions", type=positive, default=1, metavar="N", help="captions for each image"
@@ -46,7 +47,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, metavar="X")
     parser.add_argument("--top-k", type=positive, metavar="N")
     parser.add_argument("--top-p", type=float, metavar="X")
-    parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="for --sample: draws the same words for the same images in the same order, --batch-size of them at a time",
+    )
     parser.add_argument(
         "--compat", action="store_true", help="keep the habits of the released search"
     )
@@ -62,15 +68,19 @@ def _run(arguments: argparse.Namespace) -> int:
         return _stream(arguments, paths)
     model, processor = load_model(arguments, "captioning", "caption")
     beams = arguments.num_beams or (1 if arguments.sample else 3)
+    penalty = arguments.length_penalty
+    penalty = _LENGTH_PENALTY if penalty is None else penalty
 
     def call(own: list[str], first: int) -> list[list[Caption]]:
         # One seed for all batches would draw the same numbers in each.
-        seed = None if arguments.seed is None else arguments.seed + first
+        seed = arguments.seed
+        if seed is not None and first:
+            seed = (seed + first) % 2**63
         return model.caption(
             own,
             beams,
             arguments.max_length,
-            arguments.length_penalty,
+            penalty,
             arguments.captions,
             processor=processor,
             **_choice_of_words(arguments),
@@ -96,6 +106,7 @@ def _stream(arguments: argparse.Namespace, paths: list[str]) -> int:
     unused = {
         "--num-beams": arguments.num_beams not in (None, 1),
         "--captions": arguments.captions != 1,
+        "--length-penalty": arguments.length_penalty is not None,
         "--compat": arguments.compat,
         "--json": arguments.json,
     }

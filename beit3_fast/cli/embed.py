@@ -17,7 +17,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="folders, files, .tar shards in webdataset's layout, .jsonl indices in the official form",
     )
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the shards go")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FOLDER",
+        help="where the shards go, and beside each what was skipped and why: items that cannot be used, not tried again, are no error",
+    )
     parser.add_argument(
         "--kind", default="image", help="image, text or pair (default: %(default)s)"
     )

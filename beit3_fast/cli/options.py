@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from beit3_fast.cli.command import complain, print_json
-from beit3_fast.errors import ConfigError, InputError
+from beit3_fast.errors import CheckpointError, ConfigError, InputError
 
 if TYPE_CHECKING:
     from beit3_fast.train.processes import Processes
@@ -106,15 +106,23 @@ def make_model(arguments: argparse.Namespace) -> Any:
     """The model that the options name, for inference."""
     from beit3_fast.model import create_model
 
-    return create_model(
-        arguments.model,
-        arguments.checkpoint,
-        arguments.device,
-        arguments.dtype,
-        arguments.impl,
-        inference_only=True,
-        **_classes(arguments),
-    )
+    classes = _classes(arguments)
+    try:
+        return create_model(
+            arguments.model,
+            arguments.checkpoint,
+            arguments.device,
+            arguments.dtype,
+            arguments.impl,
+            inference_only=True,
+            **classes,
+        )
+    except CheckpointError as error:
+        if not classes:
+            raise
+        raise CheckpointError(
+            f"{error}; the label file names {classes['num_classes']} classes: is it the one that the model was trained with?"
+        ) from error
 
 
 def _classes(arguments: argparse.Namespace) -> dict[str, int]:

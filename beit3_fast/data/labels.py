@@ -29,6 +29,11 @@ def read_labels(path: str | PathLike[str]) -> tuple[str, ...]:
     if not lines:
         raise InputError(f"the label file {os.fspath(path)!r} is empty")
     if not lines[0].lstrip().startswith("{"):
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                raise InputError(
+                    f"line {number} of {os.fspath(path)!r} names no class; classes are counted by lines"
+                )
         return tuple(line.strip() for line in lines)
     names: dict[int, str] = {}
     for number, line in enumerate(lines, 1):

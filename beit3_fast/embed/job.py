@@ -20,7 +20,14 @@ from beit3_fast.embed.ranks import Ranks
 from beit3_fast.embed.ray_actors import check_ray, make_with_ray
 from beit3_fast.embed.shards import check_format
 from beit3_fast.embed.sources import Blob, Item, digest_of, list_items
-from beit3_fast.embed.work import EmbedReport, Engine, Work, encode, make_local
+from beit3_fast.embed.work import (
+    EmbedReport,
+    Engine,
+    Work,
+    encode,
+    make_local,
+    telling_of_dead_workers,
+)
 from beit3_fast.errors import ConfigError, InputError
 from beit3_fast.model.embeddings import Embeddings
 from beit3_fast.ops.packed_weight import PackedWeight
@@ -101,9 +108,10 @@ def embed_dataset(
     def lead(make: Engine) -> EmbedReport:
         return _lead(work, job, progress, make)
 
-    if engine == "torchrun":
-        return Ranks().run(work, job, lead)
-    return lead(make_local if engine == "local" else partial(make_with_ray, engine_workers))
+    with telling_of_dead_workers():
+        if engine == "torchrun":
+            return Ranks().run(work, job, lead)
+        return lead(make_local if engine == "local" else partial(make_with_ray, engine_workers))
 
 
 def _lead(work: Work, job: dict[str, Any], progress: bool, make: Engine) -> EmbedReport:

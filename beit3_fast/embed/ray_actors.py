@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from beit3_fast import errors
-from beit3_fast.embed.work import Bar, Work
+from beit3_fast.embed.work import Bar, Work, telling_of_dead_workers
 from beit3_fast.errors import ConfigError, InputError
 
 
@@ -89,7 +89,8 @@ class _Maker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         number = row["number"]
         try:
-            ((_, shard),) = self.work.shards([number], _Silent())
+            with telling_of_dead_workers():
+                ((_, shard),) = self.work.shards([number], _Silent())
         except errors.Beit3FastError as error:
             return {"number": number, "error": type(error).__name__, "shard": str(error)}
         return {"number": number, "error": "", "shard": json.dumps(shard)}

@@ -199,7 +199,10 @@ def _on_disk(paths: Sequence[Path]) -> list[_File]:
 
 
 def _of_files(files: Sequence[_File], kind: str) -> Iterator[Item]:
-    texts = {file.key: file for file in files if file.suffix == _TEXT_SUFFIX}
+    texts: dict[str, list[_File]] = {}
+    for file in files:
+        if file.suffix == _TEXT_SUFFIX:
+            texts.setdefault(file.key, []).append(file)
     for file in files:
         if file.suffix == _TEXT_SUFFIX:
             if kind == "text":
@@ -207,10 +210,22 @@ def _of_files(files: Sequence[_File], kind: str) -> Iterator[Item]:
         elif kind == "image":
             yield Item(file.name, image=file.blob, problem=file.problem)
         elif kind == "pair":
-            text = texts.get(file.key)
-            missing = f"there is no {_TEXT_SUFFIX} file with its name"
-            problem = file.problem or (text.problem if text else missing)
-            yield Item(file.name, file.blob, text.blob if text else None, problem)
+            own = texts.get(file.key, [])
+            yield Item(
+                file.name,
+                file.blob,
+                own[0].blob if len(own) == 1 else None,
+                file.problem or _problem_of_texts(own),
+            )
+
+
+def _problem_of_texts(texts: Sequence[_File]) -> str | None:
+    """Why these are not the one text of a pair."""
+    if len(texts) == 1:
+        return texts[0].problem
+    if not texts:
+        return f"there is no {_TEXT_SUFFIX} file with its name"
+    return f"{texts[0].name} and {texts[1].name} both have its name; leave one of them"
 
 
 def _tar(path: Path, kind: str) -> Iterator[Item]:

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,7 +81,7 @@ class Work:
     def shards(self, numbers: Iterable[int], bar: Bar) -> Iterator[tuple[int, dict[str, Any]]]:
         """Make these shards; yields each number, with what the manifest says of it, once its files are on the disk.
 
-        The next number is asked for when decoding comes to it. Raises InputError where a decoding worker dies or shared
+        The next number is asked for when decoding comes to it. Raises InputError where shared
         memory is too small, CheckpointError where a file cannot be written.
         """
         size = _TEXTS_AT_ONCE if self.kind == "text" else self.batch_size
@@ -114,13 +115,6 @@ class Work:
         # their semaphores lie in shared memory as well
         except OSError as error:
             raise InputError(self._no_room(f"what joins the processes ({error})")) from error
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
-                raise
-            raise InputError(
-                f"a decoding worker died ({str(error).splitlines()[0]}); the same call again goes on from the last "
-                "shard, with fewer workers if memory was short"
-            ) from error
 
     def _no_room(self, what: str) -> str:
         return (
@@ -177,6 +171,20 @@ class Work:
             [places[index] for index in order],
             skipped,
         )
+
+
+@contextmanager
+def telling_of_dead_workers() -> Iterator[None]:
+    """Raises InputError where a decoding worker dies: PyTorch raises RuntimeError wherever the main thread is then."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise InputError(
+            f"a decoding worker died ({str(error).splitlines()[0]}); the same call again goes on from the last "
+            "shard, with fewer workers if memory was short"
+        ) from error
 
 
 Engine = Callable[[Work, Sequence[int], Bar, Callable[[int, dict[str, Any]], None]], None]

@@ -88,6 +88,11 @@ def verify_checkpoint(
     name = name or file.name
     if name is None:
         raise ConfigError(f"{file} does not say which model it is of; name the model")
+    if name.endswith("_pretraining"):
+        raise ConfigError(
+            f"torchscale has no pretraining to compare {name} with; verify its layers by the plain model's name, "
+            f"{name.removesuffix('_pretraining')}"
+        )
     source: Any = file
     ours = create_model(
         name, source, device, dtype, impl, num_classes=num_classes, inference_only=True

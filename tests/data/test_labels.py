@@ -23,8 +23,8 @@ def test_the_official_form(tmp_path: Path) -> None:
 
 def test_one_name_a_line(tmp_path: Path) -> None:
     path = tmp_path / "classes.txt"
-    path.write_text("tench\n\n great white shark \n")
-    assert read_labels(path) == ("tench", "", "great white shark")
+    path.write_text("tench\n great white shark \n\n")
+    assert read_labels(path) == ("tench", "great white shark")
 
 
 @pytest.mark.parametrize("form", ['{"answer": "yes", "label": 0}\n', "yes\n"])
@@ -40,6 +40,7 @@ def test_a_byte_order_mark_belongs_to_no_name(form: str, tmp_path: Path) -> None
     [
         ("", "is empty"),
         ("\n \n", "is empty"),
+        ("yes\n\nno\n", "line 2 .* names no class"),
         ('{"answer": "yes", "label": 0}\nno', r"line 2 .* must be .*got 'no'"),
         ('{"answer": "yes"}', "line 1"),
         ('{"answer": 3, "label": 0}', "line 1"),

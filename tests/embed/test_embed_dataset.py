@@ -239,6 +239,21 @@ def test_links_and_what_is_no_file_in_a_folder(
     assert sorted(skipped(tmp_path)) == ["folder/gone.png", "folder/pipe.png", "folder/pipe.tar"]
 
 
+def test_an_image_with_two_texts(embed: Any, data: Data, tmp_path: Path) -> None:
+    """Neither is left out in silence: webdataset's 1.en.txt and 1.txt, and suffixes in two cases."""
+    with tarfile.open(tmp_path / "two.tar", "w") as tar:
+        photo = sorted(Path(data.folder).rglob("*.png"))[0]
+        for name in ("1.png", "2.png"):
+            tar.add(photo, name)
+        for name in ("1.en.txt", "1.txt", "2.txt"):
+            (tmp_path / name).write_text("a cup")
+            tar.add(tmp_path / name, name)
+    assert embed(tmp_path / "two.tar", "pair").embedded == 1
+    (why,) = skipped(tmp_path).values()
+    assert "1.en.txt and " in why
+    assert "leave one of them" in why
+
+
 def test_a_folder_that_cannot_be_read(
     embed: Any, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

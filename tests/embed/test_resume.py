@@ -270,6 +270,19 @@ def test_a_worker_that_is_killed(
     assert report.resumed <= 6
 
 
+def test_a_worker_that_dies_while_the_model_computes(
+    checkpoint: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch raises its error from a signal handler, wherever the main thread is."""
+
+    def died(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(work, "encode", died)
+    with pytest.raises(InputError, match=r"a decoding worker died .* the same call again"):
+        run(checkpoint, tmp_path, data)
+
+
 @pytest.mark.timeout(60)
 def test_shared_memory_that_is_too_small(
     checkpoint: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
