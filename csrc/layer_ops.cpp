@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -111,15 +110,6 @@ class Layer {
     return y;
   }
 
-  void check_bounds(const Bounds& bounds, std::size_t experts, int64_t rows) const {
-    require(bounds.size() == experts + 1 && bounds[0] == 0 && bounds[experts] == rows, op_,
-            ": bounds must be ", experts + 1, " row numbers from 0 to ", rows);
-    for (std::size_t e = 0; e < experts; ++e) {
-      require(bounds[e] <= bounds[e + 1], op_, ": bounds must not decrease, got ", bounds[e],
-              " then ", bounds[e + 1]);
-    }
-  }
-
   static void add(const Tensor& residual, ExpertLinear& call) {
     call.residual = residual.const_data_ptr();
     call.residual_stride = residual.stride(0);
@@ -128,7 +118,9 @@ class Layer {
   ExpertLinear product(ProductName name, const Tensor& x, int64_t in_features, const Tensor& out,
                        const Bounds& bounds, std::size_t from, std::size_t to) const {
     const std::size_t experts = experts_[name];
-    check_bounds(bounds, experts, x.size(0));
+    require_bounds(bounds, experts, op_);
+    require(bounds[experts] == x.size(0), op_, ": bounds end at ", bounds[experts],
+            " but there are ", x.size(0), " rows");
     ExpertLinear call;
     call.dtype = dtype_;
     call.int8 = form_ == DType::kInt8;
@@ -175,6 +167,9 @@ class Layer {
 };
 
 std::size_t ranges(const Bounds& bounds) { return bounds.empty() ? 0 : bounds.size() - 1; }
+
+// As the ops scale by default.
+double scale_of(int64_t head_dim) { return std::pow(static_cast<double>(head_dim), -0.5); }
 
 void require_rows(const Tensor& x, const char* op) {
   require_matrix(x, op, "x");
@@ -232,7 +227,7 @@ Tensor attend(const Layer& layer, const Tensor& x, const Tensor& queries, bool s
   call.k_stride = call.v_stride = projected.stride(0);
   call.out_stride = width;
   call.head_dim = width / call.num_heads;
-  call.scale = static_cast<float>(std::pow(static_cast<double>(call.head_dim), -0.5));
+  call.scale = static_cast<float>(scale_of(call.head_dim));
   beit3_fast::cpu::shared_attention(torch_pool(), call);
   return o;
 }
@@ -305,8 +300,9 @@ Tensor decoder_layer(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> b
   const int64_t each = rows / call.sequences, skipped = each - call.queries;
   require(call.queries > 0 && skipped >= 0, op, ": seen must name some of the ", each,
           " rows of a sequence, got ", call.queries);
-  const double scale = std::pow(static_cast<double>(width / std::max<int64_t>(num_heads, 1)), -0.5);
-  take_cache({k, v, seen, samples, prefix, prefix_keys}, x, num_heads, width, scale, op, call);
+  require_heads(num_heads, width, op);
+  take_cache({k, v, seen, samples, prefix, prefix_keys}, x, num_heads, width,
+             scale_of(width / num_heads), op, call);
   require(place >= 0 && place + each <= call.keys, op, ": ", each, " rows from ", place,
           " on do not fit into ", call.keys, " places");
 

@@ -56,4 +56,16 @@ cpu::Parameter parameter_of(const Tensor& t, int64_t size, const char* op, const
           t.scalar_type() == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16};
 }
 
+// Row ranges of so many experts, one behind the other from row 0 on.
+inline void require_bounds(const std::vector<int64_t>& bounds, std::size_t experts,
+                           const char* op) {
+  require(bounds.size() == experts + 1, op, ": bounds must have ", experts + 1, " entries, got ",
+          bounds.size());
+  require(bounds[0] == 0, op, ": bounds must start at 0, got ", bounds[0]);
+  for (std::size_t e = 0; e < experts; ++e) {
+    require(bounds[e] <= bounds[e + 1], op, ": bounds must not decrease, got ", bounds[e], " then ",
+            bounds[e + 1]);
+  }
+}
+
 }  // namespace beit3_fast::operands

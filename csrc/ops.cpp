@@ -145,13 +145,7 @@ Tensor expert_linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> 
   const int64_t in_features = x.size(1), out_features = weights[0].size(0);
   require(in_features > 0 && out_features > 0, op, ": needs at least one in- and out-feature");
 
-  require(bounds.size() == experts + 1, op, ": bounds must have ", experts + 1, " entries, got ",
-          bounds.size());
-  require(bounds[0] == 0, op, ": bounds must start at 0, got ", bounds[0]);
-  for (std::size_t e = 0; e < experts; ++e) {
-    require(bounds[e] <= bounds[e + 1], op, ": bounds must not decrease, got ", bounds[e], " then ",
-            bounds[e + 1]);
-  }
+  require_bounds(bounds, experts, op);
   const int64_t sorted = bounds[experts];
   require(rows.has_value() || sorted == rows_in, op, ": bounds end at ", sorted, " but x has ",
           rows_in, " rows");

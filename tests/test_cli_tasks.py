@@ -87,6 +87,8 @@ def test_batches_are_drawn_apart(shop: Shop, run: Any) -> None:
     apart = run(*call, "--batch-size", "1", "--json")
     assert len({entry["captions"][0]["text"] for entry in apart}) == 3
     assert run(*call, "--batch-size", "1", "--json") == apart
+    last = run(*call[:-1], str(2**63 - 1), "--batch-size", "1", "--json")
+    assert len(last) == 3
 
 
 def test_answer(shop: Shop, run: Any) -> None:

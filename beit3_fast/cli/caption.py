@@ -68,8 +68,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return _stream(arguments, paths)
     model, processor = load_model(arguments, "captioning", "caption")
     beams = arguments.num_beams or (1 if arguments.sample else 3)
-    penalty = arguments.length_penalty
-    penalty = _LENGTH_PENALTY if penalty is None else penalty
+    given = arguments.length_penalty
+    penalty = _LENGTH_PENALTY if given is None else given
 
     def call(own: list[str], first: int) -> list[list[Caption]]:
         # One seed for all batches would draw the same numbers in each.

@@ -81,8 +81,8 @@ class Work:
     def shards(self, numbers: Iterable[int], bar: Bar) -> Iterator[tuple[int, dict[str, Any]]]:
         """Make these shards; yields each number, with what the manifest says of it, once its files are on the disk.
 
-        The next number is asked for when decoding comes to it. Raises InputError where shared
-        memory is too small, CheckpointError where a file cannot be written.
+        The next number is asked for when decoding comes to it. Raises InputError where shared memory is
+        too small, CheckpointError where a file cannot be written.
         """
         size = _TEXTS_AT_ONCE if self.kind == "text" else self.batch_size
         claimed: deque[int] = deque()

@@ -126,7 +126,7 @@ def _parameters(operands: LayerOperands) -> tuple[Any, ...]:
 def _taken(x: Tensor, operands: LayerOperands, attention: str, impl: str) -> bool:
     """Whether products and this attention take the CPU kernels, with weights that these read part by part."""
     weights = operands.weights
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.dim() != 2 or not len(x):
+    if torch.compiler.is_compiling() or x.dim() != 2 or not len(x):
         return False
     if x.shape[1] % PANEL or any(weight.dtype is not x.dtype for weight in weights):
         return False

@@ -93,8 +93,8 @@ LAYERS_BUGS = (
     Bug(
         "layer-bounds-end-anywhere",
         "csrc/layer_ops.cpp",
-        "bounds[0] == 0 && bounds[experts] == rows, op_",
-        "bounds[0] == 0, op_",
+        "require(bounds[experts] == x.size(0), op_",
+        "require(bounds[experts] > 0, op_",
         (LAYER_ARGUMENTS,),
     ),
     Bug(

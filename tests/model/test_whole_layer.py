@@ -113,7 +113,7 @@ def test_models(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run() -> Tensor:
         with torch.no_grad():
-            return torch.cat([model.forward_packed(pictures, words).rows])
+            return model.forward_packed(pictures, words).rows
 
     if apart:  # panels of packed weights would lie across query, key and value
         monkeypatch.delattr(whole_layer, "packed_form")  # they are not even packed that way

@@ -117,10 +117,10 @@ BAD_PARAMETERS: dict[str, tuple[dict[str, Any], str]] = {
 BAD_ENCODER: dict[str, tuple[dict[str, Any], str]] = {
     **BAD_PARAMETERS,
     "no bounds": ({"bounds": []}, "at least one expert"),
-    "bounds end": ({"bounds": [0, 3, ROWS + 1]}, "from 0 to 10"),
-    "bounds start": ({"bounds": [1, 3, ROWS]}, "from 0 to 10"),
+    "bounds end": ({"bounds": [0, 3, ROWS + 1]}, "bounds end at 11 but there are 10"),
+    "bounds start": ({"bounds": [1, 3, ROWS]}, "start at 0"),
     "bounds fall": ({"ffn_bounds": [0, ROWS + 1, ROWS]}, "not decrease"),
-    "fewer own bounds": ({"own_bounds": [0, ROWS]}, "3 row numbers"),
+    "fewer own bounds": ({"own_bounds": [0, ROWS]}, "must have 3 entries"),
     "heads": ({"num_heads": 3}, "3 heads do not divide a width of 32"),
     "no heads": ({"num_heads": 0}, "0 heads"),
     "mask": ({"mask": "diagonal"}, "mask must be"),
@@ -134,7 +134,7 @@ BAD_ENCODER: dict[str, tuple[dict[str, Any], str]] = {
     "a row below": (selected() | {"rows": torch.tensor([-1, 3, 5])}, r"rows\[0\] is -1"),
     "int32 rows": (selected() | {"rows": torch.tensor([0, 3, 5]).int()}, "int64"),
     "too many rows": (selected() | {"rows": torch.tensor([0, 1, 3, 5])}, "q has 4 rows"),
-    "own bounds of all": (selected() | {"own_bounds": [0, 3, ROWS]}, "from 0 to 3"),
+    "own bounds of all": (selected() | {"own_bounds": [0, 3, ROWS]}, "end at 10 but there are 3"),
     "a position": (selected() | {"positions_q": torch.tensor([3, 0, 0]).int()}, "positions_q"),
     "no positions": (selected() | {"positions_q": None, "mask": "causal"}, "needs positions_q"),
 }
