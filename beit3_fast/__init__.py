@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from beit3_fast.config import BEiT3Config
     from beit3_fast.data import Processor, Tokenizer
     from beit3_fast.derived import forget as refresh
-    from beit3_fast.embed import embed_dataset
+    from beit3_fast.embed import embed_dataset, load_embeddings
     from beit3_fast.explanation import explain
     from beit3_fast.integrations.torchscale import accelerate, restore
     from beit3_fast.layout import TokenLayout
@@ -32,6 +32,7 @@ _HOMES = {
     "evaluate_retrieval": ("beit3_fast.retrieval", "evaluate_retrieval"),
     "explain": ("beit3_fast.explanation", "explain"),
     "list_models": ("beit3_fast.model", "list_models"),
+    "load_embeddings": ("beit3_fast.embed", "load_embeddings"),
     "load_checkpoint": ("beit3_fast.checkpoint", "load_checkpoint"),
     "refresh": ("beit3_fast.derived", "forget"),
     "restore": ("beit3_fast.integrations.torchscale", "restore"),
@@ -52,6 +53,7 @@ __all__ = [
     "explain",
     "list_models",
     "load_checkpoint",
+    "load_embeddings",
     "refresh",
     "restore",
     "save_checkpoint",

@@ -10,6 +10,8 @@ import sys
 import beit3_fast
 from beit3_fast.data import read_labels
 
+if len(sys.argv) <= 6:
+    sys.exit(__doc__)
 name, checkpoint, tokenizer, answers, image, *questions = sys.argv[1:]
 labels = read_labels(answers)
 model = beit3_fast.create_model(name, checkpoint, num_classes=len(labels), inference_only=True)

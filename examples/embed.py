@@ -9,6 +9,8 @@ import sys
 
 import beit3_fast
 
+if len(sys.argv) != 6:
+    sys.exit(__doc__)
 name, checkpoint, tokenizer, image, text = sys.argv[1:]
 model = beit3_fast.create_model(name, checkpoint, inference_only=True)
 processor = beit3_fast.Processor.for_model(model, tokenizer)

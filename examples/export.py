@@ -12,6 +12,8 @@ import torch
 import beit3_fast
 from beit3_fast.integrations.export import ImageTower
 
+if len(sys.argv) <= 3:
+    sys.exit(__doc__)
 name, checkpoint, path, *options = sys.argv[1:]
 model = beit3_fast.create_model(name, checkpoint)
 image = torch.randn(2, 3, *model.config.image_shape)

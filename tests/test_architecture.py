@@ -14,7 +14,7 @@ PACKAGE = ROOT / "beit3_fast"
 
 # From the ground. A unit may import itself and whatever lies on a lower floor.
 FLOORS = (
-    ("errors", "kernels", "locks", "progress", "torchrun"),
+    ("errors", "kernels", "locks", "progress", "torchrun", "unreadable"),
     ("derived", "finite"),
     ("layout", "config", "float8", "parity", "timing"),
     ("padded_layout",),

@@ -200,9 +200,13 @@ def test_embed(shop: Shop, run: Any, tmp_path: Path) -> None:
     call = ("embed", *shop.photos, "--out", out, "--shard-size", "2", "--workers", "0", *model)
     assert run(*call) == f"{out}: 3 embeddings in 2 shards, 0 items skipped\n"
     (report,) = run(*call, "--json")
-    assert report == {"folder": out, "shards": 2, "embedded": 3, "skipped": 0, "resumed": 3}
+    counts = {"shards": 2, "embedded": 3, "skipped": 0, "unread": 0, "resumed": 3}
+    assert report == {"folder": out, **counts}
     hits = run("search", f"{out}/000000.safetensors", "--image", shop.photos[1], *model, "--json")
     assert hits[0]["hits"][0]["name"] == shop.photos[1]
+    hits = run("search", out, "--image", shop.photos[2], *model, "--json")
+    assert sorted(hit["name"] for hit in hits[0]["hits"]) == sorted(shop.photos)
+    assert hits[0]["hits"][0]["name"] == shop.photos[2]
 
 
 def test_an_index_of_another_model(shop: Shop, run: Any, refuse: Any, tmp_path: Path) -> None:
@@ -301,4 +305,7 @@ def test_wrong_usage_is_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2
-    assert "usage: beit3-fast" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith(f"beit3-fast {arguments[0]}: ")
+    assert err.endswith(f"; see beit3-fast {arguments[0]} --help\n")
+    assert err.count("\n") == 1

@@ -16,7 +16,7 @@ from beit3_fast.checkpoint.read import (
     read_checkpoint,
     same_bits,
 )
-from beit3_fast.checkpoint.report import CheckpointMismatch, LoadReport, explain
+from beit3_fast.checkpoint.report import LoadReport, mismatch
 from beit3_fast.errors import CheckpointError
 
 logger = logging.getLogger("beit3_fast")
@@ -158,7 +158,7 @@ def _plan(
         remarks=report.remarks,
     )
     if blocking.problems() or not ready:
-        raise CheckpointMismatch(explain(blocking, state, targets), blocking)
+        raise mismatch(blocking, state, targets)
     return report, ready
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beit3_fast import unreadable
 from beit3_fast.checkpoint import keys, safetensors_file, torch_file
 from beit3_fast.checkpoint.pickle_scan import MAX_TENSORS
 from beit3_fast.data.presets import ImagePreset
@@ -126,7 +127,7 @@ def read_checkpoint(path: PathLike, *, key: str | None = None, verify: bool = Tr
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error.__cause__
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{path}: cannot be read: {unreadable.why(error)}") from error
     except Exception as error:
         raise CheckpointError(
             f"{path}: is damaged ({type(error).__name__}: {error}); copy or download it again"

@@ -72,17 +72,21 @@ class LoadReport:
 
 
 class CheckpointMismatch(CheckpointError):
-    """The file is sound and does not fit the model; ``report`` names every key that stands in the way."""
+    """The file is sound and does not fit the model; ``report`` names every key that stands in the way.
 
-    def __init__(self, message: str, report: LoadReport) -> None:
-        super().__init__(message)
+    The message is ``what`` stands in the way and then what a caller of ``load_checkpoint`` may pass.
+    """
+
+    def __init__(self, what: str, options: Sequence[str], report: LoadReport) -> None:
+        super().__init__("\n  ".join([what, *options]))
+        self.what = what
         self.report = report
 
 
-def explain(
+def mismatch(
     blocking: LoadReport, state: Mapping[str, Tensor], targets: Mapping[str, Tensor]
-) -> str:
-    """The message for a file with the names ``state`` and a model with the names ``targets`` that do not fit."""
+) -> CheckpointMismatch:
+    """The error for a file with the names ``state`` and a model with the names ``targets`` that do not fit."""
 
     def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -100,11 +104,12 @@ def explain(
         lines.append(
             "the position tables of A (vision) and B (text) look swapped: are the branches?"
         )
+    options = []
     if blocking.missing and keys.all_heads(blocking.missing):
-        lines.append("to start from a file without this head, pass allow_missing=HEADS")
+        options.append("to start from a file without this head, pass allow_missing=HEADS")
     if blocking.mismatched and keys.all_heads(blocking.mismatched):
-        lines.append("to start with a new head of another size, pass allow_mismatched=HEADS")
-    return "\n  ".join(lines)
+        options.append("to start with a new head of another size, pass allow_mismatched=HEADS")
+    return CheckpointMismatch("\n  ".join(lines), options, blocking)
 
 
 def _size_hint(

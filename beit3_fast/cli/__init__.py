@@ -1,7 +1,7 @@
 """The command ``beit3-fast``: one entry in ``COMMANDS`` for each subcommand.
 
 Exit codes: 0 done, 1 it could not be done (one line on stderr says why and how to mend it) or not for all images (a line
-for each of the others), 2 wrong usage.
+for each of the others), 2 wrong usage (one line too), 3 what ``verify`` compared is not the same.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import codecs
 import io
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from beit3_fast.cli.answer import ANSWER, REASON
 from beit3_fast.cli.bench import BENCH
 from beit3_fast.cli.caption import CAPTION
 from beit3_fast.cli.classify import CLASSIFY
-from beit3_fast.cli.command import Command, complain, version_of
+from beit3_fast.cli.command import Command, complain, said_by, version_of
 from beit3_fast.cli.convert import CONVERT
 from beit3_fast.cli.embed import EMBED
 from beit3_fast.cli.finetune import FINETUNE, REPORT
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(end="", flush=True)
         return code
     except Beit3FastError as error:
-        return _failed(arguments, str(error))
+        return _failed(arguments, said_by(error))
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -113,8 +114,14 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(own in str(error) for own in words)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the usage."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="beit3-fast",
         description="BEiT-3, fast: captions, answers, classes, search and embeddings; pretraining; checkpoint files; what this machine can do.",
         epilog="beit3-fast COMMAND --help shows the options of a command and an example.",

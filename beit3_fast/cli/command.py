@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from beit3_fast.errors import Beit3FastError
 from beit3_fast.finite import for_json
 
 
@@ -28,6 +29,15 @@ def complain(command: str, why: str) -> None:
     room = 160 if len(why) > 1200 else len(why)
     line = "; ".join(part if len(part) <= room else part[:room] + " ..." for part in parts)
     print(f"beit3-fast {command}: {line}", file=sys.stderr)
+
+
+def said_by(error: Beit3FastError) -> str:
+    """The message of an error, with the mend that a command has where that of Python is another."""
+    from beit3_fast.checkpoint import CheckpointMismatch
+
+    if isinstance(error, CheckpointMismatch):
+        return f"{error.what}\n  name the model that the file is of, or give the file of this one"
+    return str(error)
 
 
 def version_of(package: str) -> str | None:

@@ -21,7 +21,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         required=True,
         metavar="FOLDER",
-        help="where the shards go, and beside each what was skipped and why: items that cannot be used, not tried again, are no error",
+        help="where the shards go, and beside each what was skipped and why: items that cannot be used are no error; those that the "
+        "system did not give are tried again by the same call",
     )
     parser.add_argument(
         "--kind", default="image", help="image, text or pair (default: %(default)s)"
@@ -104,9 +105,12 @@ def _run(arguments: argparse.Namespace) -> int:
         "shards": len(done.shards),
         "embedded": done.embedded,
         "skipped": done.skipped,
+        "unread": done.unread,
         "resumed": done.resumed,
     }
     line = f"{arguments.out}: {done.embedded} embeddings in {len(done.shards)} shards, {done.skipped} items skipped"
+    if done.unread:
+        line += f" ({done.unread} of them not read for an error of the system; the same call tries again)"
     if done.resumed:
         line += f", {done.resumed} done before"
     return show(arguments, [report], [line])

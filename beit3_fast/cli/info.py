@@ -1,4 +1,4 @@
-"""``beit3-fast info``: what this installation runs on."""
+"""``beit3-fast info``: what this installation runs on, and which models it knows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _info_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    report = environment()
+    report = environment() | {"models": _probe(_models)}
     if arguments.json:
         print_json(report)
         return 0
@@ -111,6 +111,12 @@ def _choices() -> dict[str, str]:
     return choices
 
 
+def _models() -> list[str]:
+    from beit3_fast.model import list_models
+
+    return list_models()
+
+
 def _gpu() -> str:
     import torch
 
@@ -121,7 +127,7 @@ def _gpu() -> str:
 
 
 INFO = Command(
-    summary="Show versions, processor features and which implementations are in use.",
+    summary="Show versions, processor features, which implementations are in use, and the names of the models.",
     example="beit3-fast info --json",
     arguments=_info_arguments,
     run=_info,

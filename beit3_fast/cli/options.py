@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from beit3_fast.cli.command import complain, print_json
+from beit3_fast.cli.command import complain, print_json, said_by
 from beit3_fast.errors import CheckpointError, ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def load_model(arguments: argparse.Namespace, needs: str, use: str) -> tuple[Any
     kind = arguments.model.rpartition("_")[2]
     if kind != needs:
         raise ConfigError(
-            f"{use} needs a model whose name ends in _{needs}, got {arguments.model}; see beit3_fast.list_models()"
+            f"{use} needs a model whose name ends in _{needs}, got {arguments.model}; beit3-fast info lists them"
         )
     model = make_model(arguments)
     return model, Processor.for_model(model, getattr(arguments, "tokenizer", None))
@@ -121,7 +121,7 @@ def make_model(arguments: argparse.Namespace) -> Any:
         if not classes:
             raise
         raise CheckpointError(
-            f"{error}; the label file names {classes['num_classes']} classes: is it the one that the model was trained with?"
+            f"{said_by(error)}; the label file names {classes['num_classes']} classes: is it the one that the model was trained with?"
         ) from error
 
 
@@ -141,7 +141,7 @@ def check_model_name(name: str) -> None:
         near = difflib.get_close_matches(name, list_models(), n=3)
         raise ConfigError(
             f"unknown model {name!r}; "
-            + (f"did you mean {' or '.join(near)}?" if near else "see beit3_fast.list_models()")
+            + (f"did you mean {' or '.join(near)}?" if near else "beit3-fast info lists them")
         )
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from beit3_fast.cli.command import Command
 from beit3_fast.cli.options import add_model, image_paths, load_model, of_each, positive, show
 from beit3_fast.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from beit3_fast.retrieval import EmbeddingIndex
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "index",
         metavar="INDEX",
-        help="the index file; --build replaces an index, and no other file",
+        help="an index file, which --build makes or replaces, or a folder that beit3-fast embed made",
     )
     parser.add_argument("queries", nargs="*", metavar="TEXT", help="what to search for")
     parser.add_argument(
@@ -46,7 +50,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.queries and not arguments.tokenizer:
         raise ConfigError("texts need --tokenizer beit3.spm")
     paths = _once(image_paths(arguments.build)) if arguments.build else []
-    index = None if paths else EmbeddingIndex.load(arguments.index)
+    index = None if paths else _index(arguments.index)
     if paths:
         # before the images are embedded, which takes longest
         _check_target(arguments.index)
@@ -77,6 +81,14 @@ def _run(arguments: argparse.Namespace) -> int:
     return show(arguments, report, lines, missing)
 
 
+def _index(path: str) -> EmbeddingIndex:
+    """An index file, or a folder of embeddings. Raises CheckpointError."""
+    from beit3_fast.embed import load_embeddings
+    from beit3_fast.retrieval import EmbeddingIndex
+
+    return load_embeddings(path) if os.path.isdir(path) else EmbeddingIndex.load(path)
+
+
 def _once(paths: list[str]) -> list[str]:
     """Every file under the first of its names, as when a folder and a file in it are given."""
     named: dict[str, str] = {}
@@ -102,7 +114,7 @@ def _check_target(path: str) -> None:
 
 
 SEARCH = Command(
-    summary="Find images by a text or an image, in an index that it also makes.",
+    summary="Find images by a text or an image, in an index that it also makes, or in embeddings of embed.",
     example='beit3-fast search photos.index "a red cup" --build photos --model beit3_base_patch16_384_retrieval '
     "--checkpoint beit3_base_patch16_384_coco_retrieval.pth --tokenizer beit3.spm",
     arguments=_arguments,

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from beit3_fast.integrations.verification import Comparison, Verification
 
 
+# 1 is that nothing could be compared, as for every command.
+_DIFFERS = 3
+
+
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -29,7 +33,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="of the checkpoint, such as beit3_base_patch16_384_retrieval; files that beit3-fast wrote hold it",
+        help="of the checkpoint, such as beit3_base_patch16_384_retrieval; what save_checkpoint or convert --name wrote holds it",
     )
     parser.add_argument(
         "--num-classes",
@@ -85,7 +89,7 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
         print_json(report)
     else:
         print("\n".join(_lines(arguments, found)))
-    return 0 if found.passed else 1
+    return 0 if found.passed else _DIFFERS
 
 
 def _row(own: Comparison) -> dict[str, Any]:
@@ -162,11 +166,12 @@ def _kernels(arguments: argparse.Namespace) -> int:
             print("in Triton's interpreter, whose outcome is not kept: it says nothing of a GPU")
         elif not passed:
             print("'auto' does without what is wrong; please report the output with --json")
-    return 0 if passed else 1
+    return 0 if passed else _DIFFERS
 
 
 VERIFY = Command(
-    summary="Compare a checkpoint with torchscale on this machine, or with --kernels the GPU kernels with the formula.",
+    summary="Compare a checkpoint with torchscale on this machine, or with --kernels the GPU kernels with the formula; exit code 3 "
+    "where they are not the same.",
     example="beit3-fast verify beit3_base_patch16_384_coco_retrieval.pth --model beit3_base_patch16_384_retrieval",
     arguments=_verify_arguments,
     run=_verify,

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from beit3_fast import unreadable
 from beit3_fast.data.presets import PRESETS, ImagePreset, image_size_pair
 from beit3_fast.errors import ConfigError, InputError
 
@@ -168,13 +169,20 @@ def _from_path(
 ) -> Image.Image:
     name = os.fspath(path)
     try:
+        mode = os.stat(name).st_mode
+        if stat.S_ISDIR(mode):
+            raise InputError(f"{name!r} is a folder; name the image files in it")
         # A pipe or a device would block or never end.
-        if not stat.S_ISREG(os.stat(name).st_mode):
-            raise OSError("not a regular file")
+        if not stat.S_ISREG(mode):
+            raise InputError(
+                f"{name!r} is not a regular file; name an image file, or pass its bytes"
+            )
         file = open(name, "rb")  # noqa: SIM115
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
-        hint = "; fetch it first and pass its bytes" if "://" in str(name) else ""
-        raise InputError(f"the image file {name!r} cannot be opened ({error}){hint}") from error
+        reason = "fetch it first" if "://" in str(name) else unreadable.why(error)
+        raise InputError(f"the image file {name!r} cannot be opened ({reason})") from error
     with file:
         return _from_file(file, f"the image file {name!r}", background, max_pixels)
 
@@ -223,6 +231,10 @@ def _decode(
         return _to_rgb(_upright(image), background)
     except InputError:
         raise
+    except MemoryError as error:
+        raise InputError(
+            f"{what} needs more memory than there is; set a lower max_pixels"
+        ) from error
     except Exception as error:
         raise InputError(f"{what} is truncated or damaged ({_words(error)})") from error
 

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from beit3_fast import unreadable
 from beit3_fast.data.tokenizer import UNK
 from beit3_fast.errors import InputError
 
@@ -69,7 +70,9 @@ def read_entries(path: str | PathLike[str], make: Callable[[Any], T]) -> list[T]
         # Not splitlines: sentences may hold what Python takes for the end of a line, such as U+2028.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
-        raise InputError(f"the index file {str(path)!r} cannot be read ({error})") from error
+        raise InputError(
+            f"the index file {str(path)!r} cannot be read ({unreadable.why(error)})"
+        ) from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from beit3_fast import unreadable
 from beit3_fast.errors import InputError
 
 _MAX_BYTES = 64 << 20
@@ -86,4 +87,6 @@ def _text(path: str | PathLike[str]) -> str:
     except (OSError, ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"the label file {path!r} cannot be read ({error})") from error
+        raise InputError(
+            f"the label file {path!r} cannot be read ({unreadable.why(error)})"
+        ) from error

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import torch
 
+from beit3_fast import unreadable
 from beit3_fast.data.batch import Batch
 from beit3_fast.errors import ConfigError, InputError
 
@@ -261,7 +262,8 @@ def _read(path: str | PathLike[str]) -> bytes:
         status = os.stat(what)
     except (OSError, TypeError, ValueError) as error:
         raise InputError(
-            f"expected the path or the bytes of a SentencePiece file such as beit3.spm, got {path!r} ({error})"
+            f"expected the path or the bytes of a SentencePiece file such as beit3.spm, got {path!r} "
+            f"({unreadable.why(error)})"
         ) from error
     # A pipe or a device would block or never end.
     if not stat.S_ISREG(status.st_mode):
@@ -275,7 +277,9 @@ def _read(path: str | PathLike[str]) -> bytes:
         with open(what, "rb") as file:
             return file.read(MAX_MODEL_BYTES)
     except OSError as error:
-        raise InputError(f"the SentencePiece file {what!r} cannot be read ({error})") from error
+        raise InputError(
+            f"the SentencePiece file {what!r} cannot be read ({unreadable.why(error)})"
+        ) from error
 
 
 def _one_line(error: object) -> str:

@@ -9,11 +9,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from beit3_fast import unreadable
 from beit3_fast.data import Processor, segments
 from beit3_fast.embed.sources import Blob, Item
 from beit3_fast.errors import InputError
 
 _MAX_TEXT_BYTES = 1 << 20
+
+
+class Skipped(NamedTuple):
+    """An item that cannot be used. ``may_pass``: the system failed and not the item."""
+
+    place: int
+    reason: str
+    may_pass: bool = False
 
 
 class Chunk(NamedTuple):
@@ -25,7 +34,7 @@ class Chunk(NamedTuple):
     places: list[int]
     images: Tensor | None
     texts: list[list[int]]
-    skipped: list[tuple[int, str]]
+    skipped: list[Skipped]
     unshared: str | None = None
 
 
@@ -45,7 +54,7 @@ class Decoder(Dataset[Chunk]):
         done: list[int] = []
         images: list[Tensor] = []
         texts: list[list[int]] = []
-        skipped: list[tuple[int, str]] = []
+        skipped: list[Skipped] = []
         for place in places:
             item = self.items[place]
             try:
@@ -55,7 +64,8 @@ class Decoder(Dataset[Chunk]):
                 image = None if item.image is None else self._image(item.image)
             # OSError: a disk that fails on one file does not end the job
             except (InputError, OSError) as error:
-                skipped.append((place, str(error)))
+                reason = str(error) if isinstance(error, InputError) else unreadable.why(error)
+                skipped.append(Skipped(place, reason, unreadable.may_pass(error)))
                 continue
             done.append(place)
             if text is not None:

@@ -70,7 +70,8 @@ def embed_dataset(
 
     The same call again, after whatever end, goes on with the first shard that is missing, and ends with the same files.
     Other weights, another tokenizer, or files that were added or written since are another job. An item that cannot be
-    read is logged, listed in the shard's ``.skipped.jsonl`` and counted; one that is reached again, as a file of a folder
+    read is logged, listed in the shard's ``.skipped.jsonl`` and counted; where the system failed and not the item (a disk,
+    too many open files, a permission), the same call makes its shard again. One that is reached again, as a file of a folder
     and of an index, is left out, and the log says so. Raises ConfigError for options that cannot be used, a package that
     is missing and a folder of another job, InputError for sources that are not there or where nothing could be used and
     for shared memory that is too small for the workers, CheckpointError where the folder cannot be written.
@@ -129,6 +130,7 @@ def _lead(work: Work, job: dict[str, Any], progress: bool, make: Engine) -> Embe
         tuple(work.folder / shard["file"] for shard in shards),
         sum(shard["rows"] for shard in shards),
         sum(shard["skipped"] for shard in shards),
+        sum(shard["unread"] for shard in shards),
         resumed,
     )
     if not report.embedded:

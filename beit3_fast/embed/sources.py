@@ -135,7 +135,7 @@ def _items_of(source: Path, kind: str) -> Iterator[Item]:
     if os.path.isdir(source):
         yield from _folder(source, kind)
     elif not os.path.isfile(source):
-        raise InputError(f"there is no file or folder {str(source)!r}")
+        raise InputError(f"there is no file or folder {str(source)!r}; check the path")
     elif source.name.lower().endswith(_COMPRESSED):
         raise InputError(f"{str(source)!r} is compressed; unpack it to a plain .tar first")
     elif suffix == ".tar":
@@ -147,10 +147,12 @@ def _items_of(source: Path, kind: str) -> Iterator[Item]:
     elif kind == "text":
         yield Item(str(source), text=_whole(source))
     else:
-        text = source.with_suffix(_TEXT_SUFFIX)
-        yield from _of_files(
-            [*_on_disk([source]), *_on_disk([text] if os.path.isfile(text) else [])], kind
-        )
+        texts = [
+            path
+            for path in source.parent.iterdir()
+            if path.stem == source.stem and path.suffix.lower() == _TEXT_SUFFIX
+        ]
+        yield from _of_files(_on_disk([source, *texts]), kind)
 
 
 def _folder(folder: Path, kind: str) -> Iterator[Item]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from beit3_fast.data import Processor
-from beit3_fast.embed.decode import Chunk, Claims, Decoder
+from beit3_fast.embed.decode import Chunk, Claims, Decoder, Skipped
+from beit3_fast.embed.manifest import number_of_shards
 from beit3_fast.embed.shards import write_shard
 from beit3_fast.embed.sources import Item
 from beit3_fast.errors import InputError
@@ -43,12 +44,14 @@ class EmbedReport:
     """What a folder holds when the job is done.
 
     ``shards`` are its files in order, of which ``EmbeddingIndex.load`` reads those in safetensors; ``embedded`` rows, ``skipped`` items
-    that could not be used, ``resumed`` items that an earlier call had done.
+    that could not be used, ``unread`` those of them that the system did not give, which the same call tries again;
+    ``resumed`` items that an earlier call had done.
     """
 
     shards: tuple[Path, ...]
     embedded: int
     skipped: int
+    unread: int
     resumed: int
 
 
@@ -71,7 +74,7 @@ class Work:
 
     def __len__(self) -> int:
         """The number of shards."""
-        return -(-len(self.items) // self.shard_size)
+        return number_of_shards(len(self.items), self.shard_size)
 
     def places(self, number: int) -> range:
         """The items of a shard."""
@@ -94,13 +97,11 @@ class Work:
             rows, places, skipped = self._rows(itertools.chain([first], more), bar)
             names = [self.items[place].name for place in places]
             reasons = [
-                {"name": self.items[place].name, "reason": reason} for place, reason in skipped
+                {"name": self.items[own.place].name, "reason": own.reason} for own in skipped
             ]
             origin = origin_of(self.model, f"{self.output} {self.kind}")
-            yield (
-                number,
-                write_shard(self.folder, number, self.form, rows, names, reasons, origin),
-            )
+            made = write_shard(self.folder, number, self.form, rows, names, reasons, origin)
+            yield number, made | {"unread": sum(own.may_pass for own in skipped)}
 
     def _decoded(self, claims: Claims) -> Iterator[Chunk]:
         decoder = Decoder(self.items, self.processor, self.model.backbone.config.vocab_size)
@@ -123,19 +124,17 @@ class Work:
             "larger /dev/shm (docker run --shm-size 2g)"
         )
 
-    def _rows(
-        self, chunks: Iterator[Chunk], bar: Bar
-    ) -> tuple[Tensor, list[int], list[tuple[int, str]]]:
+    def _rows(self, chunks: Iterator[Chunk], bar: Bar) -> tuple[Tensor, list[int], list[Skipped]]:
         """Embeddings of the chunks of one shard with their places, in order, and what was skipped."""
         parts: list[Tensor] = []
         places: list[int] = []
-        skipped: list[tuple[int, str]] = []
+        skipped: list[Skipped] = []
         texts: list[tuple[int, int, list[int]]] = []
 
-        def skip(place: int, reason: str) -> None:
+        def skip(own: Skipped) -> None:
             bar.clear_line()
-            logger.warning("skipped %s: %s", self.items[place].name, reason)
-            skipped.append((place, reason))
+            logger.warning("skipped %s: %s", self.items[own.place].name, own.reason)
+            skipped.append(own)
 
         def embed(own: list[int], images: Tensor | None, tokens: list[list[int]]) -> None:
             words = [torch.tensor(ids) for ids in tokens]
@@ -145,12 +144,12 @@ class Work:
             places.extend(place for place, is_good in zip(own, good, strict=True) if is_good)
             for place, is_good in zip(own, good, strict=True):
                 if not is_good:
-                    skip(place, "its embedding is not finite; try another dtype")
+                    skip(Skipped(place, "its embedding is not finite; try another dtype"))
             bar.add(len(own), good.count(False))
 
         for chunk in chunks:
-            for place, reason in chunk.skipped:
-                skip(place, reason)
+            for one in chunk.skipped:
+                skip(one)
             bar.add(len(chunk.skipped), len(chunk.skipped))
             if self.kind == "text":
                 texts += [

@@ -87,7 +87,9 @@ def verify_checkpoint(
     file = read_checkpoint(checkpoint)
     name = name or file.name
     if name is None:
-        raise ConfigError(f"{file} does not say which model it is of; name the model")
+        raise ConfigError(
+            f"{file} does not say which model it is of; name the model (--model NAME, or convert it with --name)"
+        )
     if name.endswith("_pretraining"):
         raise ConfigError(
             f"torchscale has no pretraining to compare {name} with; verify its layers by the plain model's name, "

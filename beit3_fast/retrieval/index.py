@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from beit3_fast import unreadable
 from beit3_fast.checkpoint import safetensors_file
 from beit3_fast.checkpoint.atomic import replacing
 from beit3_fast.data import Processor
@@ -76,18 +78,21 @@ class EmbeddingIndex:
     def build(
         cls,
         model: Any,
-        images: Sequence[Any],
+        images: Any,
         names: Sequence[str] | None = None,
         *,
         processor: Processor | None = None,
         batch_size: int = 32,
         backend: str = "auto",
     ) -> EmbeddingIndex:
-        """An index of images, each encoded once by a retrieval model; names default to the images' paths.
+        """An index of images (a path or a list, as for ``encode_image``), each encoded once by a retrieval model.
+
+        Names default to the images' paths.
 
         Raises ConfigError for another model, InputError for an image that cannot be read or has no name.
         """
         model = check_retrieval(model)
+        images = [images] if isinstance(images, (str, PathLike)) else images
         if names is None:
             if not isinstance(images, (list, tuple)) or not all(
                 isinstance(image, (str, PathLike)) for image in images
@@ -192,8 +197,15 @@ class EmbeddingIndex:
 
     @classmethod
     def load(cls, path: str | PathLike[str], backend: str = "auto") -> EmbeddingIndex:
-        """Read what ``save`` wrote. Raises CheckpointError for another or a damaged file."""
+        """Read what ``save`` wrote, or one shard of ``embed_dataset``; ``load_embeddings`` reads all of a folder.
+
+        Raises CheckpointError for another or a damaged file, ConfigError for a backend that is not there.
+        """
         source = _path(path)
+        if os.path.isdir(source):
+            raise CheckpointError(
+                f"{source} is a folder; beit3_fast.load_embeddings reads those of embed_dataset"
+            )
         try:
             with source.open("rb") as file:
                 size = source.stat().st_size
@@ -210,9 +222,11 @@ class EmbeddingIndex:
                 raise CheckpointError("it is no index; make one with beit3-fast search --build")
             names = json.loads(state["names"].numpy().tobytes().decode("utf-8", "surrogatepass"))
             return cls(state["embeddings"], names, backend, origin=origin)
+        except ConfigError:
+            raise
         except OSError as error:
             raise CheckpointError(
-                f"{source}: cannot be read: {error.strerror or error}; make an index with beit3-fast search --build"
+                f"{source}: cannot be read: {unreadable.why(error)}, or make an index with beit3-fast search --build"
             ) from error
         except (CheckpointError, InputError, ShapeError, ValueError) as error:
             raise CheckpointError(f"{source}: {error}") from error

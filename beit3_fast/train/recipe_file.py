@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from beit3_fast import unreadable
 from beit3_fast.errors import ConfigError
 
 
@@ -23,7 +24,9 @@ def read_tables(path: str | PathLike[str]) -> dict[str, Any]:
     try:
         return toml.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"the recipe {str(path)!r} cannot be read ({error})") from error
+        raise ConfigError(
+            f"the recipe {str(path)!r} cannot be read ({unreadable.why(error)})"
+        ) from error
 
 
 def read_sections(

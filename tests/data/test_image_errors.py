@@ -97,9 +97,11 @@ class TestNoImages:
     def test_not_a_regular_file(self, tmp_path: Path) -> None:
         fifo = tmp_path / "fifo.jpg"
         os.mkfifo(fifo)
-        for path in (tmp_path, fifo, "/dev/zero"):
+        for path in (fifo, "/dev/zero"):
             with pytest.raises(InputError, match="not a regular file"):
                 load_image(path)
+        with pytest.raises(InputError, match="is a folder; name the image files in it"):
+            load_image(tmp_path)
 
     def test_file_objects(self, tmp_path: Path) -> None:
         path = tmp_path / "photo.png"

@@ -103,23 +103,6 @@ def test_texts_of_one_length_share_a_batch(
     assert [len(batch) for batch in lengths] == [2] * 6
 
 
-def test_a_file_that_the_disk_does_not_give(
-    embed: Any, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read = Decoder._image
-
-    def fails(self: Decoder, blob: Blob) -> Tensor:
-        if blob.path.endswith("2.png"):
-            raise OSError(5, "Input/output error")
-        return read(self, blob)
-
-    monkeypatch.setattr(Decoder, "_image", fails)
-    report = embed(photos(data))
-    assert (report.embedded, report.skipped) == (5, 1)
-    listed = (tmp_path / "out" / "000000.skipped.jsonl").read_text()
-    assert json.loads(listed)["reason"] == "[Errno 5] Input/output error"
-
-
 def test_a_tar_that_was_cut_behind_its_list(
     model: Any, processor: Any, data: Data, tmp_path: Path
 ) -> None:
@@ -133,9 +116,10 @@ def test_a_tar_that_was_cut_behind_its_list(
     assert isinstance(blob, Blob)
     assert blob.offset is not None
     os.truncate(path, blob.offset + blob.size - 1)
-    ((place, reason),) = decoder.__getitems__(places).skipped
-    assert place == places[-1]
-    assert "ends too early" in reason
+    (left_out,) = decoder.__getitems__(places).skipped
+    assert left_out.place == places[-1]
+    assert "ends too early" in left_out.reason
+    assert not left_out.may_pass
 
 
 def test_what_is_bad_is_named(

@@ -151,7 +151,7 @@ def test_another_job_is_refused(
     assert files(tmp_path) == before
     for damage in ("{", "[]", '{"format": "x"}', '{"format": "beit3_fast embeddings 1"}'):
         (tmp_path / "manifest.json").write_text(damage)
-        with pytest.raises(CheckpointError, match=r"manifest.json cannot be continued"):
+        with pytest.raises(CheckpointError, match=r"manifest.json cannot be used .*another folder"):
             run(checkpoint, tmp_path, data)
 
 

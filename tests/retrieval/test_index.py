@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from beit3_fast import EmbeddingIndex
-from beit3_fast.errors import Beit3FastError, CheckpointError
+from beit3_fast.errors import Beit3FastError, CheckpointError, ConfigError
 from beit3_fast.model import create_model
 from beit3_fast.retrieval import index as index_module
 
@@ -214,11 +214,13 @@ def test_files_that_are_no_index(tmp_path: Path) -> None:
         "flipped": "damaged",
         "model.safetensors": "no index; make one with",
         "missing": "cannot be read.*make an index",
-        "": "cannot be read",
+        "": "is a folder; beit3_fast.load_embeddings",
     }.items():
         with pytest.raises(CheckpointError, match=message) as caught:
             EmbeddingIndex.load(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
+    with pytest.raises(ConfigError, match="backend must be one of"):
+        EmbeddingIndex.load(path, "other")
     for value in (None, 3):
         with pytest.raises(CheckpointError, match="expected the path of an index"):
             EmbeddingIndex.load(value)  # type: ignore[arg-type]
