@@ -47,6 +47,12 @@ def quantize(x: Tensor, width: int = BLOCK) -> Quantized:
     return Quantized(numbers.contiguous(), scales[:, :, 0])
 
 
+def quantize_by(x: Tensor, scales: Tensor, width: int = BLOCK) -> Quantized:
+    """Round x [M, C] by scales [M, ceil(C / width)] that are known to be large enough."""
+    inverse = 1 / scales.repeat_interleave(width, 1)[:, : x.shape[1]]
+    return Quantized((x.float() * inverse).to(E4M3), scales)
+
+
 def dequantize(rounded: Quantized, width: int = BLOCK) -> Tensor:
     """The rounded numbers, fp32 [M, C]."""
     numbers, scales = rounded

@@ -109,26 +109,58 @@ SharedAttention::Mask mask_of(const std::string& name, const char* op) {
   return SharedAttention::Mask::kCausal;
 }
 
+// The result in 8 bits, and the scales of v that it goes by.
+void take_float8(SharedAttention& call, const Tensor& q, const Tensor& v, int64_t width,
+                 const std::optional<Tensor>& v_scales, const std::optional<Tensor>& rounded,
+                 const std::optional<Tensor>& rounded_scales, const char* op) {
+  const int64_t blocks = (width + SharedAttention::kBlock - 1) / SharedAttention::kBlock;
+  if (v_scales.has_value()) {
+    require(on_device(*v_scales) && v_scales->get_device_index() == q.get_device_index() &&
+                v_scales->scalar_type() == ScalarType::Float,
+            op, ": v_scales must be float32, on the device of q");
+    require_matrix(*v_scales, op, "v_scales");
+    require(v_scales->size(0) == v.size(0) && v_scales->size(1) == blocks, op,
+            ": v_scales must have shape [", v.size(0), ", ", blocks, "], got ",
+            shape_of(*v_scales));
+    call.v_scales = static_cast<const float*>(v_scales->const_data_ptr());
+    call.v_scales_stride = v_scales->stride(0);
+  }
+  if (rounded.has_value()) {
+    call.rounded = numbers_of<uint8_t>(*rounded, q, ScalarType::Float8_e4m3fn, q.size(0) * width,
+                                       op, "rounded");
+  }
+  if (rounded_scales.has_value()) {
+    call.rounded_scales = numbers_of<float>(*rounded_scales, q, ScalarType::Float,
+                                            q.size(0) * blocks, op, "rounded_scales");
+  }
+}
+
 void shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_text,
                       std::optional<Tensor> cu_vision_q, std::optional<Tensor> cu_text_q,
                       std::optional<Tensor> positions_q, int64_t longest, int64_t longest_q,
-                      int64_t num_heads, double scale, StringHandle mask, Tensor o,
-                      std::optional<Tensor> lse, std::optional<Tensor> parts, int64_t stream) {
+                      int64_t num_heads, double scale, StringHandle mask, std::optional<Tensor> o,
+                      std::optional<Tensor> lse, std::optional<Tensor> parts,
+                      std::optional<Tensor> v_scales, std::optional<Tensor> rounded,
+                      std::optional<Tensor> rounded_scales, int64_t stream) {
   constexpr const char* op = "launch_shared_attention";
   SharedAttention call;
   call.mask = mask_of(take(mask), op);
   require_rows(q, q, op, "q");
   require_rows(k, q, op, "k");
   require_rows(v, q, op, "v");
-  require_rows(o, q, op, "o");
+  if (o.has_value()) require_rows(*o, q, op, "o");
   const int64_t width = q.size(1), batch = cu_vision.numel() - 1;
   require(num_heads > 0 && width % num_heads == 0, op, ": ", num_heads,
           " heads do not divide a width of ", width);
   require(k.size(1) == width && v.size(1) == width && k.size(0) == v.size(0), op,
           ": k and v must have the same rows and the width of q, got ", shape_of(k), " and ",
           shape_of(v));
-  require(o.size(0) == q.size(0) && o.size(1) == width, op, ": o must have the shape of q, got ",
-          shape_of(o));
+  if (o.has_value()) {
+    require(o->size(0) == q.size(0) && o->size(1) == width, op,
+            ": o must have the shape of q, got ", shape_of(*o));
+    call.o = o->mutable_data_ptr();
+    call.o_stride = o->stride(0);
+  }
   require(batch >= 0, op, ": cu_vision must have B + 1 entries");
   require(std::isfinite(scale) && scale >= 0.0, op, ": scale must be finite and not negative, got ",
           scale);
@@ -142,17 +174,16 @@ void shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_
   call.q = q.const_data_ptr();
   call.k = k.const_data_ptr();
   call.v = v.const_data_ptr();
-  call.o = o.mutable_data_ptr();
   call.q_stride = q.stride(0);
   call.k_stride = k.stride(0);
   call.v_stride = v.stride(0);
-  call.o_stride = o.stride(0);
   const auto left_behind = [&](const std::optional<Tensor>& t, int64_t each, const char* name) {
     const int64_t count = q.size(0) * num_heads * each;
     return t.has_value() ? numbers_of<float>(*t, q, ScalarType::Float, count, op, name) : nullptr;
   };
   call.lse = left_behind(lse, 1, "lse");
   call.parts = left_behind(parts, 2, "parts");
+  take_float8(call, q, v, width, v_scales, rounded, rounded_scales, op);
   call.cu_vision = call.cu_vision_q = offsets(cu_vision, batch + 1, "cu_vision");
   call.cu_text = call.cu_text_q = offsets(cu_text, batch + 1, "cu_text");
   if (positions_q.has_value()) {
@@ -184,8 +215,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(BEIT3_FAST_NAMESPACE, m) {
   m.def(
       "launch_shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_text, "
       "Tensor? cu_vision_q, Tensor? cu_text_q, Tensor? positions_q, int longest, int longest_q, "
-      "int num_heads, float scale, str mask, Tensor(a!) o, Tensor(b!)? lse, Tensor(c!)? parts, "
-      "int stream) -> ()");
+      "int num_heads, float scale, str mask, Tensor(a!)? o, Tensor(b!)? lse, Tensor(c!)? "
+      "parts, Tensor? v_scales, Tensor(d!)? rounded, Tensor(e!)? rounded_scales, int stream) -> "
+      "()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(BEIT3_FAST_NAMESPACE, BEIT3_FAST_DEVICE, m) {

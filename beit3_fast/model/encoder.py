@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from beit3_fast.composite._layer_norm import layer_norm as _norm_rows
 from beit3_fast.derived import needs_grad
+from beit3_fast.float8 import BLOCK
 from beit3_fast.layout import Part, Selection, TokenLayout
 from beit3_fast.model.drop_path import Draws, Kept, draw, touch
 from beit3_fast.model.experts import layer_operands, norm_of, route
@@ -24,7 +25,6 @@ from beit3_fast.model.stack import computed
 from beit3_fast.ops import (
     Measured,
     Norm,
-    expert_linear,
     measured,
     measured_expert_linear,
     measured_shared_attention,
@@ -115,10 +115,12 @@ def _attention(
 ) -> Measured:
     """The first half of a layer for the rows ``queries`` [Rq, C] of x [R, C]; the residual is added where given."""
     attention = layer.self_attn
-    if own is layout:
-        q, k, v = project(layer, x, layout, "qkv", impl)
+    names = "qkv" if own is layout else "kv"
+    projected = _projected(layer, x, layout, names, impl)
+    *first, k, v = projected.rows.chunk(len(names), dim=1)
+    if first:
+        q = first[0]
     else:
-        k, v = project(layer, x, layout, "kv", impl)
         q = _linear(queries, attention.q_proj, own, layer.self_attn_layer_norm, None, impl).rows
     o = measured_shared_attention(
         q,
@@ -129,6 +131,7 @@ def _attention(
         mask=mask,
         queries=None if own is layout else own,
         impl=impl,
+        v_scales=_scales_of_values(projected, v),
     )
     return _linear(o, attention.out_proj, own, attention.inner_attn_ln, residual, impl)
 
@@ -171,17 +174,32 @@ def project(
     layer: Any, x: Tensor | Measured, layout: TokenLayout, names: str, impl: str
 ) -> tuple[Tensor, ...]:
     """LayerNorm and the projections that ``names`` spells ("qkv" or "kv"), in one product: [R, C] each."""
+    return _projected(layer, x, layout, names, impl).rows.chunk(len(names), dim=1)
+
+
+def _projected(
+    layer: Any, x: Tensor | Measured, layout: TokenLayout, names: str, impl: str
+) -> Measured:
     attention = layer.self_attn
     routes = [route(getattr(attention, f"{name}_proj"), layout) for name in names]
     experts = list(zip(*(own.modules for own in routes), strict=True))
-    return expert_linear(
+    return measured_expert_linear(
         x,
         [tuple(linear.weight for linear in own) for own in experts],
         [tuple(linear.bias for linear in own) for own in experts],
         bounds=routes[0].bounds,
         norm=_norm(layer.self_attn_layer_norm, layout),
         impl=impl,
-    ).chunk(len(names), dim=1)
+        measure=False,
+        scales=True,
+    )
+
+
+def _scales_of_values(projected: Measured, v: Tensor) -> Tensor | None:
+    """Those of the last columns of the product, where a block of columns begins with theirs."""
+    if projected.scales is None or v.shape[1] % BLOCK:
+        return None
+    return projected.scales[:, -(v.shape[1] // BLOCK) :]
 
 
 def attend(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from beit3_fast.composite.float8_linear import fold
 from beit3_fast.derived import derived
+from beit3_fast.errors import KernelUnavailable
 from beit3_fast.float8 import BLOCK, E4M3, Quantized, dequantize, quantize
 from beit3_fast.ops import cuda_kernels
 
@@ -77,15 +78,17 @@ def expert_linear(
     bounds: list[int],
     eps: float,
     activation: str,
-    measure: bool,
+    leaves: str,
     stores: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y [M, N], and where ``measure`` asks for it the row statistics of y in parts of 128 columns, y in 8 bits and its
-    scales. ``numbers``, ``scales`` and ``parts``: the same of x, where the op before has left them. ``stores``: whether
-    y itself is wanted; else it has no rows, and neither may ``rows`` be given."""
+    """y [M, N], and of what it ``leaves`` for the next op "all" (the row statistics of y in parts of 128 columns, y in 8
+    bits and its scales), its "scales" or "nothing". ``numbers``, ``scales`` and ``parts``: the same of x, where the op
+    before has left them; x need then have no rows. ``stores``: whether y itself is wanted; else it has no rows, and
+    neither may ``rows`` be given. Raises KernelUnavailable where x without rows would have to be read."""
     given = folded(weights, weight_scales, biases, norm_weights, norm_biases)
-    count, out = x.shape[0], given.numbers.shape[1]
-    left = _left(x, out, measure)
+    out = given.numbers.shape[1]
+    count = x.shape[0] if numbers is None else numbers.shape[0]
+    left = _left(x, count, out, leaves)
     y = x.new_empty(count if stores else 0, out)
     if rows is not None:
         y.zero_()
@@ -93,14 +96,20 @@ def expert_linear(
         return y, *left
     if rows is not None:
         x, residual = x[rows], None if residual is None else residual[rows]
-    if numbers is None or scales is None or not is_plain(norm_weights):
+    plain = is_plain(norm_weights)
+    if len(x) < count and not plain:
+        raise KernelUnavailable(
+            "x is in memory in 8 bits alone, and LayerNorm's weight, which to_float8 moved into the product's, was changed "
+            "since; round the model again"
+        )
+    if numbers is None or scales is None or not plain:
         numbers, scales, measured = _rounded(x, norm_weights, bounds)
         parts, part_width = measured, BLOCK
     elif norm_weights and parts is None:
         parts, part_width = _rounded(x, [], bounds)[2], BLOCK
     own_y = (y if stores else None) if rows is None else x.new_empty(x.shape[0], out)
     residual = None if residual is None else cuda_kernels.aligned(residual)
-    wanted = left if measure else (None, None, None)
+    wanted = [own if own.numel() else None for own in left]
     moments = parts if given.sums is not None else None
     for e, own in cuda_kernels.expert_groups(bounds):
         few = [None if t is None else t[e : e + len(own) - 1] for t in given]
@@ -116,22 +125,24 @@ def _(
     x: Tensor, numbers: Any, scales: Any, parts: Any, width: int, weights: list[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = weights[0].shape[0]
-    *_, measure, stores = rest
-    return x.new_empty(x.shape[0] if stores else 0, out), *_left(x, out, measure)
+    *_, leaves, stores = rest
+    count = x.shape[0] if numbers is None else numbers.shape[0]
+    return x.new_empty(count if stores else 0, out), *_left(x, count, out, leaves)
 
 
-def _left(x: Tensor, out: int, measure: bool) -> tuple[Tensor, Tensor, Tensor]:
-    count, tiles = (x.shape[0], -(-out // BLOCK)) if measure else (0, 0)
-    parts = x.new_empty(count, tiles, 2, dtype=torch.float32)
-    numbers = x.new_empty(count, out if measure else 0, dtype=E4M3)
-    return parts, numbers, x.new_empty(count, tiles, dtype=torch.float32)
+def _left(x: Tensor, count: int, out: int, leaves: str) -> tuple[Tensor, Tensor, Tensor]:
+    tiles, every = -(-out // BLOCK), leaves == "all"
+    parts = x.new_empty(count if every else 0, tiles, 2, dtype=torch.float32)
+    numbers = x.new_empty(count if every else 0, out, dtype=E4M3)
+    scales = x.new_empty(0 if leaves == "nothing" else count, tiles, dtype=torch.float32)
+    return parts, numbers, scales
 
 
 def _rounded(
     x: Tensor, norm_weights: list[Tensor], bounds: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x in 8 bits, its scales, and its row statistics in parts of 128 columns."""
-    parts, numbers, scales = _left(x, x.shape[1], True)
+    parts, numbers, scales = _left(x, x.shape[0], x.shape[1], "all")
     cuda_kernels.launch("quantize_rows", cuda_kernels.aligned(x), numbers, scales, parts)
     if is_plain(norm_weights):
         return numbers, scales, parts

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from beit3_fast.errors import KernelUnavailable
+from beit3_fast.float8 import BLOCK, E4M3
 from beit3_fast.kernels._folded_weights import FoldedWeights
 from beit3_fast.ops import library
 from beit3_fast.ops.folding import folded_weights
@@ -54,6 +55,7 @@ def runs_on(arch: str, major: int, minor: int) -> bool:
 
 # From here on the tensor cores multiply e4m3.
 _FLOAT8 = (8, 9)
+_HOPPER = (9, 0)
 
 
 def float8_obstacle() -> str | None:
@@ -196,24 +198,54 @@ def shared_attention(
     scale: float,
     mask: str,
     measure: bool,
-) -> tuple[Tensor, Tensor]:
+    v_scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o [Rq, C]; ``longest``: most keys and most queries of a sample. With ``measure`` the second result has the
-    statistics of the heads of every row, fp32 [Rq, H, 2]; else it is empty."""
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    left = o.new_empty(len(o) if measure else 0, num_heads, 2, dtype=torch.float32)
+    statistics of the heads of every row, fp32 [Rq, H, 2]; else it is empty. With ``v_scales`` fp32 [R, ceil(C / 128)],
+    those that v would have in 8 bits, o is left in 8 bits alone: it has no rows, its numbers and scales are the third and
+    the fourth result, else empty. See ``attention_rounds``."""
+    o, left, numbers, scales = made = _of_attention(q, num_heads, measure, v_scales)
     where = (cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q, longest, longest_q)
-    if o.numel():
+    if q.numel():
         operands = map(aligned, (q, k, v))
         parts = left if measure else None
-        launch("shared_attention", *operands, *where, num_heads, scale, mask, o, None, parts)
-    return o, left
+        leaves: tuple[Tensor | None, ...] = (o, None, parts, None, None, None)
+        if v_scales is not None:
+            leaves = (None, None, parts, v_scales, numbers, scales)
+        launch("shared_attention", *operands, *where, num_heads, scale, mask, *leaves)
+    return made
 
 
 @shared_attention.register_fake
-def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *_, num_heads, _, _, measure = rest
-    count = q.shape[0] if measure else 0
-    return q.new_empty(q.shape), q.new_empty(count, num_heads, 2, dtype=torch.float32)
+def _(
+    q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    names = ("num_heads", "scale", "mask", "measure", "v_scales")
+    given = dict(zip(names, rest[7:], strict=False)) | options
+    return _of_attention(q, given["num_heads"], given["measure"], given.get("v_scales"))
+
+
+def _of_attention(
+    q: Tensor, num_heads: int, measure: bool, v_scales: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Places of o, the statistics of its heads, its numbers in 8 bits and their scales."""
+    count, columns = q.shape
+    whole, rounded = (count, 0) if v_scales is None else (0, count)
+    return (
+        q.new_empty(whole, columns),
+        q.new_empty(count if measure else 0, num_heads, 2, dtype=torch.float32),
+        q.new_empty(rounded, columns, dtype=E4M3),
+        q.new_empty(rounded, -(-columns // BLOCK), dtype=torch.float32),
+    )
+
+
+def attention_rounds(device: str) -> bool:
+    """Whether the kernel of attention can leave its result in 8 bits: that for compute capability 9.0 can."""
+    if why_unavailable(device) is not None or torch.cuda.get_device_capability() != _HOPPER:
+        return False
+    return any(
+        runs_on(arch, *_HOPPER) and arch.endswith("a") for arch in library.cuda_architectures()
+    )
 
 
 def launch(kernel: str, first: Tensor, *arguments: Any) -> None:

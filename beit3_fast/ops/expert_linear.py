@@ -22,6 +22,7 @@ from torch import Tensor
 from beit3_fast.composite.expert_linear import PLAIN, expert_linear_backward, residual_gradient
 from beit3_fast.composite.expert_linear import expert_linear as composite_impl
 from beit3_fast.derived import derived, needs_grad
+from beit3_fast.errors import ShapeError
 from beit3_fast.ops import cpu_kernels, cuda_kernels, dispatch, library, triton_kernels
 from beit3_fast.ops.float8_linear import float8_linear
 from beit3_fast.ops.operands import Measured, Norm, Weight, check, flat, measured, rounding, shape
@@ -73,11 +74,14 @@ def measured_expert_linear(
     impl: str = "auto",
     measure: bool = True,
     stores: bool = True,
+    scales: bool = False,
 ) -> Measured:
     """As ``expert_linear``; where ``measure`` asks for them, the result has its row statistics if the implementation
     leaves them ("triton" and "cuda" do), and rows of a product in float8 the next one's operand ("cuda" does).
-    ``stores=False``: such a product is their only reader, and they need not be in memory as they are."""
-    x, parts, width, rounded = measured(x)
+    ``stores=False``: such a product is their only reader, and they need not be in memory as they are. ``scales``, without
+    ``measure``: of that operand the scales alone."""
+    given = measured(x)
+    x, parts, width, *_ = given
     check(x, parts, width, weights, biases, bounds, norm, activation, residual, rows)
     rows = None if rows is None else dispatch.rows_in_memory(rows)
     used = [e for e in range(len(weights)) if bounds[e] < bounds[e + 1]] or [0]
@@ -106,11 +110,14 @@ def measured_expert_linear(
     if to == "float8":
         if not at.needs_grad:
             own = [_stack(bias) for bias in biases or ()]
-            given = Measured(x, parts, width, rounded)
             tail = (residual, rows, tuple(bounds), eps, activation or "none")
             operands = (given, weights, own, norm_weights, norm_biases, tail)
-            return float8_linear(choice.impl, at, *operands, measure, stores)
+            return float8_linear(choice.impl, at, *operands, measure, stores, scales)
         _warn_of_unpacking(to, "has no gradients of float8 products")
+    if not given.stored:
+        raise ShapeError(
+            "x is in memory in 8 bits alone, which only products with weights in 8 bits by impl='cuda' read"
+        )
     if to == "int8" and (choice.impl != "cpu" or at.needs_grad):
         _warn_of_unpacking(
             to, dict(choice.rejected).get("cpu", "has no gradients of int8 products")
@@ -123,7 +130,6 @@ def measured_expert_linear(
         return Measured(_cpu(x, weights, biases, norm_weights, norm_biases, tail, at.needs_grad))
     if choice.impl in ("cuda", "triton"):
         vectors = (biases, norm_weights, norm_biases)
-        given = Measured(x, parts, width)
         return _on_gpu(choice.impl, given, weights, *vectors, tail, at.needs_grad, measure)
     run = reference_impl if choice.impl == "reference" else composite_impl
     stacked = [_stack(weight) for weight in weights]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from beit3_fast.composite.float8_linear import float8_linear as composite_impl
 from beit3_fast.derived import derived
+from beit3_fast.errors import KernelUnavailable
 from beit3_fast.float8 import BLOCK, E4M3, Quantized
 from beit3_fast.ops import cuda_float8
 from beit3_fast.ops.dispatch import Situation, rows_in_memory
@@ -33,16 +34,21 @@ def float8_linear(
     tail: tuple[Any, ...],
     measure: bool,
     stores: bool,
+    scales: bool,
 ) -> Measured:
     """Operands as ``measured_expert_linear`` has them after its checks; ``tail``: residual, rows, bounds, eps, activation."""
     rows = x.rows
-    if at.autocast and rows.dtype != at.dtype:
+    if at.autocast and rows.dtype != at.dtype and x.stored:
         x = Measured(rows.to(at.dtype))
     rounded = [_stacked(weight) for weight in weights]
     vectors = (list(biases), list(norm_weights), list(norm_biases))
     with torch.autocast(at.device, enabled=False):
         if impl == "cuda":
-            return _on_cuda(x, rounded, *vectors, tail, measure, stores)
+            return _on_cuda(x, rounded, *vectors, tail, measure, stores, scales)
+        if not x.stored:
+            raise KernelUnavailable(
+                f"x is in memory in 8 bits alone, which impl='cuda' reads; got impl={impl!r}"
+            )
         run = reference_impl if impl == "reference" else composite_impl
         return Measured(run(x.rows, rounded, *vectors, *tail))
 
@@ -70,14 +76,17 @@ def _on_cuda(
     tail: tuple[Any, ...],
     measure: bool,
     stores: bool,
+    only_scales: bool,
 ) -> Measured:
     residual, rows, bounds, eps, activation = tail
     given = x.rounded if rows is None else None
     numbers, scales = given or (None, None)
-    measure = measure and rows is None
-    stores = stores or not measure
+    leaves = "all" if measure else "scales" if only_scales else "nothing"
+    if rows is not None:
+        leaves = "nothing"
+    stores = stores or leaves != "all"
     y, parts, *left = cuda_float8.expert_linear(
-        rows_in_memory(x.rows),
+        rows_in_memory(x.rows) if x.stored else x.rows[:0],
         numbers,
         scales,
         x.parts if given is not None else None,
@@ -92,10 +101,11 @@ def _on_cuda(
         list(bounds),
         eps,
         activation,
-        measure,
+        leaves,
         stores,
     )
     if not stores:
-        # The shape of the rows, without memory: their reader takes them in 8 bits.
-        y = y.new_empty(()).expand(x.rows.shape[0], y.shape[1])
-    return Measured(y, parts, BLOCK, Quantized(*left)) if measure else Measured(y)
+        return Measured.in_8_bits(y, parts, BLOCK, Quantized(*left))
+    if leaves == "all":
+        return Measured(y, parts, BLOCK, Quantized(*left))
+    return Measured(y, scales=left[1]) if leaves == "scales" else Measured(y)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from beit3_fast.composite import shared_attention as composite_attention
 from beit3_fast.composite.shared_attention import visible_places
+from beit3_fast.float8 import Quantized, dequantize, quantize
 from beit3_fast.layout import Pick, TokenLayout
 from beit3_fast.ops import cuda_kernels, triton_kernels
 from beit3_fast.ops.kernel_cases_float8 import moments, statistics_parity
@@ -108,6 +109,11 @@ def cuda_shared_attention(dtype: torch.dtype, device: str) -> dict[str, Parity]:
         parities[f"o, {case.name}"] = op_parity(*(each[0] for each in own))
         statistics = statistics_parity(left, o, o.shape[1] // left.shape[1])
         parities[f"statistics, {case.name}"] = statistics
+    if dtype is torch.bfloat16 and cuda_kernels.attention_rounds(device):
+        for case, *own in _attention(dtype, device, _ON_CUDA, kernel=_in_8_bits_on_cuda):
+            (ours,), (plain, _), (truth, _) = own
+            rounded = dequantize(quantize(plain))
+            parities[f"in 8 bits, {case.name}"] = op_parity(ours, rounded, truth)
     return parities
 
 
@@ -144,7 +150,13 @@ def _on_triton(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, ..
 
 
 def _on_cuda(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, ...]:
-    return tuple(cuda_kernels.shared_attention(q, k, v, *call.rows(), *call.numbers(), True))
+    return cuda_kernels.shared_attention(q, k, v, *call.rows(), *call.numbers(), True)[:2]
+
+
+def _in_8_bits_on_cuda(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, ...]:
+    own = (*call.rows(), *call.numbers(), False, quantize(v).scales)
+    _, _, *rounded = cuda_kernels.shared_attention(q, k, v, *own)
+    return (dequantize(Quantized(*rounded)),)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, ...]:

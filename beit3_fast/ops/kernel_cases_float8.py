@@ -96,7 +96,7 @@ def _by_kernels(
         list(bounds),
         eps,
         activation,
-        True,
+        "all",
         True,
     )
     return [t.cpu() for t in found]

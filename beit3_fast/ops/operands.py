@@ -30,18 +30,31 @@ class Measured(NamedTuple):
 
     ``parts`` fp32 [M, T, 2]: mean and sum of squared deviations of each ``width`` columns of a row, the last part
     having what is left. They are those of the rows as stored and are trusted: rows that change must lose them.
-    ``rounded``: the rows in 8 bits, for a product with weights in 8 bits.
+    ``rounded``: the rows in 8 bits, for a product with weights in 8 bits. Where ``stored`` is False, ``rows`` has their
+    shape alone. ``scales``: those that the rows would have in 8 bits, for attention, whose result goes by the values'.
     """
 
     rows: Tensor
     parts: Tensor | None = None
     width: int = 0
     rounded: Quantized | None = None
+    stored: bool = True
+    scales: Tensor | None = None
+
+    @classmethod
+    def in_8_bits(cls, like: Tensor, parts: Tensor, width: int, rounded: Quantized) -> Measured:
+        """Rows of the dtype of ``like`` that are stored in 8 bits alone."""
+        count, columns = rounded.numbers.shape
+        return cls(
+            like.new_empty(1, columns).expand(count, -1), parts, width, rounded, stored=False
+        )
 
     def select(self, rows: Tensor) -> Measured:
         """The rows that ``rows`` int64 [R] names."""
         parts = None if self.parts is None else self.parts[rows]
         rounded = None if self.rounded is None else self.rounded.select(rows)
+        if rounded is not None and parts is not None and not self.stored:
+            return Measured.in_8_bits(self.rows, parts, self.width, rounded)
         return Measured(self.rows[rows], parts, self.width, rounded)
 
 

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from beit3_fast.composite.shared_attention import shared_attention as composite_impl
 from beit3_fast.composite.shared_attention import shared_attention_backward, visible_places
 from beit3_fast.errors import ShapeError
+from beit3_fast.float8 import Quantized
 from beit3_fast.layout import TokenLayout
 from beit3_fast.ops import cuda_kernels, dispatch, library, triton_kernels
 from beit3_fast.ops.operands import Measured
@@ -72,9 +73,11 @@ def measured_shared_attention(
     queries: TokenLayout | None = None,
     impl: str = "auto",
     measure: bool = True,
+    v_scales: Tensor | None = None,
 ) -> Measured:
     """As ``shared_attention``; where ``measure`` asks for them, the result has its row statistics if the implementation
-    leaves them ("triton" and "cuda" do)."""
+    leaves them ("triton" and "cuda" do). ``v_scales`` fp32 [R, ceil(C / 128)], those that v would have in 8 bits: the
+    only reader of the result is a product in float8, and "cuda" may leave it in 8 bits alone."""
     queries = layout if queries is None else queries
     _check(q, k, v, layout, queries, num_heads, scale, mask)
     valid = layout.valid if isinstance(layout, PaddedLayout) else None
@@ -113,8 +116,13 @@ def measured_shared_attention(
             return Measured(_op()(q, k, v, *where, num_heads, scale, mask, seen))
         lengths = (layout.longest, queries.longest)
         if choice.impl == "cuda":
-            o, parts = cuda_kernels.shared_attention(q, k, v, *where, *lengths, *how, measure)
-            return Measured(o, parts, q.shape[1] // num_heads) if measure else Measured(o)
+            if v_scales is not None and not (measure and cuda_kernels.attention_rounds(at.device)):
+                v_scales = None
+            operands = (q, k, v, *where, *lengths, *how, measure, v_scales)
+            o, parts, *rounded = cuda_kernels.shared_attention(*operands)
+            if v_scales is not None:
+                return Measured.in_8_bits(o, parts, width, Quantized(*rounded))
+            return Measured(o, parts, width) if measure else Measured(o)
         real = None if valid is None else valid.flatten()
         o, _, parts = triton_kernels.shared_attention(
             q, k, v, *where, real, *lengths, *how, measure

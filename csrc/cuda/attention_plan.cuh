@@ -23,9 +23,18 @@ inline const char* attention_obstacle(const SharedAttention& op) {
   if (!rows_fit(op.q, op.q_stride, op.num_queries, width) ||
       !rows_fit(op.k, op.k_stride, op.num_keys, width) ||
       !rows_fit(op.v, op.v_stride, op.num_keys, width) ||
-      !rows_fit(op.o, op.o_stride, op.num_queries, width)) {
+      (op.o != nullptr && !rows_fit(op.o, op.o_stride, op.num_queries, width)) ||
+      reinterpret_cast<uintptr_t>(op.rounded) % 16 != 0) {
     return "takes rows that begin at multiples of 16 bytes and do not overlap";
   }
+  const bool rounds = op.rounded != nullptr;
+  if (rounds != (op.rounded_scales != nullptr) || rounds != (op.v_scales != nullptr)) {
+    return "takes scales of v and leaves numbers in 8 bits and their scales together";
+  }
+  if (rounds && op.element != SharedAttention::Element::kBFloat16) {
+    return "rounds bfloat16 to 8 bits, no other numbers";
+  }
+  if (op.o == nullptr && !rounds) return "needs a place for its result";
   if (op.num_queries > 0 && op.num_keys == 0) return "takes at least one key";
   if (op.num_queries > INT_MAX / 2 || op.num_keys > INT_MAX / 2) return "takes at most 2^30 rows";
   if (op.batch * op.num_heads * ((op.longest_queries + 63) / 64) > INT_MAX) {

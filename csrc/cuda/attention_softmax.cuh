@@ -111,19 +111,24 @@ struct Weights {
 };
 
 // What one query's row of the result leaves behind. `words`: its numbers in 16 bits, two a word,
-// one word a block.
-template <class T, int kHeadDim>
-__device__ void store_row(const SharedAttention& op, int64_t row, int head, bool real,
-                          const uint32_t (&words)[(kHeadDim + 31) / 32 * 4]) {
-  auto* out = static_cast<uint16_t*>(op.o) + row * op.o_stride + head * kHeadDim;
+// one word a block. `store` is given eight columns in four words and where they begin.
+template <int kHeadDim, class Store>
+__device__ void store_row(bool real, const uint32_t (&words)[(kHeadDim + 31) / 32 * 4],
+                          Store store) {
 #pragma unroll
   for (int first = 0; first < kHeadDim / 8; first += 4) {
     uint32_t own[4] = {words[first], words[first + 1], words[first + 2], words[first + 3]};
     transpose_in_quad(own);
     const int block = first + lane_index() % 4;
-    if (real && block < kHeadDim / 8) store_16_bytes(out + 8 * block, own);
+    if (real && block < kHeadDim / 8) store(8 * block, own);
   }
 }
+
+struct NoRounding {
+  __device__ NoRounding(const SharedAttention&, const Head&) {}
+  __device__ void store(int64_t, int, const uint32_t (&)[4]) const {}
+  __device__ void store_scale(int64_t) const {}
+};
 
 template <class T, int kHeadDim>
 __device__ void store_moments(const SharedAttention& op, int64_t row, int head, bool real,
@@ -146,12 +151,14 @@ __device__ void store_moments(const SharedAttention& op, int64_t row, int head, 
   at[1] = squares;
 }
 
-// The result of 64 queries, from the sums of weighted values.
-template <class T, int kHeadDim, int kSize>
+// The result of 64 queries, from the sums of weighted values; `Rounding` is NoRounding, or puts it
+// into 8 bits as well.
+template <class T, int kHeadDim, class Rounding, int kSize>
 __device__ void store_result(const AttentionCall& call, const Head& head, const QueryPair& pair,
                              const Softmax& softmax, const float (&sums)[kSize]) {
   constexpr int kWords = (kHeadDim + 31) / 32 * 4;
   const SharedAttention& op = call.op;
+  const Rounding rounding(op, head);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float total = quad_sum(softmax.total[i]);
@@ -164,7 +171,12 @@ __device__ void store_result(const AttentionCall& call, const Head& head, const 
       words[block] = 8 * block < kHeadDim ? pack2<T>(two[0] * factor, two[1] * factor) : 0;
     }
     const int64_t row = head.queries.row(pair.query[i]);
-    store_row<T, kHeadDim>(op, row, head.index, pair.real[i], words);
+    const int64_t first = row * op.o_stride + head.index * kHeadDim;
+    store_row<kHeadDim>(pair.real[i], words, [&](int column, const uint32_t(&own)[4]) {
+      if (op.o != nullptr) store_16_bytes(static_cast<uint16_t*>(op.o) + first + column, own);
+      rounding.store(row, column, own);
+    });
+    if (pair.real[i] && lane_index() % 4 == 0) rounding.store_scale(row);
     if (op.parts != nullptr) store_moments<T, kHeadDim>(op, row, head.index, pair.real[i], words);
     if (op.lse != nullptr && pair.real[i] && lane_index() % 4 == 0) {
       op.lse[row * op.num_heads + head.index] = softmax.top[i] * call.scale + log2f(total);

@@ -262,7 +262,7 @@ struct StepConsumer {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
     }
-    store_result<T, kHeadDim>(call, work.head, pair, softmax, sums);
+    store_result<T, kHeadDim, RoundingOf<T, kHeadDim>>(call, work.head, pair, softmax, sums);
   }
 
   __device__ void run() {

@@ -6,6 +6,7 @@
 // multiprocessor: three for heads of 64 and up to 200 keys.
 #pragma once
 
+#include "attention_float8.cuh"
 #include "attention_loads.cuh"
 #include "attention_products.cuh"
 
@@ -120,7 +121,7 @@ struct WholeAttention {
     begin_sums<T, kHeadDim, kKeys, Shape::kValues>(sums, weights, tiles.v, false);
     wgmma_commit();
     wgmma_wait<0>(sums);
-    store_result<T, kHeadDim>(call, head, pair, softmax, sums);
+    store_result<T, kHeadDim, RoundingOf<T, kHeadDim>>(call, head, pair, softmax, sums);
   }
 
   // The tiles `step`, `step + steps` and so on are the thread block's.

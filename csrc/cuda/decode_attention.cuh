@@ -137,7 +137,7 @@ struct DecodeTile {
       for (int i = 0; i < 4; ++i) scores[4 * block + i] = 0.0f;
 #pragma unroll
       for (int chunk = 0; chunk < Shape::kChunks; ++chunk) {
-        const uint32_t (&words)[4] = keys[block][chunk];
+        const uint32_t(&words)[4] = keys[block][chunk];
         mma<T>(scores + 4 * block, q[chunk][0], words[0], words[1]);
         mma<T>(scores + 4 * block, q[chunk][1], words[2], words[3]);
       }

@@ -37,6 +37,10 @@ __device__ __forceinline__ void round_row(const Float8Linear& op, const LinearTi
   }
   const Float8Scale unit(quad_max(largest));
   const int64_t row = own.row(op);
+  if (own.real && lane_index() % 4 == 0) {
+    op.rounded_scales[row * column_tiles(op) + tile.column / kTileColumns] = unit.scale;
+  }
+  if (op.rounded == nullptr) return;
   auto* rounded = static_cast<uint8_t*>(op.rounded) + row * op.out_features;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -56,9 +60,6 @@ __device__ __forceinline__ void round_row(const Float8Linear& op, const LinearTi
     const int column = tile.column + 64 * half + lane_index() % 4 * 16;
     if (own.real && column < op.out_features) store_16_bytes(rounded + column, whole);
   }
-  if (own.real && lane_index() % 4 == 0) {
-    op.rounded_scales[row * column_tiles(op) + tile.column / kTileColumns] = unit.scale;
-  }
 }
 
 // The thread's rows of the tile, from the sums that are in units of the scales of the rows.
@@ -70,7 +71,7 @@ __device__ __forceinline__ void finish_float8_tile(const Float8Linear& op, const
   take_rows_of_tile<kBands>(op, tile, warp, rows);
   scale_columns<kBands>(op, tile, sums);
   finish_tile<BFloat16, kBands, true>(op, tile, rows, sums);
-  if (op.rounded == nullptr) return;
+  if (op.rounded_scales == nullptr) return;
 #pragma unroll
   for (int r = 0; r < 2 * kBands; ++r) round_row(op, tile, rows[r], r % 2 * 2, sums[r / 2]);
 }

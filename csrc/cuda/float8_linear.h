@@ -15,8 +15,8 @@ struct Float8Linear : ExpertLinear {
   const float* x_scales = nullptr;       // [num_rows, ceil(in_features / kBlock)]
   const float* weight_scales = nullptr;  // [num_experts, out_features]
   // y in 8 bits as the next product reads it: e4m3 [num_rows, out_features], contiguous, and its
-  // scales [num_rows, ceil(out_features / kBlock)]. Both null: not wanted. Then y may not be null,
-  // else it may.
+  // scales [num_rows, ceil(out_features / kBlock)], or the scales alone. Null: not wanted. Without
+  // `rounded`, y may not be null.
   void* rounded = nullptr;
   float* rounded_scales = nullptr;
 };

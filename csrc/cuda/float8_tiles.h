@@ -37,8 +37,8 @@ inline const char* float8_obstacle(const Float8Linear& op) {
   if (op.element != ExpertLinear::Element::kBFloat16) return "takes bfloat16 beside 8 bits";
   if (op.rows != nullptr || op.z != nullptr) return "takes neither named rows nor z";
   if (op.x_scales == nullptr || op.weight_scales == nullptr) return "takes scales of x and weights";
-  if ((op.rounded == nullptr) != (op.rounded_scales == nullptr)) {
-    return "leaves numbers in 8 bits and their scales together";
+  if (op.rounded != nullptr && op.rounded_scales == nullptr) {
+    return "leaves numbers in 8 bits with their scales";
   }
   if (op.y == nullptr && op.rounded == nullptr) return "needs a place for its result";
   return in_16_bytes(op.rounded, 0) ? nullptr : "takes rows that begin at multiples of 16 bytes";

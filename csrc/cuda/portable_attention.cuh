@@ -144,7 +144,7 @@ struct PortableAttention {
       sync_block();
     }
     cp_async_wait<0>();
-    store_result<T, kHeadDim>(call, head, pair, softmax, sums);
+    store_result<T, kHeadDim, NoRounding>(call, head, pair, softmax, sums);
   }
 };
 

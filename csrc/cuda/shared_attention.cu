@@ -30,6 +30,7 @@ const char* shared_attention(const SharedAttention& op, CUstream_st* stream) {
   if (device.hopper && launch_hopper_attention != nullptr) {
     return launch_hopper_attention(op, device.processors, stream);
   }
+  if (op.rounded != nullptr) return "leaves 8 bits on compute capability 9.0 only";
   return launch_portable(op, stream);
 }
 

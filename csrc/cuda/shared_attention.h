@@ -18,7 +18,7 @@ struct SharedAttention {
   const void* q = nullptr;  // [num_queries, num_heads * head_dim], the strides in elements
   const void* k = nullptr;  // [num_keys, num_heads * head_dim]
   const void* v = nullptr;  // as k
-  void* o = nullptr;        // as q
+  void* o = nullptr;        // as q; may be null where `rounded` is not
   int64_t q_stride = 0;
   int64_t k_stride = 0;
   int64_t v_stride = 0;
@@ -29,6 +29,16 @@ struct SharedAttention {
   // fp32 [num_queries, num_heads, 2]: mean and sum of squared deviations of each head of o; may be
   // null.
   float* parts = nullptr;
+  // o in 8 bits as the next product reads it: e4m3 [num_queries, num_heads * head_dim], contiguous,
+  // and its scales [num_queries, ceil(num_heads * head_dim / kBlock)]. Nothing in o is larger than
+  // the largest of v, so the scale of kBlock columns is the largest that they have in the rows of v
+  // of the sample; `v_scales` has those, as the product that wrote v left them. bfloat16 and
+  // compute capability 9.0 only. All three are null or none.
+  static constexpr int kBlock = 128;
+  const float* v_scales = nullptr;  // [num_keys, as rounded_scales]
+  int64_t v_scales_stride = 0;
+  void* rounded = nullptr;
+  float* rounded_scales = nullptr;
   const int32_t* cu_vision = nullptr;  // [batch + 1], of the keys
   const int32_t* cu_text = nullptr;
   const int32_t* cu_vision_q = nullptr;  // [batch + 1], of the queries; those of the keys if all

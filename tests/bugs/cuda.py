@@ -57,8 +57,8 @@ CUDA_BUGS = (
     Bug(
         "cuda-statistics-of-heads-asked-for-and-not-left",
         "beit3_fast/ops/cuda_kernels.py",
-        'parts = left if measure else None\n        launch("shared',
-        'parts = None\n        launch("shared',
+        "        parts = left if measure else None\n        leaves",
+        "        parts = None\n        leaves",
         (f"{CUDA_BINDING}::test_the_statistics_that_an_op_leaves_are_those_of_its_rows",),
     ),
     Bug(

@@ -86,7 +86,7 @@ CUDA_FLOAT8_BUGS = (
     Bug(
         "float8-rows-rounded-without-layer-norms-weight",
         "beit3_fast/ops/cuda_float8.py",
-        "if numbers is None or scales is None or not is_plain(norm_weights):",
+        "if numbers is None or scales is None or not plain:",
         "if numbers is None or scales is None:",
         (CUDA_FLOAT8_OPS,),
     ),
@@ -121,5 +121,33 @@ CUDA_FLOAT8_BUGS = (
         (
             "tests/model/test_rounded_weights.py::test_a_checkpoint_is_rounded_from_its_own_precision",
         ),
+    ),
+    Bug(
+        "float8-attention-scales-of-the-first-keys",
+        "csrc/cuda/attention_float8.cuh",
+        "for (int place = lane_index(); place < head.keys.count(); place += 32) {",
+        "if (const int place = lane_index(); place < head.keys.count()) {",
+        ("tests/cuda/test_cuda_attention_float8.py",),
+    ),
+    Bug(
+        "float8-attention-one-scale-a-head",
+        "csrc/cuda/attention_float8.cuh",
+        "at / kBlock == block(0) ? bits[0] : bits[kParts - 1]",
+        "bits[0]",
+        ("tests/cuda/test_cuda_attention_float8.py",),
+    ),
+    Bug(
+        "float8-attention-scales-of-the-queries",
+        "beit3_fast/model/encoder.py",
+        "projected.scales[:, -(v.shape[1] // BLOCK) :]",
+        "projected.scales[:, : v.shape[1] // BLOCK]",
+        ("tests/ops/test_cuda_float8_ops.py",),
+    ),
+    Bug(
+        "float8-rows-without-memory-read",
+        "beit3_fast/ops/float8_linear.py",
+        "        if not x.stored:\n",
+        "        if False:\n",
+        ("tests/ops/test_cuda_float8_ops.py",),
     ),
 )

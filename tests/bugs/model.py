@@ -156,8 +156,8 @@ MODEL_BUGS = (
     Bug(
         "encoder-key-and-value-swapped-where-few-rows-are-read",
         "beit3_fast/model/encoder.py",
-        'k, v = project(layer, x, layout, "kv", impl)',
-        'v, k = project(layer, x, layout, "kv", impl)',
+        "        q = _linear(queries, attention.q_proj",
+        "        k, v = v, k\n        q = _linear(queries, attention.q_proj",
         (f"{TASKS}::test_visual_question_answering",),
     ),
     Bug(

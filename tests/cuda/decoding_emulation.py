@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from pathlib import Path
 
+import emulated
 import torch
-from emulated import compiled
 from torch import Tensor
 
 EAGER, LATE, RANDOM = range(3)
@@ -62,9 +61,7 @@ class Head(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL:
-    flags = ("-Wextra", "-Werror", "-Wno-psabi", "-shared", "-fPIC")
-    source = Path(__file__).with_name("emulated_decoding.cpp")
-    built = ctypes.CDLL(str(compiled(source, flags, ".so")))
+    built = ctypes.CDLL(str(emulated.library("emulated_decoding")))
     for run in (built.emulate_decode_attention, built.emulate_head_top_k):
         run.restype = ctypes.c_char_p
     return built

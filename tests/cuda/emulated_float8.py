@@ -5,11 +5,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import emulated
 import torch
-from emulated import compiled
 from emulated_linear import _POINTER, _SIZE, ORDERS, _Call, guarded, untouched
 from torch import Tensor
 
@@ -60,8 +59,8 @@ class Result(NamedTuple):
 
 
 @cache
-def _library(source: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(compiled(source, ("-shared", "-fPIC"), ".so")))
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(emulated.library("emulated_float8")))
     library.emulate_float8_linear.restype = ctypes.c_char_p
     library.emulate_float8_linear.argtypes = (
         ctypes.POINTER(_Float8Call),
@@ -78,7 +77,7 @@ def _library(source: Path) -> ctypes.CDLL:
 
 
 def _own() -> ctypes.CDLL:
-    return _library(Path(__file__).parent / "emulated_float8.cpp")
+    return _library()
 
 
 def _pointer(t: Tensor | None) -> int | None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import emulated
 import torch
-from emulated import compiled
 from torch import Tensor
 
 ORDERS = ("eager", "late", "random")
@@ -72,8 +71,8 @@ def untouched(view: Tensor, memory: Tensor) -> bool:
 
 
 @cache
-def _library(source: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(compiled(source, ("-shared", "-fPIC"), ".so")))
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(emulated.library("emulated_linear")))
     library.emulate_expert_linear.restype = ctypes.c_char_p
     library.emulate_expert_linear.argtypes = (
         ctypes.POINTER(_Call),
@@ -88,7 +87,7 @@ def _library(source: Path) -> ctypes.CDLL:
 def bands(bounds: Sequence[int], out: int, processors: int) -> int:
     """Of how many bands the launcher makes the tiles of a cluster, which may be of one block."""
     call = _Call(out_features=out, num_experts=len(bounds) - 1, bounds=(_SIZE * 4)(*bounds))
-    library = _library(Path(__file__).parent / "emulated_linear.cpp")
+    library = _library()
     return int(library.expert_linear_bands(ctypes.byref(call), processors))
 
 
@@ -147,7 +146,7 @@ def expert_linear(
         num_experts=len(bounds) - 1,
         bounds=(_SIZE * 4)(*bounds),
     )
-    library = _library(Path(__file__).parent / "emulated_linear.cpp")
+    library = _library()
     fault = library.emulate_expert_linear(
         ctypes.byref(call), bands, processors, ORDERS.index(order), seed
     )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from pathlib import Path
 
+import emulated
 import pytest
 import torch
-from emulated import compiled
 from torch import Tensor
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
@@ -30,8 +29,7 @@ class Call(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL:
-    source = Path(__file__).with_name("emulated_statistics.cpp")
-    own = ctypes.CDLL(str(compiled(source, ("-shared", "-fPIC"), ".so")))
+    own = ctypes.CDLL(str(emulated.library("emulated_statistics")))
     own.emulate_row_statistics.restype = ctypes.c_char_p
     return own
 

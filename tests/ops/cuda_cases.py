@@ -26,11 +26,16 @@ DEVICE = "cuda" if cuda_kernels.why_unavailable("cuda") is None else "cpu"
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 BINDINGS = ("cuda_ops.cpp", "cuda_decoding_ops.cpp")
+# Sources of tests/cuda/ that emulated_launchers.cpp calls.
+EMULATED = ("emulated_linear", "attention_host", "emulated_statistics", "emulated_decoding")
 HEADERS = sorted(path for own in ("csrc", "csrc/cuda") for path in (ROOT / own).glob("*.h"))
 
 
 def compiled(
-    launchers: str, namespace: str, links: Sequence[Path] = (), bindings: Sequence[str] = BINDINGS
+    launchers: Sequence[str],
+    namespace: str,
+    links: Sequence[Path] = (),
+    bindings: Sequence[str] = BINDINGS,
 ) -> Path:
     """Bindings in front of launchers, their ops in a namespace; kept under the name of their sources.
 
@@ -39,7 +44,7 @@ def compiled(
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if compiler is None or sys.platform != "linux":
         pytest.skip("compiles the binding with a C++ compiler on Linux")
-    sources = (*(ROOT / "csrc" / own for own in bindings), HERE / launchers)
+    sources = (*(ROOT / "csrc" / own for own in bindings), *(HERE / own for own in launchers))
     texts = b"".join(path.read_bytes() for path in (*sources, *HEADERS))
     digest = hashlib.sha256(texts + repr((torch.__version__, links)).encode()).hexdigest()[:16]
     path = ROOT / "build" / "cuda_binding" / f"{namespace}-{digest}.so"
@@ -63,7 +68,7 @@ def ops() -> Any:
     """The launching ops of the binding on DEVICE."""
     if DEVICE == "cuda":
         return torch.ops.beit3_fast
-    torch.ops.load_library(str(compiled("plain_launchers.cpp", "beit3_fast_plain")))
+    torch.ops.load_library(str(compiled(("plain_launchers.cpp",), "beit3_fast_plain")))
     return torch.ops.beit3_fast_plain
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import ROOT, compiled, take
+from cuda_cases import BINDINGS, EMULATED, compiled, take
 
 from beit3_fast.ops import cuda_kernels, dispatch
 
@@ -22,11 +22,23 @@ def ops() -> Any:
     if DEVICE == "cuda":
         return torch.ops.beit3_fast
     emulated = pytest.importorskip("emulated")
-    source = ROOT / "tests" / "cuda" / "emulated_float8.cpp"
-    links = [emulated.compiled(source, ("-shared", "-fPIC"), ".so")]
-    names = ("emulated_float8_launchers.cpp", "beit3_fast_float8")
+    links = [emulated.library("emulated_float8")]
+    names = (("emulated_float8_launchers.cpp",), "beit3_fast_float8")
     torch.ops.load_library(str(compiled(*names, links, bindings=("cuda_float8_ops.cpp",))))
     return torch.ops.beit3_fast_float8
+
+
+@cache
+def ops_of_a_model() -> Any:
+    """Those of all kernels."""
+    if DEVICE == "cuda":
+        return torch.ops.beit3_fast
+    emulated = pytest.importorskip("emulated")
+    links = [emulated.library(name) for name in ("emulated_float8", *EMULATED)]
+    launchers = ("emulated_float8_launchers.cpp", "emulated_launchers.cpp")
+    bindings = ("cuda_float8_ops.cpp", *BINDINGS)
+    torch.ops.load_library(str(compiled(launchers, "beit3_fast_float8_model", links, bindings)))
+    return torch.ops.beit3_fast_float8_model
 
 
 @pytest.fixture
@@ -35,4 +47,14 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     if DEVICE == "cpu":
         take(ops(), monkeypatch)
     yield ops()
+    dispatch.reset()
+
+
+@pytest.fixture
+def model_on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """As ``on_device``, with attention that may leave its result in 8 bits."""
+    if DEVICE == "cpu":
+        take(ops_of_a_model(), monkeypatch)
+        monkeypatch.setattr(cuda_kernels, "attention_rounds", lambda device: True)
+    yield ops_of_a_model()
     dispatch.reset()

@@ -250,6 +250,7 @@ def attention(**changes: Any) -> dict[str, Any]:
         "o": draw(6, 128),
         "lse": None,
         "parts": None,
+        **dict.fromkeys(("v_scales", "rounded", "rounded_scales")),
         "stream": 0,
     }
     return arguments | changes
@@ -269,6 +270,11 @@ def attention(**changes: Any) -> dict[str, Any]:
         ({"positions_q": torch.arange(6, dtype=torch.int32)}, "come together"),
         ({"lse": torch.ones(6, 3)}, "lse"),
         ({"parts": torch.ones(6, 2)}, "parts"),
+        ({"v_scales": torch.ones(6, 2)}, r"v_scales must have shape \[6, 1\], got \[6, 2\]"),
+        ({"v_scales": torch.ones(6, 1).double()}, "v_scales must be float32"),
+        ({"v_scales": torch.ones(6)}, "v_scales must have 2 dimensions"),
+        ({"rounded": torch.zeros(5, 128).to(torch.float8_e4m3fn)}, "rounded must be .*of 768"),
+        ({"rounded_scales": torch.ones(6, 2)}, "rounded_scales must be .*of 6"),
         ({"longest": 5}, "planted: longest"),
     ],
 )

@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from float8_cases import DEVICE, on_device  # noqa: F401
+from float8_cases import DEVICE, model_on_device, on_device  # noqa: F401
 from torch import Tensor
 
-from beit3_fast.errors import KernelUnavailable
+from beit3_fast.errors import KernelUnavailable, ShapeError
 from beit3_fast.float8 import E4M3, Quantized, dequantize, quantize
 from beit3_fast.model import create_model
+from beit3_fast.model.registry import to_float8
 from beit3_fast.ops import (
     Measured,
     Norm,
     cuda_kernels,
     expert_linear,
+    kernel_cases_attention,
     kernel_cases_float8,
     measured_expert_linear,
 )
@@ -84,7 +86,8 @@ def test_the_next_op_reads_what_was_left() -> None:
     near(fused, expert_linear(h.rows, second, norm=norm, **given))
     alone = measured_expert_linear(x, first, activation="gelu", stores=False, **given)
     assert alone.rows.shape == h.rows.shape
-    assert alone.rows.untyped_storage().nbytes() < 16
+    assert not alone.stored
+    assert alone.rows.untyped_storage().nbytes() == 2 * 144
     assert torch.equal(expert_linear(alone, second, norm=norm, **given), fused)
     other = Measured(h.rows * 0, h.parts, h.width, h.rounded)
     assert torch.equal(expert_linear(other, second, norm=norm, **given), fused)
@@ -105,11 +108,35 @@ def test_rows_that_were_left_are_rounded_again_where_layer_norm_has_a_weight() -
     near(expert_linear(h, own, norm=norm, bounds=BOUNDS, impl="cuda"), expected)
 
 
+def large_values(name: str, layers: int) -> Any:
+    """A model in float8 whose values are 64 times as large as its queries and keys: their scales are not the values'."""
+    sizes: dict[str, Any] = {"embed_dim": 128, "num_heads": 2, "ffn_dim": 256, "num_layers": layers}
+    model = create_model(name, impl="cuda", **sizes)
+    for layer in getattr(model, "beit3", model).encoder.layers:
+        for own in layer.self_attn.v_proj.modules():
+            if isinstance(own, torch.nn.Linear):
+                own.weight.mul_(64)
+    return to_float8(model).to(DEVICE)
+
+
+def take_composite(model: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, "impl"):
+            module.impl = "composite"
+
+
 @torch.no_grad()
-def test_a_model_passes_rows_on_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rounds", [True, False], ids=["attention too", "attention in bf16"])
+def test_a_model_passes_rows_on_in_8_bits(
+    rounds: bool,
+    model_on_device: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not rounds:
+        monkeypatch.setattr(cuda_kernels, "attention_rounds", lambda device: False)
+    rounds = cuda_kernels.attention_rounds(DEVICE)
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"embed_dim": 128, "num_heads": 2, "ffn_dim": 256, "num_layers": 2}
-    model = create_model("beit3_tiny_patch16_32", device=DEVICE, dtype="float8", **sizes)
+    model = large_values("beit3_tiny_patch16_32", 2)
     images = [torch.randn(3, 32, 32).bfloat16().to(DEVICE), None]
     text = [torch.arange(5, device=DEVICE) + 7, torch.arange(3, device=DEVICE) + 2]
     launched: list[str] = []
@@ -121,14 +148,43 @@ def test_a_model_passes_rows_on_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(cuda_kernels, "launch", launch)
     found = model.forward_packed(images, text).rows
-    # What comes from the embedding and from attention is rounded in a pass of its own.
     assert launched.count("float8_linear") == 2 * 4
-    assert launched.count("quantize_rows") == 1 + 2
-    for module in model.modules():
-        if hasattr(module, "impl"):
-            module.impl = "composite"
+    assert launched.count("shared_attention") == 2
+    # What comes from the embedding is rounded in a pass of its own, and from an attention that cannot do it.
+    assert launched.count("quantize_rows") == (1 if rounds else 1 + 2)
+    take_composite(model)
     expected = model.forward_packed(images, text).rows
     assert (found - expected).norm() / expected.norm() < 0.02
+
+
+@torch.no_grad()
+def test_the_last_layer_reads_few_queries_and_all_values(
+    model_on_device: Any,  # noqa: F811
+) -> None:
+    torch.manual_seed(0)
+    model = large_values("beit3_tiny_patch16_32_retrieval", 1)
+    images = torch.randn(3, 3, 32, 32).bfloat16().to(DEVICE)
+    found = model.encode_image(images, "cls")
+    take_composite(model)
+    expected = model.encode_image(images, "cls")
+    assert (found - expected).norm() / expected.norm() < 0.02
+
+
+@torch.no_grad()
+def test_rows_that_are_in_8_bits_alone_are_read_by_nothing_else() -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"bounds": BOUNDS, "impl": "cuda"}
+    alone = measured_expert_linear(draw(7, 32), weights(48, 32), stores=False, **options)
+    own, picked = weights(32, 48), alone.select(torch.tensor([6, 1], device=DEVICE))
+    assert not picked.stored
+    assert picked.rows.shape == (2, 48)
+    with pytest.raises(KernelUnavailable, match="8 bits alone, which impl='cuda' reads; got"):
+        expert_linear(alone, own, bounds=BOUNDS, impl="composite")
+    with pytest.raises(ShapeError, match="which only products with weights in 8 bits"):
+        expert_linear(alone, [draw(32, 48)] * 2, **options)
+    norm = Norm([1 + draw(48, scale=0.5) for _ in range(2)], [draw(48)] * 2)
+    with pytest.raises(KernelUnavailable, match=r"LayerNorm's weight.*was changed since"):
+        expert_linear(alone, own, norm=norm, **options)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="a GPU's order of blocks matters")
@@ -170,6 +226,20 @@ def test_sizes_and_dtypes_that_the_kernels_do_not_take_are_said() -> None:
     own = [quantize_float8(draw(16, 32), torch.float32)]
     with pytest.raises(KernelUnavailable, match="takes bfloat16 beside float8, got float32"):
         expert_linear(draw(2, 32).float(), own, bounds=(0, 2), impl="cuda")
+
+
+@pytest.mark.full
+def test_attentions_check_on_a_users_machine_passes(
+    model_on_device: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if DEVICE == "cpu":
+        own = kernel_cases_attention
+        monkeypatch.setattr(own, "_ON_CUDA", own._CASES)
+    found = kernel_cases_attention.cuda_shared_attention(torch.bfloat16, DEVICE)
+    assert cuda_kernels.attention_rounds(DEVICE) == any("in 8 bits" in name for name in found)
+    parity = worst_of(found)
+    assert parity.passed, parity.reason
 
 
 @pytest.mark.full
@@ -220,7 +290,7 @@ def product(**changes: Any) -> dict[str, Any]:
         ({"y": draw(4, 16).float()}, "y must be bfloat16"),
         ({"y_parts": torch.ones(4, 2, 2)}, "y_parts"),
         ({"rounded": torch.zeros(4, 8).to(E4M3)}, "rounded must be contiguous, of 64"),
-        ({"rounded_scales": None}, "together"),
+        ({"rounded_scales": None}, "with their scales"),
         ({"y": None, "rounded": None, "rounded_scales": None}, "a place for its result"),
         ({"bounds": [0, 2, 5]}, "x has 4 rows"),
         ({"bounds": [0, 3, 2]}, "ascending"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import DEVICE, ROOT, compiled, take
+from cuda_cases import DEVICE, EMULATED, compiled, take
 from torch import Tensor
 
 from beit3_fast.generate import Special
@@ -17,17 +17,13 @@ from beit3_fast.model.decoding import CaptionDecoder
 from beit3_fast.ops import dispatch
 from beit3_fast.parity import op_parity
 
-EMULATED = ("emulated_linear", "attention_host", "emulated_statistics", "emulated_decoding")
-
 
 @cache
 def emulated_ops() -> Any:
     """The binding in front of the emulated kernels."""
     emulated = pytest.importorskip("emulated")
-    flags = ("-shared", "-fPIC")
-    sources = [ROOT / "tests" / "cuda" / f"{name}.cpp" for name in EMULATED]
-    links = [emulated.compiled(source, flags, ".so") for source in sources]
-    path = compiled("emulated_launchers.cpp", "beit3_fast_emulated", links)
+    links = [emulated.library(name) for name in EMULATED]
+    path = compiled(("emulated_launchers.cpp",), "beit3_fast_emulated", links)
     torch.ops.load_library(str(path))
     return torch.ops.beit3_fast_emulated
 
