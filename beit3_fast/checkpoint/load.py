@@ -16,7 +16,7 @@ from beit3_fast.checkpoint.read import (
     read_checkpoint,
     same_bits,
 )
-from beit3_fast.checkpoint.report import LoadReport, mismatch
+from beit3_fast.checkpoint.report import HOLDS_INFINITY, HOLDS_NAN, LoadReport, mismatch
 from beit3_fast.errors import CheckpointError
 
 logger = logging.getLogger("beit3_fast")
@@ -356,11 +356,9 @@ def _check_values(
         low, high = (float(end) for end in tensor.aminmax())
         largest, limit = max(-low, high), torch.finfo(targets[name].dtype).max
         if low != low or high != high:
-            report.rejected[name] = "holds NaN; pass allow_nonfinite=True to load it nevertheless"
+            report.rejected[name] = HOLDS_NAN
         elif largest == float("inf"):
-            report.rejected[name] = (
-                "holds infinity; pass allow_nonfinite=True to load it nevertheless"
-            )
+            report.rejected[name] = HOLDS_INFINITY
         elif largest > limit:
             report.rejected[name] = (
                 f"holds values beyond {limit:g}, the limit of {_short(targets[name].dtype)}; "

@@ -15,6 +15,8 @@ from beit3_fast.errors import CheckpointError
 V = TypeVar("V")
 Shape = tuple[int, ...]
 
+HOLDS_NAN = "holds NaN; download the file again, or train again from one that is finite"
+HOLDS_INFINITY = "holds infinity; download the file again, or train again from one that is finite"
 # far above what any model has: only a hostile file would print more
 _MOST_NAMES = 2000
 
@@ -82,6 +84,13 @@ class CheckpointMismatch(CheckpointError):
         self.what = what
         self.report = report
 
+    @property
+    def is_of_heads(self) -> bool:
+        """Whether nothing is in the way but heads of another size."""
+        own = self.report
+        others = own.missing or own.unexpected or own.rejected
+        return not others and keys.all_heads(own.mismatched)
+
 
 def mismatch(
     blocking: LoadReport, state: Mapping[str, Tensor], targets: Mapping[str, Tensor]
@@ -109,6 +118,8 @@ def mismatch(
         options.append("to start from a file without this head, pass allow_missing=HEADS")
     if blocking.mismatched and keys.all_heads(blocking.mismatched):
         options.append("to start with a new head of another size, pass allow_mismatched=HEADS")
+    if {HOLDS_NAN, HOLDS_INFINITY} & set(blocking.rejected.values()):
+        options.append("to load what is not finite nevertheless, pass allow_nonfinite=True")
     return CheckpointMismatch("\n  ".join(lines), options, blocking)
 
 

@@ -52,14 +52,18 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code; usage errors and ``--help`` leave through SystemExit."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        named = f"{parser.prog} {arguments.command}"
+        parser.exit(2, f"{named}: no such option: {' '.join(unknown)}; see {named} --help\n")
     _escape_what_cannot_be_printed()
     try:
         code = COMMANDS[arguments.command].run(arguments)
         print(end="", flush=True)
         return code
     except Beit3FastError as error:
-        return _failed(arguments, said_by(error))
+        return _failed(arguments, said_by(error, arguments))
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

@@ -9,7 +9,14 @@ from dataclasses import asdict
 from typing import Any
 
 from beit3_fast.cli.command import Command
-from beit3_fast.cli.options import add_runtime, check_model_name, make_model, positive, show
+from beit3_fast.cli.options import (
+    add_num_classes,
+    add_runtime,
+    check_model_name,
+    make_model,
+    positive,
+    show,
+)
 from beit3_fast.errors import ConfigError
 
 
@@ -42,6 +49,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="CPU threads; default: PyTorch's choice"
     )
+    add_num_classes(parser)
     add_runtime(parser)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from beit3_fast.cli.command import Command
+from beit3_fast.cli.command import Command, in_options
 from beit3_fast.cli.options import (
     IMAGES_HELP,
     add_model,
@@ -22,6 +24,19 @@ if TYPE_CHECKING:
     from beit3_fast.generate import Caption
 
 _LENGTH_PENALTY = 0.6
+# What the arguments of ``caption`` are called here.
+_OPTIONS = {
+    "num_beams": "--num-beams",
+    "max_length": "--max-length",
+    "length_penalty": "--length-penalty",
+    "num_return_sequences": "--captions",
+    "sample=True": "--sample",
+    "temperature": "--temperature",
+    "top_k": "--top-k",
+    "top_p": "--top-p",
+    "seed": "--seed",
+    "compat=True": "--compat",
+}
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,18 +91,19 @@ def _run(arguments: argparse.Namespace) -> int:
         seed = arguments.seed
         if seed is not None and first:
             seed = (seed + first) % 2**63
-        return model.caption(
-            own,
-            beams,
-            arguments.max_length,
-            penalty,
-            arguments.captions,
-            processor=processor,
-            **_choice_of_words(arguments),
-            seed=seed,
-            compat=arguments.compat,
-            batch_size=arguments.batch_size,
-        )
+        with _said_in_options():
+            return model.caption(
+                own,
+                beams,
+                arguments.max_length,
+                penalty,
+                arguments.captions,
+                processor=processor,
+                **_choice_of_words(arguments),
+                seed=seed,
+                compat=arguments.compat,
+                batch_size=arguments.batch_size,
+            )
 
     found = of_each(arguments, paths, call)
     report = [
@@ -95,6 +111,15 @@ def _run(arguments: argparse.Namespace) -> int:
     ]
     lines = [f"{path}: {caption.text}" for path, own in found for caption in own]
     return show(arguments, report, lines, len(paths) - len(found))
+
+
+@contextmanager
+def _said_in_options() -> Iterator[None]:
+    """Errors name options of the command line."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(in_options(str(error), _OPTIONS)) from error
 
 
 def _choice_of_words(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -118,13 +143,14 @@ def _stream(arguments: argparse.Namespace, paths: list[str]) -> int:
             else f"--stream takes one image, got {len(paths)}"
         )
     model, processor = load_model(arguments, "captioning", "caption")
-    steps = model.stream_caption(
-        paths[0],
-        arguments.max_length,
-        processor=processor,
-        **_choice_of_words(arguments),
-        seed=arguments.seed,
-    )
+    with _said_in_options():
+        steps = model.stream_caption(
+            paths[0],
+            arguments.max_length,
+            processor=processor,
+            **_choice_of_words(arguments),
+            seed=arguments.seed,
+        )
     for step in steps:
         print(step.text, end="", flush=True)
     print()

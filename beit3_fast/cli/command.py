@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +32,25 @@ def complain(command: str, why: str) -> None:
     print(f"beit3-fast {command}: {line}", file=sys.stderr)
 
 
-def said_by(error: Beit3FastError) -> str:
+def said_by(error: Beit3FastError, arguments: argparse.Namespace) -> str:
     """The message of an error, with the mend that a command has where that of Python is another."""
     from beit3_fast.checkpoint import CheckpointMismatch
 
-    if isinstance(error, CheckpointMismatch):
-        return f"{error.what}\n  name the model that the file is of, or give the file of this one"
-    return str(error)
+    if not isinstance(error, CheckpointMismatch):
+        return str(error)
+    if error.is_of_heads:
+        for option in ("num_classes", "labels", "answers"):
+            if hasattr(arguments, option):
+                return f"{error.what}\n  if the model is right, say how many classes it has: --{option.replace('_', '-')}"
+    if error.report.rejected:
+        return error.what
+    return f"{error.what}\n  name the model that the file is of, or give the file of this one"
+
+
+def in_options(message: str, options: Mapping[str, str]) -> str:
+    """A message about the arguments of a function, in the words of the command line: ``options`` maps one to the other."""
+    words = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
+    return re.sub(rf"\b(?:{words})(?!\w)", lambda found: options[found[0]], message)
 
 
 def version_of(package: str) -> str | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from beit3_fast.cli.command import Command
-from beit3_fast.cli.options import check_model_name, show
+from beit3_fast.cli.options import add_num_classes, check_model_name, show
+from beit3_fast.errors import CheckpointError, ConfigError
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +35,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--key",
         help="the entry of IN that holds the weights, such as model_ema; found by itself without it",
     )
+    add_num_classes(parser)
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -45,7 +48,13 @@ def _convert(arguments: argparse.Namespace) -> int:
         from beit3_fast.data.presets import ImagePreset
 
         preset = ImagePreset.get(arguments.preset)
-    model = None if arguments.name is None else _empty_model(arguments.name)
+    if os.path.exists(arguments.target) and not arguments.force:
+        raise CheckpointError(
+            f"{arguments.target}: exists already; give another name, or --force to replace it"
+        )
+    if arguments.num_classes is not None and arguments.name is None:
+        raise ConfigError("--num-classes goes with --name")
+    model = None if arguments.name is None else _empty_model(arguments)
     done = convert_checkpoint(
         arguments.source,
         arguments.target,
@@ -70,15 +79,15 @@ def _convert(arguments: argparse.Namespace) -> int:
     return show(arguments, [report], lines)
 
 
-def _empty_model(name: str) -> Any:
+def _empty_model(arguments: argparse.Namespace) -> Any:
     """The model without memory: names, shapes and configuration are all that is needed."""
     import torch
 
     from beit3_fast.model import create_model
 
-    check_model_name(name)
+    check_model_name(arguments.name)
     with torch.device("meta"):
-        return create_model(name, device="meta")
+        return create_model(arguments.name, device="meta", num_classes=arguments.num_classes)
 
 
 CONVERT = Command(

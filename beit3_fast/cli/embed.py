@@ -6,7 +6,14 @@ import argparse
 import os
 
 from beit3_fast.cli.command import Command
-from beit3_fast.cli.options import add_model, check_model_name, positive, show
+from beit3_fast.cli.options import (
+    add_model,
+    add_num_classes,
+    check_model_name,
+    make_model,
+    positive,
+    show,
+)
 from beit3_fast.errors import ConfigError
 
 
@@ -55,14 +62,18 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="actors of --engine ray; default: one for each GPU of the cluster, else for each node",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--tokenizer", metavar="FILE", help="the official beit3.spm, for texts")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="the official beit3.spm, for texts, which are cut behind 64 tokens",
+    )
+    add_num_classes(parser)
     add_model(parser, "beit3_base_patch16_384_retrieval", tokenizer=False)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from beit3_fast.data import Processor
     from beit3_fast.embed import ENGINES, FORMATS, KINDS, OUTPUTS, embed_dataset
-    from beit3_fast.model import create_model
     from beit3_fast.torchrun import rank_here
 
     check_model_name(arguments.model)
@@ -75,14 +86,8 @@ def _run(arguments: argparse.Namespace) -> int:
     ):
         if given not in known:
             raise ConfigError(f"{option} must be one of {', '.join(known)}, got {given!r}")
-    model = create_model(
-        arguments.model,
-        arguments.checkpoint,
-        _device(arguments.device),
-        arguments.dtype,
-        arguments.impl,
-        inference_only=True,
-    )
+    arguments.device = _device(arguments.device)
+    model = make_model(arguments)
     done = embed_dataset(
         model,
         arguments.sources,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from beit3_fast.cli.command import complain, print_json, said_by
+from beit3_fast.cli.command import complain, print_json
 from beit3_fast.errors import CheckpointError, ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -28,7 +28,10 @@ def add_model(parser: argparse.ArgumentParser, example: str, *, tokenizer: bool)
     )
     if tokenizer:
         group.add_argument(
-            "--tokenizer", required=True, metavar="FILE", help="the official beit3.spm"
+            "--tokenizer",
+            required=True,
+            metavar="FILE",
+            help="the official beit3.spm; texts are cut behind 64 tokens",
         )
     group.add_argument(
         "--batch-size",
@@ -78,6 +81,16 @@ def on_processes(
     return run
 
 
+def add_num_classes(parser: argparse.ArgumentParser) -> None:
+    """--num-classes."""
+    parser.add_argument(
+        "--num-classes",
+        type=positive,
+        metavar="N",
+        help="of the head, where they are not the released ones",
+    )
+
+
 def add_runtime(group: argparse._ActionsContainer) -> None:
     """--device, --dtype, --impl, --json."""
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
@@ -104,6 +117,7 @@ def load_model(arguments: argparse.Namespace, needs: str, use: str) -> tuple[Any
 
 def make_model(arguments: argparse.Namespace) -> Any:
     """The model that the options name, for inference."""
+    from beit3_fast.checkpoint import CheckpointMismatch
     from beit3_fast.model import create_model
 
     classes = _classes(arguments)
@@ -117,18 +131,20 @@ def make_model(arguments: argparse.Namespace) -> Any:
             inference_only=True,
             **classes,
         )
-    except CheckpointError as error:
-        if not classes:
+    except CheckpointMismatch as error:
+        if getattr(arguments, "names", None) is None or not error.is_of_heads:
             raise
         raise CheckpointError(
-            f"{said_by(error)}; the label file names {classes['num_classes']} classes: is it the one that the model was trained with?"
+            f"{error.what}; the label file names {classes['num_classes']} classes: is it the one that the model was trained with?"
         ) from error
 
 
 def _classes(arguments: argparse.Namespace) -> dict[str, int]:
-    """The number of classes, where a label file says that it is not the released one."""
-    names = getattr(arguments, "names", None)
-    return {} if names is None else {"num_classes": len(names)}
+    """The number of classes, where a label file or --num-classes says that it is not the released one."""
+    names, count = (getattr(arguments, name, None) for name in ("names", "num_classes"))
+    if names is not None:
+        count = len(names)
+    return {} if count is None else {"num_classes": count}
 
 
 def check_model_name(name: str) -> None:

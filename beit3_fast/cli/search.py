@@ -34,7 +34,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-k", type=positive, default=10, metavar="N", help="default: %(default)s"
     )
-    parser.add_argument("--tokenizer", metavar="FILE", help="the official beit3.spm, for texts")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="the official beit3.spm, for texts, which are cut behind 64 tokens",
+    )
     add_model(parser, "beit3_base_patch16_384_retrieval", tokenizer=False)
 
 
@@ -49,6 +53,11 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ConfigError("nothing to do; give a text, --image FILE, or --build IMAGE...")
     if arguments.queries and not arguments.tokenizer:
         raise ConfigError("texts need --tokenizer beit3.spm")
+    for path in arguments.build or ():
+        if not (os.path.exists(path) or os.path.islink(path)):
+            raise ConfigError(
+                f"--build names {path!r}, which does not exist; texts to search for stand in front of --build"
+            )
     paths = _once(image_paths(arguments.build)) if arguments.build else []
     index = None if paths else _index(arguments.index)
     if paths:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from beit3_fast.cli.command import Command, print_json
-from beit3_fast.cli.options import add_runtime, check_model_name, positive
+from beit3_fast.cli.options import add_num_classes, add_runtime, check_model_name, positive
 
 if TYPE_CHECKING:
     from beit3_fast.integrations.verification import Comparison, Verification
@@ -35,12 +35,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="of the checkpoint, such as beit3_base_patch16_384_retrieval; what save_checkpoint or convert --name wrote holds it",
     )
-    parser.add_argument(
-        "--num-classes",
-        type=positive,
-        metavar="N",
-        help="of the head, where they are not the released ones",
-    )
+    add_num_classes(parser)
     parser.add_argument(
         "--samples",
         type=positive,

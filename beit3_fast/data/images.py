@@ -174,9 +174,7 @@ def _from_path(
             raise InputError(f"{name!r} is a folder; name the image files in it")
         # A pipe or a device would block or never end.
         if not stat.S_ISREG(mode):
-            raise InputError(
-                f"{name!r} is not a regular file; name an image file, or pass its bytes"
-            )
+            raise InputError(f"{name!r} is not a regular file; name an image file")
         file = open(name, "rb")  # noqa: SIM115
     except InputError:
         raise

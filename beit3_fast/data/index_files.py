@@ -109,9 +109,7 @@ def images_and_text(entry: Any, kind: str) -> tuple[list[str], str | tuple[int, 
         elif not isinstance(text, str):
             raise InputError('expected "text_segment", a list of token ids or a sentence')
         if not _has_words(text):
-            raise InputError(
-                f"its text_segment {text!r:.40} has no words to learn from; leave the line out"
-            )
+            raise InputError(f"its text_segment {text!r:.40} has no words; leave the line out")
     return images, text
 
 

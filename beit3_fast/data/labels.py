@@ -24,11 +24,14 @@ def read_labels(path: str | PathLike[str]) -> tuple[str, ...]:
     without a name.
     """
     text = _text(path)
-    lines = text.splitlines()
+    # not splitlines: names may hold what Python takes for the end of a line, such as U+2028
+    lines = text.split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
     if not lines:
-        raise InputError(f"the label file {os.fspath(path)!r} is empty")
+        raise InputError(
+            f"the label file {os.fspath(path)!r} is empty; give answer2label.txt, or one name a line"
+        )
     if not lines[0].lstrip().startswith("{"):
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -84,6 +87,10 @@ def _text(path: str | PathLike[str]) -> str:
                 f"expected a label file of at most {_MAX_BYTES} bytes, got {os.fspath(path)!r}"
             )
         return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the label file {os.fspath(path)!r} is no text in UTF-8 ({error}); give answer2label.txt, or one name a line"
+        ) from error
     except (OSError, ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise

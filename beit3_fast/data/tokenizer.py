@@ -16,6 +16,7 @@ of the released models has 64010 rows, of which the last eight are unused.
 from __future__ import annotations
 
 import hashlib
+import logging
 import operator
 import os
 import stat
@@ -35,6 +36,8 @@ _OFFSET = 1
 _FIRST_PIECE = 3
 
 Padding = Literal["max_length"] | bool
+
+logger = logging.getLogger("beit3_fast")
 
 
 class Tokenizer:
@@ -139,7 +142,8 @@ class Tokenizer:
         """Texts as model input; one text is a batch of one.
 
         Returns a Batch with ``text_tokens``, ``text_padding_mask`` and ``attention_mask``, see ``segments``.
-        Raises InputError for texts that cannot be encoded, naming which, and for an empty list.
+        The log says which texts ``max_length`` cuts. Raises InputError for texts that cannot be encoded, naming which, and
+        for an empty list.
         """
         if isinstance(texts, str):
             texts = [texts]
@@ -151,6 +155,12 @@ class Tokenizer:
                 tokens.append(self.encode(text))
             except InputError as error:
                 raise InputError(f"text {index}: {error}") from error
+        cut = [index for index, own in enumerate(tokens) if is_cut(own, max_length)]
+        if cut:
+            logger.warning(
+                "%d of %d texts are cut behind %d tokens, the first of them text %d, %.40r",
+                *(len(cut), len(tokens), max_length, cut[0], texts[cut[0]]),
+            )
         return segments(tokens, max_length, padding)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -199,6 +209,11 @@ class Tokenizer:
                 "or from unused rows of the embedding table"
             )
         return checked
+
+
+def is_cut(tokens: Sequence[int], max_length: int | None) -> bool:
+    """Whether ``segments`` takes less than all of these tokens."""
+    return max_length is not None and len(tokens) > max_length - 2
 
 
 def segments(

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from beit3_fast import unreadable
 from beit3_fast.data import Processor, segments
+from beit3_fast.data.tokenizer import is_cut
 from beit3_fast.embed.sources import Blob, Item
 from beit3_fast.errors import InputError
 
@@ -28,13 +29,14 @@ class Skipped(NamedTuple):
 class Chunk(NamedTuple):
     """Decoded items by their places in the list: images float32 [n, 3, H, W], token ids with bos and eos.
 
-    ``unshared`` says why a worker cannot hand over the images, which are then missing.
+    ``cut``: places of those whose text is longer. ``unshared`` says why a worker cannot hand over the images, which are then missing.
     """
 
     places: list[int]
     images: Tensor | None
     texts: list[list[int]]
     skipped: list[Skipped]
+    cut: list[int]
     unshared: str | None = None
 
 
@@ -55,12 +57,13 @@ class Decoder(Dataset[Chunk]):
         images: list[Tensor] = []
         texts: list[list[int]] = []
         skipped: list[Skipped] = []
+        cut: list[int] = []
         for place in places:
             item = self.items[place]
             try:
                 if item.problem is not None:
                     raise InputError(item.problem)
-                text = None if item.text is None else self._text(item.text)
+                text, shortened = (None, False) if item.text is None else self._text(item.text)
                 image = None if item.image is None else self._image(item.image)
             # OSError: a disk that fails on one file does not end the job
             except (InputError, OSError) as error:
@@ -68,11 +71,12 @@ class Decoder(Dataset[Chunk]):
                 skipped.append(Skipped(place, reason, unreadable.may_pass(error)))
                 continue
             done.append(place)
+            cut += [place] if shortened else []
             if text is not None:
                 texts.append(text)
             if image is not None:
                 images.append(image)
-        chunk = Chunk(done, torch.stack(images) if images else None, texts, skipped)
+        chunk = Chunk(done, torch.stack(images) if images else None, texts, skipped, cut)
         return chunk if get_worker_info() is None else _shared(chunk)
 
     def _image(self, blob: Blob) -> Tensor:
@@ -81,7 +85,8 @@ class Decoder(Dataset[Chunk]):
         ][0]
         return image
 
-    def _text(self, text: Blob | str | tuple[int, ...]) -> list[int]:
+    def _text(self, text: Blob | str | tuple[int, ...]) -> tuple[list[int], bool]:
+        """Token ids, and whether they are not all of the text."""
         length = self.processor.max_length
         if isinstance(text, Blob):
             if text.size > _MAX_TEXT_BYTES:
@@ -94,14 +99,15 @@ class Decoder(Dataset[Chunk]):
                 raise InputError(f"the text is not UTF-8 ({error})") from error
         if isinstance(text, str):
             assert self.processor.tokenizer is not None
-            batch = self.processor.tokenizer(text, length, padding=False)
+            text = tuple(self.processor.tokenizer.encode(text))
         else:
             strange = [token for token in text if not 0 <= token < self.vocab_size]
             if strange:
                 raise InputError(f"token ids must be below {self.vocab_size}, got {strange[0]}")
-            batch = segments([text], length, padding=False)
-        ids: list[int] = batch["text_tokens"][0].tolist()
-        return ids
+        if not text:
+            raise InputError("the text has no words")
+        ids: list[int] = segments([text], length, padding=False)["text_tokens"][0].tolist()
+        return ids, is_cut(text, length)
 
 
 class Claims:

@@ -44,7 +44,18 @@ def load_embeddings(folder: str | PathLike[str], backend: str = "auto") -> Embed
         raise CheckpointError(
             f"{path}: {len(missing)} of {len(numbers)} shards are not finished; {_AGAIN}"
         )
-    parts = [EmbeddingIndex.load(path / shards[number]["file"], backend) for number in numbers]
+    parts = [_shard(path / shards[number]["file"], backend) for number in numbers]
     names = [name for part in parts for name in part.names]
+    if not names:
+        raise CheckpointError(
+            f"{path}: none of its {job['items']} items could be used; its .skipped.jsonl files say why"
+        )
     rows = torch.cat([part.embeddings for part in parts])
     return EmbeddingIndex(rows, names, backend, origin=parts[0].origin)
+
+
+def _shard(path: Path, backend: str) -> EmbeddingIndex:
+    try:
+        return EmbeddingIndex.load(path, backend)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is damaged; delete it and {_AGAIN}") from error

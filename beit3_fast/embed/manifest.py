@@ -51,7 +51,7 @@ class Manifest:
         other = [key for key in self.job if job.get(key) != self.job[key]]
         if other:
             why = (
-                ", of which a file was added, removed or written again"
+                ", of which a file was added, removed, written again or is named by another path"
                 if "sources" in other
                 else ""
             )

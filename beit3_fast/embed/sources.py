@@ -135,6 +135,8 @@ def _items_of(source: Path, kind: str) -> Iterator[Item]:
     if os.path.isdir(source):
         yield from _folder(source, kind)
     elif not os.path.isfile(source):
+        if os.path.exists(source):
+            raise InputError(f"{str(source)!r} is no regular file; give a file or a folder")
         raise InputError(f"there is no file or folder {str(source)!r}; check the path")
     elif source.name.lower().endswith(_COMPRESSED):
         raise InputError(f"{str(source)!r} is compressed; unpack it to a plain .tar first")

@@ -130,6 +130,7 @@ class Work:
         places: list[int] = []
         skipped: list[Skipped] = []
         texts: list[tuple[int, int, list[int]]] = []
+        cut: list[int] = []
 
         def skip(own: Skipped) -> None:
             bar.clear_line()
@@ -148,6 +149,7 @@ class Work:
             bar.add(len(own), good.count(False))
 
         for chunk in chunks:
+            cut += chunk.cut
             for one in chunk.skipped:
                 skip(one)
             bar.add(len(chunk.skipped), len(chunk.skipped))
@@ -163,6 +165,12 @@ class Work:
         for start in range(0, len(texts), self.batch_size):
             _, own, tokens = zip(*texts[start : start + self.batch_size], strict=True)
             embed(list(own), None, list(tokens))
+        if cut:
+            bar.clear_line()
+            logger.warning(
+                "%d texts are cut behind %d tokens, the first of them that of %s",
+                *(len(cut), self.processor.max_length, self.items[cut[0]].name),
+            )
         skipped.sort()
         order = sorted(range(len(places)), key=places.__getitem__)
         return (

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from beit3_fast.errors import ConfigError
 
 # The released beam search looks at this many candidates a beam.
@@ -47,6 +49,10 @@ class Options:
     compat: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("num_beams", "max_length", "num_return_sequences", "top_k", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, np.integer):
+                object.__setattr__(self, name, int(value))
         _integer("num_beams", self.num_beams, 1)
         _integer("max_length", self.max_length, 3)
         _integer("num_return_sequences", self.num_return_sequences, 1)

@@ -77,7 +77,6 @@ def verify_checkpoint(
     dtype that it does not have, a name that is missing and what ``create_model`` refuses; CheckpointError for
     a file that does not fit.
     """
-    import_torchscale()
     if dtype not in _DTYPES:
         raise ConfigError(
             f"dtype must be one of {list(_DTYPES)}, which torchscale has, got {dtype!r}"
@@ -85,6 +84,7 @@ def verify_checkpoint(
     if samples < 1:
         raise ConfigError(f"samples must be at least 1, got {samples}")
     file = read_checkpoint(checkpoint)
+    import_torchscale()
     name = name or file.name
     if name is None:
         raise ConfigError(

@@ -163,7 +163,8 @@ class BEiT3ForCaptioning(BEiT3Task):
         seed: int | None = None,
         mask_id: int | None = None,
     ) -> Iterator[CaptionStep]:
-        """Caption one image, each word as soon as it is chosen; the texts of all steps together are the caption's.
+        """Caption one image, each word as soon as it is chosen; the texts of all steps together are the caption's. Tokens that
+        make a letter between them come together.
 
         Arguments as for ``caption`` with num_beams=1; what they raise is raised at once, not at the first word. Raises
         InputError at a word whose probability is not finite.
@@ -187,21 +188,26 @@ class BEiT3ForCaptioning(BEiT3Task):
         processor: Processor | None,
     ) -> Iterator[CaptionStep]:
         tokens: list[int] = []
-        said = ""
+        said = text = ""
+        # Of letters of several tokens: a decoder puts U+FFFD for what is not whole yet.
+        held: list[CaptionStep] = []
         steps = caption_steps(decoder, options, special, self._generator(options))
         while True:
             # The mode belongs to the thread: it must not leak into what the caller does between two words.
             with torch.inference_mode():
                 step = next(steps, None)
             if step is None:
-                return
+                break
             if processor is None or processor.tokenizer is None:
                 yield step
                 continue
             tokens.append(step.token)
             text = processor.tokenizer.decode(_words(tokens, special))
-            yield step._replace(text=text[len(said) :])
-            said = text
+            held.append(step)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                yield from _saying(held, text[len(said) :])
+                held, said = [], text
+        yield from _saying(held, text[len(said) :])
 
     def _decoder(self, images: Tensor, options: Options, special: Special) -> CaptionDecoder:
         return CaptionDecoder(
@@ -297,6 +303,12 @@ class BEiT3ForCaptioning(BEiT3Task):
         if language_masked_pos is not None:
             features = features[language_masked_pos.bool()]
         return self._logits(features), state
+
+
+def _saying(steps: list[CaptionStep], text: str) -> Iterator[CaptionStep]:
+    """The steps, the last of which adds the text to what was said."""
+    for index, step in enumerate(steps, 1):
+        yield step._replace(text=text if index == len(steps) else "")
 
 
 def _integer(text_len: object) -> int:

@@ -79,7 +79,7 @@ class Embeddings:
         """Embed texts by themselves.
 
         ``texts``: one or a list of strings, which need a ``processor`` with a tokenizer, or token ids int64 [Nt] with
-        bos and eos and without padding. Returns [B, C], or for "tokens" a list of B tensors [Nt, C]. Raises
+        bos and eos; padding behind them is cut off. Returns [B, C], or for "tokens" a list of B tensors [Nt, C]. Raises
         ConfigError, InputError and ShapeError for what cannot be used.
         """
         _check(output, batch_size)

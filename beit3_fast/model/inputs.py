@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from beit3_fast.data import Processor
+from beit3_fast.data.tokenizer import EOS, PAD
 from beit3_fast.errors import ConfigError, InputError, ShapeError
 from beit3_fast.model.batch import branch
+
+_BOS_AND_EOS = 2
 
 
 def listed(images: Any) -> list[Any]:
@@ -89,8 +92,8 @@ def text_tensors(
 ) -> list[Tensor]:
     """Token ids int64 [Nt] each, bos and eos included, without padding.
 
-    ``texts`` are strings, or ids: int64 [B, Nt] or [Nt], or a list of tensors [Nt]. Raises InputError, ShapeError, and
-    ConfigError for strings without a tokenizer.
+    ``texts`` are strings, or ids: int64 [B, Nt] or [Nt], or a list of tensors [Nt], of which padding behind eos is cut
+    off. Raises InputError for texts without words, ShapeError, and ConfigError for strings without a tokenizer.
     """
     check_processor(processor)
     given: Any = texts
@@ -107,14 +110,32 @@ def text_tensors(
                     f"text {index} must be token ids, int64 [Nt] with bos and eos, got {tokens.dtype} of shape "
                     f"{list(tokens.shape)}"
                 )
-        return [tokens.to(device) for tokens in given]
+        return _without_padding([tokens.to(device) for tokens in given])
     if processor is None or processor.tokenizer is None:
         raise ConfigError(
             "texts need a tokenizer; pass processor=Processor.for_model(model, 'beit3.spm'), or token ids as int64 "
             "tensors [Nt]"
         )
     batch = processor.tokenizer(given, processor.max_length, padding=False)
+    for index, (text, tokens) in enumerate(zip(given, batch["text_tokens"], strict=True)):
+        if len(tokens) == _BOS_AND_EOS:
+            raise InputError(f"text {index}, {text!r:.40}, has no words; leave it out")
     return [tokens.to(device) for tokens in batch["text_tokens"]]
+
+
+def _without_padding(texts: list[Tensor]) -> list[Tensor]:
+    # of all texts at once: a device is waited for once
+    if not bool((torch.cat(texts) == PAD).any()):
+        return texts
+    return [tokens[: _end_of_text(tokens.tolist())] for tokens in texts]
+
+
+def _end_of_text(tokens: list[int]) -> int:
+    """Where padding begins, if that is behind eos: such ids may be anything else where there is none."""
+    end = len(tokens)
+    while end and tokens[end - 1] == PAD:
+        end -= 1
+    return end if end and tokens[end - 1] == EOS else len(tokens)
 
 
 def check_batch_size(batch_size: Any) -> None:
@@ -144,4 +165,6 @@ def _processed(processor: Processor, image: Any, index: int, count: int) -> Tens
 def _named(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype}, {list(value.shape)}"
+    if isinstance(value, (list, tuple)) and not value:
+        return f"an empty {type(value).__name__}"
     return f"a {type(value).__name__}"

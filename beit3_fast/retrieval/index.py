@@ -27,6 +27,7 @@ BACKENDS = ("auto", "faiss", "torch")
 _FORMAT = "beit3_fast index 2"
 # It does not say what made it.
 _OLD_FORMAT = "beit3_fast index 1"
+_NO_INDEX = "it is no index; make one with beit3-fast search --build"
 # Scores of a block of queries are held at once.
 _SCORES_AT_ONCE = 1 << 24
 
@@ -209,8 +210,8 @@ class EmbeddingIndex:
         try:
             with source.open("rb") as file:
                 size = source.stat().st_size
-                if size < 8:
-                    raise CheckpointError("it is too short to be an index")
+                if file.read(9)[8:] != b"{":
+                    raise CheckpointError(_NO_INDEX)
                 state, metadata = safetensors_file.read(file, size, verify=True)
             origin = None
             if "rows" in metadata and {"outside", "layers"} <= set(state):
@@ -219,7 +220,7 @@ class EmbeddingIndex:
                 "embeddings",
                 "names",
             }:
-                raise CheckpointError("it is no index; make one with beit3-fast search --build")
+                raise CheckpointError(_NO_INDEX)
             names = json.loads(state["names"].numpy().tobytes().decode("utf-8", "surrogatepass"))
             return cls(state["embeddings"], names, backend, origin=origin)
         except ConfigError:

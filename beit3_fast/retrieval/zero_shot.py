@@ -67,6 +67,9 @@ def zero_shot_classifier(
     """
     model = check_retrieval(model)
     names = _strings("labels", labels)
+    for index, name in enumerate(names):
+        if not name.strip():
+            raise InputError(f"label {index} is empty; leave it out")
     sentences = _strings("templates", templates)
     for template in sentences:
         if template.count("{}") != 1:

@@ -106,7 +106,7 @@ def test_sentences_need_a_tokenizer(tmp_path: Path, index: Path) -> None:
         ({"scores": None}, 'expected "labels"'),
         ({"image_path": None}, 'expected "image_path"'),
         ({"text_segment": []}, r"its text_segment \(\) has no words"),
-        ({"text_segment": [1, 2, 1]}, "has no words to learn from; leave the line out"),
+        ({"text_segment": [1, 2, 1]}, "has no words; leave the line out"),
         ({"text_segment": " \t\u200b"}, "has no words"),
         ({"text_segment": None}, "is null, as in official captioning files"),
     ],

@@ -53,7 +53,9 @@ def test_what_is_no_whole_folder(embed: Any, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"1 of 3 shards are not finished; call embed"):
             load_embeddings(tmp_path)
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match=r"000001\.safetensors: .*damaged"):
+    with pytest.raises(
+        CheckpointError, match=r"000001\.safetensors is damaged; delete it and call"
+    ):
         load_embeddings(tmp_path)
     shard.write_bytes(whole)
     for change in (

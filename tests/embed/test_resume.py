@@ -226,7 +226,8 @@ def test_files_written_again_are_another_job(
         assert path.stat().st_size == size
     for form in sources:
         with pytest.raises(
-            ConfigError, match=r"of another sources, of which a file .* written again; "
+            ConfigError,
+            match=r"of another sources, of which a file .* written again or is named by another path; ",
         ):
             job(form)
 
