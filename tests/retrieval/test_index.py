@@ -209,7 +209,7 @@ def test_files_that_are_no_index(tmp_path: Path) -> None:
     (tmp_path / "flipped").write_bytes(flipped)
     save_checkpoint(create_model("beit3_tiny_patch16_32"), tmp_path / "model.safetensors")
     for name, message in {
-        "short": "too short",
+        "short": "no index; make one with",
         "cut": "cut off",
         "flipped": "damaged",
         "model.safetensors": "no index; make one with",
