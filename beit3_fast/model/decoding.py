@@ -31,6 +31,7 @@ from beit3_fast.ops import (
     measured_shared_attention,
 )
 from beit3_fast.ops.dispatch import autocast_enabled
+from beit3_fast.ops.whole_layer import LayerOperands
 
 # Images are encoded as many at a time as give about this number of rows, see model/encoder.py.
 _ROWS_AT_ONCE = 2048
@@ -53,6 +54,7 @@ class _Shape(NamedTuple):
     asking: Tensor  # int64 [S * W], the mask tokens among all rows
     ahead: Tensor  # int64 [2W], how many places in front of the words'
     masks: Tensor  # int64 [S, W], the mask token
+    operands: dict[int, LayerOperands | None]  # by layer, made with its first step
 
 
 def head_logits(head: nn.Linear, rows: Tensor, impl: str) -> Tensor:
@@ -202,7 +204,9 @@ class CaptionDecoder:
         """A layer on the rows x [S * 2W, C] of a step, for those that ``asked`` has: the last n of an image; ``seen`` [S, n, words]."""
         layer, cache, layout = self.encoder.layers[index], self.caches[index], shape.layout
         if cache.image is not None:
-            operands = layer_operands(layer, layout, asked)
+            if index not in shape.operands:
+                shape.operands[index] = layer_operands(layer, layout, asked)
+            operands = shape.operands[index]
             if operands is not None:
                 y = cache.layer(x.rows, operands, place, seen, self.samples)
                 if y is not None:
@@ -223,7 +227,9 @@ class CaptionDecoder:
             ahead = torch.arange(2 * width, device=self.device) >= width
             masks = torch.full((batch, width), self.mask, device=self.device)
             asking = rows[:, width:].flatten()
-            self.shapes[batch, width] = _Shape(layout, last, captions, asking, ahead.long(), masks)
+            self.shapes[batch, width] = _Shape(
+                layout, last, captions, asking, ahead.long(), masks, {}
+            )
         return self.shapes[batch, width]
 
     def _layout(self, batch: int, tokens: int) -> TokenLayout:

@@ -8,13 +8,15 @@ on the chip; elsewhere they come from expert_linear.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from beit3_fast.composite.head_top_k import likeliest
 from beit3_fast.derived import derived
 from beit3_fast.errors import ShapeError
-from beit3_fast.ops import cuda_decoding, dispatch
+from beit3_fast.ops import cuda_decoding, dispatch, library
 from beit3_fast.ops.expert_linear import expert_linear
 from beit3_fast.ops.packed_weight import PackedWeight
 from beit3_fast.reference.head_top_k import head_top_k as reference_impl
@@ -34,10 +36,10 @@ def head_top_k(
 
     x [R, D], weight [V, D], bias [V] or None: fp32, bf16 or fp16 (fp64 too in "reference" and "composite", with log p in
     fp64), one dtype (autocast aside). ``allowed`` bool [V]: the classes that may be named; all of them count in the
-    softmax. Of equals "reference" and "cuda" take the lower id, the others do as torch.topk does.
+    softmax. Of equals "composite" takes what torch.topk takes, the others the lower id.
 
     "cuda" writes no logits; "cpu" and "composite" make them with ``expert_linear`` of that name, which also rounds them
-    to x's dtype. Not differentiable. Raises ShapeError for operands that do not fit, ConfigError and KernelUnavailable
+    to x's dtype. "cpu" looks at them twice, both times in the nearest cache, where PyTorch's calls take ten passes. Not differentiable. Raises ShapeError for operands that do not fit, ConfigError and KernelUnavailable
     for ``impl``.
     """
     _check(x, weight, bias, count, allowed)
@@ -56,7 +58,27 @@ def head_top_k(
         return log_p, ids
     biases = None if bias is None else [bias]
     logits = expert_linear(x, [weight], biases, bounds=(0, len(x)), impl=impl)
+    if choice.impl == "cpu" and logits.dtype in (torch.float32, torch.bfloat16):
+        allowed = None if allowed is None else allowed.contiguous()
+        log_p, ids = _op()(dispatch.rows_in_memory(logits), allowed, count)
+        return log_p, ids
     return likeliest(logits, count, allowed)
+
+
+def _op() -> Any:
+    """The compiled op, with its shape function registered."""
+    _register()
+    return torch.ops.beit3_fast.likeliest.default
+
+
+@library.once
+def _register() -> None:
+    library.load()
+
+    @torch.library.register_fake("beit3_fast::likeliest")
+    def _(logits: Tensor, allowed: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+        log_p = logits.new_empty(len(logits), count, dtype=torch.float32)
+        return log_p, logits.new_empty(len(logits), count, dtype=torch.int64)
 
 
 def _in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_loops.h"
+#include "likeliest_loops.h"
 #include "linear_loops.h"
 
 namespace {
@@ -42,7 +43,8 @@ constexpr Kernels make_kernels(const char* isa) {
           attention_block<Arch>,
           product_loop<Arch>,
           pack_panel<Arch>,
-          pack_transposed<Arch>};
+          pack_transposed<Arch>,
+          likeliest<Arch>};
 }
 
 template <class Arch>
@@ -53,6 +55,7 @@ constexpr Kernels make_int8_kernels(const char* isa) {
           nullptr,
           nullptr,
           product_loop<Arch>,
+          nullptr,
           nullptr,
           nullptr};
 }

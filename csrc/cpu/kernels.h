@@ -89,6 +89,25 @@ struct AttentionBlock {
   Mask mask;
 };
 
+// Logits of one row, and whether each class may be chosen (not zero; null: all may).
+struct LogitsBlock {
+  const void* logits;
+  const unsigned char* allowed;
+  int64_t count;
+  int64_t first;  // the class of the first
+  int64_t wanted;
+};
+
+// Of a LogitsBlock: the highest, the sum of exp(logit - top), and those of the highest that may be
+// chosen with their classes, best first, of equals the lower class.
+struct LogitsSummary {
+  float top;
+  float sum;
+  int64_t found;  // at most the block's `wanted`, for which there is room
+  float* scores;
+  int64_t* classes;
+};
+
 struct Kernels {
   const char* isa;
   int64_t (*linear_scratch)(const LinearBlock& block);
@@ -105,6 +124,7 @@ struct Kernels {
   // those from `columns` on are zero.
   void (*pack_transposed)(const void* x, int64_t stride, int64_t depth, int64_t columns,
                           int64_t from, uint32_t* panel);
+  void (*likeliest)(const LogitsBlock& block, LogitsSummary* out);
 };
 
 // Null where the translation unit was built without the instruction set.

@@ -36,6 +36,8 @@ using beit3_fast::cpu::kChunk;
 using beit3_fast::cpu::Kernels;
 using beit3_fast::cpu::kPanel;
 using beit3_fast::cpu::LinearBlock;
+using beit3_fast::cpu::LogitsBlock;
+using beit3_fast::cpu::LogitsSummary;
 using beit3_fast::cpu::Mask;
 
 constexpr int64_t kCacheLine = 64;

@@ -128,11 +128,19 @@ def assert_draws_near(draws: Sequence[Mapping[str, Results]], what: str) -> None
 
 
 def plain_best(
-    x: Tensor, weight: Tensor, bias: Tensor, count: int, allowed: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    count: int,
+    allowed: Tensor | None,
+    lower_first: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The highest log probabilities of a linear head, and their classes, by PyTorch's own calls."""
+    """The highest log probabilities of a linear head, and their classes, by PyTorch's own calls; of equals the lower one, or
+    what topk takes."""
     log_p = F.linear(x, weight, bias).float().log_softmax(-1)
     if allowed is not None:
         log_p = log_p.masked_fill(~allowed, float("-inf"))
-    best, ids = log_p.topk(count, dim=-1)
-    return best, ids
+    if not lower_first:
+        return log_p.topk(count, dim=-1)
+    best, ids = log_p.sort(dim=-1, descending=True, stable=True)
+    return best[:, :count], ids[:, :count]
