@@ -17,8 +17,13 @@ _MENDS = {
     errno.EIO: "the disk failed, try again or copy the file to another one",
     errno.ESTALE: "the network disk was lost, try again",
 }
-# What is still so when the same path is read again.
-_LASTING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR)
+# Of the system, or mended without a change of the file: another time it may be read.
+_PASSING = (
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENODEV, errno.ENXIO),
+    *(errno.ECONNABORTED, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EBUSY),
+    *(errno.EINTR, errno.EACCES, errno.EPERM),
+)
 
 
 def why(error: Exception) -> str:
@@ -38,6 +43,6 @@ def may_pass(error: BaseException) -> bool:
             return True
         # Pillow raises OSError for damage, without a number
         if isinstance(cause, OSError) and cause.errno is not None:
-            return cause.errno not in _LASTING
+            return cause.errno in _PASSING
         cause = cause.__cause__
     return False

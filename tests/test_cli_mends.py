@@ -134,3 +134,30 @@ def test_an_unknown_option_is_one_of_a_command(capsys: pytest.CaptureFixture[str
     code, out, err = usage(capsys, "info", "--nope")
     assert (code, out) == (2, "")
     assert err == "beit3-fast info: no such option: --nope; see beit3-fast info --help\n"
+    _, _, err = usage(capsys, "info", "foo")
+    assert "too many arguments, or not in one place: foo; see beit3-fast info --help" in err
+
+
+def test_an_index_that_may_not_be_read(
+    shop: Shop, refuse: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = tmp_path / "captions.jsonl"
+    lines.write_text("{}")
+
+    real = Path.open
+
+    def closed(self: Path, *given: Any, **options: Any) -> Any:
+        if self == lines:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *given, **options)
+
+    monkeypatch.setattr(Path, "open", closed)
+    model = shop.model("retrieval")
+    said = refuse("embed", str(lines), "--out", str(tmp_path / "out"), "--kind", "text", *model)
+    assert "captions.jsonl' cannot be read (Permission denied; allow it, as its owner" in said
+
+
+def test_a_manifest_that_is_damaged(shop: Shop, refuse: Any, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("1")
+    said = refuse("search", str(tmp_path), "a cup", *shop.model("retrieval"))
+    assert said.endswith("; embed again into another folder\n")

@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         named = f"{parser.prog} {arguments.command}"
-        parser.exit(2, f"{named}: no such option: {' '.join(unknown)}; see {named} --help\n")
+        wrong = [own for own in unknown if own.startswith("-")]
+        why = "no such option" if wrong else "too many arguments, or not in one place"
+        parser.exit(2, f"{named}: {why}: {' '.join(wrong or unknown)}; see {named} --help\n")
     _escape_what_cannot_be_printed()
     try:
         code = COMMANDS[arguments.command].run(arguments)

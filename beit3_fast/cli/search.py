@@ -49,6 +49,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from beit3_fast.retrieval.origin import origin_of
 
     images = arguments.image or []
+    if not arguments.index:
+        raise ConfigError("INDEX must be the name of a file or folder, got ''")
     if not (arguments.build or arguments.queries or images):
         raise ConfigError("nothing to do; give a text, --image FILE, or --build IMAGE...")
     if arguments.queries and not arguments.tokenizer:
@@ -110,6 +112,10 @@ def _check_target(path: str) -> None:
     """Raises ConfigError where no index can be written, or where there is something that is none."""
     from beit3_fast.retrieval import EmbeddingIndex
 
+    if os.path.isdir(path):
+        raise ConfigError(
+            f"{path!r} is a folder, is no index and is not replaced; give another name for the index file"
+        )
     if not os.path.isdir(Path(path).absolute().parent):
         raise ConfigError(f"the folder of {path!r} does not exist; make it first")
     if not os.path.lexists(path):

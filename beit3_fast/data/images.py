@@ -208,6 +208,8 @@ def _from_file(
         ) from error
     # File parsers answer damage with errors of every kind, and none of them may pass for a bug of ours.
     except Exception as error:
+        if unreadable.may_pass(error):
+            raise InputError(f"{what} cannot be read ({unreadable.why(error)})") from error
         raise InputError(f"{what} cannot be read as an image ({_words(error)})") from error
     with opened:
         return _decode(opened, what, background, max_pixels)
@@ -230,10 +232,10 @@ def _decode(
     except InputError:
         raise
     except MemoryError as error:
-        raise InputError(
-            f"{what} needs more memory than there is; set a lower max_pixels"
-        ) from error
+        raise InputError(f"{what} needs more memory than there is; make it smaller") from error
     except Exception as error:
+        if unreadable.may_pass(error):
+            raise InputError(f"{what} cannot be read ({unreadable.why(error)})") from error
         raise InputError(f"{what} is truncated or damaged ({_words(error)})") from error
 
 
@@ -242,8 +244,8 @@ def _check_size(width: int, height: int, what: str, max_pixels: int | None) -> N
         raise InputError(f"{what} is empty: {width} x {height} pixels")
     if max_pixels is not None and width * height > max_pixels:
         raise InputError(
-            f"{what} has {width} x {height} pixels, more than max_pixels = {max_pixels}; "
-            "raise max_pixels if you trust it"
+            f"{what} has {width} x {height} pixels, more than the limit max_pixels = {max_pixels} "
+            "of the Processor; make it smaller, or raise the limit if you trust it"
         )
 
 

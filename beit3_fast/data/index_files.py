@@ -108,12 +108,12 @@ def images_and_text(entry: Any, kind: str) -> tuple[list[str], str | tuple[int, 
             )
         elif not isinstance(text, str):
             raise InputError('expected "text_segment", a list of token ids or a sentence')
-        if not _has_words(text):
+        if not has_words(text):
             raise InputError(f"its text_segment {text!r:.40} has no words; leave the line out")
     return images, text
 
 
-def _has_words(text: str | tuple[int, ...]) -> bool:
+def has_words(text: str | tuple[int, ...]) -> bool:
     """Whether anything is left between bos and eos that could be hidden."""
     if isinstance(text, str):
         return any(letter.isprintable() and not letter.isspace() for letter in text)

@@ -82,7 +82,11 @@ def labels_for(
 def _text(path: str | PathLike[str]) -> str:
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(
+                f"expected a label file, but {os.fspath(path)!r} is a folder or no regular file; give the file"
+            )
+        if status.st_size > _MAX_BYTES:
             raise InputError(
                 f"expected a label file of at most {_MAX_BYTES} bytes, got {os.fspath(path)!r}"
             )

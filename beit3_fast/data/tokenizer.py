@@ -158,8 +158,8 @@ class Tokenizer:
         cut = [index for index, own in enumerate(tokens) if is_cut(own, max_length)]
         if cut:
             logger.warning(
-                "%d of %d texts are cut behind %d tokens, the first of them text %d, %.40r",
-                *(len(cut), len(tokens), max_length, cut[0], texts[cut[0]]),
+                "texts cut behind %d tokens: %d of %d, the first of them text %d, %.40r",
+                *(max_length, len(cut), len(tokens), cut[0], texts[cut[0]]),
             )
         return segments(tokens, max_length, padding)
 

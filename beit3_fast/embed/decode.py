@@ -111,22 +111,22 @@ class Decoder(Dataset[Chunk]):
 
 
 class Claims:
-    """The order in which a DataLoader asks for places: ranges of items, each cut into chunks of ``size``.
+    """The order in which a DataLoader asks for places: lists of items, each cut into chunks of ``size``.
 
-    A range is taken from ``ranges`` when decoding comes to it, so that processes may share what gives them.
+    A list is taken from ``lists`` when decoding comes to it, so that processes may share what gives them.
     """
 
-    def __init__(self, ranges: Iterable[range], size: int) -> None:
-        self.ranges = ranges
+    def __init__(self, lists: Iterable[list[int]], size: int) -> None:
+        self.lists = lists
         self.size = size
 
     def __iter__(self) -> Iterator[list[int]]:
-        for own in self.ranges:
-            for start in range(own.start, own.stop, self.size):
-                yield list(range(start, min(start + self.size, own.stop)))
+        for own in self.lists:
+            for start in range(0, len(own), self.size):
+                yield own[start : start + self.size]
 
-    def count(self, own: range) -> int:
-        """The number of chunks of one range."""
+    def count(self, own: list[int]) -> int:
+        """The number of chunks of one list."""
         return -(-len(own) // self.size)
 
 

@@ -28,7 +28,10 @@ def load_embeddings(folder: str | PathLike[str], backend: str = "auto") -> Embed
         raise CheckpointError(
             f"{path} is no folder that embed_dataset filled: it has no {manifest.NAME}; name such a folder, or an index file"
         )
-    job, shards = manifest.read(path)
+    try:
+        job, shards = manifest.read(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; embed again into another folder") from error
     if job.get("format") != "safetensors":
         raise CheckpointError(
             f"{path}: its shards are in {job.get('format')!r}, which is not searched; embed with format='safetensors' "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -71,7 +72,7 @@ def embed_dataset(
     The same call again, after whatever end, goes on with the first shard that is missing, and ends with the same files.
     Other weights, another tokenizer, or files that were added or written since are another job. An item that cannot be
     read is logged, listed in the shard's ``.skipped.jsonl`` and counted; where the system failed and not the item (a disk,
-    too many open files, a permission), the same call makes its shard again. One that is reached again, as a file of a folder
+    too many open files, a permission), the same call tries it again and keeps all other rows. One that is reached again, as a file of a folder
     and of an index, is left out, and the log says so. Raises ConfigError for options that cannot be used, a package that
     is missing and a folder of another job, InputError for sources that are not there or where nothing could be used and
     for shared memory that is too small for the workers, CheckpointError where the folder cannot be written.
@@ -120,7 +121,8 @@ def _lead(work: Work, job: dict[str, Any], progress: bool, make: Engine) -> Embe
     with held(work.folder):
         manifest = Manifest(work.folder, job)
         todo = [number for number in range(len(work)) if not manifest.is_done(number)]
-        waiting = sum(len(work.places(number)) for number in todo)
+        work = replace(work, again={n: rows for n in todo if (rows := manifest.rows_of(n))})
+        waiting = sum(map(work.left, todo))
         resumed = len(work.items) - waiting
         bar = Progress(len(work.items), resumed, progress)
         with contextlib.closing(bar):

@@ -33,6 +33,14 @@ class Manifest:
         shard = self.shards.get(number)
         return shard is not None and not shard["unread"] and is_whole(self.path.parent, shard)
 
+    def rows_of(self, number: int) -> int:
+        """How many rows a shard has that was finished and is still there."""
+        shard = self.shards.get(number)
+        if shard is None or not is_whole(self.path.parent, shard):
+            return 0
+        rows: int = shard["rows"]
+        return rows
+
     def add(self, number: int, shard: dict[str, Any]) -> None:
         """Record a shard whose files are on the disk."""
         self.shards[number] = shard

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class Ranks:
                 record(number, shard)
                 self._read = index + 1
 
-        self.store.set("todo", json.dumps(list(todo)))
+        self.store.set("todo", json.dumps([list(todo), list(work.again.items())]))
         own = 0
         for number, shard in work.shards(self._claims(todo), _SharedBar(self.store, bar, listen)):
             record(number, shard)
@@ -84,7 +84,8 @@ class Ranks:
             )
 
     def _follow(self, work: Work) -> EmbedReport:
-        todo = json.loads(self.store.get("todo"))
+        todo, again = json.loads(self.store.get("todo"))
+        work = replace(work, again=dict(again))
         for done in work.shards(self._claims(todo), _SharedBar(self.store)):
             index = self.store.add("done", 1) - 1
             self.store.set(f"done {index}", json.dumps(done))

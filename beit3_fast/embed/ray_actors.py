@@ -69,7 +69,7 @@ def make_with_ray(
                     kind = getattr(errors, row["error"], errors.Beit3FastError)
                     raise kind(row["shard"])
                 shard = json.loads(row["shard"])
-                bar.add(shard["rows"] + shard["skipped"], shard["skipped"])
+                bar.add(work.left(row["number"]), shard["skipped"])
                 record(row["number"], shard)
         except ray.exceptions.RayError as error:
             first = str(error).strip().splitlines()[0]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from beit3_fast.checkpoint.atomic import replacing
@@ -55,11 +56,34 @@ def write_shard(
     return {"file": path.name, "bytes": size, "rows": len(names), "skipped": len(skipped)}
 
 
+def read_shard(folder: Path, number: int, form: str) -> tuple[Tensor, list[str]]:
+    """Rows fp32 [N, C] of a shard and their names as ``stored_name`` has them. Raises CheckpointError."""
+    path = folder / f"{number:06}.{form}"
+    if form != "parquet":
+        index = EmbeddingIndex.load(path, "torch")
+        return index.embeddings, index.names
+    _, parquet = _pyarrow()
+    try:
+        table = parquet.read_table(path)
+        names = table["name"].to_pylist()
+        values = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return torch.tensor(values).view(len(names), -1 if names else 0), names
+    # a damaged file is answered with errors of every kind
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from error
+
+
+def stored_name(name: str, form: str) -> str:
+    """A name as a shard has it: Arrow's strings are UTF-8, names of files need not be."""
+    if form != "parquet":
+        return name
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _write_parquet(path: Path, rows: Tensor, names: list[str]) -> None:
     """Columns ``name`` (string) and ``embedding`` (list of C float32)."""
     pyarrow, parquet = _pyarrow()
-    # Arrow's strings are UTF-8, names of files need not be
-    texts = [name.encode("utf-8", "backslashreplace").decode() for name in names]
+    texts = [stored_name(name, "parquet") for name in names]
     flat = pyarrow.array(rows.contiguous().flatten().numpy())
     columns = {
         "name": pyarrow.array(texts, pyarrow.string()),

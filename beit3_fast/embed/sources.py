@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from beit3_fast import unreadable
 from beit3_fast.data.image_files import state_of_file
 from beit3_fast.data.images import IMAGE_SUFFIXES
 from beit3_fast.data.index_files import KINDS, images_and_text
@@ -165,7 +166,18 @@ def _folder(folder: Path, kind: str) -> Iterator[Item]:
         if path.suffix.lower() == ".tar":
             yield from _tar(path, kind)
     for error in closed:
-        yield Item(str(error.filename), problem=f"the folder cannot be read ({error})")
+        _check_listing(error)
+        why = unreadable.why(error)
+        yield Item(str(error.filename), problem=f"the folder cannot be read ({why})")
+
+
+def _check_listing(error: OSError) -> None:
+    """Raises InputError where the system failed: a list that lacks what is there would be of another job. What may not be
+    read is a matter of the list."""
+    if unreadable.may_pass(error) and not isinstance(error, PermissionError):
+        raise InputError(
+            f"{os.fsdecode(error.filename or '')!r} cannot be listed ({unreadable.why(error)})"
+        ) from error
 
 
 def _below(folder: Path, closed: list[OSError]) -> Iterator[Path]:
@@ -259,7 +271,11 @@ def _members(path: Path) -> tuple[list[_File], str | None]:
                     again += [file.name] if file.name in files else []
                     files[file.name] = file
             problem = _behind(raw, tar.offset)
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+    except OSError as error:
+        error.filename = str(path)
+        _check_listing(error)
+        problem = f"it cannot be read ({unreadable.why(error)})"
+    except (tarfile.TarError, EOFError, ValueError) as error:
         problem = f"it is damaged or no plain tar ({error})"
     for names, why in ((again, "have the name of a later one"), (hidden, "begin with a dot")):
         if names:
@@ -308,7 +324,13 @@ def _behind(raw: BinaryIO, end: int) -> str | None:
 
 def _index(path: Path, kind: str) -> Iterator[Item]:
     seen: set[Path] = set()
-    with path.open("rb") as file:
+    try:
+        opened = path.open("rb")
+    except OSError as error:
+        raise InputError(
+            f"the index file {str(path)!r} cannot be read ({unreadable.why(error)})"
+        ) from error
+    with opened as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

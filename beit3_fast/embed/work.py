@@ -6,11 +6,11 @@ import itertools
 import logging
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 from beit3_fast.data import Processor
 from beit3_fast.embed.decode import Chunk, Claims, Decoder, Skipped
 from beit3_fast.embed.manifest import number_of_shards
-from beit3_fast.embed.shards import write_shard
+from beit3_fast.embed.shards import read_shard, stored_name, write_shard
 from beit3_fast.embed.sources import Item
-from beit3_fast.errors import InputError
+from beit3_fast.errors import CheckpointError, InputError
 from beit3_fast.retrieval.origin import origin_of
 
 logger = logging.getLogger("beit3_fast")
@@ -55,10 +55,20 @@ class EmbedReport:
     resumed: int
 
 
+class _Begun(NamedTuple):
+    """A shard when its turn has come: rows [N, C] that an earlier call left, their places, and the places that are left."""
+
+    number: int
+    rows: Tensor
+    places: list[int]
+    left: list[int]
+
+
 @dataclass
 class Work:
     """A job without what is done of it; it can be pickled into other processes. Shard n holds the items from
-    n * shard_size on; the process that calls ``shards`` writes their files into ``folder``."""
+    n * shard_size on; the process that calls ``shards`` writes their files into ``folder``. ``again``: shards of an earlier
+    call that lack items which may be read now, and how many rows they have, which are kept."""
 
     model: Any
     processor: Processor
@@ -71,6 +81,7 @@ class Work:
     batch_size: int
     shard_size: int
     workers: int
+    again: Mapping[int, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """The number of shards."""
@@ -81,6 +92,10 @@ class Work:
         first = number * self.shard_size
         return range(first, min(first + self.shard_size, len(self.items)))
 
+    def left(self, number: int) -> int:
+        """How many items of a shard are to be embedded."""
+        return len(self.places(number)) - self.again.get(number, 0)
+
     def shards(self, numbers: Iterable[int], bar: Bar) -> Iterator[tuple[int, dict[str, Any]]]:
         """Make these shards; yields each number, with what the manifest says of it, once its files are on the disk.
 
@@ -88,13 +103,16 @@ class Work:
         too small, CheckpointError where a file cannot be written.
         """
         size = _TEXTS_AT_ONCE if self.kind == "text" else self.batch_size
-        claimed: deque[int] = deque()
-        claims = Claims(map(self.places, _noted(numbers, claimed)), size)
+        begun: deque[_Begun] = deque()
+        claims = Claims(self._noted(numbers, begun), size)
         decoded = self._decoded(claims)
         for first in decoded:
-            number = claimed.popleft()
-            more = itertools.islice(decoded, claims.count(self.places(number)) - 1)
-            rows, places, skipped = self._rows(itertools.chain([first], more), bar)
+            number, rows, places, left = begun.popleft()
+            more = itertools.islice(decoded, claims.count(left) - 1)
+            new, own, skipped = self._rows(itertools.chain([first], more), bar)
+            places = [*places, *own]
+            order = sorted(range(len(places)), key=places.__getitem__)
+            rows, places = torch.cat([rows, new])[order], [places[index] for index in order]
             names = [self.items[place].name for place in places]
             reasons = [
                 {"name": self.items[own.place].name, "reason": own.reason} for own in skipped
@@ -102,6 +120,30 @@ class Work:
             origin = origin_of(self.model, f"{self.output} {self.kind}")
             made = write_shard(self.folder, number, self.form, rows, names, reasons, origin)
             yield number, made | {"unread": sum(own.may_pass for own in skipped)}
+
+    def _noted(self, numbers: Iterable[int], begun: deque[_Begun]) -> Iterator[list[int]]:
+        """Of each shard the places that are to be embedded, what is known of it noted when they are taken."""
+        for number in numbers:
+            own = self._begin(number)
+            begun.append(own)
+            yield own.left
+
+    def _begin(self, number: int) -> _Begun:
+        every = list(self.places(number))
+        fresh = _Begun(number, torch.empty(0, self.width), [], every)
+        if number not in self.again:
+            return fresh
+        place_of = {stored_name(self.items[place].name, self.form): place for place in every}
+        try:
+            rows, names = read_shard(self.folder, number, self.form)
+        except CheckpointError:
+            return fresh
+        done = [place_of[name] for name in names if name in place_of]
+        left = sorted(set(every) - set(done))
+        fits = len(place_of) == len(every) and len(done) == len(names)
+        if not (fits and left and rows.shape[1] == self.width):
+            return fresh
+        return _Begun(number, rows, done, left)
 
     def _decoded(self, claims: Claims) -> Iterator[Chunk]:
         decoder = Decoder(self.items, self.processor, self.model.backbone.config.vocab_size)
@@ -125,7 +167,7 @@ class Work:
         )
 
     def _rows(self, chunks: Iterator[Chunk], bar: Bar) -> tuple[Tensor, list[int], list[Skipped]]:
-        """Embeddings of the chunks of one shard with their places, in order, and what was skipped."""
+        """Embeddings of the chunks of one shard with their places, and what was skipped, in order."""
         parts: list[Tensor] = []
         places: list[int] = []
         skipped: list[Skipped] = []
@@ -168,16 +210,11 @@ class Work:
         if cut:
             bar.clear_line()
             logger.warning(
-                "%d texts are cut behind %d tokens, the first of them that of %s",
-                *(len(cut), self.processor.max_length, self.items[cut[0]].name),
+                "texts cut behind %d tokens: %d, the first of them that of %s",
+                *(self.processor.max_length, len(cut), self.items[cut[0]].name),
             )
         skipped.sort()
-        order = sorted(range(len(places)), key=places.__getitem__)
-        return (
-            torch.cat([torch.empty(0, self.width), *parts])[order],
-            [places[index] for index in order],
-            skipped,
-        )
+        return torch.cat([torch.empty(0, self.width), *parts]), places, skipped
 
 
 @contextmanager
@@ -227,13 +264,6 @@ def _shared_memory() -> str:
     return (
         f", and /dev/shm has {found.total / 2**20:.3g} MiB, {found.free / 2**20:.3g} of them free"
     )
-
-
-def _noted(numbers: Iterable[int], claimed: deque[int]) -> Iterator[int]:
-    """The numbers, each appended to ``claimed`` when it is taken."""
-    for number in numbers:
-        claimed.append(number)
-        yield number
 
 
 def _unchanged(chunk: Any) -> Any:

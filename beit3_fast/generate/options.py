@@ -53,6 +53,10 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, np.integer):
                 object.__setattr__(self, name, int(value))
+        for name in ("length_penalty", "temperature", "top_p"):
+            value = getattr(self, name)
+            if isinstance(value, np.floating):
+                object.__setattr__(self, name, float(value))
         _integer("num_beams", self.num_beams, 1)
         _integer("max_length", self.max_length, 3)
         _integer("num_return_sequences", self.num_return_sequences, 1)

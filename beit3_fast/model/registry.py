@@ -130,7 +130,7 @@ def create_model(
     options: dict[str, Any] = {"impl": impl}
     if num_classes is not None:
         if task is None or not task.has_classes:
-            raise ConfigError(f"{name} has no classes; num_classes cannot be set")
+            raise ConfigError(f"{name} has no classes whose number could be set")
         if not isinstance(num_classes, int) or num_classes < 1:
             raise ConfigError(f"num_classes must be a positive integer, got {num_classes!r}")
         options["num_classes"] = num_classes

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit3_fast.data import Processor
+from beit3_fast.data.index_files import has_words
 from beit3_fast.errors import ConfigError, InputError
 from beit3_fast.finite import check_finite
 from beit3_fast.model import BEiT3ForRetrieval
@@ -68,8 +69,8 @@ def zero_shot_classifier(
     model = check_retrieval(model)
     names = _strings("labels", labels)
     for index, name in enumerate(names):
-        if not name.strip():
-            raise InputError(f"label {index} is empty; leave it out")
+        if not has_words(name):
+            raise InputError(f"label {index}, {name!r:.40}, has no words; leave it out")
     sentences = _strings("templates", templates)
     for template in sentences:
         if template.count("{}") != 1:

@@ -217,9 +217,16 @@ PRODUCT_BUGS = (
         ("tests/embed/test_unread.py",),
     ),
     Bug(
+        "embed-rows-of-before-made-again",
+        "beit3_fast/embed/work.py",
+        "        if number not in self.again:\n",
+        "        if True:\n",
+        ("tests/embed/test_unread.py",),
+    ),
+    Bug(
         "embed-missing-files-tried-for-ever",
         "beit3_fast/unreadable.py",
-        "return cause.errno not in _LASTING",
+        "return cause.errno in _PASSING",
         "return True",
         ("tests/embed/test_unread.py", "tests/test_unreadable.py"),
     ),

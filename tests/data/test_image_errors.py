@@ -285,7 +285,9 @@ class TestBombs:
             NOISE,
             torch.from_numpy(NOISE).permute(2, 0, 1),
         ):
-            with pytest.raises(InputError, match="48 x 64 pixels, more than max_pixels = 3071"):
+            with pytest.raises(
+                InputError, match="48 x 64 pixels, more than the limit max_pixels = 3071"
+            ):
                 load_image(source, max_pixels=48 * 64 - 1)
             with pytest.raises(InputError, match="max_pixels"):
                 preprocess_image(source, 8, max_pixels=48 * 64 - 1)

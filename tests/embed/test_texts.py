@@ -26,6 +26,6 @@ def test_empty_and_long_texts(
     assert (report.embedded, report.skipped, report.unread) == (3, 2, 0)
     listed = (tmp_path / "out" / "000000.skipped.jsonl").read_text().splitlines()
     assert [json.loads(line)["reason"] for line in listed] == ["the text has no words"] * 2
-    cut = [r.getMessage() for r in caplog.records if "are cut" in r.getMessage()]
-    expected = f"2 texts are cut behind 64 tokens, the first of them that of {tmp_path / 'c.txt'}"
+    cut = [r.getMessage() for r in caplog.records if "texts cut" in r.getMessage()]
+    expected = f"texts cut behind 64 tokens: 2, the first of them that of {tmp_path / 'c.txt'}"
     assert cut == [expected]

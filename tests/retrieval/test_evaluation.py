@@ -114,6 +114,7 @@ def test_bad_lists(model: Any, processor: Any, photos: Any) -> None:
         (photos, ["a cat"] * 4, "captions must be a list of lists"),
         (photos, [["a cat"]], "got 4 images and 1 lists"),
         (photos[:1], [[]], "at least one"),
+        (photos[:2], [["a"], ["b", " "]], "caption 1 of image 1, ' ', has no words; leave it out"),
         (None, [["a"]], "images must be a list, or one tensor or array of images, got NoneType"),
         ("a", [["a"]], "images must be a list, or one tensor or array of images, got str"),
     ):
