@@ -22,6 +22,7 @@ REGISTERED = {
     "decoder_layer",
     "encoder_layer",
     "expert_linear",
+    "likeliest",
     "masked_linear_cross_entropy",
     "masked_linear_cross_entropy_backward",
     "pack_keys",
@@ -37,7 +38,7 @@ REGISTERED = {
 
 @pytest.fixture(autouse=True)
 def _registered() -> None:
-    for op in ("expert_linear", "patch_embedding", "shared_attention"):
+    for op in ("expert_linear", "head_top_k", "patch_embedding", "shared_attention"):
         import_module(f"beit3_fast.ops.{op}")._op()
 
 
@@ -126,6 +127,13 @@ def test_pack_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert torch.equal(OPS.pack_transposed(weight.T.contiguous()), packed)
     torch.library.opcheck(OPS.quantize_weight.default, (weight,))
     torch.library.opcheck(OPS.unpack_weight.default, (OPS.quantize_weight(weight), *shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("restricted", [False, True])
+def test_likeliest(restricted: bool, dtype: torch.dtype) -> None:
+    allowed = torch.arange(70) % 2 > 0 if restricted else None
+    torch.library.opcheck(OPS.likeliest.default, (draw(3, 70, dtype=dtype), allowed, 5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
