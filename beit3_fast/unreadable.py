@@ -28,6 +28,8 @@ _PASSING = (
 
 def why(error: Exception) -> str:
     """What an error while a file was opened or read says, with the mend where there is one."""
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is; make it smaller"
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
     said = error.strerror or str(error)

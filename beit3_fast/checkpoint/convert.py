@@ -48,7 +48,9 @@ def convert_checkpoint(
         if source.exists() and source.samefile(target):
             raise CheckpointError(f"{target}: is the source itself; give another name")
         if not overwrite:
-            raise CheckpointError(f"{target}: exists already; remove it or allow overwriting")
+            raise CheckpointError(
+                f"{target}: exists already; give another name, or overwrite=True to replace it"
+            )
     checkpoint = read_checkpoint(source, key=key)
     if model is not None:
         report = check_checkpoint(model, checkpoint)

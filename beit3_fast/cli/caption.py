@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from beit3_fast.cli.command import Command, in_options
+from beit3_fast.cli.command import Command, said_in_options
 from beit3_fast.cli.options import (
     IMAGES_HELP,
     add_model,
@@ -91,7 +89,7 @@ def _run(arguments: argparse.Namespace) -> int:
         seed = arguments.seed
         if seed is not None and first:
             seed = (seed + first) % 2**63
-        with _said_in_options():
+        with said_in_options(_OPTIONS):
             return model.caption(
                 own,
                 beams,
@@ -111,15 +109,6 @@ def _run(arguments: argparse.Namespace) -> int:
     ]
     lines = [f"{path}: {caption.text}" for path, own in found for caption in own]
     return show(arguments, report, lines, len(paths) - len(found))
-
-
-@contextmanager
-def _said_in_options() -> Iterator[None]:
-    """Errors name options of the command line."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(in_options(str(error), _OPTIONS)) from error
 
 
 def _choice_of_words(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -143,7 +132,7 @@ def _stream(arguments: argparse.Namespace, paths: list[str]) -> int:
             else f"--stream takes one image, got {len(paths)}"
         )
     model, processor = load_model(arguments, "captioning", "caption")
-    with _said_in_options():
+    with said_in_options(_OPTIONS):
         steps = model.stream_caption(
             paths[0],
             arguments.max_length,

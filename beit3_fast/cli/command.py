@@ -6,11 +6,12 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from beit3_fast.errors import Beit3FastError
+from beit3_fast.errors import Beit3FastError, CheckpointError, ConfigError
 from beit3_fast.finite import for_json
 
 
@@ -47,10 +48,17 @@ def said_by(error: Beit3FastError, arguments: argparse.Namespace) -> str:
     return f"{error.what}\n  name the model that the file is of, or give the file of this one"
 
 
-def in_options(message: str, options: Mapping[str, str]) -> str:
-    """A message about the arguments of a function, in the words of the command line: ``options`` maps one to the other."""
-    words = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
-    return re.sub(rf"\b(?:{words})(?!\w)", lambda found: options[found[0]], message)
+@contextmanager
+def said_in_options(options: Mapping[str, str]) -> Iterator[None]:
+    """Errors about the arguments of a function in the words of the command line: ``options`` maps one to the other."""
+    try:
+        yield
+    except (CheckpointError, ConfigError) as error:
+        words = "|".join(map(re.escape, options))
+        said = re.sub(rf"\b(?:{words})(?!\w)", lambda found: options[found[0]], str(error))
+        if said == str(error):
+            raise
+        raise type(error)(said) from error
 
 
 def version_of(package: str) -> str | None:

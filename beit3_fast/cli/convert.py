@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
-from beit3_fast.cli.command import Command
+from beit3_fast.cli.command import Command, said_in_options
 from beit3_fast.cli.options import add_num_classes, check_model_name, show
-from beit3_fast.errors import CheckpointError, ConfigError
+from beit3_fast.errors import ConfigError
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,21 +47,18 @@ def _convert(arguments: argparse.Namespace) -> int:
         from beit3_fast.data.presets import ImagePreset
 
         preset = ImagePreset.get(arguments.preset)
-    if os.path.exists(arguments.target) and not arguments.force:
-        raise CheckpointError(
-            f"{arguments.target}: exists already; give another name, or --force to replace it"
-        )
     if arguments.num_classes is not None and arguments.name is None:
         raise ConfigError("--num-classes goes with --name")
     model = None if arguments.name is None else _empty_model(arguments)
-    done = convert_checkpoint(
-        arguments.source,
-        arguments.target,
-        model=model,
-        preset=preset,
-        key=arguments.key,
-        overwrite=arguments.force,
-    )
+    with said_in_options({"overwrite=True": "--force"}):
+        done = convert_checkpoint(
+            arguments.source,
+            arguments.target,
+            model=model,
+            preset=preset,
+            key=arguments.key,
+            overwrite=arguments.force,
+        )
     report = {
         "target": str(done.target),
         "tensors": done.tensors,

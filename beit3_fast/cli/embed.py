@@ -7,6 +7,7 @@ import os
 
 from beit3_fast.cli.command import Command
 from beit3_fast.cli.options import (
+    TOKENIZER_HELP,
     add_model,
     add_num_classes,
     check_model_name,
@@ -62,11 +63,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="actors of --engine ray; default: one for each GPU of the cluster, else for each node",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument(
-        "--tokenizer",
-        metavar="FILE",
-        help="the official beit3.spm, for texts, which are cut behind 64 tokens",
-    )
+    parser.add_argument("--tokenizer", metavar="FILE", help=TOKENIZER_HELP)
     add_num_classes(parser)
     add_model(parser, "beit3_base_patch16_384_retrieval", tokenizer=False)
 

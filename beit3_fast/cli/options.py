@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from beit3_fast.train.processes import Processes
 
 _MOST = 2**31 - 1
+TOKENIZER_HELP = "the official beit3.spm; texts are cut behind 64 tokens"
 
 
 def add_model(parser: argparse.ArgumentParser, example: str, *, tokenizer: bool) -> None:
@@ -31,7 +32,7 @@ def add_model(parser: argparse.ArgumentParser, example: str, *, tokenizer: bool)
             "--tokenizer",
             required=True,
             metavar="FILE",
-            help="the official beit3.spm; texts are cut behind 64 tokens",
+            help=TOKENIZER_HELP,
         )
     group.add_argument(
         "--batch-size",

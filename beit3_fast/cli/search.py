@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from beit3_fast.cli.command import Command
-from beit3_fast.cli.options import add_model, image_paths, load_model, of_each, positive, show
+from beit3_fast.cli.options import (
+    TOKENIZER_HELP,
+    add_model,
+    image_paths,
+    load_model,
+    of_each,
+    positive,
+    show,
+)
 from beit3_fast.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -34,11 +42,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-k", type=positive, default=10, metavar="N", help="default: %(default)s"
     )
-    parser.add_argument(
-        "--tokenizer",
-        metavar="FILE",
-        help="the official beit3.spm, for texts, which are cut behind 64 tokens",
-    )
+    parser.add_argument("--tokenizer", metavar="FILE", help=TOKENIZER_HELP)
     add_model(parser, "beit3_base_patch16_384_retrieval", tokenizer=False)
 
 
@@ -56,7 +60,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.queries and not arguments.tokenizer:
         raise ConfigError("texts need --tokenizer beit3.spm")
     for path in arguments.build or ():
-        if not (os.path.exists(path) or os.path.islink(path)):
+        if not os.path.lexists(path):
             raise ConfigError(
                 f"--build names {path!r}, which does not exist; texts to search for stand in front of --build"
             )

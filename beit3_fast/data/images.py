@@ -208,9 +208,7 @@ def _from_file(
         ) from error
     # File parsers answer damage with errors of every kind, and none of them may pass for a bug of ours.
     except Exception as error:
-        if unreadable.may_pass(error):
-            raise InputError(f"{what} cannot be read ({unreadable.why(error)})") from error
-        raise InputError(f"{what} cannot be read as an image ({_words(error)})") from error
+        raise _unfit(what, "cannot be read as an image", error) from error
     with opened:
         return _decode(opened, what, background, max_pixels)
 
@@ -231,12 +229,8 @@ def _decode(
         return _to_rgb(_upright(image), background)
     except InputError:
         raise
-    except MemoryError as error:
-        raise InputError(f"{what} needs more memory than there is; make it smaller") from error
     except Exception as error:
-        if unreadable.may_pass(error):
-            raise InputError(f"{what} cannot be read ({unreadable.why(error)})") from error
-        raise InputError(f"{what} is truncated or damaged ({_words(error)})") from error
+        raise _unfit(what, "is truncated or damaged", error) from error
 
 
 def _check_size(width: int, height: int, what: str, max_pixels: int | None) -> None:
@@ -352,5 +346,9 @@ def _kind(tensor: Tensor) -> str:
     return f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
 
 
-def _words(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+def _unfit(what: str, reason: str, error: Exception) -> InputError:
+    """The error for an image of which that is the reason, unless the system failed."""
+    if unreadable.may_pass(error):
+        return InputError(f"{what} cannot be read ({unreadable.why(error)})")
+    words = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return InputError(f"{what} {reason} ({words})")

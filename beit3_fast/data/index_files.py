@@ -113,6 +113,12 @@ def images_and_text(entry: Any, kind: str) -> tuple[list[str], str | tuple[int, 
     return images, text
 
 
+def check_words(text: Any, what: str) -> None:
+    """Raises InputError, naming ``what`` it is, for a str without words; what else may come is looked at elsewhere."""
+    if isinstance(text, str) and not has_words(text):
+        raise InputError(f"{what}, {text!r:.40}, has no words; leave it out")
+
+
 def has_words(text: str | tuple[int, ...]) -> bool:
     """Whether anything is left between bos and eos that could be hidden."""
     if isinstance(text, str):

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from beit3_fast import unreadable
 from beit3_fast.data import Processor, segments
+from beit3_fast.data.index_files import has_words
 from beit3_fast.data.tokenizer import is_cut
 from beit3_fast.embed.sources import Blob, Item
 from beit3_fast.errors import InputError
@@ -97,6 +98,8 @@ class Decoder(Dataset[Chunk]):
                 text = _read(text).decode("utf-8").strip()
             except UnicodeDecodeError as error:
                 raise InputError(f"the text is not UTF-8 ({error})") from error
+        if not has_words(text):
+            raise InputError("the text has no words")
         if isinstance(text, str):
             assert self.processor.tokenizer is not None
             text = tuple(self.processor.tokenizer.encode(text))
@@ -104,8 +107,6 @@ class Decoder(Dataset[Chunk]):
             strange = [token for token in text if not 0 <= token < self.vocab_size]
             if strange:
                 raise InputError(f"token ids must be below {self.vocab_size}, got {strange[0]}")
-        if not text:
-            raise InputError("the text has no words")
         ids: list[int] = segments([text], length, padding=False)["text_tokens"][0].tolist()
         return ids, is_cut(text, length)
 

@@ -190,8 +190,7 @@ def _projected(
         bounds=routes[0].bounds,
         norm=_norm(layer.self_attn_layer_norm, layout),
         impl=impl,
-        measure=False,
-        scales=True,
+        leaves="scales",
     )
 
 

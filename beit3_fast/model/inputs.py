@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from beit3_fast.data import Processor
+from beit3_fast.data.index_files import check_words
 from beit3_fast.data.tokenizer import EOS, PAD
 from beit3_fast.errors import ConfigError, InputError, ShapeError
 from beit3_fast.model.batch import branch
-
-_BOS_AND_EOS = 2
 
 
 def listed(images: Any) -> list[Any]:
@@ -116,10 +115,9 @@ def text_tensors(
             "texts need a tokenizer; pass processor=Processor.for_model(model, 'beit3.spm'), or token ids as int64 "
             "tensors [Nt]"
         )
+    for index, text in enumerate(given):
+        check_words(text, f"text {index}")
     batch = processor.tokenizer(given, processor.max_length, padding=False)
-    for index, (text, tokens) in enumerate(zip(given, batch["text_tokens"], strict=True)):
-        if len(tokens) == _BOS_AND_EOS:
-            raise InputError(f"text {index}, {text!r:.40}, has no words; leave it out")
     return [tokens.to(device) for tokens in batch["text_tokens"]]
 
 

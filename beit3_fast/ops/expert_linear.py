@@ -25,7 +25,17 @@ from beit3_fast.derived import derived, needs_grad
 from beit3_fast.errors import ShapeError
 from beit3_fast.ops import cpu_kernels, cuda_kernels, dispatch, library, triton_kernels
 from beit3_fast.ops.float8_linear import float8_linear
-from beit3_fast.ops.operands import Measured, Norm, Weight, check, flat, measured, rounding, shape
+from beit3_fast.ops.operands import (
+    Leaves,
+    Measured,
+    Norm,
+    Weight,
+    check,
+    flat,
+    measured,
+    rounding,
+    shape,
+)
 from beit3_fast.ops.packed_weight import PackedWeight
 from beit3_fast.reference.expert_linear import expert_linear as reference_impl
 
@@ -58,7 +68,7 @@ def expert_linear(
     """
     operands: dict[str, Any] = {"bounds": bounds, "norm": norm, "activation": activation}
     operands |= {"residual": residual, "rows": rows, "impl": impl}
-    return measured_expert_linear(x, weights, biases, **operands, measure=False).rows
+    return measured_expert_linear(x, weights, biases, **operands, leaves="nothing").rows
 
 
 def measured_expert_linear(
@@ -72,14 +82,13 @@ def measured_expert_linear(
     residual: Tensor | None = None,
     rows: Tensor | None = None,
     impl: str = "auto",
-    measure: bool = True,
+    leaves: Leaves = "all",
     stores: bool = True,
-    scales: bool = False,
 ) -> Measured:
-    """As ``expert_linear``; where ``measure`` asks for them, the result has its row statistics if the implementation
-    leaves them ("triton" and "cuda" do), and rows of a product in float8 the next one's operand ("cuda" does).
-    ``stores=False``: such a product is their only reader, and they need not be in memory as they are. ``scales``, without
-    ``measure``: of that operand the scales alone."""
+    """As ``expert_linear``, with what the implementation ``leaves`` for the next op: "all", which is its row statistics
+    ("triton" and "cuda" leave them) and of a product in float8 the next one's operand ("cuda"); of that operand the
+    "scales"; or "nothing". ``stores=False``: such a product is the only reader of the rows, and they need not be in memory
+    as they are."""
     given = measured(x)
     x, parts, width, *_ = given
     check(x, parts, width, weights, biases, bounds, norm, activation, residual, rows)
@@ -112,7 +121,7 @@ def measured_expert_linear(
             own = [_stack(bias) for bias in biases or ()]
             tail = (residual, rows, tuple(bounds), eps, activation or "none")
             operands = (given, weights, own, norm_weights, norm_biases, tail)
-            return float8_linear(choice.impl, at, *operands, measure, stores, scales)
+            return float8_linear(choice.impl, at, *operands, leaves, stores)
         _warn_of_unpacking(to, "has no gradients of float8 products")
     if not given.stored:
         raise ShapeError(
@@ -130,6 +139,7 @@ def measured_expert_linear(
         return Measured(_cpu(x, weights, biases, norm_weights, norm_biases, tail, at.needs_grad))
     if choice.impl in ("cuda", "triton"):
         vectors = (biases, norm_weights, norm_biases)
+        measure = leaves == "all"
         return _on_gpu(choice.impl, given, weights, *vectors, tail, at.needs_grad, measure)
     run = reference_impl if choice.impl == "reference" else composite_impl
     stacked = [_stack(weight) for weight in weights]

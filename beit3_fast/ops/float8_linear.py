@@ -18,7 +18,7 @@ from beit3_fast.errors import KernelUnavailable
 from beit3_fast.float8 import BLOCK, E4M3, Quantized
 from beit3_fast.ops import cuda_float8
 from beit3_fast.ops.dispatch import Situation, rows_in_memory
-from beit3_fast.ops.operands import Measured, Weight, flat
+from beit3_fast.ops.operands import Leaves, Measured, Weight, flat
 from beit3_fast.ops.packed_weight import PackedWeight
 from beit3_fast.reference.float8_linear import float8_linear as reference_impl
 
@@ -32,9 +32,8 @@ def float8_linear(
     norm_weights: Sequence[Tensor],
     norm_biases: Sequence[Tensor],
     tail: tuple[Any, ...],
-    measure: bool,
+    leaves: Leaves,
     stores: bool,
-    scales: bool,
 ) -> Measured:
     """Operands as ``measured_expert_linear`` has them after its checks; ``tail``: residual, rows, bounds, eps, activation."""
     rows = x.rows
@@ -44,7 +43,7 @@ def float8_linear(
     vectors = (list(biases), list(norm_weights), list(norm_biases))
     with torch.autocast(at.device, enabled=False):
         if impl == "cuda":
-            return _on_cuda(x, rounded, *vectors, tail, measure, stores, scales)
+            return _on_cuda(x, rounded, *vectors, tail, leaves, stores)
         if not x.stored:
             raise KernelUnavailable(
                 f"x is in memory in 8 bits alone, which impl='cuda' reads; got impl={impl!r}"
@@ -74,14 +73,12 @@ def _on_cuda(
     norm_weights: list[Tensor],
     norm_biases: list[Tensor],
     tail: tuple[Any, ...],
-    measure: bool,
+    leaves: Leaves,
     stores: bool,
-    only_scales: bool,
 ) -> Measured:
     residual, rows, bounds, eps, activation = tail
     given = x.rounded if rows is None else None
     numbers, scales = given or (None, None)
-    leaves = "all" if measure else "scales" if only_scales else "nothing"
     if rows is not None:
         leaves = "nothing"
     stores = stores or leaves != "all"

@@ -59,10 +59,15 @@ def head_top_k(
     biases = None if bias is None else [bias]
     logits = expert_linear(x, [weight], biases, bounds=(0, len(x)), impl=impl)
     if choice.impl == "cpu" and logits.dtype in (torch.float32, torch.bfloat16):
-        allowed = None if allowed is None else allowed.contiguous()
-        log_p, ids = _op()(dispatch.rows_in_memory(logits), allowed, count)
-        return log_p, ids
+        return compiled_likeliest(logits, count, allowed)
     return likeliest(logits, count, allowed)
+
+
+def compiled_likeliest(logits: Tensor, count: int, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As ``composite.head_top_k.likeliest``, of equals the lower id, for logits [R, V] of fp32 or bf16 on a CPU."""
+    allowed = None if allowed is None else allowed.contiguous()
+    log_p, ids = _op()(dispatch.rows_in_memory(logits), allowed, count)
+    return log_p, ids
 
 
 def _op() -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ class Norm(NamedTuple):
     weights: Sequence[Tensor]
     biases: Sequence[Tensor]
     eps: float = 1e-5
+
+
+Leaves = Literal["all", "scales", "nothing"]
 
 
 class Measured(NamedTuple):

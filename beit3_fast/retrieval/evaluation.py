@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from beit3_fast.data import Processor
-from beit3_fast.data.index_files import has_words
+from beit3_fast.data.index_files import check_words
 from beit3_fast.errors import ConfigError, InputError, ShapeError
 from beit3_fast.retrieval.model import check_retrieval
 from beit3_fast.retrieval.rows import finite_rows
@@ -112,10 +112,7 @@ def evaluate_retrieval(
         )
     for index, own in enumerate(captions):
         for number, text in enumerate(own):
-            if isinstance(text, str) and not has_words(text):
-                raise InputError(
-                    f"caption {number} of image {index}, {text!r:.40}, has no words; leave it out"
-                )
+            check_words(text, f"caption {number} of image {index}")
     texts = [text for own in captions for text in own]
     owner = [index for index, own in enumerate(captions) for _ in own]
     vision = model.encode_image(images, processor=processor, batch_size=batch_size)

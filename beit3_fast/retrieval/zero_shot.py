@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit3_fast.data import Processor
-from beit3_fast.data.index_files import has_words
+from beit3_fast.data.index_files import check_words
 from beit3_fast.errors import ConfigError, InputError
 from beit3_fast.finite import check_finite
 from beit3_fast.model import BEiT3ForRetrieval
@@ -69,8 +69,7 @@ def zero_shot_classifier(
     model = check_retrieval(model)
     names = _strings("labels", labels)
     for index, name in enumerate(names):
-        if not has_words(name):
-            raise InputError(f"label {index}, {name!r:.40}, has no words; leave it out")
+        check_words(name, f"label {index}")
     sentences = _strings("templates", templates)
     for template in sentences:
         if template.count("{}") != 1:

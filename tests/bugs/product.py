@@ -261,8 +261,8 @@ PRODUCT_BUGS = (
     Bug(
         "search-build-replaces-any-file",
         "beit3_fast/cli/search.py",
-        "if not os.path.lexists(path):",
-        "if True:",
+        "    if not os.path.lexists(path):\n        return\n",
+        "    return\n",
         ("tests/test_cli_tasks.py::test_build_replaces_an_index_only",),
     ),
     Bug(
