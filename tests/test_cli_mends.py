@@ -54,6 +54,9 @@ def test_the_label_file_is_doubted_for_its_size_alone(
     call = (*call[:4], str(tmp_path / "two.txt"))
     said = refuse(*call, "--model", name, "--checkpoint", checkpoint, *rest)
     assert said.endswith("names 2 classes: is it the one that the model was trained with?\n")
+    other = shop.checkpoint("retrieval")
+    said = refuse(*call, "--model", name, "--checkpoint", other, *rest)
+    assert said.endswith("name the model that the file is of, or give the file of this one\n")
 
 
 def test_heads_of_another_size_ask_for_the_number_of_classes(

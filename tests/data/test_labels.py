@@ -27,6 +27,14 @@ def test_one_name_a_line(tmp_path: Path) -> None:
     assert read_labels(path) == ("tench", "great white shark")
 
 
+def test_a_line_ends_at_line_feeds_alone(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_text("a\u2028cat\nb\x0bdog\n", encoding="utf-8")
+    assert read_labels(path) == ("a\u2028cat", "b\x0bdog")
+    path.write_bytes(b"a cat\r\na dog\r\n")
+    assert read_labels(path) == ("a cat", "a dog")
+
+
 @pytest.mark.parametrize("form", ['{"answer": "yes", "label": 0}\n', "yes\n"])
 def test_a_byte_order_mark_belongs_to_no_name(form: str, tmp_path: Path) -> None:
     """Some editors begin every file with it; as a part of the first line it made a name of each line of JSON."""
