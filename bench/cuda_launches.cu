@@ -13,6 +13,7 @@
 #include "cuda/portable_linear.cuh"
 #include "cuda/quantize_rows.cuh"
 #include "cuda/row_statistics.cuh"
+#include "cuda/split_k_linear.cuh"
 
 namespace {
 
@@ -55,6 +56,15 @@ void linear(const char* type) {
   }
 }
 
+template <int kShares>
+void split_k(const char* type) {
+  using Shape = SplitKShape<kShares>;
+  for (const char* gathered : {"true", "false"}) {
+    std::printf("multiply_experts_split_k<%s, %s, %d> %d %d 1 %d\n", type, gathered, kShares,
+                Shape::kThreads, Shape::kBytes, kShares);
+  }
+}
+
 template <int kRows>
 void head(const char* type) {
   using Shape = HeadTileShape<kRows>;
@@ -75,6 +85,8 @@ int main() {
     linear<1, 1>(type);
     linear<2, 1>(type);
     linear<2, kClusterBlocks>(type);
+    split_k<2>(type);
+    split_k<4>(type);
     print<PortableLinearShape>("multiply_experts_portable", type, "", 2);
     std::printf("moments<%s> %d 0 1 1\n", type, 32 * kStatisticsWarps);
   }

@@ -19,9 +19,29 @@ struct LinearMaps {
   TensorMap weights;
 };
 
-template <int kBands, int kBlocks = 1>
+// What the kernels read through the accelerator; `cluster`: blocks that share weights. Returns why
+// it does not take the operands, or null.
+inline const char* make_maps(LinearMaps& maps, const ExpertLinear& op, int bands, int cluster) {
+  const char* obstacle = nullptr;
+  if (op.rows == nullptr) obstacle = make_tensor_map(maps.x, rows_of_x(op, bands));
+  if (obstacle != nullptr) return obstacle;
+  return make_tensor_map(maps.weights, rows_of_weights(op, cluster));
+}
+
+// The instance of a kernel for the op's element and for whether its rows are named.
+template <class Kernel>
+Kernel* instance_for(const ExpertLinear& op, Kernel* named_brain, Kernel* named_half, Kernel* brain,
+                     Kernel* half) {
+  const bool bfloat16 = op.element == ExpertLinear::Element::kBFloat16;
+  if (op.rows != nullptr) return bfloat16 ? named_brain : named_half;
+  return bfloat16 ? brain : half;
+}
+
+// kSharing: blocks that share the weights of different tiles.
+template <int kBands, int kSharing = 1>
 struct LinearShape {
-  static constexpr int kCluster = kBlocks;
+  static constexpr int kCluster = kSharing;
+  static constexpr int kShares = 1;  // blocks that share the depth of a tile
   static constexpr int kSlots = kBands == 2 ? 6 : 8;
   static constexpr int kThreads = 384;
   static constexpr int kRowBytes = kTileDepth * 2;
@@ -71,6 +91,7 @@ struct LinearRing {
 template <class Shape>
 struct LinearTiles {
   static constexpr int kBands = Shape::kRowsBytes / (kBandRows * Shape::kRowBytes);
+  static constexpr int kBlocks = Shape::kCluster * Shape::kShares;
   const ExpertLinear& op;
 
   __device__ static int rank() {
@@ -82,18 +103,35 @@ struct LinearTiles {
   }
 
   __device__ int count() const {
-    const int first = block_index() / Shape::kCluster, clusters = grid_size() / Shape::kCluster;
+    const int first = block_index() / kBlocks, clusters = grid_size() / kBlocks;
     return (tile_count(op, kBands * Shape::kCluster) - first + clusters - 1) / clusters;
   }
 
   // Past the rows of its expert a tile holds no real ones.
   __device__ LinearTile at(int i) const {
-    const int index = (block_index() + i * grid_size()) / Shape::kCluster;
+    const int index = (block_index() + i * grid_size()) / kBlocks;
     LinearTile tile = tile_at(op, kBands * Shape::kCluster, index);
     tile.first += rank() * kBands * kBandRows;
     return tile;
   }
 };
+
+// Steps [first, end) along K: all, or this block's share.
+struct DepthRange {
+  int first;
+  int end;
+};
+
+template <class Shape>
+__device__ __forceinline__ DepthRange own_depth(const ExpertLinear& op) {
+  const int steps = depth_steps(op);
+  if constexpr (Shape::kShares == 1) {
+    return {0, steps};
+  } else {
+    const int rank = cluster_rank();
+    return {rank * steps / Shape::kShares, (rank + 1) * steps / Shape::kShares};
+  }
+}
 
 // This block's share of the weights of a step, to the same place in all blocks.
 template <class Shape>
@@ -117,13 +155,13 @@ struct LinearProducer {
   const LinearRing<Shape> ring;
 
   __device__ void run() const {
-    const int steps = depth_steps(op);
+    const DepthRange depth = own_depth<Shape>(op);
     const LinearTiles<Shape> tiles{op};
     const int count = tiles.count();
     int step = 0;
     for (int i = 0; i < count; ++i) {
       const LinearTile tile = tiles.at(i);
-      for (int k = 0; k < steps; ++k, ++step) {
+      for (int k = depth.first; k < depth.end; ++k, ++step) {
         barrier_wait(ring.free(step), ring.parity(step) ^ 1);
         barrier_expect(ring.full(step), Shape::kSlotBytes);
         tma_load_2d(ring.rows(step), maps.x, ring.full(step), k * kTileDepth, tile.first);
@@ -173,7 +211,7 @@ struct GatheringProducer {
   }
 
   __device__ void run() const {
-    const int steps = depth_steps(op);
+    const DepthRange depth = own_depth<Shape>(op);
     const LinearTiles<Shape> tiles{op};
     const int count = tiles.count();
     int step = 0;
@@ -181,7 +219,7 @@ struct GatheringProducer {
       const LinearTile tile = tiles.at(i);
       int rows[kOwnRows];
       take_rows(tile, rows);
-      for (int k = 0; k < steps; ++k, ++step) {
+      for (int k = depth.first; k < depth.end; ++k, ++step) {
         barrier_wait(ring.free(step), ring.parity(step) ^ 1);
         if (thread_index() == 0) {
           barrier_expect(ring.full(step), Shape::kWeightBytes);
@@ -235,7 +273,7 @@ struct LinearConsumer {
       wgmma_wait<1>();
       ring.leave(step - 1);
     }
-    pass_turn();
+    if constexpr (Shape::kShares == 1) pass_turn();
     if constexpr (kBands == 2) {
       wgmma_wait<0>(sums[0], sums[1]);
     } else {

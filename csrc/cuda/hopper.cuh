@@ -85,6 +85,23 @@ __device__ __forceinline__ void barrier_arrive_in_cluster(uint32_t barrier, int 
       : "memory");
 }
 
+// The same place in the block of that rank, for stores into its shared memory. Its threads see them
+// behind sync_cluster.
+__device__ __forceinline__ uint32_t in_cluster(uint32_t address, int rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+__device__ __forceinline__ void store_four_in_cluster(uint32_t to, const float* numbers) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(numbers[0]),
+               "f"(numbers[1]), "f"(numbers[2]), "f"(numbers[3])
+               : "memory");
+}
+__device__ __forceinline__ void store_two_in_cluster(uint32_t to, float first, float second) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(first), "f"(second)
+               : "memory");
+}
+
 // Loads a box that begins at element (x, y) or (x, y, z), x along the rows. Elements outside the
 // tensor are zeros, and count as bytes.
 __device__ __forceinline__ void tma_load_2d(uint32_t to, const TensorMap& map, uint32_t barrier,

@@ -201,26 +201,32 @@ __device__ __forceinline__ void finish_row(const ExpertLinear& op, const LinearR
   if (!kBare || op.y != nullptr) store_numbers(op.y, op.y_stride, row, block, words);
 }
 
+// Where the moments of a row's columns of the tile belong.
+__device__ __forceinline__ float* part_of(const ExpertLinear& op, const LinearTile& tile,
+                                          int64_t row) {
+  return op.y_parts + (row * column_tiles(op) + tile.column / kTileColumns) * 2;
+}
+
 __device__ inline void store_moments(const ExpertLinear& op, const LinearTile& tile,
                                      const LinearRow& own, LinearMoments& moments) {
   const int columns = min(static_cast<int>(op.out_features) - tile.column, kTileColumns);
   moments.join(static_cast<float>(columns / 4));
   if (!own.real || lane_index() % 4 != 0) return;
-  float* part = op.y_parts + (own.row(op) * column_tiles(op) + tile.column / kTileColumns) * 2;
+  float* part = part_of(op, tile, own.row(op));
   part[0] = moments.mean;
   part[1] = moments.squares;
 }
 
-// The thread's rows of the tile in all its columns, from the sums of a product for each band.
+// The thread's rows of the tile in kColumns columns, from the sums of a product for each band.
 // The moments are those of the numbers that were stored: the next op reads these. kKeeps: they take
 // the place of the sums.
-template <class T, int kBands, bool kKeeps = false>
-__device__ __forceinline__ void finish_tile(const ExpertLinear& op, const LinearTile& tile,
-                                            const LinearRow (&rows)[2 * kBands],
-                                            float (&sums)[kBands][kTileColumns / 2]) {
-  LinearMoments moments[2 * kBands];
+template <class T, int kBands, bool kKeeps, int kColumns>
+__device__ __forceinline__ void finish_columns(const ExpertLinear& op, const LinearTile& tile,
+                                               const LinearRow (&rows)[2 * kBands],
+                                               float (&sums)[kBands][kColumns / 2],
+                                               LinearMoments (&moments)[2 * kBands]) {
 #pragma unroll
-  for (int turn = 0; turn < kTileColumns / kQuadColumns; ++turn) {
+  for (int turn = 0; turn < kColumns / kQuadColumns; ++turn) {
     const int first = tile.column + turn * kQuadColumns;
     const int blocks = (static_cast<int>(op.out_features) - first) / 8;
     const LinearVectors vectors(op, tile.expert, first);
@@ -243,6 +249,15 @@ __device__ __forceinline__ void finish_tile(const ExpertLinear& op, const Linear
       if (op.y_parts != nullptr) moments[r].template add<T>(words, 4 * turn, blocks);
     }
   }
+}
+
+// All columns of the tile, with the moments stored.
+template <class T, int kBands, bool kKeeps = false>
+__device__ __forceinline__ void finish_tile(const ExpertLinear& op, const LinearTile& tile,
+                                            const LinearRow (&rows)[2 * kBands],
+                                            float (&sums)[kBands][kTileColumns / 2]) {
+  LinearMoments moments[2 * kBands];
+  finish_columns<T, kBands, kKeeps, kTileColumns>(op, tile, rows, sums, moments);
   if (op.y_parts == nullptr) return;
 #pragma unroll
   for (int r = 0; r < 2 * kBands; ++r) store_moments(op, tile, rows[r], moments[r]);

@@ -63,6 +63,16 @@ inline int cluster_for(const ExpertLinear& op, int bands, int processors) {
   return tiles_of(tile_count(op, high), clusters) <= rounds ? kClusterBlocks : 1;
 }
 
+// Blocks that share the depth of a tile: four or two of a cluster where there are multiprocessors
+// for all of them at once and each has two steps or more, else one. Of 16 or 18 multiprocessors,
+// which can form clusters, four blocks leave two over.
+inline int shares_for(const ExpertLinear& op, int bands, int processors) {
+  const int tiles = tile_count(op, bands), steps = depth_steps(op);
+  if (bands > 1 || tiles == 0) return 1;
+  if (tiles <= processors / 16 * 4 && steps >= 8) return 4;
+  return tiles <= processors / 2 && steps >= 4 ? 2 : 1;
+}
+
 // Places [first, end) of an expert, of which the tile holds the first ones, and its first column.
 struct LinearTile {
   int expert;

@@ -150,6 +150,13 @@ __device__ __forceinline__ float load_shared(uint32_t from) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(from) : "memory");
   return value;
 }
+// At a multiple of 16 bytes.
+__device__ __forceinline__ void load_four_shared(float (&numbers)[4], uint32_t from) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(numbers[0]), "=f"(numbers[1]), "=f"(numbers[2]), "=f"(numbers[3])
+               : "r"(from)
+               : "memory");
+}
 __device__ __forceinline__ void store_shared(uint32_t to, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
 }

@@ -6,6 +6,7 @@ from bugs.bug import CUDA_LINEAR, Bug
 
 _FORWARD = (f"{CUDA_LINEAR}::test_forward",)
 _CLUSTERS = (f"{CUDA_LINEAR}::test_clusters",)
+_SPLIT = (f"{CUDA_LINEAR}::test_split_k",)
 _MORE_TILES = (f"{CUDA_LINEAR}::test_clusters_that_have_more_than_one_tile",)
 
 CUDA_LINEAR_BUGS = (
@@ -191,5 +192,61 @@ CUDA_LINEAR_BUGS = (
         "tiles_of(tile_count(op, high), clusters) <= rounds ?",
         "rounds > 0 ?",
         (f"{CUDA_LINEAR}::test_clusters_are_taken_where_they_cost_no_round",),
+    ),
+    Bug(
+        "cuda-linear-split-k-sums-to-another-block",
+        "csrc/cuda/split_k_linear.cuh",
+        "in_cluster(sums_at(rank, i), to)",
+        "in_cluster(sums_at(rank, i), Shape::kShares - 1 - to)",
+        _SPLIT,
+    ),
+    Bug(
+        "cuda-linear-split-k-shares-overlap",
+        "csrc/cuda/expert_linear.cuh",
+        "(rank + 1) * steps / Shape::kShares}",
+        "(rank + 1) * steps / Shape::kShares + (rank == 0)}",
+        _SPLIT,
+    ),
+    Bug(
+        "cuda-linear-split-k-finished-before-all-shares-have-come",
+        "csrc/cuda/split_k_linear.cuh",
+        "  sync_cluster();\n  if (computes) consumer.finish_own_columns();",
+        "  sync_block();\n  if (computes) consumer.finish_own_columns();",
+        _SPLIT,
+    ),
+    Bug(
+        "cuda-linear-split-k-begins-block-by-block",
+        "csrc/cuda/split_k_linear.cuh",
+        "  sync_cluster();\n  SplitKConsumer",
+        "  sync_block();\n  SplitKConsumer",
+        _SPLIT,
+    ),
+    Bug(
+        "cuda-linear-split-k-moments-joined-before-all-have-come",
+        "csrc/cuda/split_k_linear.cuh",
+        "  sync_cluster();\n  if (computes) consumer.store_joined_moments();",
+        "  if (computes) consumer.store_joined_moments();\n  sync_cluster();",
+        _SPLIT,
+    ),
+    Bug(
+        "cuda-linear-split-k-columns-that-are-not-there-count",
+        "csrc/cuda/split_k_linear.cuh",
+        "max(0, min(left, Shape::kOwnColumns))",
+        "Shape::kOwnColumns",
+        _SPLIT,
+    ),
+    Bug(
+        "cuda-linear-split-k-means-of-blocks-taken-as-one",
+        "csrc/cuda/split_k_linear.cuh",
+        " + shift * shift * columns_of(from);",
+        ";",
+        _SPLIT,
+    ),
+    Bug(
+        "cuda-linear-split-k-without-room-for-all-clusters",
+        "csrc/cuda/linear_tiles.h",
+        "tiles <= processors / 16 * 4",
+        "tiles <= processors / 4",
+        (f"{CUDA_LINEAR}::test_k_is_split_where_processors_would_be_idle",),
     ),
 )

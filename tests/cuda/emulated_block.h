@@ -145,6 +145,8 @@ struct Cluster {
   int arrived = 0;
   int ended = 0;  // threads
   uint32_t phase = 0;
+  int meetings = 0;
+  std::deque<std::function<void()>> stores;  // into other blocks, on their way
 
   Cluster(const Launch& launch, int first, const std::function<void()>& kernel);
   void run();
@@ -344,6 +346,9 @@ inline void Cluster::complete_phase() {
   if (arrived == 0 || arrived + ended < all) return;
   arrived = 0;
   phase ^= 1;
+  ++meetings;
+  for (const auto& store : stores) store();
+  stores.clear();
   for (const auto& own : blocks) own->wake(own->cluster_waiters);
 }
 
@@ -368,6 +373,7 @@ inline void Cluster::run() {
     if (!own->fault.empty()) own->check_end();
   }
   for (const auto& own : blocks) own->check_end();
+  check(stores.empty(), "a store to another block that nothing waited for");
 }
 
 // Runs the clusters of a grid one after the other. Throws Fault.

@@ -2,6 +2,7 @@
 
 #include "expert_linear.cuh"
 #include "portable_linear.cuh"
+#include "split_k_linear.cuh"
 
 namespace {
 
@@ -13,18 +14,27 @@ const char* run_hopper(const ExpertLinear& op, int processors, emulated::Order o
                        uint64_t seed) {
   using Shape = LinearShape<kBands, kCluster>;
   LinearMaps maps;
-  const char* obstacle = nullptr;
-  if (op.rows == nullptr) obstacle = make_tensor_map(maps.x, rows_of_x(op, kBands));
-  if (obstacle == nullptr) obstacle = make_tensor_map(maps.weights, rows_of_weights(op, kCluster));
-  if (obstacle != nullptr) return obstacle;
+  if (const char* obstacle = make_maps(maps, op, kBands, kCluster)) return obstacle;
   const int clusters = std::min(tile_count(op, kBands * kCluster), processors);
-  const bool bfloat16 = op.element == ExpertLinear::Element::kBFloat16;
-  const auto of = [&](auto* brain, auto* half) { return bfloat16 ? brain : half; };
-  const auto kernel = op.rows != nullptr ? of(multiply_experts<BFloat16, kBands, true, kCluster>,
-                                              multiply_experts<Float16, kBands, true, kCluster>)
-                                         : of(multiply_experts<BFloat16, kBands, false, kCluster>,
-                                              multiply_experts<Float16, kBands, false, kCluster>);
+  const auto kernel = instance_for(op, multiply_experts<BFloat16, kBands, true, kCluster>,
+                                   multiply_experts<Float16, kBands, true, kCluster>,
+                                   multiply_experts<BFloat16, kBands, false, kCluster>,
+                                   multiply_experts<Float16, kBands, false, kCluster>);
   emulated::run({clusters * kCluster, Shape::kThreads, Shape::kBytes, order, seed, kCluster},
+                [&] { kernel(maps, op); });
+  return nullptr;
+}
+
+template <int kShares>
+const char* run_split_k(const ExpertLinear& op, int, emulated::Order order, uint64_t seed) {
+  using Shape = SplitKShape<kShares>;
+  LinearMaps maps;
+  if (const char* obstacle = make_maps(maps, op, 1, 1)) return obstacle;
+  const auto kernel = instance_for(op, multiply_experts_split_k<BFloat16, true, kShares>,
+                                   multiply_experts_split_k<Float16, true, kShares>,
+                                   multiply_experts_split_k<BFloat16, false, kShares>,
+                                   multiply_experts_split_k<Float16, false, kShares>);
+  emulated::run({tile_count(op, 1) * kShares, Shape::kThreads, Shape::kBytes, order, seed, kShares},
                 [&] { kernel(maps, op); });
   return nullptr;
 }
@@ -41,20 +51,23 @@ const char* run_portable(const ExpertLinear& op, emulated::Order order, uint64_t
 
 }  // namespace
 
-// As expert_linear: in tiles of one or two bands by so many clusters of compute capability 9.0, of
-// one block each or, with four bands, of two with two each; or with no bands by the portable
-// kernel. Returns the fault, or null.
-extern "C" const char* emulate_expert_linear(const ExpertLinear* op, int bands, int clusters,
-                                             int order, uint64_t seed) {
+// As expert_linear. By the kernel for compute capability 9.0, in tiles of one or two bands by so
+// many clusters, of one block each or, with four bands, of two with two each; with no bands by the
+// portable kernel. With two or four shares by as many blocks for every tile. Returns the fault, or
+// null.
+extern "C" const char* emulate_expert_linear(const ExpertLinear* op, int bands, int shares,
+                                             int clusters, int order, uint64_t seed) {
   static std::string fault;
   const auto when = static_cast<emulated::Order>(order);
   try {
     const char* obstacle = linear_obstacle(*op);
     if (obstacle != nullptr || tile_count(*op, 1) == 0) return obstacle;
     if (bands == 0) return run_portable(*op, when, seed);
-    const auto run = bands == 1   ? run_hopper<1, 1>
-                     : bands == 2 ? run_hopper<2, 1>
-                                  : run_hopper<2, kClusterBlocks>;
+    const auto run = shares == 2   ? run_split_k<2>
+                     : shares == 4 ? run_split_k<4>
+                     : bands == 1  ? run_hopper<1, 1>
+                     : bands == 2  ? run_hopper<2, 1>
+                                   : run_hopper<2, kClusterBlocks>;
     return run(*op, clusters, when, seed);
   } catch (const std::exception& error) {
     fault = error.what();
@@ -66,4 +79,9 @@ extern "C" const char* emulate_expert_linear(const ExpertLinear* op, int bands, 
 extern "C" int expert_linear_bands(const ExpertLinear* op, int processors) {
   const int bands = bands_for(*op, processors);
   return bands * cluster_for(*op, bands, processors);
+}
+
+// Blocks that share the depth of a tile.
+extern "C" int expert_linear_shares(const ExpertLinear* op, int processors) {
+  return shares_for(*op, bands_for(*op, processors), processors);
 }

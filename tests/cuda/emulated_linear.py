@@ -76,9 +76,7 @@ def _library() -> ctypes.CDLL:
     library.emulate_expert_linear.restype = ctypes.c_char_p
     library.emulate_expert_linear.argtypes = (
         ctypes.POINTER(_Call),
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int,
+        *(ctypes.c_int,) * 4,
         ctypes.c_uint64,
     )
     return library
@@ -89,6 +87,13 @@ def bands(bounds: Sequence[int], out: int, processors: int) -> int:
     call = _Call(out_features=out, num_experts=len(bounds) - 1, bounds=(_SIZE * 4)(*bounds))
     library = _library()
     return int(library.expert_linear_bands(ctypes.byref(call), processors))
+
+
+def shares(bounds: Sequence[int], inner: int, out: int, processors: int) -> int:
+    """Of how many blocks the launcher has each take a share of K of a tile."""
+    sizes = {"in_features": inner, "out_features": out, "num_experts": len(bounds) - 1}
+    call = _Call(**sizes, bounds=(_SIZE * 4)(*bounds))
+    return int(_library().expert_linear_shares(ctypes.byref(call), processors))
 
 
 def expert_linear(
@@ -103,12 +108,14 @@ def expert_linear(
     statistics: tuple[Tensor, int] | None = None,
     order: str = "eager",
     bands: int = 2,
+    shares: int = 1,
     processors: int = 2,
     seed: int = 0,
 ) -> Result:
     """As in kernels/expert_linear.py, with z and the statistics of y.
 
     ``bands``: of a tile in the kernel for compute capability 9.0, 4: of a cluster of two blocks; 0: the portable kernel.
+    ``shares``: 2 or 4: so many blocks share K of every tile, of one band.
     ``processors``: how many blocks, or clusters of them, share the work. Raises RuntimeError with the fault.
     """
     out = folded.weights.shape[1]
@@ -148,7 +155,7 @@ def expert_linear(
     )
     library = _library()
     fault = library.emulate_expert_linear(
-        ctypes.byref(call), bands, processors, ORDERS.index(order), seed
+        ctypes.byref(call), bands, shares, processors, ORDERS.index(order), seed
     )
     if fault is not None:
         raise RuntimeError(fault.decode())

@@ -215,6 +215,33 @@ inline bool happens_now() {
   return order == Order::kEager || (order == Order::kRandom && block->chance(2));
 }
 
+// An address in the shared memory of the block of that rank.
+constexpr int kRankBit = 24;
+inline uint32_t mapped(uint32_t address, int rank) {
+  check(rank >= 0 && rank < block->launch.cluster, "no such block in the cluster");
+  return address | static_cast<uint32_t>(rank + 1) << kRankBit;
+}
+
+// Comes at any time until the cluster meets. A block that may not have begun has no shared memory
+// yet.
+inline void store_in_cluster(uint32_t to, const float* numbers, uint32_t count) {
+  check(to >> kRankBit != 0, "an address that is not mapped to a block");
+  check(block->cluster.meetings > 0, "a store to a block that may not have begun");
+  const uint32_t place = to & ((1u << kRankBit) - 1);
+  check(place % (4 * count) == 0, "a store at no multiple of its bytes");
+  const std::vector<float> kept(numbers, numbers + count);
+  Block& there = block->cluster.running(static_cast<int>(to >> kRankBit) - 1, "a store");
+  const auto store = [&there, place, kept] {
+    const auto bytes = static_cast<uint32_t>(4 * kept.size());
+    std::memcpy(there.at(place, bytes), kept.data(), bytes);
+  };
+  if (happens_now()) {
+    store();
+  } else {
+    block->cluster.stores.push_back(store);
+  }
+}
+
 inline int64_t index_in(const TiledTensor& tensor, int dimension, int start, int step) {
   const int64_t index = static_cast<int64_t>(start) + step;
   return index >= 0 && index < tensor.sizes[dimension] ? index : -1;

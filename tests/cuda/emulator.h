@@ -123,6 +123,10 @@ inline float load_shared(uint32_t from) {
   std::memcpy(&value, emulated::block->at(from, 4), 4);
   return value;
 }
+inline void load_four_shared(float (&numbers)[4], uint32_t from) {
+  emulated::check(from % 16 == 0, "16 bytes at no multiple of them");
+  std::memcpy(numbers, emulated::block->at(from, 16), 16);
+}
 inline void store_shared(uint32_t to, float value) {
   emulated::check(to % 4 == 0, "4 bytes at no multiple of them");
   std::memcpy(emulated::block->at(to, 4), &value, 4);
@@ -178,6 +182,15 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
 inline void sync_cluster() { emulated::meet_cluster(); }
 inline void barrier_arrive_in_cluster(uint32_t barrier, int rank) {
   emulated::arrive_in_cluster(barrier, rank);
+}
+
+inline uint32_t in_cluster(uint32_t address, int rank) { return emulated::mapped(address, rank); }
+inline void store_four_in_cluster(uint32_t to, const float* numbers) {
+  emulated::store_in_cluster(to, numbers, 4);
+}
+inline void store_two_in_cluster(uint32_t to, float first, float second) {
+  const float numbers[2] = {first, second};
+  emulated::store_in_cluster(to, numbers, 2);
 }
 
 inline void tma_load_2d(uint32_t to, const TensorMap& map, uint32_t barrier, int x, int y) {

@@ -346,6 +346,8 @@ void deadlocks_and_misuse_are_faults() {
 const std::map<std::string, void (*)()> kChecks = {
     CHECK(clusters_share_copies),
     CHECK(mistakes_of_clusters_show),
+    CHECK(stores_reach_other_blocks),
+    CHECK(mistakes_of_stores_show),
     CHECK(products_of_swizzled_tiles),
     CHECK(missing_wait_for_tiles_shows),
     CHECK(early_release_shows),

@@ -1,4 +1,4 @@
-// Blocks of a cluster: copies to all of them, and threads that arrive in each other's.
+// Blocks of a cluster: copies to all of them, and threads that arrive and store in each other's.
 #pragma once
 
 #include "emulator_checks_8_bits.h"
@@ -105,6 +105,81 @@ inline void mistakes_of_clusters_show() {
   mistakes = {};
   mistakes.half_of_the_bytes = true;
   must_show(mistakes, "deadlock");
+}
+
+struct StoreMistakes {
+  bool begins_alone = false;
+  bool reads_at_once = false;
+  bool ends_alone = false;
+  bool maps_nothing = false;
+  bool stores_last = false;
+};
+
+// Every block tells every other one, and itself, four numbers; what is wrong about what they find.
+inline std::string seen_of_stores(emulated::Order order, const StoreMistakes& mistakes) {
+  constexpr int kBlocks = 4;
+  std::string seen;
+  emulated::run({kBlocks, 32, 16 * kBlocks + 64, order, 7, kBlocks}, [&] {
+    const uint32_t memory = shared_memory(16);
+    const int own = cluster_rank();
+    if (!mistakes.begins_alone) sync_cluster();
+    if (thread_index() < kBlocks) {
+      const float numbers[4] = {own + 1.0f, own + 2.0f, own + 3.0f, own + 4.0f};
+      const uint32_t there = in_cluster(memory + 16 * own, thread_index());
+      store_four_in_cluster(mistakes.maps_nothing ? memory : there, numbers);
+    }
+    if (mistakes.ends_alone) return;
+    if (!mistakes.reads_at_once) sync_cluster();
+    float found[4] = {};
+    const int from = thread_index() % kBlocks;
+    load_four_shared(found, memory + 16 * from);
+    for (int i = 0; i < 4; ++i) {
+      if (found[i] != from + 1.0f + i) seen = "wrong numbers; ";
+    }
+    if (mistakes.reads_at_once) sync_cluster();
+    if (mistakes.stores_last) store_two_in_cluster(in_cluster(memory, own), 0.0f, 0.0f);
+  });
+  return seen;
+}
+
+inline std::string seen_of_stores(const StoreMistakes& mistakes) {
+  std::string seen;
+  for (const auto order :
+       {emulated::Order::kEager, emulated::Order::kLate, emulated::Order::kRandom}) {
+    try {
+      seen += seen_of_stores(order, mistakes);
+    } catch (const emulated::Fault& fault) {
+      seen += fault.what() + std::string("; ");
+    }
+  }
+  return seen;
+}
+
+inline void stores_reach_other_blocks() {
+  const std::string seen = seen_of_stores({});
+  expect(seen.empty(), seen.c_str());
+}
+
+inline void mistakes_of_stores_show() {
+  const auto must_show = [](const StoreMistakes& mistakes, const char* words) {
+    const std::string seen = seen_of_stores(mistakes);
+    expect(seen.find(words) != std::string::npos, ("seen instead: " + seen).c_str());
+  };
+  StoreMistakes mistakes;
+  mistakes.begins_alone = true;
+  must_show(mistakes, "that may not have begun");
+  mistakes = {};
+  mistakes.reads_at_once = true;
+  must_show(mistakes, "wrong numbers");
+  mistakes = {};
+  mistakes.ends_alone = true;
+  must_show(mistakes, "to a block that has ended");
+  mistakes = {};
+  mistakes.stores_last = true;
+  must_show(mistakes, "that nothing waited for");
+  mistakes = {};
+  mistakes.maps_nothing = true;
+  must_show(mistakes, "not mapped to a block");
 }
 
 }  // namespace beit3_fast::emulator_checks

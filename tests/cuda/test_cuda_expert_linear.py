@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from beit3_fast.kernels._folded_weights import fold
-from emulated_linear import ORDERS, PART_WIDTH, Result, bands, expert_linear
+from emulated_linear import ORDERS, PART_WIDTH, Result, bands, expert_linear, shares
 from torch import Tensor
 
 from beit3_fast.parity import op_parity
@@ -219,10 +219,56 @@ def test_clusters_are_taken_where_they_cost_no_round() -> None:
     assert bands((0, 128 * 35), 512, 132) == 4
 
 
+@pytest.mark.parametrize("shares", [2, 4])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.inner > 3 * 64])
+def test_split_k(name: str, shares: int) -> None:
+    """From one step along K a block to more than the ring has slots; columns for all blocks and for the first alone."""
+    turn = list(CASES).index(name) + shares // 2
+    operands = draw(CASES[name], ("bf16", "fp16")[turn % 2])
+    check(CASES[name], operands, launch(CASES[name], operands, ORDERS[turn % 3], shares=shares))
+
+
+@pytest.mark.parametrize("shares", [2, 4])
+def test_split_k_gives_the_same_bits_in_every_order(shares: int) -> None:
+    """The shares are added up in the order of K, whichever comes first."""
+    case = CASES["deep"]
+    operands = draw(case, "bf16")
+    expected = launch(case, operands, "eager", shares=shares)
+    for order, seed in (("late", 0), ("random", 1), ("random", 2)):
+        result = launch(case, operands, order, shares=shares, seed=seed)
+        for ours, own in zip(result, expected, strict=True):
+            assert torch.equal(ours.nan_to_num(), own.nan_to_num())
+
+
+def test_k_is_split_where_processors_would_be_idle() -> None:
+    assert shares((0, 197), 3072, 768, 132) == 4  # 24 tiles
+    assert (
+        shares((0, 197), 3072, 1024, 132) == 4
+    )  # 32: as many clusters of four as there is room for
+    assert shares((0, 64 * 11), 3072, 384, 132) == 2  # 33
+    assert shares((0, 197), 768, 2112, 132) == 1  # 68
+    assert shares((0, 197), 448, 768, 132) == 2  # seven steps
+    assert shares((0, 197), 192, 768, 132) == 1
+    assert shares((0, 3, 6), 768, 768, 132) == 4
+    assert shares((0, 50_432), 768, 768, 132) == 1
+    assert shares((0, 197), 3072, 768, 16) == 1
+    assert shares((0, 0), 3072, 768, 132) == 1
+
+
 def test_tiles_are_low_where_high_ones_leave_processors_idle() -> None:
     assert bands((0, 197), 3072, 132) == 1
     assert bands((0, 128 * 11), 1536, 132) == 2  # with clusters: two rounds
     assert bands((0, 128 * 11 - 128), 1536, 132) == 1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("shares", [2, 4])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", ["two experts", "deep", "gathered", "gathered, deep"])
+def test_split_k_long(name: str, order: str, shares: int) -> None:
+    for dtype in DTYPES:
+        operands = draw(CASES[name], dtype)
+        check(CASES[name], operands, launch(CASES[name], operands, order, shares=shares, seed=3))
 
 
 @pytest.mark.full

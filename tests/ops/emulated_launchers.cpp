@@ -11,8 +11,8 @@
 using namespace beit3_fast::cuda;
 
 extern "C" {
-const char* emulate_expert_linear(const ExpertLinear* op, int bands, int processors, int order,
-                                  uint64_t seed);
+const char* emulate_expert_linear(const ExpertLinear* op, int bands, int shares, int processors,
+                                  int order, uint64_t seed);
 const char* emulate_row_statistics(const RowStatistics* op, int blocks, int order, uint64_t seed);
 const char* emulate_shared_attention(const SharedAttention* op, int processors, int portable,
                                      int order, uint64_t seed);
@@ -35,7 +35,7 @@ const char* decode_attention_obstacle(const DecodeAttention&) { return nullptr; 
 const char* head_top_k_obstacle(const HeadTopK&) { return nullptr; }
 
 const char* expert_linear(const ExpertLinear& op, CUstream_st*) {
-  return emulate_expert_linear(&op, 2, 3, 2, 1);
+  return emulate_expert_linear(&op, 2, 1, 3, 2, 1);
 }
 
 const char* shared_attention(const SharedAttention& op, CUstream_st*) {
