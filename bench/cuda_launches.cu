@@ -47,12 +47,12 @@ void heads(const char* type) {
   print<DecodeShape<kHeadDim>>("attend_cached", type, rest, 1);
 }
 
-template <int kBands, int kCluster>
+template <int kBands, int kHigh, int kWide>
 void linear(const char* type) {
-  using Shape = LinearShape<kBands, kCluster>;
+  using Shape = LinearShape<kBands, kHigh, kWide>;
   for (const char* gathered : {"true", "false"}) {
-    std::printf("multiply_experts<%s, %d, %s, %d> %d %d 1 %d\n", type, kBands, gathered, kCluster,
-                Shape::kThreads, Shape::kBytes, kCluster);
+    std::printf("multiply_experts<%s, %d, %s, %d, %d> %d %d 1 %d\n", type, kBands, gathered, kHigh,
+                kWide, Shape::kThreads, Shape::kBytes, Shape::kBlocks);
   }
 }
 
@@ -82,9 +82,10 @@ int main() {
     heads<88>(type);
     head<16>(type);
     head<48>(type);
-    linear<1, 1>(type);
-    linear<2, 1>(type);
-    linear<2, kClusterBlocks>(type);
+    linear<1, 1, 1>(type);
+    linear<2, 1, 1>(type);
+    linear<2, 2, 1>(type);
+    linear<2, 2, 2>(type);
     split_k<2>(type);
     split_k<4>(type);
     print<PortableLinearShape>("multiply_experts_portable", type, "", 2);

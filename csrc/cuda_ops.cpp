@@ -45,7 +45,7 @@ void expert_linear(Tensor x, Tensor weights, std::optional<Tensor> sums,
                    std::optional<Tensor> biases, std::optional<Tensor> parts, int64_t part_width,
                    double eps, std::optional<Tensor> residual, std::optional<Tensor> rows,
                    std::vector<int64_t> bounds, bool gelu, Tensor y, std::optional<Tensor> y_parts,
-                   int64_t stream) {
+                   int64_t stream, int64_t most_blocks) {
   constexpr const char* op = "launch_expert_linear";
   require_rows(x, x, op, "x");
   require_rows(y, x, op, "y");
@@ -96,6 +96,9 @@ void expert_linear(Tensor x, Tensor weights, std::optional<Tensor> sums,
   call.in_features = in;
   call.out_features = out;
   call.num_experts = experts;
+  require(most_blocks == 1 || most_blocks == 2 || most_blocks == 4, op,
+          ": most_blocks must be 1, 2 or 4, got ", most_blocks);
+  call.most_blocks = most_blocks;
   raise(op, beit3_fast::cuda::expert_linear_obstacle(call));
   const DeviceGuard guard(x);
   raise(op, beit3_fast::cuda::expert_linear(call, stream_of(stream)));
@@ -211,7 +214,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(BEIT3_FAST_NAMESPACE, m) {
   m.def(
       "launch_expert_linear(Tensor x, Tensor weights, Tensor? sums, Tensor? biases, Tensor? parts, "
       "int part_width, float eps, Tensor? residual, Tensor? rows, int[] bounds, bool gelu, "
-      "Tensor(a!) y, Tensor(b!)? y_parts, int stream) -> ()");
+      "Tensor(a!) y, Tensor(b!)? y_parts, int stream, int most_blocks=4) -> ()");
   m.def(
       "launch_shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_text, "
       "Tensor? cu_vision_q, Tensor? cu_text_q, Tensor? positions_q, int longest, int longest_q, "

@@ -58,13 +58,19 @@ _MANY_ROWS = (
     _Shape((0, 197, 300), 336, 192),
     _Shape((0, 260), 208, 131, norm=False, plain=True),
 )
-# CUDA kernels take features in multiples of 8. Of 128 multiprocessors and more, the third and the fourth have four and two split K;
-# the last one has tiles for more than a GPU has today: high tiles, in clusters, of which one has a row tile too few.
+# CUDA kernels take features in multiples of 8. On 132 multiprocessors: low tiles; of which four and two blocks have each
+# a share of K; high tiles, one by one, in clusters of two, and of four where rows are not named.
 _LINEAR_ON_CUDA = (
     _Shape((0, 5, 5, 21), 72, 40),
     _Shape((0, 7, 19), 136, 200, norm=False, named=True),
     _Shape((0, 150, 230), 520, 264),
-    _Shape((0, 197), 264, 1160, norm=False, named=True),
+    _Shape((0, 197), 520, 264, norm=False, named=True),
+    _Shape((0, 197), 264, 1160),
+    _Shape((0, 90, 197), 264, 1160, norm=False, named=True),
+    _Shape((0, 4200), 264, 512),
+    _Shape((0, 4200), 72, 512, named=True),
+    _Shape((0, 8448), 72, 256),
+    _Shape((0, 4096, 8448), 264, 256, norm=False, named=True),
     _Shape((0, 4200, 6100), 264, 392),
 )
 

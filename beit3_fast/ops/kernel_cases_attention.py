@@ -71,12 +71,19 @@ _LONG = (
     _Case((270,), (10,), 1, 88, "seq2seq"),
     _Case((261, 261), (7, 3), 1, 64, "bidirectional", padded=True),
 )
-# More rows show more of the order in which CUDA kernels work.
+# CUDA kernels have up to 64, 128, 200 and 256 keys at once, else steps of 128, of which the last may have 32, 80 or all.
+# More rows show more of the order in which they work.
 _ON_CUDA = (
     *_CASES,
+    _Case((90, 40), (10, 0), 2, 64, "seq2seq"),
+    _Case((197,) * 5, (0, 3, 1) + (0,) * 2, 4, 64, "bidirectional"),
     _Case((197,) * 9, (0, 12, 3) * 3, 4, 64, "bidirectional"),
+    _Case((400, 0, 130), (70, 70, 9), 3, 64, "causal"),
+    _Case((577, 500), (0, 20), 2, 64, "bidirectional"),
+    _Case((90, 40), (10, 0), 2, 88, "causal"),
+    _Case((197,) * 3, (0, 3, 1), 2, 88, "bidirectional"),
+    _Case((240, 130), (10, 0), 2, 88, "seq2seq"),
     _Case((577, 250), (23, 0), 2, 88, "seq2seq"),
-    _Case((400, 0, 130), (0, 70, 9), 3, 64, "causal"),
 )
 
 

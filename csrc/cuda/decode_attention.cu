@@ -16,8 +16,9 @@ const char* decode_attention(const DecodeAttention& op, CUstream_st* stream) {
   return with_decode_types(op, [&](auto type, auto width) {
     constexpr int kHeadDim = decltype(width)::value;
     const DecodeLaunch launch = decode_launch<kHeadDim>(op, device.processors);
-    return enqueue(attend_cached<decltype(type), kHeadDim>,
-                   {launch.blocks, launch.threads, launch.shared_bytes}, stream, launch.call);
+    const Grid grid{launch.blocks, launch.threads, launch.shared_bytes, 1,
+                    DecodeShape<kHeadDim>::kBytes};
+    return enqueue(attend_cached<decltype(type), kHeadDim>, grid, stream, launch.call);
   });
 }
 

@@ -5,8 +5,9 @@
 // are used. The two consumers have every other tile each and take turns with the tensor cores:
 // while one multiplies, the other finishes its tile.
 //
-// Blocks of a cluster have row tiles that follow each other, of the same columns at the same time.
-// Each loads a share of the weights for all of them, into a slot that all of them have left.
+// Blocks of a cluster have row tiles that follow each other, in one or two columns of tiles, at the
+// same time. Each loads a share of the weights for all blocks of its columns, and of the rows for
+// all blocks of its row tile, into slots that these have left.
 #pragma once
 
 #include "hopper.cuh"
@@ -19,29 +20,28 @@ struct LinearMaps {
   TensorMap weights;
 };
 
-// What the kernels read through the accelerator; `cluster`: blocks that share weights. Returns why
-// it does not take the operands, or null.
-inline const char* make_maps(LinearMaps& maps, const ExpertLinear& op, int bands, int cluster) {
+// What the kernels read through the accelerator. Returns why it does not take the operands, or
+// null.
+inline const char* make_maps(LinearMaps& maps, const ExpertLinear& op, int bands, int high,
+                             int wide) {
   const char* obstacle = nullptr;
-  if (op.rows == nullptr) obstacle = make_tensor_map(maps.x, rows_of_x(op, bands));
+  if (op.rows == nullptr) obstacle = make_tensor_map(maps.x, rows_of_x(op, bands, wide));
   if (obstacle != nullptr) return obstacle;
-  return make_tensor_map(maps.weights, rows_of_weights(op, cluster));
+  return make_tensor_map(maps.weights, rows_of_weights(op, high));
 }
 
-// The instance of a kernel for the op's element and for whether its rows are named.
-template <class Kernel>
-Kernel* instance_for(const ExpertLinear& op, Kernel* named_brain, Kernel* named_half, Kernel* brain,
-                     Kernel* half) {
-  const bool bfloat16 = op.element == ExpertLinear::Element::kBFloat16;
-  if (op.rows != nullptr) return bfloat16 ? named_brain : named_half;
-  return bfloat16 ? brain : half;
-}
+// As LinearPlan has them.
+template <int kHighTiles, int kWideTiles, int kDepthShares>
+struct ClusterShape {
+  static constexpr int kHigh = kHighTiles;
+  static constexpr int kWide = kWideTiles;
+  static constexpr int kShares = kDepthShares;
+  static constexpr int kBlocks = kHigh * kWide * kShares;
+  static constexpr bool kLoadsForOthers = kHigh * kWide > 1;
+};
 
-// kSharing: blocks that share the weights of different tiles.
-template <int kBands, int kSharing = 1>
-struct LinearShape {
-  static constexpr int kCluster = kSharing;
-  static constexpr int kShares = 1;  // blocks that share the depth of a tile
+template <int kBands, int kHigh = 1, int kWide = 1>
+struct LinearShape : ClusterShape<kHigh, kWide, 1> {
   static constexpr int kSlots = kBands == 2 ? 6 : 8;
   static constexpr int kThreads = 384;
   static constexpr int kRowBytes = kTileDepth * 2;
@@ -66,52 +66,64 @@ struct LinearRing {
   __device__ uint32_t free(int step) const { return full(step) + 8; }
   __device__ static uint32_t parity(int step) { return step / Shape::kSlots % 2; }
 
-  // `arrivals`: how many threads say that a slot is full. Four warps of every block say that it is
-  // free.
+  // `arrivals`: how many threads say that a slot is full. Four warps of every block into which this
+  // one loads say that it is free.
   __device__ void prepare(int arrivals) const {
     for (int i = 0; i < Shape::kSlots; ++i) {
       barrier_init(full(i), arrivals);
-      barrier_init(free(i), 4 * Shape::kCluster);
+      barrier_init(free(i), 4 * (Shape::kHigh + Shape::kWide - 1));
     }
     fence_barrier_init();
   }
 
-  // This warp's products have read the slot. All blocks write into it, so all are told: by no more
+  // This warp's products have read the slot. All blocks that write into it are told: by no more
   // than an arrival, as other blocks' writes are the accelerator's, these reads the tensor cores'.
   __device__ void leave(int step) const {
-    if constexpr (Shape::kCluster == 1) {
+    if constexpr (!Shape::kLoadsForOthers) {
       if (lane_index() == 0) barrier_arrive(free(step));
     } else {
-      if (lane_index() < Shape::kCluster) barrier_arrive_in_cluster(free(step), lane_index());
+      const int other = lane_index(), own = cluster_rank();
+      const bool loads = Shape::kWide == 1 || other % Shape::kHigh == own % Shape::kHigh ||
+                         other / Shape::kHigh == own / Shape::kHigh;
+      if (other < Shape::kBlocks && loads) barrier_arrive_in_cluster(free(step), other);
     }
   }
 };
 
-// The tiles of a block: its own rows of every tile of its cluster.
+// The tiles of a block: its own of those of its cluster.
 template <class Shape>
 struct LinearTiles {
   static constexpr int kBands = Shape::kRowsBytes / (kBandRows * Shape::kRowBytes);
-  static constexpr int kBlocks = Shape::kCluster * Shape::kShares;
   const ExpertLinear& op;
 
-  __device__ static int rank() {
-    if constexpr (Shape::kCluster == 1) {
+  // The block's row and column of tiles in its cluster.
+  __device__ static int row() {
+    if constexpr (Shape::kHigh == 1) {
       return 0;
     } else {
-      return cluster_rank();
+      return cluster_rank() % Shape::kHigh;
+    }
+  }
+  __device__ static int column() {
+    if constexpr (Shape::kWide == 1) {
+      return 0;
+    } else {
+      return cluster_rank() / Shape::kHigh;
     }
   }
 
   __device__ int count() const {
-    const int first = block_index() / kBlocks, clusters = grid_size() / kBlocks;
-    return (tile_count(op, kBands * Shape::kCluster) - first + clusters - 1) / clusters;
+    const int first = block_index() / Shape::kBlocks, clusters = grid_size() / Shape::kBlocks;
+    const int all = tile_count(op, kBands * Shape::kHigh, Shape::kWide);
+    return (all - first + clusters - 1) / clusters;
   }
 
-  // Past the rows of its expert a tile holds no real ones.
+  // Past the rows of its expert, and past the last column, a tile holds no real ones.
   __device__ LinearTile at(int i) const {
-    const int index = (block_index() + i * grid_size()) / kBlocks;
-    LinearTile tile = tile_at(op, kBands * Shape::kCluster, index);
-    tile.first += rank() * kBands * kBandRows;
+    const int index = (block_index() + i * grid_size()) / Shape::kBlocks;
+    LinearTile tile = tile_at(op, kBands * Shape::kHigh, index, Shape::kWide);
+    tile.first += row() * kBands * kBandRows;
+    tile.column += column() * kTileColumns;
     return tile;
   }
 };
@@ -133,17 +145,36 @@ __device__ __forceinline__ DepthRange own_depth(const ExpertLinear& op) {
   }
 }
 
-// This block's share of the weights of a step, to the same place in all blocks.
+// This block's share of the weights of a step, to the same place in all blocks of its columns.
 template <class Shape>
 __device__ __forceinline__ void load_weights(const LinearMaps& maps, const LinearRing<Shape>& ring,
                                              int step, int depth, const LinearTile& tile) {
-  if constexpr (Shape::kCluster == 1) {
+  if constexpr (Shape::kHigh == 1) {
     tma_load_3d(ring.weights(step), maps.weights, ring.full(step), depth, tile.column, tile.expert);
   } else {
-    const int before = LinearTiles<Shape>::rank() * (kTileColumns / Shape::kCluster);
-    constexpr uint16_t kAll = (1 << Shape::kCluster) - 1;
+    using Tiles = LinearTiles<Shape>;
+    const int before = Tiles::row() * (kTileColumns / Shape::kHigh);
+    constexpr int kColumn = (1 << Shape::kHigh) - 1;
+    const auto blocks = static_cast<uint16_t>(kColumn << Tiles::column() * Shape::kHigh);
     tma_multicast_3d(ring.weights(step) + before * Shape::kRowBytes, maps.weights, ring.full(step),
-                     depth, tile.column + before, tile.expert, kAll);
+                     depth, tile.column + before, tile.expert, blocks);
+  }
+}
+
+// This block's share of the rows of a step, to the same place in all blocks of its row tile.
+template <class Shape>
+__device__ __forceinline__ void load_rows(const LinearMaps& maps, const LinearRing<Shape>& ring,
+                                          int step, int depth, const LinearTile& tile) {
+  if constexpr (Shape::kWide == 1) {
+    tma_load_2d(ring.rows(step), maps.x, ring.full(step), depth, tile.first);
+  } else {
+    static_assert(Shape::kHigh == 2 && Shape::kWide == 2);
+    using Tiles = LinearTiles<Shape>;
+    const int before = Tiles::column() * (Tiles::kBands * kBandRows / Shape::kWide);
+    constexpr int kRow = 0b101;
+    const auto blocks = static_cast<uint16_t>(kRow << Tiles::row());
+    tma_multicast_2d(ring.rows(step) + before * Shape::kRowBytes, maps.x, ring.full(step), depth,
+                     tile.first + before, blocks);
   }
 }
 
@@ -164,7 +195,7 @@ struct LinearProducer {
       for (int k = depth.first; k < depth.end; ++k, ++step) {
         barrier_wait(ring.free(step), ring.parity(step) ^ 1);
         barrier_expect(ring.full(step), Shape::kSlotBytes);
-        tma_load_2d(ring.rows(step), maps.x, ring.full(step), k * kTileDepth, tile.first);
+        load_rows(maps, ring, step, k * kTileDepth, tile);
         load_weights(maps, ring, step, k * kTileDepth, tile);
       }
     }
@@ -294,6 +325,7 @@ struct LinearConsumer {
       Sums sums;
       take_turn();
       multiply(sums, i * steps, steps);
+      if (Shape::kWide > 1 && tile.column >= op.out_features) continue;
       finish_tile<T, kBands>(op, tile, rows, sums);
     }
     // The turn that was passed last.
@@ -301,14 +333,15 @@ struct LinearConsumer {
   }
 };
 
-template <class T, int kBands, bool kGathered, int kCluster>
+template <class T, int kBands, bool kGathered, int kHigh, int kWide>
 __global__ void __launch_bounds__(LinearShape<kBands>::kThreads, 1)
     multiply_experts(const __grid_constant__ LinearMaps maps,
                      const __grid_constant__ ExpertLinear op) {
-  using Shape = LinearShape<kBands, kCluster>;
+  using Shape = LinearShape<kBands, kHigh, kWide>;
+  static_assert(!kGathered || kWide == 1, "named rows are loaded by each block for itself");
   const LinearRing<Shape> ring{shared_memory(kTileAlignment)};
   if (thread_index() == 0) ring.prepare(kGathered ? GatheringProducer<Shape>::kArrivals : 1);
-  if constexpr (kCluster == 1) {
+  if constexpr (Shape::kBlocks == 1) {
     sync_block();
   } else {
     sync_cluster();
@@ -325,7 +358,7 @@ __global__ void __launch_bounds__(LinearShape<kBands>::kThreads, 1)
     LinearConsumer<T, Shape>{op, ring, warp_index() / 4 - 1}.run();
   }
   // No block ends while another one may still tell it that a slot is free.
-  if constexpr (kCluster > 1) sync_cluster();
+  if constexpr (Shape::kBlocks > 1) sync_cluster();
 }
 
 }  // namespace beit3_fast::cuda

@@ -46,6 +46,8 @@ struct ExpertLinear {
   int64_t num_experts = 0;  // at most kMaxExperts
   int64_t bounds[kMaxExperts + 1] =
       {};  // host numbers: places of expert e are [bounds[e], bounds[e + 1])
+  // Of the blocks of a cluster, where compute capability 9.0 has them: 1, 2 or 4.
+  int64_t most_blocks = 4;
 };
 
 // Why the kernels do not take such operands, or null. Pointers are looked at, not followed.

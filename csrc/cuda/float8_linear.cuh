@@ -13,8 +13,7 @@
 namespace beit3_fast::cuda {
 
 template <int kBands>
-struct Float8Shape {
-  static constexpr int kCluster = 1;
+struct Float8Shape : ClusterShape<1, 1, 1> {
   static constexpr int kSlots = kBands == 2 ? 3 : 4;
   static constexpr int kThreads = 384;
   static constexpr int kRowBytes = Float8Linear::kBlock;

@@ -19,7 +19,8 @@ const char* head_top_k(const HeadTopK& op, CUstream_st* stream) {
   });
   if (error != nullptr) return error;
   const HeadLaunch launch = join_launch(op);
-  return enqueue(join_classes<>, {launch.blocks, 32, launch.shared_bytes}, stream, op);
+  const Grid grid{launch.blocks, 32, launch.shared_bytes, 1, join_bytes(kMostTiles)};
+  return enqueue(join_classes<>, grid, stream, op);
 }
 
 }  // namespace beit3_fast::cuda

@@ -121,8 +121,16 @@ __device__ __forceinline__ void tma_load_3d(uint32_t to, const TensorMap& map, u
       : "memory");
 }
 
-// As tma_load_3d, to the same place in every block of the cluster whose bit is set, where it counts
-// at the barrier of the same place.
+// As tma_load_2d and tma_load_3d, to the same place in every block of the cluster whose bit is set,
+// where it counts at the barrier of the same place.
+__device__ __forceinline__ void tma_multicast_2d(uint32_t to, const TensorMap& map,
+                                                 uint32_t barrier, int x, int y, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y), "h"(blocks)
+      : "memory");
+}
 __device__ __forceinline__ void tma_multicast_3d(uint32_t to, const TensorMap& map,
                                                  uint32_t barrier, int x, int y, int z,
                                                  uint16_t blocks) {

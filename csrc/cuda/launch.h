@@ -39,11 +39,15 @@ struct Grid {
   int threads;
   int shared_bytes;
   int cluster = 1;  // blocks of a cluster, of which the grid has whole ones
+  // Of any launch of the kernel; 0: as many as of this one. What is allowed belongs to the kernel,
+  // and another thread may be about to launch it.
+  int most_shared_bytes = 0;
 };
 
+// Returns why the kernel could not be launched, or null.
 template <class... Own, class... Args>
-cudaError_t launch_clusters(void (*kernel)(Own...), const Grid& grid, CUstream_st* stream,
-                            const Args&... args) {
+const char* enqueue(void (*kernel)(Own...), const Grid& grid, CUstream_st* stream,
+                    const Args&... args) {
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
@@ -53,24 +57,14 @@ cudaError_t launch_clusters(void (*kernel)(Own...), const Grid& grid, CUstream_s
   config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = stream;
   config.attrs = &cluster;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, args...);
-}
-
-// Returns why the kernel could not be launched, or null.
-template <class... Own, class... Args>
-const char* enqueue(void (*kernel)(Own...), const Grid& grid, CUstream_st* stream,
-                    const Args&... args) {
-  cudaError_t error =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                           cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
-  if (error == cudaSuccess && grid.cluster > 1) {
-    error = launch_clusters(kernel, grid, stream, args...);
-  } else if (error == cudaSuccess) {
-    kernel<<<grid.blocks, grid.threads, grid.shared_bytes, stream>>>(args...);
-    error = cudaGetLastError();
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  const int most = grid.most_shared_bytes > 0 ? grid.most_shared_bytes : grid.shared_bytes;
+  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args...);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or whoever asks next takes it for his own
+  return cudaGetErrorString(error);
 }
 
 }  // namespace beit3_fast::cuda

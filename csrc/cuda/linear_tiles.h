@@ -21,9 +21,6 @@ constexpr int kTileColumns = ExpertLinear::kPartWidth;
 constexpr int kTileDepth = 64;
 // Row tiles that meet all columns before the next ones do: their rows stay in the L2 cache.
 constexpr int kRowTilesTogether = 16;
-// Blocks of a cluster, which have row tiles that follow each other and share their weights.
-constexpr int kClusterBlocks = 2;
-
 BEIT3_FAST_BOTH inline int tiles_of(int size, int tile) { return (size + tile - 1) / tile; }
 
 BEIT3_FAST_BOTH inline int row_tiles(const ExpertLinear& op, int bands, int expert) {
@@ -39,10 +36,56 @@ BEIT3_FAST_BOTH inline int depth_steps(const ExpertLinear& op) {
   return tiles_of(static_cast<int>(op.in_features), kTileDepth);
 }
 
-BEIT3_FAST_BOTH inline int tile_count(const ExpertLinear& op, int bands) {
+// `wide`: of so many column tiles each.
+BEIT3_FAST_BOTH inline int tile_count(const ExpertLinear& op, int bands, int wide = 1) {
   int count = 0;
   for (int expert = 0; expert < op.num_experts; ++expert) count += row_tiles(op, bands, expert);
-  return count * column_tiles(op);
+  return count * tiles_of(column_tiles(op), wide);
+}
+
+// How a launch for compute capability 9.0 is laid out. Blocks of a cluster have `high` row tiles
+// that follow each other in `wide` columns of tiles, and load for each other what they share; or,
+// where `shares` is more than one, a share of the depth of one tile each.
+struct LinearPlan {
+  int bands = 1;
+  int high = 1;
+  int wide = 1;
+  int shares = 1;
+};
+
+// Clusters of four leave over two of the 18 multiprocessors that some groups of them have.
+inline int clusters_at_once(int processors, int blocks) {
+  return blocks == 4 ? processors / 16 * 4 : processors / blocks;
+}
+
+// Whether clusters of two row tiles have two in every expert, and cost no round in which blocks
+// have tiles without real rows.
+inline bool clusters_pay(const ExpertLinear& op, int processors) {
+  if (processors < 2) return false;
+  for (int expert = 0; expert < op.num_experts; ++expert) {
+    if (row_tiles(op, kMostBands, expert) == 1) return false;
+  }
+  const int rounds = tiles_of(tile_count(op, kMostBands), processors);
+  return tiles_of(tile_count(op, 2 * kMostBands), processors / 2) <= rounds;
+}
+
+// Whether clusters of two times two tiles, which load a third less than those of two, cost at most
+// a sixteenth more rounds. Named rows each block loads for itself.
+inline bool square_clusters_pay(const ExpertLinear& op, int processors) {
+  const int at_once = clusters_at_once(processors, 4);
+  if (op.rows != nullptr || at_once == 0) return false;
+  const int rounds = tiles_of(tile_count(op, 2 * kMostBands), processors / 2);
+  return tiles_of(tile_count(op, 2 * kMostBands, 2), at_once) * 16 <= rounds * 17;
+}
+
+// As many as there is room for at once, with two steps or more for each.
+inline int shares_for(const ExpertLinear& op, int processors) {
+  const int tiles = tile_count(op, 1), steps = depth_steps(op);
+  for (int shares = 4; shares > 1; shares /= 2) {
+    const bool allowed = shares <= op.most_blocks && steps >= 2 * shares;
+    if (allowed && tiles <= clusters_at_once(processors, shares)) return shares;
+  }
+  return 1;
 }
 
 // High tiles read the weights less often; low ones keep more multiprocessors busy.
@@ -50,27 +93,16 @@ inline int bands_for(const ExpertLinear& op, int processors) {
   return tile_count(op, kMostBands) >= processors ? kMostBands : 1;
 }
 
-// Blocks of a cluster: one where tiles are few, where an expert has one row tile, or where tiles
-// without real rows would cost a round.
-inline int cluster_for(const ExpertLinear& op, int bands, int processors) {
-  const int high = bands * kClusterBlocks, clusters = processors / kClusterBlocks;
-  if (bands < kMostBands || clusters == 0) return 1;
-  for (int expert = 0; expert < op.num_experts; ++expert) {
-    const int own = row_tiles(op, bands, expert);
-    if (own > 0 && own < kClusterBlocks) return 1;
+inline LinearPlan plan_for(const ExpertLinear& op, int processors) {
+  LinearPlan plan;
+  plan.bands = bands_for(op, processors);
+  if (plan.bands == 1) {
+    plan.shares = shares_for(op, processors);
+    return plan;
   }
-  const int rounds = tiles_of(tile_count(op, bands), processors);
-  return tiles_of(tile_count(op, high), clusters) <= rounds ? kClusterBlocks : 1;
-}
-
-// Blocks that share the depth of a tile: four or two of a cluster where there are multiprocessors
-// for all of them at once and each has two steps or more, else one. Of 16 or 18 multiprocessors,
-// which can form clusters, four blocks leave two over.
-inline int shares_for(const ExpertLinear& op, int bands, int processors) {
-  const int tiles = tile_count(op, bands), steps = depth_steps(op);
-  if (bands > 1 || tiles == 0) return 1;
-  if (tiles <= processors / 16 * 4 && steps >= 8) return 4;
-  return tiles <= processors / 2 && steps >= 4 ? 2 : 1;
+  if (op.most_blocks >= 2 && clusters_pay(op, processors)) plan.high = 2;
+  if (op.most_blocks >= 4 && plan.high == 2 && square_clusters_pay(op, processors)) plan.wide = 2;
+  return plan;
 }
 
 // Places [first, end) of an expert, of which the tile holds the first ones, and its first column.
@@ -81,9 +113,10 @@ struct LinearTile {
   int column;
 };
 
-// Tiles count through the experts one after the other.
-BEIT3_FAST_BOTH inline LinearTile tile_at(const ExpertLinear& op, int bands, int index) {
-  const int columns = column_tiles(op);
+// Tiles count through the experts one after the other; `wide`: of so many column tiles each.
+BEIT3_FAST_BOTH inline LinearTile tile_at(const ExpertLinear& op, int bands, int index,
+                                          int wide = 1) {
+  const int columns = tiles_of(column_tiles(op), wide);
   int expert = 0;
   while (index >= row_tiles(op, bands, expert) * columns) {
     index -= row_tiles(op, bands, expert++) * columns;
@@ -95,22 +128,26 @@ BEIT3_FAST_BOTH inline LinearTile tile_at(const ExpertLinear& op, int bands, int
   const int height = left < together ? left : together;
   const int place = index - top * columns;
   return {expert, static_cast<int>(op.bounds[expert]) + (top + place % height) * bands * kBandRows,
-          static_cast<int>(op.bounds[expert + 1]), place / height * kTileColumns};
+          static_cast<int>(op.bounds[expert + 1]), place / height * wide * kTileColumns};
 }
 
-inline TiledTensor rows_of_x(const ExpertLinear& op, int bands) {
-  return {
-      op.x, 2, {op.in_features, op.num_rows}, {op.x_stride * 2}, {kTileDepth, bands * kBandRows}};
+// A box is the share of a tile that one of its `wide` blocks loads.
+inline TiledTensor rows_of_x(const ExpertLinear& op, int bands, int wide) {
+  return {op.x,
+          2,
+          {op.in_features, op.num_rows},
+          {op.x_stride * 2},
+          {kTileDepth, bands * kBandRows / wide}};
 }
 
-// Columns past an expert's last are outside, and no column of the next one. A box is a block's
-// share of a tile.
-inline TiledTensor rows_of_weights(const ExpertLinear& op, int cluster) {
+// Columns past an expert's last are outside, and no column of the next one. A box is the share of a
+// tile that one of its `high` blocks loads.
+inline TiledTensor rows_of_weights(const ExpertLinear& op, int high) {
   return {op.weights,
           3,
           {op.in_features, op.out_features, op.num_experts},
           {op.in_features * 2, op.in_features * op.out_features * 2},
-          {kTileDepth, kTileColumns / cluster, 1}};
+          {kTileDepth, kTileColumns / high, 1}};
 }
 
 inline bool in_16_bytes(const void* data, int64_t stride) {

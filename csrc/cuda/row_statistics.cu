@@ -2,9 +2,9 @@
 
 #include "row_statistics.cuh"
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
+
+#include "launch.h"
 
 namespace beit3_fast::cuda {
 
@@ -14,10 +14,8 @@ const char* row_statistics(const RowStatistics& op, CUstream_st* stream) {
   const int64_t blocks = (op.num_rows + kStatisticsWarps - 1) / kStatisticsWarps;
   const auto kernel =
       op.element == RowStatistics::Element::kBFloat16 ? moments<BFloat16> : moments<Float16>;
-  kernel<<<static_cast<unsigned>(std::min<int64_t>(blocks, 1 << 16)), 32 * kStatisticsWarps, 0,
-           stream>>>(op);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  const auto few = static_cast<int>(std::min<int64_t>(blocks, 1 << 16));
+  return enqueue(kernel, {few, 32 * kStatisticsWarps, 0}, stream, op);
 }
 
 }  // namespace beit3_fast::cuda

@@ -9,10 +9,8 @@
 
 namespace beit3_fast::cuda {
 
-template <int kBlocks>
-struct SplitKShape {
-  static constexpr int kCluster = 1;
-  static constexpr int kShares = kBlocks;
+template <int kShares>
+struct SplitKShape : ClusterShape<1, 1, kShares> {
   static constexpr int kSlots = 6;
   static constexpr int kThreads = 256;  // a warp group that loads, one that computes
   static constexpr int kRowBytes = kTileDepth * 2;

@@ -6,6 +6,7 @@ from bugs.bug import CUDA_LINEAR, Bug
 
 _FORWARD = (f"{CUDA_LINEAR}::test_forward",)
 _CLUSTERS = (f"{CUDA_LINEAR}::test_clusters",)
+_SQUARE = (f"{CUDA_LINEAR}::test_square_clusters",)
 _SPLIT = (f"{CUDA_LINEAR}::test_split_k",)
 _MORE_TILES = (f"{CUDA_LINEAR}::test_clusters_that_have_more_than_one_tile",)
 
@@ -132,35 +133,35 @@ CUDA_LINEAR_BUGS = (
     Bug(
         "cuda-linear-low-tiles-as-high-as-others",
         "csrc/cuda/linear_tiles.h",
-        "{kTileDepth, bands * kBandRows}",
-        "{kTileDepth, kMostBands * kBandRows}",
+        "{kTileDepth, bands * kBandRows / wide}",
+        "{kTileDepth, kMostBands * kBandRows / wide}",
         (f"{CUDA_LINEAR}::test_low_tiles",),
     ),
     Bug(
         "cuda-linear-cluster-slot-free-when-one-block-has-left-it",
         "csrc/cuda/expert_linear.cuh",
-        "barrier_init(free(i), 4 * Shape::kCluster);",
+        "barrier_init(free(i), 4 * (Shape::kHigh + Shape::kWide - 1));",
         "barrier_init(free(i), 4);",
         _MORE_TILES,
     ),
     Bug(
         "cuda-linear-cluster-tells-its-own-block-alone",
         "csrc/cuda/expert_linear.cuh",
-        "if (lane_index() < Shape::kCluster) barrier_arrive_in_cluster(free(step), lane_index());",
-        "if (lane_index() < Shape::kCluster) barrier_arrive(free(step));",
+        "if (other < Shape::kBlocks && loads) barrier_arrive_in_cluster(free(step), other);",
+        "if (other < Shape::kBlocks && loads) barrier_arrive(free(step));",
         _MORE_TILES,
     ),
     Bug(
         "cuda-linear-cluster-expects-its-own-share-of-the-weights",
         "csrc/cuda/expert_linear.cuh",
         "barrier_expect(ring.full(step), Shape::kSlotBytes);",
-        "barrier_expect(ring.full(step), Shape::kRowsBytes + Shape::kWeightBytes / Shape::kCluster);",
+        "barrier_expect(ring.full(step), Shape::kRowsBytes + Shape::kWeightBytes / Shape::kHigh);",
         _CLUSTERS,
     ),
     Bug(
         "cuda-linear-cluster-ends-block-by-block",
         "csrc/cuda/expert_linear.cuh",
-        "  if constexpr (kCluster > 1) sync_cluster();\n",
+        "  if constexpr (Shape::kBlocks > 1) sync_cluster();\n",
         "",
         _CLUSTERS,
     ),
@@ -182,15 +183,15 @@ CUDA_LINEAR_BUGS = (
     Bug(
         "cuda-linear-cluster-shares-the-same-half-of-the-weights",
         "csrc/cuda/expert_linear.cuh",
-        "depth, tile.column + before, tile.expert, kAll);",
-        "depth, tile.column, tile.expert, kAll);",
+        "depth, tile.column + before, tile.expert, blocks);",
+        "depth, tile.column, tile.expert, blocks);",
         _CLUSTERS,
     ),
     Bug(
         "cuda-linear-cluster-where-it-costs-a-round",
         "csrc/cuda/linear_tiles.h",
-        "tiles_of(tile_count(op, high), clusters) <= rounds ?",
-        "rounds > 0 ?",
+        "tiles_of(tile_count(op, 2 * kMostBands), processors / 2) <= rounds;",
+        "rounds > 0;",
         (f"{CUDA_LINEAR}::test_clusters_are_taken_where_they_cost_no_round",),
     ),
     Bug(
@@ -245,8 +246,57 @@ CUDA_LINEAR_BUGS = (
     Bug(
         "cuda-linear-split-k-without-room-for-all-clusters",
         "csrc/cuda/linear_tiles.h",
-        "tiles <= processors / 16 * 4",
-        "tiles <= processors / 4",
+        "blocks == 4 ? processors / 16 * 4 : processors / blocks",
+        "processors / blocks",
         (f"{CUDA_LINEAR}::test_k_is_split_where_processors_would_be_idle",),
+    ),
+    Bug(
+        "cuda-linear-square-cluster-loads-the-same-half-of-the-rows",
+        "csrc/cuda/expert_linear.cuh",
+        "                     tile.first + before, blocks);",
+        "                     tile.first, blocks);",
+        _SQUARE,
+    ),
+    Bug(
+        "cuda-linear-square-cluster-rows-to-the-blocks-of-the-column",
+        "csrc/cuda/expert_linear.cuh",
+        "constexpr int kRow = 0b101;",
+        "constexpr int kRow = 0b11;",
+        _SQUARE,
+    ),
+    Bug(
+        "cuda-linear-square-cluster-weights-to-the-first-column",
+        "csrc/cuda/expert_linear.cuh",
+        "kColumn << Tiles::column() * Shape::kHigh",
+        "kColumn",
+        _SQUARE,
+    ),
+    Bug(
+        "cuda-linear-square-cluster-tells-the-blocks-of-its-column-alone",
+        "csrc/cuda/expert_linear.cuh",
+        "Shape::kWide == 1 || other % Shape::kHigh == own % Shape::kHigh ||",
+        "Shape::kWide == 1 ||",
+        _SQUARE,
+    ),
+    Bug(
+        "cuda-linear-square-cluster-stores-columns-that-are-not-real",
+        "csrc/cuda/expert_linear.cuh",
+        "      if (Shape::kWide > 1 && tile.column >= op.out_features) continue;\n",
+        "",
+        _SQUARE,
+    ),
+    Bug(
+        "cuda-linear-square-cluster-whatever-it-costs",
+        "csrc/cuda/linear_tiles.h",
+        "at_once) * 16 <= rounds * 17;",
+        "at_once) * 16 <= rounds * 40;",
+        (f"{CUDA_LINEAR}::test_square_clusters_are_taken_where_they_cost_few_rounds",),
+    ),
+    Bug(
+        "cuda-linear-more-blocks-a-cluster-than-asked-for",
+        "csrc/cuda/linear_tiles.h",
+        "if (op.most_blocks >= 2 && clusters_pay",
+        "if (clusters_pay",
+        (f"{CUDA_LINEAR}::test_clusters_are_taken_where_they_cost_no_round",),
     ),
 )

@@ -9,41 +9,53 @@ namespace {
 using namespace beit3_fast;
 using namespace beit3_fast::cuda;
 
-template <int kBands, int kCluster>
-const char* run_hopper(const ExpertLinear& op, int processors, emulated::Order order,
-                       uint64_t seed) {
-  using Shape = LinearShape<kBands, kCluster>;
+template <class Kernel>
+Kernel* instance_for(const ExpertLinear& op, Kernel* brain, Kernel* half) {
+  return op.element == ExpertLinear::Element::kBFloat16 ? brain : half;
+}
+
+template <int kBands, bool kGathered, int kHigh, int kWide>
+const char* run_tiles(const ExpertLinear& op, int clusters, emulated::Order order, uint64_t seed) {
+  using Shape = LinearShape<kBands, kHigh, kWide>;
   LinearMaps maps;
-  if (const char* obstacle = make_maps(maps, op, kBands, kCluster)) return obstacle;
-  const int clusters = std::min(tile_count(op, kBands * kCluster), processors);
-  const auto kernel = instance_for(op, multiply_experts<BFloat16, kBands, true, kCluster>,
-                                   multiply_experts<Float16, kBands, true, kCluster>,
-                                   multiply_experts<BFloat16, kBands, false, kCluster>,
-                                   multiply_experts<Float16, kBands, false, kCluster>);
-  emulated::run({clusters * kCluster, Shape::kThreads, Shape::kBytes, order, seed, kCluster},
+  if (const char* obstacle = make_maps(maps, op, kBands, kHigh, kWide)) return obstacle;
+  const int blocks = std::min(tile_count(op, kBands * kHigh, kWide), clusters) * Shape::kBlocks;
+  const auto kernel = instance_for(op, multiply_experts<BFloat16, kBands, kGathered, kHigh, kWide>,
+                                   multiply_experts<Float16, kBands, kGathered, kHigh, kWide>);
+  emulated::run({blocks, Shape::kThreads, Shape::kBytes, order, seed, Shape::kBlocks},
                 [&] { kernel(maps, op); });
   return nullptr;
 }
 
-template <int kShares>
-const char* run_split_k(const ExpertLinear& op, int, emulated::Order order, uint64_t seed) {
+template <bool kGathered, int kShares>
+const char* run_shares(const ExpertLinear& op, int, emulated::Order order, uint64_t seed) {
   using Shape = SplitKShape<kShares>;
   LinearMaps maps;
-  if (const char* obstacle = make_maps(maps, op, 1, 1)) return obstacle;
-  const auto kernel = instance_for(op, multiply_experts_split_k<BFloat16, true, kShares>,
-                                   multiply_experts_split_k<Float16, true, kShares>,
-                                   multiply_experts_split_k<BFloat16, false, kShares>,
-                                   multiply_experts_split_k<Float16, false, kShares>);
-  emulated::run({tile_count(op, 1) * kShares, Shape::kThreads, Shape::kBytes, order, seed, kShares},
+  if (const char* obstacle = make_maps(maps, op, 1, 1, 1)) return obstacle;
+  const int blocks = tile_count(op, 1) * kShares;
+  const auto kernel = instance_for(op, multiply_experts_split_k<BFloat16, kGathered, kShares>,
+                                   multiply_experts_split_k<Float16, kGathered, kShares>);
+  emulated::run({blocks, Shape::kThreads, Shape::kBytes, order, seed, kShares},
                 [&] { kernel(maps, op); });
   return nullptr;
+}
+
+template <bool kGathered>
+const char* run_plan(const ExpertLinear& op, const LinearPlan& plan, int clusters,
+                     emulated::Order order, uint64_t seed) {
+  const auto run = plan.shares == 4   ? run_shares<kGathered, 4>
+                   : plan.shares == 2 ? run_shares<kGathered, 2>
+                   : plan.bands == 1  ? run_tiles<1, kGathered, 1, 1>
+                   : plan.high == 1   ? run_tiles<2, kGathered, 1, 1>
+                   : plan.wide == 1   ? run_tiles<2, kGathered, 2, 1>
+                                      : run_tiles<2, false, 2, 2>;
+  return run(op, clusters, order, seed);
 }
 
 const char* run_portable(const ExpertLinear& op, emulated::Order order, uint64_t seed) {
   using Shape = PortableLinearShape;
-  const bool bfloat16 = op.element == ExpertLinear::Element::kBFloat16;
   const auto kernel =
-      bfloat16 ? multiply_experts_portable<BFloat16> : multiply_experts_portable<Float16>;
+      instance_for(op, multiply_experts_portable<BFloat16>, multiply_experts_portable<Float16>);
   emulated::run({tile_count(op, Shape::kBands), Shape::kThreads, Shape::kBytes, order, seed},
                 [&] { kernel(op); });
   return nullptr;
@@ -51,37 +63,24 @@ const char* run_portable(const ExpertLinear& op, emulated::Order order, uint64_t
 
 }  // namespace
 
-// As expert_linear. By the kernel for compute capability 9.0, in tiles of one or two bands by so
-// many clusters, of one block each or, with four bands, of two with two each; with no bands by the
-// portable kernel. With two or four shares by as many blocks for every tile. Returns the fault, or
-// null.
-extern "C" const char* emulate_expert_linear(const ExpertLinear* op, int bands, int shares,
+// As expert_linear, by a plan and so many clusters; a plan of no bands is the portable kernel.
+// Returns the fault, or null.
+extern "C" const char* emulate_expert_linear(const ExpertLinear* op, const LinearPlan* plan,
                                              int clusters, int order, uint64_t seed) {
   static std::string fault;
   const auto when = static_cast<emulated::Order>(order);
   try {
     const char* obstacle = linear_obstacle(*op);
     if (obstacle != nullptr || tile_count(*op, 1) == 0) return obstacle;
-    if (bands == 0) return run_portable(*op, when, seed);
-    const auto run = shares == 2   ? run_split_k<2>
-                     : shares == 4 ? run_split_k<4>
-                     : bands == 1  ? run_hopper<1, 1>
-                     : bands == 2  ? run_hopper<2, 1>
-                                   : run_hopper<2, kClusterBlocks>;
-    return run(*op, clusters, when, seed);
+    if (plan->bands == 0) return run_portable(*op, when, seed);
+    const auto run = op->rows == nullptr ? run_plan<false> : run_plan<true>;
+    return run(*op, *plan, clusters, when, seed);
   } catch (const std::exception& error) {
     fault = error.what();
     return fault.c_str();
   }
 }
 
-// Of a cluster's tiles.
-extern "C" int expert_linear_bands(const ExpertLinear* op, int processors) {
-  const int bands = bands_for(*op, processors);
-  return bands * cluster_for(*op, bands, processors);
-}
-
-// Blocks that share the depth of a tile.
-extern "C" int expert_linear_shares(const ExpertLinear* op, int processors) {
-  return shares_for(*op, bands_for(*op, processors), processors);
+extern "C" void expert_linear_plan(const ExpertLinear* op, int processors, LinearPlan* plan) {
+  *plan = plan_for(*op, processors);
 }

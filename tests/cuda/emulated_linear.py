@@ -44,7 +44,21 @@ class _Call(ctypes.Structure):
         ("out_features", _SIZE),
         ("num_experts", _SIZE),
         ("bounds", _SIZE * 4),
+        ("most_blocks", _SIZE),
     )
+
+
+class Plan(NamedTuple):
+    """LinearPlan of linear_tiles.h: bands of a tile (0: the portable kernel), tiles of a cluster down and across, shares of K."""
+
+    bands: int = 2
+    high: int = 1
+    wide: int = 1
+    shares: int = 1
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int) for name in Plan._fields)
 
 
 class Result(NamedTuple):
@@ -76,24 +90,34 @@ def _library() -> ctypes.CDLL:
     library.emulate_expert_linear.restype = ctypes.c_char_p
     library.emulate_expert_linear.argtypes = (
         ctypes.POINTER(_Call),
-        *(ctypes.c_int,) * 4,
+        ctypes.POINTER(_Plan),
+        ctypes.c_int,
+        ctypes.c_int,
         ctypes.c_uint64,
     )
     return library
 
 
-def bands(bounds: Sequence[int], out: int, processors: int) -> int:
-    """Of how many bands the launcher makes the tiles of a cluster, which may be of one block."""
-    call = _Call(out_features=out, num_experts=len(bounds) - 1, bounds=(_SIZE * 4)(*bounds))
-    library = _library()
-    return int(library.expert_linear_bands(ctypes.byref(call), processors))
-
-
-def shares(bounds: Sequence[int], inner: int, out: int, processors: int) -> int:
-    """Of how many blocks the launcher has each take a share of K of a tile."""
-    sizes = {"in_features": inner, "out_features": out, "num_experts": len(bounds) - 1}
-    call = _Call(**sizes, bounds=(_SIZE * 4)(*bounds))
-    return int(_library().expert_linear_shares(ctypes.byref(call), processors))
+def plan(
+    bounds: Sequence[int],
+    inner: int,
+    out: int,
+    processors: int = 132,
+    most_blocks: int = 4,
+    gathered: bool = False,
+) -> Plan:
+    """How the launcher lays out a product."""
+    call = _Call(
+        in_features=inner,
+        out_features=out,
+        num_experts=len(bounds) - 1,
+        bounds=(_SIZE * 4)(*bounds),
+        rows=8 if gathered else None,
+        most_blocks=most_blocks,
+    )
+    own = _Plan()
+    _library().expert_linear_plan(ctypes.byref(call), processors, ctypes.byref(own))
+    return Plan(*(getattr(own, name) for name in Plan._fields))
 
 
 def expert_linear(
@@ -107,16 +131,13 @@ def expert_linear(
     *,
     statistics: tuple[Tensor, int] | None = None,
     order: str = "eager",
-    bands: int = 2,
-    shares: int = 1,
-    processors: int = 2,
+    plan: Plan = Plan(),
+    clusters: int = 2,
     seed: int = 0,
 ) -> Result:
     """As in kernels/expert_linear.py, with z and the statistics of y.
 
-    ``bands``: of a tile in the kernel for compute capability 9.0, 4: of a cluster of two blocks; 0: the portable kernel.
-    ``shares``: 2 or 4: so many blocks share K of every tile, of one band.
-    ``processors``: how many blocks, or clusters of them, share the work. Raises RuntimeError with the fault.
+    ``clusters``: how many share the work, of one block or more each. Raises RuntimeError with the fault.
     """
     out = folded.weights.shape[1]
     empty = torch.full((x.shape[0], out), float("nan"), dtype=x.dtype)
@@ -155,7 +176,7 @@ def expert_linear(
     )
     library = _library()
     fault = library.emulate_expert_linear(
-        ctypes.byref(call), bands, shares, processors, ORDERS.index(order), seed
+        ctypes.byref(call), ctypes.byref(_Plan(*plan)), clusters, ORDERS.index(order), seed
     )
     if fault is not None:
         raise RuntimeError(fault.decode())

@@ -199,6 +199,10 @@ inline void tma_load_2d(uint32_t to, const TensorMap& map, uint32_t barrier, int
 inline void tma_load_3d(uint32_t to, const TensorMap& map, uint32_t barrier, int x, int y, int z) {
   emulated::load_box(to, map, barrier, 3, x, y, z, 1 << cluster_rank());
 }
+inline void tma_multicast_2d(uint32_t to, const TensorMap& map, uint32_t barrier, int x, int y,
+                             uint16_t blocks) {
+  emulated::load_box(to, map, barrier, 2, x, y, 0, blocks);
+}
 inline void tma_multicast_3d(uint32_t to, const TensorMap& map, uint32_t barrier, int x, int y,
                              int z, uint16_t blocks) {
   emulated::load_box(to, map, barrier, 3, x, y, z, blocks);

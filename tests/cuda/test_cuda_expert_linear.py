@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from beit3_fast.kernels._folded_weights import fold
-from emulated_linear import ORDERS, PART_WIDTH, Result, bands, expert_linear, shares
+from emulated_linear import ORDERS, PART_WIDTH, Plan, Result, expert_linear, plan
 from torch import Tensor
 
 from beit3_fast.parity import op_parity
@@ -90,7 +90,7 @@ def moments(x: Tensor, width: int) -> Tensor:
 
 
 def launch(
-    case: Case, operands: Operands, order: str = "eager", width: int = PART_WIDTH, **options: int
+    case: Case, operands: Operands, order: str = "eager", width: int = PART_WIDTH, **options: Any
 ) -> Result:
     statistics = (moments(operands.x, width).float(), width) if case.norm else None
     return expert_linear(
@@ -175,14 +175,14 @@ def test_forward(name: str) -> None:
 def test_low_tiles(name: str) -> None:
     case, turn = CASES[name], list(CASES).index(name)
     operands = draw(case, ("fp16", "bf16")[turn % 2])
-    check(case, operands, launch(case, operands, ORDERS[turn % 3], bands=1))
+    check(case, operands, launch(case, operands, ORDERS[turn % 3], plan=Plan(1)))
 
 
 @pytest.mark.parametrize("name", ["7 rows", "two experts", "three experts", "gathered, deep"])
 def test_portable(name: str) -> None:
     case, turn = CASES[name], list(CASES).index(name)
     operands = draw(case, ("bf16", "fp16")[turn % 2])
-    check(case, operands, launch(case, operands, ("late", "random")[turn % 2], bands=0))
+    check(case, operands, launch(case, operands, ("late", "random")[turn % 2], plan=Plan(0)))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -190,33 +190,58 @@ def test_clusters(name: str) -> None:
     """Experts of one, two and three row tiles: in every odd number the last one's neighbour has no real rows."""
     turn = list(CASES).index(name)
     operands = draw(CASES[name], ("fp16", "bf16")[turn % 2])
-    check(CASES[name], operands, launch(CASES[name], operands, ORDERS[(turn + 1) % 3], bands=4))
+    result = launch(CASES[name], operands, ORDERS[(turn + 1) % 3], plan=Plan(high=2))
+    check(CASES[name], operands, result)
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.gathered])
+def test_square_clusters(name: str) -> None:
+    """One to three columns of tiles: in every odd number the last one's neighbours have no real columns."""
+    turn = list(CASES).index(name)
+    operands = draw(CASES[name], ("bf16", "fp16")[turn % 2])
+    result = launch(CASES[name], operands, ORDERS[(turn + 2) % 3], plan=Plan(high=2, wide=2))
+    check(CASES[name], operands, result)
+
+
+@pytest.mark.parametrize("wide", [1, 2])
 @pytest.mark.parametrize("order", ORDERS)
-def test_clusters_that_have_more_than_one_tile(order: str) -> None:
+def test_clusters_that_have_more_than_one_tile(order: str, wide: int) -> None:
     """Through every slot of the ring more than once, the last tile with rows of one block alone."""
     case = Case((0, 300, 420), 456, 136, norm=True, gelu=True, residual=True)
     operands = draw(case, "bf16")
-    check(case, operands, launch(case, operands, order, bands=4, processors=1))
+    check(case, operands, launch(case, operands, order, plan=Plan(2, 2, wide), clusters=1))
 
 
 def test_clusters_give_the_same_bits() -> None:
-    operands = draw(CASES["two experts"], "bf16")
-    alone, together = (launch(CASES["two experts"], operands, bands=b) for b in (2, 4))
-    for ours, own in zip(together, alone, strict=True):
-        assert torch.equal(ours.nan_to_num(), own.nan_to_num())
+    case = CASES["two experts"]
+    operands = draw(case, "bf16")
+    alone = launch(case, operands)
+    for wide in (1, 2):
+        together = launch(case, operands, plan=Plan(2, 2, wide))
+        for ours, own in zip(together, alone, strict=True):
+            assert torch.equal(ours.nan_to_num(), own.nan_to_num())
 
 
 def test_clusters_are_taken_where_they_cost_no_round() -> None:
     many = 128 * 22
-    assert bands((0, many), 768, 132) == 4
-    assert bands((0, many), 768, 1) == 2  # no processor for a second block
-    assert bands((0, many - 256), 768, 132) == 1
-    assert bands((0, many, many + 128), 1536, 132) == 2  # an expert of one row tile
-    assert bands((0, many, many), 1536, 132) == 4  # an empty one
-    assert bands((0, 128 * 33), 512, 132) == 2  # without a cluster there is one round, with it two
-    assert bands((0, 128 * 35), 512, 132) == 4
+    assert plan((0, many), 768, 768, most_blocks=2) == Plan(2, 2)
+    assert plan((0, many), 768, 768, 1) == Plan(2)  # no processor for a second block
+    assert plan((0, many - 256), 768, 768).bands == 1
+    assert plan((0, many, many + 128), 768, 1536) == Plan(2)  # an expert of one row tile
+    assert plan((0, many, many), 768, 1536, most_blocks=2) == Plan(2, 2)  # an empty one
+    assert plan((0, 128 * 33), 768, 512) == Plan(2)  # without a cluster one round, with it two
+    assert plan((0, 128 * 35), 768, 512, most_blocks=2) == Plan(2, 2)
+    assert plan((0, 128 * 35), 768, 512, most_blocks=1) == Plan(2)
+
+
+def test_square_clusters_are_taken_where_they_cost_few_rounds() -> None:
+    rows = 256 * 197
+    for inner, out in ((768, 768), (768, 2304), (768, 3072), (3072, 768), (1024, 4096)):
+        assert plan((0, rows), inner, out) == Plan(2, 2, 2)
+    assert plan((0, rows), 768, 768, gathered=True) == Plan(2, 2)
+    assert plan((0, rows), 768, 768, 14) == Plan(2, 2)  # no room for four blocks
+    assert plan((0, 256 * 66), 768, 128) == Plan(2, 2)  # half of the blocks without columns
+    assert plan((0, 256 * 33), 768, 256) == Plan(2, 2)  # two rounds instead of one
 
 
 @pytest.mark.parametrize("shares", [2, 4])
@@ -225,7 +250,11 @@ def test_split_k(name: str, shares: int) -> None:
     """From one step along K a block to more than the ring has slots; columns for all blocks and for the first alone."""
     turn = list(CASES).index(name) + shares // 2
     operands = draw(CASES[name], ("bf16", "fp16")[turn % 2])
-    check(CASES[name], operands, launch(CASES[name], operands, ORDERS[turn % 3], shares=shares))
+    check(
+        CASES[name],
+        operands,
+        launch(CASES[name], operands, ORDERS[turn % 3], plan=Plan(1, shares=shares)),
+    )
 
 
 @pytest.mark.parametrize("shares", [2, 4])
@@ -233,32 +262,30 @@ def test_split_k_gives_the_same_bits_in_every_order(shares: int) -> None:
     """The shares are added up in the order of K, whichever comes first."""
     case = CASES["deep"]
     operands = draw(case, "bf16")
-    expected = launch(case, operands, "eager", shares=shares)
+    expected = launch(case, operands, "eager", plan=Plan(1, shares=shares))
     for order, seed in (("late", 0), ("random", 1), ("random", 2)):
-        result = launch(case, operands, order, shares=shares, seed=seed)
+        result = launch(case, operands, order, plan=Plan(1, shares=shares), seed=seed)
         for ours, own in zip(result, expected, strict=True):
             assert torch.equal(ours.nan_to_num(), own.nan_to_num())
 
 
 def test_k_is_split_where_processors_would_be_idle() -> None:
-    assert shares((0, 197), 3072, 768, 132) == 4  # 24 tiles
-    assert (
-        shares((0, 197), 3072, 1024, 132) == 4
-    )  # 32: as many clusters of four as there is room for
-    assert shares((0, 64 * 11), 3072, 384, 132) == 2  # 33
-    assert shares((0, 197), 768, 2112, 132) == 1  # 68
-    assert shares((0, 197), 448, 768, 132) == 2  # seven steps
-    assert shares((0, 197), 192, 768, 132) == 1
-    assert shares((0, 3, 6), 768, 768, 132) == 4
-    assert shares((0, 50_432), 768, 768, 132) == 1
-    assert shares((0, 197), 3072, 768, 16) == 1
-    assert shares((0, 0), 3072, 768, 132) == 1
+    assert plan((0, 197), 3072, 768) == Plan(1, shares=4)  # 24 tiles
+    assert plan((0, 197), 3072, 1024) == Plan(1, shares=4)  # 32: no room for more clusters of four
+    assert plan((0, 64 * 11), 3072, 384) == Plan(1, shares=2)  # 33
+    assert plan((0, 197), 768, 2112) == Plan(1)  # 68
+    assert plan((0, 197), 448, 768) == Plan(1, shares=2)  # seven steps
+    assert plan((0, 197), 192, 768) == Plan(1)
+    assert plan((0, 3, 6), 768, 768, gathered=True) == Plan(1, shares=4)
+    assert plan((0, 197), 3072, 768, most_blocks=2) == Plan(1, shares=2)
+    assert plan((0, 197), 3072, 768, most_blocks=1) == Plan(1)
+    assert plan((0, 197), 3072, 768, 12) == Plan(2, 2)
 
 
 def test_tiles_are_low_where_high_ones_leave_processors_idle() -> None:
-    assert bands((0, 197), 3072, 132) == 1
-    assert bands((0, 128 * 11), 1536, 132) == 2  # with clusters: two rounds
-    assert bands((0, 128 * 11 - 128), 1536, 132) == 1
+    assert plan((0, 197), 768, 3072).bands == 1
+    assert plan((0, 128 * 11), 768, 1536).bands == 2
+    assert plan((0, 128 * 11 - 128), 768, 1536).bands == 1
 
 
 @pytest.mark.full
@@ -268,26 +295,32 @@ def test_tiles_are_low_where_high_ones_leave_processors_idle() -> None:
 def test_split_k_long(name: str, order: str, shares: int) -> None:
     for dtype in DTYPES:
         operands = draw(CASES[name], dtype)
-        check(CASES[name], operands, launch(CASES[name], operands, order, shares=shares, seed=3))
+        check(
+            CASES[name],
+            operands,
+            launch(CASES[name], operands, order, plan=Plan(1, shares=shares), seed=3),
+        )
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("bands", [0, 1, 2, 4])
+@pytest.mark.parametrize("own", [Plan(0), Plan(1), Plan(2), Plan(2, 2), Plan(2, 2, 2)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", CASES)
-def test_forward_long(name: str, order: str, dtype: str, bands: int) -> None:
+def test_forward_long(name: str, order: str, dtype: str, own: Plan) -> None:
+    if CASES[name].gathered:
+        own = own._replace(wide=1)
     operands = draw(CASES[name], dtype)
-    result = launch(CASES[name], operands, order, processors=3, bands=bands)
+    result = launch(CASES[name], operands, order, clusters=3, plan=own)
     check(CASES[name], operands, result)
 
 
 @pytest.mark.parametrize("name", ["two experts", "gathered"])
 def test_every_order_gives_the_same_bits(name: str) -> None:
     operands = draw(CASES[name], "bf16")
-    expected = launch(CASES[name], operands, "eager", processors=1)
+    expected = launch(CASES[name], operands, "eager", clusters=1)
     for order, seed in (("late", 0), ("random", 1), ("random", 2)):
-        result = launch(CASES[name], operands, order, processors=1, seed=seed)
+        result = launch(CASES[name], operands, order, clusters=1, seed=seed)
         for ours, own in zip(result, expected, strict=True):
             assert torch.equal(ours.nan_to_num(), own.nan_to_num())
 
@@ -298,7 +331,14 @@ def test_gelu_of_any_number() -> None:
     z = torch.cat([special, torch.linspace(-8.0, 8.0, 504)])
     folded = fold([torch.zeros(len(z), 8, dtype=torch.float16)], [z], (), ())
     y = expert_linear(
-        torch.zeros(1, 8, dtype=torch.float16), folded, None, None, (0, 1), 0.0, "gelu", bands=1
+        torch.zeros(1, 8, dtype=torch.float16),
+        folded,
+        None,
+        None,
+        (0, 1),
+        0.0,
+        "gelu",
+        plan=Plan(1),
     ).y[0]
     truth = torch.nn.functional.gelu(z.double())
     rounding, smallest = 2.0**-11, 2.0**-24

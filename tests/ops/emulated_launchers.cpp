@@ -5,13 +5,14 @@
 #include "cuda/decode_attention.h"
 #include "cuda/expert_linear.h"
 #include "cuda/head_top_k.h"
+#include "cuda/linear_tiles.h"
 #include "cuda/row_statistics.h"
 #include "cuda/shared_attention.h"
 
 using namespace beit3_fast::cuda;
 
 extern "C" {
-const char* emulate_expert_linear(const ExpertLinear* op, int bands, int shares, int processors,
+const char* emulate_expert_linear(const ExpertLinear* op, const LinearPlan* plan, int clusters,
                                   int order, uint64_t seed);
 const char* emulate_row_statistics(const RowStatistics* op, int blocks, int order, uint64_t seed);
 const char* emulate_shared_attention(const SharedAttention* op, int processors, int portable,
@@ -35,7 +36,8 @@ const char* decode_attention_obstacle(const DecodeAttention&) { return nullptr; 
 const char* head_top_k_obstacle(const HeadTopK&) { return nullptr; }
 
 const char* expert_linear(const ExpertLinear& op, CUstream_st*) {
-  return emulate_expert_linear(&op, 2, 1, 3, 2, 1);
+  const LinearPlan plan = plan_for(op, 8);
+  return emulate_expert_linear(&op, &plan, 3, 2, 1);
 }
 
 const char* shared_attention(const SharedAttention& op, CUstream_st*) {
