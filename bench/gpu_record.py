@@ -17,12 +17,13 @@ Record = dict[str, dict[str, Any]]
 
 
 def digest(root: Path, folders: Iterable[str], facts: Sequence[str]) -> str:
-    """A hash of the source files in some folders of ``root``, and of further facts."""
+    """A hash of the source files in some folders of ``root``, of files and patterns of files, and of further facts."""
     own = hashlib.sha256()
     for fact in facts:
         own.update(f"{fact}\0".encode())
     for folder in folders:
-        for path in sorted((root / folder).rglob("*")):
+        inside = (root / folder).is_dir()
+        for path in sorted((root / folder).rglob("*") if inside else root.glob(folder)):
             name = path.relative_to(root)
             if path.suffix not in SUFFIXES or path.name in _NOT_SOURCES:
                 continue

@@ -248,13 +248,13 @@ def attention_rounds(device: str) -> bool:
     )
 
 
-def launch(kernel: str, first: Tensor, *arguments: Any) -> None:
+def launch(kernel: str, first: Tensor, *arguments: Any, **options: Any) -> None:
     """Calls the library's op that launches a kernel, on torch's current stream of that device."""
     reason = why_unavailable(first.device.type)
     if reason is not None:
         raise KernelUnavailable(f"{kernel}: impl='cuda' was asked for, but it {reason}.")
     stream = torch.cuda.current_stream(first.device).cuda_stream
-    getattr(torch.ops.beit3_fast, f"launch_{kernel}")(first, *arguments, stream)
+    getattr(torch.ops.beit3_fast, f"launch_{kernel}")(first, *arguments, stream, **options)
 
 
 reset: Callable[[], None] = why_unavailable.cache_clear

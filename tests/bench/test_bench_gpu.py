@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -14,9 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_record
+from beit3_fast.ops import library
+from bench import gpu, gpu_library, gpu_record
 from bench import report as reports
-from bench.gpu_steps import RUNTIMES, Step, steps
+from bench.gpu_steps import (
+    CUDA_MODEL_TESTS,
+    CUDA_TESTS,
+    ON_GPU,
+    PYTEST,
+    RUNTIMES,
+    TOOLS,
+    Step,
+    steps,
+)
 from bench.gpu_summary import summarize
 
 ROOT = gpu.ROOT
@@ -37,8 +48,8 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def step(name: str, code: str, needs_all: bool = False) -> Step:
-    return Step(name, (sys.executable, "-c", code), needs_all)
+def step(name: str, code: str, *needs: str, limit_s: float = 60) -> Step:
+    return Step(name, (sys.executable, "-c", code), needs, limit_s)
 
 
 def outcomes(folder: Path) -> dict[str, str]:
@@ -56,7 +67,7 @@ def test_nothing_is_measured_where_parity_failed_and_a_passed_step_is_not_repeat
         step("parity", once),
         step("races", races),
         Step("memcheck", ("no-such-program",)),
-        step("bench", "print('measured')", needs_all=True),
+        step("bench", "print('measured')", "parity", "races"),
     ]
     assert gpu.run_all(plan, out) == 1
     found = outcomes(out)
@@ -78,7 +89,7 @@ def test_nothing_is_measured_where_parity_failed_and_a_passed_step_is_not_repeat
 @pytest.mark.parametrize("parity", [None, "failed", "out of time"])
 def test_only_judges_earlier_steps_by_the_record(parity: str | None, out: Path) -> None:
     code = "import sys; sys.exit(1)" if parity == "failed" else "pass"
-    plan = [step("parity", code), step("bench", "print('measured')", needs_all=True)]
+    plan = [step("parity", code), step("bench", "print('measured')", "parity")]
     if parity:
         gpu.run_all(plan, out, "parity")
     if parity == "out of time":
@@ -90,17 +101,27 @@ def test_only_judges_earlier_steps_by_the_record(parity: str | None, out: Path) 
     assert not (out / "bench.log").exists()
 
 
-def test_a_step_that_measures_does_not_wait_for_another_one(out: Path) -> None:
-    plan = [step("parity", "pass"), step("a", "1 / 0", True), step("b", "pass", True)]
+def test_a_step_waits_for_those_alone_that_it_names(out: Path) -> None:
+    plan = [step("parity", "pass"), step("a", "1 / 0", "parity"), step("b", "pass", "parity")]
     assert gpu.run_all(plan, out) == 1
     assert outcomes(out) == {"parity": "passed", "a": "failed", "b": "passed"}
     assert gpu.run_all(plan, out, "b") == 0
 
 
+def test_no_step_begins_that_could_outlast_the_budget(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = [step("long", "pass", limit_s=500), step("short", "pass", limit_s=5)]
+    assert gpu.run_all(plan, out, budget_s=100) == 1
+    assert outcomes(out) == {"short": "passed"}
+    assert "long: no time left for 500 s" in capsys.readouterr().out
+    assert gpu.run_all(plan, out) == 0
+
+
 def test_a_changed_source_runs_a_step_again(
     out: Path, few_sources: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = [step("parity", "pass"), step("bench", "pass", needs_all=True)]
+    plan = [step("parity", "pass"), step("bench", "pass", "parity")]
     assert gpu.run_all(plan, out) == 0
     capsys.readouterr()
     assert gpu.run_all(plan, out) == 0
@@ -122,6 +143,27 @@ def test_sources_are_code_and_not_results(few_sources: Path) -> None:
     assert gpu_record.digest(few_sources, folders, ("another GPU",)) != first
     (few_sources / "bench" / "run.py").write_text("")
     assert gpu_record.digest(few_sources, folders, ()) != first
+
+
+def test_a_changed_test_runs_its_own_steps_again(few_sources: Path, out: Path) -> None:
+    tests = few_sources / "tests" / "ops"
+    tests.mkdir(parents=True)
+    plan = {own.name: own.sources for own in steps("cuda", False, out)}
+
+    def changed(file: str) -> set[str]:
+        before = {name: gpu_record.digest(few_sources, own, ()) for name, own in plan.items()}
+        (tests / file).write_text("")
+        after = {name: gpu_record.digest(few_sources, own, ()) for name, own in plan.items()}
+        return {name for name in plan if before[name] != after[name]}
+
+    sanitized = {f"{tool}-cuda-float8" for tool in TOOLS}
+    assert changed("test_cuda_float8_ops.py") == {
+        "parity-cuda-float8",
+        "every-cuda-float8",
+        *sanitized,
+    }
+    assert {"parity-cuda", "races-cuda", "every-triton-model"} < changed("op_cases.py")
+    assert "figures-products" not in changed("attention_cases.py")
 
 
 @pytest.mark.parametrize("text", ['{"schema": 1, "ste', "[]", '{"schema": 1, "steps": {"a": {}}}'])
@@ -173,9 +215,8 @@ def test_the_plans_logs_fit_into_16_mib(out: Path) -> None:
 
 
 def test_a_step_that_takes_too_long_is_stopped_with_its_children(
-    out: Path, monkeypatch: pytest.MonkeyPatch
+    out: Path,
 ) -> None:
-    monkeypatch.setattr(gpu, "LIMIT_S", 2)
     out.mkdir()
     # The child keeps the lock as long as it lives.
     held = (
@@ -183,7 +224,7 @@ def test_a_step_that_takes_too_long_is_stopped_with_its_children(
         "fcntl.flock(file, fcntl.LOCK_EX); "
         "subprocess.run(['sleep', '30'], pass_fds=[file.fileno()])"
     )
-    found = gpu.run_step(step("slow", held), out, 1000)
+    found = gpu.run_step(step("slow", held, limit_s=2), out, 1000)
     assert found["outcome"] == "out of time"
     before = time.monotonic()
     with (out / "held").open() as file:
@@ -191,10 +232,35 @@ def test_a_step_that_takes_too_long_is_stopped_with_its_children(
     assert time.monotonic() - before < 10
 
 
+def test_ended_from_outside_it_ends_its_step(out: Path) -> None:
+    """And the step has no session of its own, which whoever ends a session would not reach."""
+    code = (
+        "import os, time; print(os.getsid(0) == os.getsid(os.getppid()), os.getpid(), flush=True); "
+        "time.sleep(60)"
+    )
+    program = (
+        "import signal, sys; from pathlib import Path; from bench import gpu; "
+        "from bench.gpu_steps import Step; out = Path(sys.argv[1]); "
+        f"gpu.steps = lambda *_: [Step('slow', (sys.executable, '-c', {code!r}))]; "
+        "gpu.main(['--device', 'cpu', '--out', str(out)])"
+    )
+    log = out / "slow.log"
+    with subprocess.Popen([sys.executable, "-c", program, str(out)], cwd=ROOT) as process:
+        before = time.monotonic()
+        while not (log.exists() and log.read_text().endswith("\n")):
+            assert time.monotonic() - before < 60
+            time.sleep(0.1)
+        process.terminate()
+    same, number = log.read_text().split()
+    assert same == "True"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(number), 0)
+
+
 def test_the_sanitizer_sees_every_kernel(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its selection of tests, without the sanitizer and in the interpreter."""
     pytest.importorskip("triton", reason="triton is not installed")
-    (own,) = (own for own in steps("cuda", False, out) if own.name == "memcheck")
+    (own,) = (own for own in steps("cuda", False, out) if own.name == "memcheck-triton")
     command = [*own.command[own.command.index(sys.executable) :], "-p", "launched_kernels"]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -223,7 +289,7 @@ def test_every_figure_has_a_step(out: Path) -> None:
         "figures products --device cuda",
         "figures attention --device cuda",
         "figures latency --device cuda",
-        "decode_step --device cuda --batch 64",
+        "decode_step --device cuda --batch 64 --impl cuda",
     ):
         assert any(words in command for command in commands), words
     for runtime in ("beit3_fast-cuda", "beit3_fast-triton", "beit3_fast-composite"):
@@ -288,7 +354,48 @@ def test_every_file_of_the_plan_is_there(device: str, tmp_path: Path) -> None:
         for word in own.command:
             if word.startswith(("tests/", "bench/")):
                 assert (ROOT / word).is_file(), word
-    assert [own.needs_all for own in plan] == sorted(own.needs_all for own in plan)
+    names = [own.name for own in plan]
+    assert len(set(names)) == len(names)
+    for place, own in enumerate(plan):
+        assert set(own.needs) <= set(names[:place]), own.name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tests_that_need_a_gpu_do_not_pass_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    for name, value in ON_GPU.items():
+        monkeypatch.setenv(name, value)
+    files = [f"tests/ops/{test}.py" for test in CUDA_TESTS.values()]
+    files += [CUDA_MODEL_TESTS, "tests/ops/test_cuda_races.py", "tests/ops/test_triton_races.py"]
+    command = [*PYTEST, "--maxfail=99", "--collect-only", *files]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.stdout.count("RuntimeError: these tests are to run on a GPU") == len(files)
+    for file in files:
+        assert f"ERROR collecting {file} " in ended.stdout
+
+
+def test_the_library_is_known_by_its_sources(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stamp = library.load().stamp
+    if not stamp.get("cuda_sources"):
+        pytest.skip("the library was built without CUDA kernels")
+    assert gpu_library.sources_hash() == stamp["cuda_sources"]
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "csrc" / "cuda" / "hopper.cuh").write_text("")
+    monkeypatch.setattr(gpu_library, "ROOT", tmp_path)
+    assert not gpu_library.is_current()
+
+
+def test_a_report_is_written_again_without_a_gpu(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["--summary", str(finished)])
+    assert "has no steps.json" in capsys.readouterr().err
+    gpu_record.write(finished / "steps.json", {"bench-0": {"outcome": "passed", "seconds": 1.0}})
+    assert gpu.main(["--summary", str(finished)]) == 0
+    assert len(reports.load(finished / "report.json")["results"]) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -71,8 +71,8 @@ MEASURING_BUGS = (
     Bug(
         "gpu-a-step-that-never-ran-stops-nothing",
         "bench/gpu.py",
-        '_BLOCKS = ("failed", "out of time", "not run")',
-        '_BLOCKS = ("failed", "out of time")',
+        'if (why := _outcome(record, name)) != "passed"',
+        'if (why := _outcome(record, name)) not in ("passed", "not run")',
         (f"{GPU}::test_only_judges_earlier_steps_by_the_record",),
     ),
     Bug(
@@ -81,6 +81,34 @@ MEASURING_BUGS = (
         'if record[name].get("sources") != now.get(name)]',
         "if name not in now]",
         (f"{GPU}::test_a_changed_source_runs_a_step_again",),
+    ),
+    Bug(
+        "gpu-a-step-that-outlasts-the-budget",
+        "bench/gpu.py",
+        "elif step.limit_s > end - time.monotonic():",
+        "elif end < time.monotonic():",
+        (f"{GPU}::test_no_step_begins_that_could_outlast_the_budget",),
+    ),
+    Bug(
+        "gpu-a-step-outlives-its-session",
+        "bench/gpu.py",
+        "preexec_fn=os.setpgrp,",
+        "start_new_session=True,",
+        (f"{GPU}::test_ended_from_outside_it_ends_its_step",),
+    ),
+    Bug(
+        "gpu-tests-pass-in-front-of-stand-ins",
+        "tests/ops/cuda_cases.py",
+        'if reason is not None and os.environ.get("BEIT3_FAST_TESTS_NEED_GPU") == "1":',
+        "if reason is None and False:",
+        (f"{GPU}::test_tests_that_need_a_gpu_do_not_pass_without_one",),
+    ),
+    Bug(
+        "gpu-a-library-of-any-sources",
+        "bench/gpu_library.py",
+        'library.load().stamp.get("cuda_sources") == sources_hash()',
+        'bool(library.load().stamp.get("cuda_sources"))',
+        (f"{GPU}::test_the_library_is_known_by_its_sources",),
     ),
     Bug(
         "gpu-figures-count-half-of-attention",

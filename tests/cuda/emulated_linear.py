@@ -57,6 +57,9 @@ class Plan(NamedTuple):
     shares: int = 1
 
 
+HIGH = Plan()
+
+
 class _Plan(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int) for name in Plan._fields)
 
@@ -131,7 +134,7 @@ def expert_linear(
     *,
     statistics: tuple[Tensor, int] | None = None,
     order: str = "eager",
-    plan: Plan = Plan(),
+    plan: Plan = HIGH,
     clusters: int = 2,
     seed: int = 0,
 ) -> Result:

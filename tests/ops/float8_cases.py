@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import BINDINGS, EMULATED, compiled, take
+from cuda_cases import BINDINGS, EMULATED, compiled, device_for, take
 
 from beit3_fast.ops import cuda_kernels, dispatch
 
-RUNS = cuda_kernels.obstacle("float8_linear", "cuda", torch.bfloat16, False) is None
-DEVICE = "cuda" if RUNS else "cpu"
+DEVICE = device_for(cuda_kernels.obstacle("float8_linear", "cuda", torch.bfloat16, False))
 
 
 @cache

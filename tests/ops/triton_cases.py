@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from cuda_cases import device_for
 from torch import Tensor
 
 from beit3_fast.ops import triton_kernels
@@ -15,6 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 T = TypeVar("T")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+device_for(triton_kernels.why_unavailable("cuda"))  # raises where the interpreter will not do
 TARGETS = [("triton", "fp32"), ("triton", "fp16")]
 if DEVICE == "cuda":
     TARGETS.append(("triton", "bf16"))  # the interpreter multiplies bf16 wrongly
