@@ -182,9 +182,10 @@ class TokenLayout:
         return rows.where(valid, 0).to(self.device), valid.to(self.device)
 
     @cached_property
-    def is_uniform_vision(self) -> bool:
-        """True when there is no text and every sample has equally many vision rows."""
-        return self.num_text_rows == 0 and len(set(self.vision_lengths)) <= 1
+    def is_uniform(self) -> bool:
+        """True when all rows are of one modality and every sample has equally many: they are [B, N] as they lie."""
+        one_kind = 0 in (self.num_vision_rows, self.num_text_rows)
+        return one_kind and len(set(self.vision_lengths)) <= 1 and len(set(self.text_lengths)) <= 1
 
     def expert_bounds(self, experts: str) -> tuple[int, ...]:
         """Row ranges of the experts: E + 1 ascending numbers from 0 to R.

@@ -147,9 +147,9 @@ class PaddedLayout(TokenLayout):
         return torch.cat([samples.expand(-1, count).flatten() for count in counts])
 
     @property
-    def is_uniform_vision(self) -> bool:
-        """True when there is no text."""
-        return self.num_text == 0
+    def is_uniform(self) -> bool:
+        """True when there is no text, or text alone without padding."""
+        return self.num_text == 0 or (self.num_vision == 0 and self.valid is None)
 
     def expert_bounds(self, experts: str) -> tuple[int, ...]:
         """As in TokenLayout."""

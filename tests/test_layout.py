@@ -157,11 +157,13 @@ def test_expert_ranges_of_a_selection(lengths: list[tuple[int, int]]) -> None:
         ([(5, 0)], True),
         ([(5, 0), (4, 0)], False),
         ([(5, 0), (5, 1)], False),
-        ([(0, 3)], False),
+        ([(0, 3)], True),
+        ([(0, 3), (0, 4)], False),
+        ([(5, 0), (0, 5)], False),
     ],
 )
-def test_is_uniform_vision(lengths: list[tuple[int, int]], uniform: bool) -> None:
-    assert layout_of(lengths).is_uniform_vision is uniform
+def test_is_uniform(lengths: list[tuple[int, int]], uniform: bool) -> None:
+    assert layout_of(lengths).is_uniform is uniform
 
 
 def test_a_layout_is_frozen() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,11 +97,32 @@ def test_the_official_signatures() -> None:
     }
     for task, expected in forwards.items():
         model = create_model(f"beit3_tiny_patch16_32_{task}")
-        assert list(inspect.signature(model.forward).parameters) == expected
+        assert list(inspect.signature(model.forward).parameters) == [*expected, "further"]
         assert type(model).__name__.startswith("BEiT3For")
         assert model.beit3.__class__ is BEiT3
     create = list(inspect.signature(create_model).parameters)
     assert create[:5] == ["name", "checkpoint", "device", "dtype", "impl"]
+
+
+def test_keywords_that_the_released_loops_pass_are_taken() -> None:
+    """As by every released forward; one that no loop passes may be a slip, and is said."""
+    image, words = torch.randn(2, 3, 32, 32), torch.randint(4, 90, (2, 5))
+    nothing, chosen = torch.zeros(2, 5).long(), torch.tensor([[0, 1, 0, 0, 0]] * 2)
+    texts = {"padding_mask": nothing}
+    calls: dict[str, dict[str, Any]] = {
+        "imageclassification": {"image": image},
+        "nlvr2": {"image_a": image, "image_b": image, "text_description": words, **texts},
+        "vqav2": {"image": image, "question": words, **texts},
+        "captioning": {"image": image, "text_ids": words, "language_masked_pos": chosen, **texts},
+        "retrieval": {"image": image, "text_description": words, **texts},
+    }
+    for task, call in calls.items():
+        model = create_model(f"beit3_tiny_patch16_32_{task}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(**call, image_id=torch.tensor([1, 2]))
+        with pytest.warns(UserWarning, match=r"reads no paddings; it has image.*further"):
+            model(**call, paddings=nothing)
 
 
 def test_a_checkpoint_carries_the_whole_model(tmp_path: Path) -> None:

@@ -26,17 +26,18 @@ def shared_attention(
 ) -> Tensor:
     """Arguments and result as in ``beit3_fast.reference.shared_attention``; obeys autocast and autograd.
 
-    Equally long vision-only rows take one batched call. Everything else takes one call per sample on a CPU,
+    Equally long samples of one modality take one batched call. Everything else takes one call per sample on a CPU,
     which neither pads nor (without a mask) materialises scores, and one padded call elsewhere, where launches
     cost more than padding. A mask tensor takes one call per sample, unless the layout is padded already.
     """
-    if isinstance(mask, str) and queries is keys and keys.is_uniform_vision and keys.num_rows:
+    if isinstance(mask, str) and queries is keys and keys.is_uniform and keys.num_rows:
         batch, tokens = keys.batch_size, keys.longest
         q, k, v = (
             t.view(batch, tokens, num_heads, t.shape[1] // num_heads).transpose(1, 2)
             for t in (q, k, v)
         )
-        o = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=mask == "causal")
+        causal = mask == "causal" or (mask == "seq2seq" and keys.num_text_rows > 0)
+        o = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal)
         return o.transpose(1, 2).reshape(batch * tokens, -1)
     if isinstance(keys, PaddedLayout) and isinstance(queries, PaddedLayout):
         return _equally_long(q, k, v, keys, queries, num_heads, scale, mask)
@@ -130,29 +131,49 @@ def padded_attention(
     mask: str,
 ) -> Tensor:
     """shared_attention in one call: samples padded to the longest, padding and structure as a bool mask."""
-    (key_rows, key_valid), (query_rows, query_valid) = keys.padded_rows, queries.padded_rows
+    (key_rows, _), (query_rows, query_valid) = keys.padded_rows, queries.padded_rows
     if not query_rows.numel():
         return q.new_zeros(q.shape)
-    visible = key_valid[:, None, :]
-    if mask != "bidirectional":
-        key_places, key_text = _places(keys)
-        query_places, query_text = _places(queries, keys)
-        earlier = key_places[:, None, :] <= query_places[:, :, None]
-        if mask == "seq2seq":
-            earlier = ~key_text[:, None, :] | (earlier & query_text[:, :, None])
-        visible = visible & earlier
-    padded_q, padded_k, padded_v = (
-        t.index_select(0, rows.flatten())
-        .view(*rows.shape, num_heads, t.shape[1] // num_heads)
-        .transpose(1, 2)
-        for t, rows in ((q, query_rows), (k, key_rows), (v, key_rows))
-    )
+    visible = _visible_slots(keys, queries, mask)
     o = F.scaled_dot_product_attention(
-        padded_q, padded_k, padded_v, attn_mask=visible[:, None], scale=scale
+        _padded_heads(q, query_rows, num_heads),
+        _padded_heads(k, key_rows, num_heads),
+        _padded_heads(v, key_rows, num_heads),
+        attn_mask=visible[:, None],
+        scale=scale,
     )
-    o = torch.where(visible.any(dim=2)[:, None, :, None], o, 0.0)  # [B, H, Nq, D]
-    slots = query_valid.flatten().nonzero().flatten()
-    of_row = torch.empty_like(slots).index_copy(0, query_rows.flatten()[slots], slots)
+    # A row sees itself, whatever the mask.
+    if queries is not keys or not query_valid.any(dim=1).all():
+        o = torch.where(visible.any(dim=2)[:, None, :, None], o, 0.0)  # [B, H, Nq, D]
+    return _rows_of_slots(o, queries)
+
+
+def _visible_slots(keys: TokenLayout, queries: TokenLayout, mask: str) -> Tensor:
+    """bool [B, Nq or 1, N]: the keys that each padded slot sees; no padding is seen."""
+    _, key_valid = keys.padded_rows
+    visible = key_valid[:, None, :]
+    if mask == "bidirectional":
+        return visible
+    key_places, key_text = _places(keys)
+    query_places, query_text = _places(queries, keys)
+    earlier = key_places[:, None, :] <= query_places[:, :, None]
+    if mask == "seq2seq":
+        earlier = ~key_text[:, None, :] | (earlier & query_text[:, :, None])
+    return visible & earlier
+
+
+def _padded_heads(t: Tensor, rows: Tensor, num_heads: int) -> Tensor:
+    """[B, H, N, D] of the rows [B, N] of t [R, C]."""
+    width = t.shape[1] // num_heads
+    own = t.index_select(0, rows.flatten()).view(*rows.shape, num_heads, width)
+    return own.transpose(1, 2)
+
+
+def _rows_of_slots(o: Tensor, layout: TokenLayout) -> Tensor:
+    """[R, C]: the rows of a layout out of its padded slots [B, H, N, D]."""
+    rows, valid = layout.padded_rows
+    slots = valid.flatten().nonzero().flatten()
+    of_row = torch.empty_like(slots).index_copy(0, rows.flatten()[slots], slots)
     return o.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, of_row)
 
 
@@ -197,28 +218,63 @@ def shared_attention_backward(
     scale: float,
     mask: str | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, given that of the result [Rq, C]; everything is recomputed in fp32."""
-    compute = torch.promote_types(q.dtype, torch.float32)
+    """Gradients of q, k and v, given that of the result [Rq, C]; the weights are computed again.
+
+    Short samples are padded to one batch, as in the forward pass; others come one by one.
+    """
+    if isinstance(mask, str) and keys.longest <= _SHORT and queries.num_rows:
+        (key_rows, _), (query_rows, query_valid) = keys.padded_rows, queries.padded_rows
+        # Slots of padding hold row 0, whose gradient they are not to count again.
+        own_grad = _padded_heads(grad, query_rows, num_heads) * query_valid[:, None, :, None]
+        made = _gradients(
+            own_grad,
+            _padded_heads(q, query_rows, num_heads),
+            _padded_heads(k, key_rows, num_heads),
+            _padded_heads(v, key_rows, num_heads),
+            _visible_slots(keys, queries, mask)[:, None],
+            scale,
+        )
+        dq, dk, dv = (
+            _rows_of_slots(own, layout)
+            for own, layout in zip(made, (queries, keys, keys), strict=True)
+        )
+        return dq, dk, dv
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     samples = zip(
-        *(_heads(t.to(compute), queries, num_heads) for t in (q, grad)),
-        *(_heads(t.to(compute), keys, num_heads) for t in (k, v)),
+        *(_heads(t, queries, num_heads) for t in (grad, q)),
+        *(_heads(t, keys, num_heads) for t in (k, v)),
         strict=True,
     )
-    for sample, parts in enumerate(samples):
-        own_q, own_grad, own_k, own_v = (part[0] for part in parts)
+    for sample, (own_grad, own_q, own_k, own_v) in enumerate(samples):
         visible = sample_mask(mask, keys, queries, sample)
-        scores = (own_q @ own_k.transpose(1, 2) * scale).masked_fill(~visible, float("-inf"))
-        weights = scores.softmax(dim=-1).nan_to_num(0.0)  # [H, Nq, Nk]; no visible key: all zero
-        dweights = own_grad @ own_v.transpose(1, 2)
-        dscores = weights * (dweights - (dweights * weights).sum(-1, keepdim=True)) * scale
-        _add_heads(dq, dscores @ own_k, queries, sample)
-        _add_heads(dk, dscores.transpose(1, 2) @ own_q, keys, sample)
-        _add_heads(dv, weights.transpose(1, 2) @ own_grad, keys, sample)
+        made = _gradients(own_grad, own_q, own_k, own_v, visible, scale)
+        for rows, own, layout in zip((dq, dk, dv), made, (queries, keys, keys), strict=True):
+            _put_heads(rows, own[0], layout, sample)
     return dq, dk, dv
 
 
-def _add_heads(rows: Tensor, heads: Tensor, layout: TokenLayout, sample: int) -> None:
+def _gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of q, k and v [B, H, N, D]; ``visible``: bool, broadcast to [B, H, Nq, N].
+
+    What the softmax is taken of, and what its gradient cancels, is fp32; sums over tokens are products of the dtype.
+    """
+    compute = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(compute) @ k.to(compute).transpose(2, 3)).mul_(scale)
+    weights = scores.masked_fill_(~visible, float("-inf")).softmax(dim=-1)
+    weights = weights.nan_to_num_(0.0)  # of a query that sees no key
+    dweights = grad.to(compute) @ v.to(compute).transpose(2, 3)
+    dweights -= (dweights * weights).sum(-1, keepdim=True)
+    dscores = dweights.mul_(weights).mul_(scale).to(q.dtype)
+    return (
+        dscores @ k,
+        dscores.transpose(2, 3) @ q,
+        weights.to(q.dtype).transpose(2, 3) @ grad,
+    )
+
+
+def _put_heads(rows: Tensor, heads: Tensor, layout: TokenLayout, sample: int) -> None:
     own = heads.transpose(0, 1).flatten(1)  # [N, C]
     vision, text = layout.segments(sample)
     split = layout.vision_lengths[sample]

@@ -17,7 +17,7 @@ from beit3_fast.finite import check_finite, check_pixels
 from beit3_fast.generate import Caption, CaptionStep, Options, Special, caption_steps, captions
 from beit3_fast.model.decoding import CaptionDecoder, head_logits
 from beit3_fast.model.inputs import check_processor, image_batches, image_tensors, listed
-from beit3_fast.model.task import BEiT3Task, check_given
+from beit3_fast.model.task import BEiT3Task, check_given, take_further
 from beit3_fast.ops.packed_weight import PackedWeight
 from beit3_fast.padded_layout import shapes_are_fixed
 
@@ -43,15 +43,17 @@ class BEiT3ForCaptioning(BEiT3Task):
         language_masked_pos: Tensor | None,
         text_len: int | None = None,
         incremental_state: dict[int, dict[str, Tensor]] | None = None,
+        **further: Any,
     ) -> tuple[Tensor, dict[int, dict[str, Tensor]] | None]:
         """Predict tokens; returns (logits, incremental_state).
 
         image [B, 3, H, W], text_ids int64 [B, Nt], padding_mask [B, Nt], nonzero for padding. With
-        ``language_masked_pos`` [B, Nt] logits are [masked, V], else [B, Nt, V]. Decoding: the first call has the
+        ``language_masked_pos`` [B, Nt], nonzero for words and not for padding, logits are [masked, V], else [B, Nt, V]. Decoding: the first call has the
         image and an empty ``incremental_state``; later calls have ``image=None``, the last word and a mask token
         as ``text_ids`` [B, 2], and ``text_len``, the length of the text so far including both.
         """
         check_given(text_ids=text_ids)
+        take_further(self, further)
         if incremental_state is not None or image is None:
             return self._decode(
                 image, text_ids, padding_mask, language_masked_pos, text_len, incremental_state

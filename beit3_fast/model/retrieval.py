@@ -15,7 +15,7 @@ from beit3_fast.config import BEiT3Config
 from beit3_fast.data.pair_batch import PairBatch
 from beit3_fast.errors import ShapeError
 from beit3_fast.model.contrastive_loss import contrastive_loss
-from beit3_fast.model.task import BEiT3Task, text_of_all
+from beit3_fast.model.task import BEiT3Task, take_further, text_of_all
 from beit3_fast.model.work import Work, embedding_work, encoder_work, linear_work, training_work
 
 
@@ -36,12 +36,14 @@ class BEiT3ForRetrieval(BEiT3Task):
         text_description: Tensor | None = None,
         padding_mask: Tensor | None = None,
         only_infer: bool = False,
+        **further: Any,
     ) -> tuple[Any, ...]:
         """(vision [B, C], language [B, C]), each None without its input; the loss comes first unless only_infer.
 
         image [B, 3, H, W]; text_description int64 [B, Nt]; padding_mask [B, Nt], nonzero for padding. The
         embeddings have unit length. Under torch.distributed the loss compares with every rank's batch.
         """
+        take_further(self, further)
         vision = language = None
         if image is not None:
             encoded = self.beit3.encode(image=image, read_vision="first")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +66,22 @@ def check_given(**inputs: Tensor | None) -> None:
     for name, value in inputs.items():
         if not isinstance(value, Tensor):
             raise ShapeError(f"{name} is needed, a tensor, got {type(value).__name__}")
+
+
+# What the released training loops pass and no released model reads.
+_READ_BY_NONE = frozenset({"image_id"})
+
+
+def take_further(model: nn.Module, further: Mapping[str, Any]) -> None:
+    """Takes any further keyword, as every released ``forward`` does, and warns of one that no released loop passes."""
+    unknown = further.keys() - _READ_BY_NONE
+    if unknown:
+        warnings.warn(
+            f"{type(model).__name__}.forward reads no {', '.join(sorted(unknown))}; it has "
+            f"{', '.join(inspect.signature(model.forward).parameters)}",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def text_of_all(encoded: Encoded) -> Tensor:

@@ -28,7 +28,7 @@ from beit3_fast.model.inputs import (
     listed,
     text_tensors,
 )
-from beit3_fast.model.task import BEiT3Task, check_given, text_of_all
+from beit3_fast.model.task import BEiT3Task, check_given, take_further, text_of_all
 from beit3_fast.model.work import Work, embedding_work, encoder_work, linear_work, training_work
 
 
@@ -41,9 +41,10 @@ class BEiT3ForImageClassification(BEiT3Task):
         self.head = nn.Linear(config.embed_dim, num_classes)
         self._init_head(self.head)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, **further: Any) -> Tensor:
         """image [B, 3, H, W] -> logits [B, num_classes]."""
         check_given(image=image)
+        take_further(self, further)
         encoded = self.beit3.encode(image=image)
         batch, width = encoded.layout.batch_size, encoded.rows.shape[1]
         tokens = encoded.rows.view(batch, encoded.layout.longest, width)
@@ -104,10 +105,16 @@ class BEiT3ForVisualReasoning(BEiT3Task):
         self._init_head(self.head.dense1, self.head.dense2)
 
     def forward(
-        self, image_a: Tensor, image_b: Tensor, text_description: Tensor, padding_mask: Tensor
+        self,
+        image_a: Tensor,
+        image_b: Tensor,
+        text_description: Tensor,
+        padding_mask: Tensor,
+        **further: Any,
     ) -> Tensor:
         """Images [B, 3, H, W] each, text int64 [B, Nt], padding_mask [B, Nt], nonzero for padding."""
         check_given(image_a=image_a, image_b=image_b, text_description=text_description)
+        take_further(self, further)
         if image_a.shape != image_b.shape:
             raise ShapeError(
                 "image_a and image_b must have the same shape, got "
@@ -193,9 +200,12 @@ class BEiT3ForVisualQuestionAnswering(BEiT3Task):
         )
         self._init_head()
 
-    def forward(self, image: Tensor, question: Tensor, padding_mask: Tensor) -> Tensor:
+    def forward(
+        self, image: Tensor, question: Tensor, padding_mask: Tensor, **further: Any
+    ) -> Tensor:
         """image [B, 3, H, W], question int64 [B, Nt], padding_mask [B, Nt], nonzero for padding."""
         check_given(image=image, question=question)
+        take_further(self, further)
         encoded = self.beit3.encode(
             image, question, padding_mask, read_vision="first", read_text="none"
         )

@@ -155,11 +155,13 @@ def _cpu_slower(at: Situation) -> str | None:
         return None
     if at.autocast and not at.needs_grad:
         return "would keep the weights a second time, in autocast's dtype"
-    if at.needs_grad and not (at.op == "expert_linear" and at.dtype is torch.bfloat16):
+    level = library.cpu_isa()
+    # PyTorch's own attention is slow in bf16 where oneDNN's products are fast.
+    gains = at.op == "expert_linear" or level in ("avx512_bf16", "amx_bf16")
+    if at.needs_grad and not (gains and at.dtype is torch.bfloat16):
         return "recomputes in the backward pass what composite keeps"
     if at.compiling and not at.packed:
         return "is opaque to torch.compile, which fuses composite"
-    level = library.cpu_isa()
     if level == "portable":
         return "has only its portable path on this CPU (no AVX2)"
     if at.op == "expert_linear":

@@ -147,6 +147,20 @@ def test_gradients_reach_the_embeddings() -> None:
     assert_parity(model_parity(grads[1], grads[0], gradient=True))
 
 
+def test_second_derivatives_by_the_reference() -> None:
+    """A penalty on gradients: PyTorch's fused attention has no second derivative."""
+    found = []
+    for model in (torchscale_model("base"), accelerate(torchscale_model("base"), "reference")):
+        model.zero_grad()
+        call = encoder_call()
+        embeddings = call["token_embeddings"].requires_grad_()
+        out = model.encoder(**call)["encoder_out"].square().sum()
+        (first,) = torch.autograd.grad(out, embeddings, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), embeddings)
+        found.append(second)
+    assert_parity(model_parity(found[1], found[0], gradient=True))
+
+
 def test_activation_checkpointing(monkeypatch: pytest.MonkeyPatch, runs_fast: Any) -> None:
     """fairscale's wrapper becomes PyTorch's: same gradients, and every layer is computed twice."""
     from beit3_fast.model import encoder

@@ -207,10 +207,13 @@ def test_a_sample_that_is_not_finite_stays_alone(impl: str, dtype: str) -> None:
                 assert impl == "composite" or not bool(y[own].isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", ["reference", "composite"])
-def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(impl: str) -> None:
+def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(
+    impl: str, dtype: torch.dtype
+) -> None:
     layout = TokenLayout.from_lengths((3, 2), (2, 4))
-    q, k, v = (torch.randn(layout.num_rows, 8, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(layout.num_rows, 8, dtype=dtype, requires_grad=True) for _ in range(3))
     mask = torch.ones(7, 7, dtype=torch.bool)
     mask[1] = False  # second vision token
     mask[4] = False  # second text token
@@ -220,7 +223,10 @@ def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(impl: str) -> Non
     assert bool((y.abs().amax(1) > 0)[[0, 2, 3, 5, 7]].all())
     y.sum().backward()
     for t in (q, k, v):
+        assert t.grad is not None
         assert bool(t.grad.isfinite().all())
+        assert bool((t.grad.abs().amax(1) > 0)[[0, 2, 3, 5, 7]].all())
+    assert q.grad is not None
     assert q.grad[blind].abs().max() == 0
 
 
