@@ -50,7 +50,7 @@ help:
 	@echo "make demo        draws a small world, pretrains a tiny model on it, fine-tunes it, and writes DEMO/report.html"
 	@echo "make test-full   the tests with the long matrices"
 	@echo "make test-triton TRITON=3.9.0  the tests of the Triton kernels, interpreted and compiled, with that Triton in an environment of its own"
-	@echo "make planted-bugs  bugs planted in a copy, one at a time: does the gate catch them? (half an hour; BUGS_ARGS='--list')"
+	@echo "make planted-bugs  bugs planted in a copy, one at a time: does the gate catch them? (hours; BUGS_ARGS='--list', '--only NAME ...')"
 	@echo "make build       environment and compiled ops only"
 	@echo "make lint        ruff and mypy;  make format  rewrites the files"
 	@echo "make clean       removes what was built;  make distclean  removes the environments too"
