@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -39,10 +40,14 @@ def load_checkpoint(
 ) -> LoadReport:
     """Copy the weights of a file, a read checkpoint or a state dict into ``model``, all of them or none.
 
-    Parameters keep their identity, device and dtype; fp64, fp32, bf16 and fp16 are cast to one another. The vision
-    position table is interpolated when the model's ``grid_size`` (or that of its ``config``) is another one. What the
+    Parameters keep their identity, device and dtype; fp64, fp32, bf16 and fp16 are cast to one another. What the
     tables in ``keys`` know to be foreign (another task's head, a branch or a final norm that the model lacks) is
     dropped and reported.
+
+    The vision position table is interpolated to the model's grid (``grid_size``, of the model or its ``config``) when
+    it has another number of rows, or when the file's configuration states another grid. As many rows without a stated
+    grid (official files and plain state dicts state none) are taken as they are, as the official loader does; where
+    the model's grid is no square and the rows would make one, the report says so and the log warns.
 
     strict: every other name must be in both, and the file's configuration, where it has one, must not say otherwise
         than the model's; False reports the names instead. Shapes must always fit.
@@ -75,7 +80,8 @@ def load_checkpoint(
             model.load_state_dict(ready, strict=False)
         raise
     report.loaded = list(ready)
-    logger.log(logging.WARNING if report.problems() else logging.INFO, "%s", report)
+    doubtful = report.problems() or report.assumed
+    logger.log(logging.WARNING if doubtful else logging.INFO, "%s", report)
     return report
 
 
@@ -143,7 +149,7 @@ def _plan(
     ready = _prepare(report, state, targets, (_source_grid(checkpoint), _grid_of(model)))
     _check_ties(report, ready, targets)
     if not allow_nonfinite:
-        _check_values(report, ready, targets)
+        _check_values(report, state, ready, targets)
     blocking = LoadReport(
         report.source,
         missing=[n for n in report.missing if strict and not keys.matches(n, allow_missing)],
@@ -312,12 +318,16 @@ def _fit_positions(
 ) -> Tensor:
     rows, wanted = table.shape[0], target.shape[0]
     source, grid = grids
-    if source is None or positions.rows_of(source) != rows:
-        source = positions.square_grid(rows)
+    if source is not None and positions.rows_of(source) != rows:
+        source = None
     if grid is None or positions.rows_of(grid) != wanted:
         grid = positions.square_grid(wanted)
+    square = positions.square_grid(rows)
     if rows == wanted and (source is None or grid is None):
+        if square is not None and grid is not None and grid != square:
+            report.assumed[name] = (grid, square)
         return table
+    source = source or square
     if source is None or grid is None:
         owner, count = ("file", rows) if source is None else ("model", wanted)
         raise CheckpointError(
@@ -348,22 +358,39 @@ def _check_ties(
 
 
 def _check_values(
-    report: LoadReport, ready: Mapping[str, Tensor], targets: Mapping[str, Tensor]
+    report: LoadReport,
+    state: Mapping[str, Tensor],
+    ready: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
 ) -> None:
     for name, tensor in ready.items():
         if tensor.dtype not in _FLOATING or not tensor.numel():
             continue
-        low, high = (float(end) for end in tensor.aminmax())
-        largest, limit = max(-low, high), torch.finfo(targets[name].dtype).max
-        if low != low or high != high:
+        largest, limit = _largest(tensor), torch.finfo(targets[name].dtype).max
+        if (
+            name in report.interpolated
+            and not math.isfinite(largest)
+            and math.isfinite(own := _largest(state[name]))
+        ):
+            report.rejected[name] = (
+                f"holds values of up to {own:g}, which go beyond float32 when they are interpolated; "
+                "are they damaged? A model of the file's own image size would take them as they are"
+            )
+        elif math.isnan(largest):
             report.rejected[name] = HOLDS_NAN
-        elif largest == float("inf"):
+        elif math.isinf(largest):
             report.rejected[name] = HOLDS_INFINITY
         elif largest > limit:
             report.rejected[name] = (
                 f"holds values beyond {limit:g}, the limit of {_short(targets[name].dtype)}; "
                 "use a model in bfloat16 or float32"
             )
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest magnitude; NaN where the tensor holds one."""
+    low, high = (float(end) for end in tensor.aminmax())
+    return math.nan if math.isnan(low) or math.isnan(high) else max(-low, high)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -28,8 +28,9 @@ class LoadReport:
     After a load, names in ``missing`` and ``mismatched`` were allowed to be there and kept the model's values; in the
     report of a CheckpointMismatch they are what stood in the way. ``dropped`` maps a name of the file to the reason,
     ``mismatched`` a name to the file's and the model's shape, ``rejected`` a name to what is wrong with its numbers,
-    ``interpolated`` a position table to its old and new grid; ``casts`` counts tensors by (from, to). ``preset`` is what
-    the file says about preprocessing, None where it says nothing.
+    ``interpolated`` a position table to its old and new grid, ``assumed`` one that was taken as it is to the model's grid
+    and the square one that its rows would also make; ``casts`` counts tensors by (from, to). ``preset`` is what the file
+    says about preprocessing, None where it says nothing.
     """
 
     source: str
@@ -40,6 +41,7 @@ class LoadReport:
     mismatched: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
     interpolated: dict[str, tuple[Grid, Grid]] = field(default_factory=dict)
+    assumed: dict[str, tuple[Grid, Grid]] = field(default_factory=dict)
     casts: dict[tuple[str, str], int] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     preset: Any = None
@@ -53,6 +55,11 @@ class LoadReport:
                 *(
                     f"interpolated: {name} from {old[0]}x{old[1]} to {new[0]}x{new[1]} patches"
                     for name, (old, new) in self.interpolated.items()
+                ),
+                *(
+                    f"taken as it is: {name}, for {own[0]}x{own[1]} patches; the file does not state its grid, so if it "
+                    f"was made for {square[0]}x{square[1]}, put the table through interpolate_positions first"
+                    for name, (own, square) in self.assumed.items()
                 ),
                 *(f"cast from {a} to {b}: {count} tensors" for (a, b), count in self.casts.items()),
                 *self.remarks,

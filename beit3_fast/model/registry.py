@@ -102,8 +102,8 @@ def create_model(
     """Build a model by its official name, in evaluation mode.
 
     ``checkpoint`` is an official ``.pth`` or a ``.safetensors`` file, loaded strictly; positions are interpolated
-    to this model's image size. ``overrides`` are fields of BEiT3Config (img_size, drop_path_rate, modalities,
-    ...). ``inference_only`` gives parameters without gradients, and where the compiled CPU kernels run keeps
+    to this model's image size (as ``load_checkpoint`` says). ``overrides`` are fields of BEiT3Config (img_size,
+    drop_path_rate, modalities, ...). ``inference_only`` gives parameters without gradients, and where the compiled CPU kernels run keeps
     the weights of the layers, of the patch projection and of the captioning head in their layout only: half the memory, no
     packing at the first call; state dict, saving and loading are the same. ``dtype="int8"`` is for inference on a CPU: the
     weights of the layers are rounded to int8 by output channel and the rows that meet them by row, all else is bfloat16

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,14 +96,39 @@ def test_other_grids_are_bicubic(grid: tuple[int, int]) -> None:
     np.testing.assert_allclose(found[3:].numpy(), expected, rtol=0, atol=14 * 2**-23 * 8)
 
 
-def test_a_grid_of_as_many_patches_is_still_another_grid() -> None:
-    """7 x 28 patches are as many as 14 x 14; the rows do not fit one another all the same."""
+@pytest.mark.parametrize("stated", [False, True])
+def test_a_stated_grid_of_as_many_patches_is_another_grid(
+    stated: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """7 x 28 patches are as many as 14 x 14: who does not say which they are is taken at his word, with a warning."""
     shapes = layout("nlvr2", SMALL_BASE, (14, 14))
     state, model = weights(shapes), Standin(shapes, grid_size=(7, 28))
-    report = load_checkpoint(model, state)
-    assert report.interpolated == {TABLE: ((14, 14), (7, 28))}
-    expected = interpolate_positions(state[TABLE], (14, 14), (7, 28))
+    path, config = tmp_path / "x.safetensors", {"img_size": 224, "patch_size": 16}
+    save_checkpoint(state, path, config=config if stated else None)
+    with caplog.at_level(logging.WARNING, "beit3_fast"):
+        report = load_checkpoint(model, path)
+    grids = {TABLE: ((14, 14), (7, 28))}
+    assert report.interpolated == (grids if stated else {})
+    assert report.assumed == ({} if stated else {TABLE: ((7, 28), (14, 14))})
+    assert ("for 7x28 patches" in caplog.text) is not stated
+    expected = interpolate_positions(state[TABLE], (14, 14), (7, 28)) if stated else state[TABLE]
     assert torch.equal(model.state_dict()[TABLE], expected)
+
+
+@pytest.mark.parametrize("grid", [(2, 8), (8, 2), (1, 4), (7, 28), (4, 4), (3, 5)])
+@pytest.mark.parametrize("form", ["memory", "pth", "safetensors", "plain pth", "plain safetensors"])
+def test_a_model_takes_its_own_weights_as_they_are(
+    grid: tuple[int, int], form: str, tmp_path: Path
+) -> None:
+    shapes = layout("nlvr2", SMALL_BASE, grid)
+    state, model = weights(shapes), Standin(shapes, grid_size=grid)
+    source: Any = state
+    if form != "memory":
+        config = {"img_size": [grid[0] * 16, grid[1] * 16], "patch_size": 16}
+        path = tmp_path / f"x.{form.removeprefix('plain ')}"
+        source = save_checkpoint(state, path, config=None if "plain" in form else config)
+    assert not load_checkpoint(model, source).interpolated
+    assert same(model.state_dict(), state)
 
 
 def test_the_same_grid_keeps_every_bit() -> None:
@@ -130,16 +157,32 @@ def test_a_file_that_states_its_grid_needs_no_square(tmp_path: Path) -> None:
         assert report.interpolated == {TABLE: ((4, 6), (5, 5))}
         expected = interpolate_positions(state[TABLE], (4, 6), (5, 5))
         assert torch.equal(model.state_dict()[TABLE], expected)
-        # a square number of patches that the file says is no square
-        square = Standin(layout("nlvr2", SMALL_BASE, (4, 6)), grid_size=(4, 6))
-        assert not load_checkpoint(square, path).interpolated
 
 
-def test_as_many_rows_of_an_unknown_grid_are_taken_as_they_are() -> None:
-    shapes = layout("nlvr2", SMALL_BASE, (3, 5))
-    state, model = weights(shapes), Standin(shapes, grid_size=(3, 5))
-    assert not load_checkpoint(model, state).interpolated
-    assert same(model.state_dict(), state)
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
+def test_a_stated_grid_comes_before_the_square_of_as_many_patches(
+    name: str, tmp_path: Path
+) -> None:
+    state = weights(layout("nlvr2", SMALL_BASE, (2, 8)))
+    config = {"img_size": [32, 128], "patch_size": 16}
+    path = save_checkpoint(state, tmp_path / name, config=config)
+    for grid in ((4, 4), (8, 2), (3, 5)):
+        model = Standin(layout("nlvr2", SMALL_BASE, grid), grid_size=grid)
+        assert load_checkpoint(model, path).interpolated == {TABLE: ((2, 8), grid)}
+        expected = interpolate_positions(state[TABLE], (2, 8), grid)
+        assert torch.equal(model.state_dict()[TABLE], expected)
+
+
+def test_numbers_too_large_to_interpolate() -> None:
+    state = weights(layout("nlvr2", SMALL_BASE, (4, 4)))
+    state[TABLE].view(-1)[5 * SMALL_BASE.width :: 3] = 3e38
+    same_size = Standin(layout("nlvr2", SMALL_BASE, (4, 4)))
+    load_checkpoint(same_size, state)
+    model = Standin(layout("nlvr2", SMALL_BASE, (5, 5)))
+    before = snapshot(model)
+    with pytest.raises(CheckpointMismatch, match=r"up to 3e\+38, .* when they are interpolated"):
+        load_checkpoint(model, state)
+    assert snapshot(model) == before
 
 
 @pytest.mark.parametrize(
