@@ -10,7 +10,8 @@ What becomes of images that are not 8-bit RGB:
 - grey, 1-bit, palette, CMYK and YCbCr become RGB as Pillow has it;
 - transparency of any kind is laid over the background, white unless the preset says otherwise;
 - 16-bit channels keep their high byte (Pillow's mode "I" counts as 16-bit, values above 65535 are an error);
-- floating-point pixels must lie in [0, 1] and are rounded to 8 bits.
+- floating-point pixels must lie in [0, 1] and are rounded to 8 bits;
+- a file is whole when Pillow finds all pixels: an end mark or checksum missing behind the last one is no error.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ def load_image(
 
     - a path, the bytes of an encoded file, or a seekable binary file object, which is read from its start;
     - a Pillow image, which is left as it was (and returned, if it is upright RGB);
-    - a numpy array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], uint8, uint16 or floating-point in [0, 1];
+    - a numpy array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], uint8, uint16 or floating-point in [0, 1], in either
+      byte order;
     - a torch tensor [H, W], [1, H, W], [3, H, W] or [4, H, W] of the same dtypes.
 
     Four channels are RGBA. The file formats are those in FORMATS. Width times height above ``max_pixels`` is an
@@ -315,7 +317,7 @@ def _array_to_image(array: np.ndarray, max_pixels: int | None) -> Image.Image:
             f"got {list(array.shape)}"
         )
     _check_size(array.shape[1], array.shape[0], "the image array", max_pixels)
-    if array.dtype == np.uint16:
+    if array.dtype.newbyteorder("=") == np.uint16:
         array = (array >> 8).astype(np.uint8)
     elif np.issubdtype(array.dtype, np.floating):
         array = _unit_to_bytes(array)

@@ -73,6 +73,10 @@ class TestDefinedResults:
         values = (np.arange(12, dtype=np.uint16) * 5000).reshape(3, 4)
         image = Image.frombytes("I;16B", (4, 3), values.astype(">u2").tobytes())
         assert np.array_equal(pixels(image)[..., 0], values >> 8)
+        for source in (values.astype(">u2"), np.dstack([values.astype(">u2")] * 3)):
+            assert np.array_equal(pixels(source)[..., 0], values >> 8)
+        units = (values / 65535).astype(">f4")
+        assert np.array_equal(pixels(units), pixels(units.astype(np.float32)))
 
     def test_sixteen_bits_colour_keeps_the_high_byte_too(self) -> None:
         # Pillow cannot write one, so the file is made by hand: two pixels of 16-bit RGB.
@@ -219,6 +223,14 @@ class TestDefinedResults:
     def test_damage_after_the_picture_is_no_damage(self, small: np.ndarray) -> None:
         content = encoded(Image.fromarray(small), "PNG")
         assert np.array_equal(pixels(content + b"trailing" * 100), small)
+
+    @pytest.mark.parametrize(("format", "missing"), [("PNG", 12), ("PNG", 20), ("GIF", 1)])
+    def test_an_end_mark_that_is_missing_is_no_damage(
+        self, small: np.ndarray, format: str, missing: int
+    ) -> None:
+        """PNG: the last chunk, and the checksum of the pixels before it; all pixels are there."""
+        content = encoded(Image.fromarray(small), format)
+        assert np.array_equal(pixels(content[:-missing]), pixels(content))
 
     def test_floats_round_to_the_nearest_level(self) -> None:
         values = np.array([[0.0, 0.4 / 255, 0.6 / 255, 254.6 / 255, 1.0]])
