@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from spm import SENTENCES, tiny_sentencepiece_bytes, with_pieces
 
 from beit3_fast.data import Batch, Tokenizer, segments
+from beit3_fast.data.tokenizer import is_cut
 from beit3_fast.errors import ConfigError, InputError
 
 _MODEL = tiny_sentencepiece_bytes()
@@ -110,6 +111,12 @@ class TestSegments:
         row = segments([[9] * tokens], max_length=6)["text_tokens"][0]
         assert len(row) == expected
         assert row[-1] == 2
+
+    @pytest.mark.parametrize(("tokens", "expected"), [(62, False), (63, True)])
+    def test_the_longest_text_that_is_not_cut(self, tokens: int, expected: bool) -> None:
+        assert is_cut(range(tokens), 64) is expected
+        assert (len(segments([range(tokens)], 64)["text_tokens"][0]) < tokens + 2) is expected
+        assert not is_cut(range(tokens), None)
 
     def test_no_cut(self) -> None:
         assert segments([[9] * 500], max_length=None)["text_tokens"].shape == (1, 502)

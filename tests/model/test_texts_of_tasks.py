@@ -11,7 +11,7 @@ import torch
 from spm import tiny_sentencepiece_bytes
 
 from beit3_fast.data import Processor
-from beit3_fast.data.tokenizer import BOS, EOS, PAD, is_cut, segments
+from beit3_fast.data.tokenizer import BOS, EOS, PAD
 from beit3_fast.errors import InputError
 from beit3_fast.model import create_model
 from beit3_fast.retrieval import EmbeddingIndex, zero_shot_classifier
@@ -82,13 +82,6 @@ def test_the_log_says_what_is_cut(
     assert record.getMessage().startswith(
         "texts cut behind 64 tokens: 2 of 3, the first of them text 1, 'cup cup"
     )
-
-
-@pytest.mark.parametrize(("tokens", "expected"), [(62, False), (63, True)])
-def test_the_longest_text_that_is_not_cut(tokens: int, expected: bool) -> None:
-    assert is_cut(range(tokens), 64) is expected
-    assert (len(segments([range(tokens)], 64)["text_tokens"][0]) < tokens + 2) is expected
-    assert not is_cut(range(tokens), None)
 
 
 def test_letters_of_several_tokens_are_streamed_whole() -> None:
