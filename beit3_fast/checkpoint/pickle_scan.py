@@ -19,14 +19,19 @@ import torch
 from beit3_fast.checkpoint.pickle_names import (
     ALLOWED,
     DTYPES,
+    LAZY_VIEW,
     NAMESPACE,
     STORAGE_DTYPES,
+    full_name,
     refusal,
 )
 from beit3_fast.errors import CheckpointError
 
 MAX_TENSORS = 50_000
 MAX_INSTRUCTIONS = 2_000_000
+MAX_COPIED = 256 << 20
+# what an item of a tuple, list or dictionary takes in memory, about
+_ITEM = 100
 
 
 class Global(NamedTuple):
@@ -62,6 +67,7 @@ class Scan:
     globals: set[str] = field(default_factory=set)
     storages: dict[str, Storage] = field(default_factory=dict)
     tensors: int = 0
+    copied: int = 0
     instructions: int = 0
 
 
@@ -149,10 +155,7 @@ class _Machine:
     def insert(self, items: list[Any]) -> None:
         target = _expect(self.stack[-1], dict)
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, (str, int, float, bytes, type(None))):
-                raise CheckpointError(
-                    "a dictionary in it has a key that is neither text nor number"
-                )
+            _check_hashable(key)
             if key in target:
                 raise CheckpointError(f"the key {key!r} comes twice in one dictionary")
             target[key] = value
@@ -168,7 +171,7 @@ class _Machine:
         self.stack[-count:] = [items]
 
     def mention(self, argument: Any) -> None:
-        name = str(argument).replace(" ", ".", 1)
+        name = full_name(argument)
         self.result.globals.add(name)
         if name not in ALLOWED:
             raise CheckpointError(refusal(name))
@@ -204,10 +207,29 @@ class _Machine:
             self.stack.append(Built("tensor"))
         elif name == "collections.OrderedDict" and arguments == ():
             self.stack.append({})
-        elif name in ("torch.Size", "torch.device"):
-            self.stack.append(Built(name))
         else:
+            self.stack.append(self.plain_value(name, arguments))
+
+    def plain_value(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        """What may lie beside weights: a call in the form that torch.save writes, and in no other."""
+        if tuple(map(type, arguments)) not in _PLAIN.get(name, ()):
             raise CheckpointError(f"its pickle calls {name} in a way that no weights need")
+        first = arguments[0] if arguments else None
+        if isinstance(first, (str, bytes, tuple, list, dict)):
+            self.result.copied += len(first) * (1 if isinstance(first, (str, bytes)) else _ITEM)
+            if self.result.copied > MAX_COPIED:
+                raise CheckpointError(
+                    f"its pickle makes more than {MAX_COPIED} bytes of plain values; no weights need a fraction of that"
+                )
+        if name == "collections.Counter":
+            return dict(*arguments)
+        if name == "_codecs.encode":
+            if arguments[1] != "latin1":
+                raise CheckpointError(f"its pickle has bytes in the codec {arguments[1]!r}")
+            return arguments[0].encode("latin1")
+        for item in arguments[0] if name == "builtins.set" else ():
+            _check_hashable(item)
+        return Built(name)
 
     def new_object(self, _: Any) -> None:
         arguments, kind = self.stack.pop(), self.stack.pop()
@@ -252,6 +274,17 @@ _HANDLERS: dict[str, Callable[[_Machine, Any], None]] = {
     "BUILD": _Machine.build,
     "STOP": _Machine.stop,
 }
+# names that make plain values, and the types of arguments that torch.save gives them
+_PLAIN: dict[str, tuple[tuple[type, ...], ...]] = {
+    "torch.Size": ((tuple,),),
+    "torch.device": ((str,), (str, int)),
+    "torch.serialization._get_layout": ((str,),),
+    "_codecs.encode": ((str, str),),
+    "builtins.bytearray": ((), (bytes,)),
+    "builtins.complex": ((float, float),),
+    "builtins.set": ((list,),),
+    "collections.Counter": ((), (dict,)),
+}
 _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 _KNOWN = {*_CONSTANTS, *_LITERALS, *_PUTS, *_GETS, *_HANDLERS}
 
@@ -266,12 +299,24 @@ def _text(value: Any) -> Any:
     return value.decode("ascii") if isinstance(value, bytes) else value
 
 
+def _check_hashable(key: Any) -> None:
+    """Raises CheckpointError for what can make a dictionary or set slow: tuples nested, numbers made to collide."""
+    number = isinstance(key, float) or (isinstance(key, int) and abs(key) < 2**64)
+    if not number and not isinstance(key, (str, bytes, type(None))):
+        raise CheckpointError(
+            "a dictionary or set in it has a key that is neither text nor number (of up to 64 bits)"
+        )
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _check_tensor(function: str, arguments: tuple[Any, ...]) -> None:
     storage, offset, size, stride = arguments[:4]
+    metadata = arguments[6] if function.endswith("_v2") and len(arguments) == 7 else None
+    if isinstance(metadata, dict) and {"conj", "neg"} & metadata.keys():
+        raise CheckpointError(f"a tensor in it is {LAZY_VIEW}")
     limit = {"torch._utils._rebuild_tensor": 4, "torch._utils._rebuild_tensor_v3": 7}.get(
         function, 6
     )

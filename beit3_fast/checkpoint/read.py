@@ -22,6 +22,7 @@ from torch import Tensor
 
 from beit3_fast import unreadable
 from beit3_fast.checkpoint import keys, safetensors_file, torch_file
+from beit3_fast.checkpoint.pickle_names import LAZY_VIEW
 from beit3_fast.checkpoint.pickle_scan import MAX_TENSORS
 from beit3_fast.data.presets import ImagePreset
 from beit3_fast.errors import CheckpointError, ConfigError
@@ -201,9 +202,7 @@ def check_tensor(name: str, tensor: Any) -> Tensor:
     if tensor.is_meta:
         raise CheckpointError(f"{name} is on the meta device and has no data")
     if tensor.is_conj() or tensor.is_neg():
-        raise CheckpointError(
-            f"{name} is a lazy view; save it again after resolve_conj() or resolve_neg()"
-        )
+        raise CheckpointError(f"{name} is {LAZY_VIEW}")
     return tensor.detach()
 
 

@@ -25,6 +25,7 @@ from malformed_files import (
     pickle_in_legacy,
     pickle_in_zip,
     repack,
+    tensors,
 )
 
 __all__ = ["CASES"]
@@ -193,6 +194,31 @@ add("endless text", "damaged", pickle_in_zip(b"\x80\x02X\xff\xff\xff\xffabc."))
 BOMB = b"\x80\x02}K\x01" + b"q\x00h\x00\x86" * 40 + b"K\x01s."
 add("tuple bomb as a key", "neither text nor number", pickle_in_zip(BOMB))
 add("tuple bomb as a key, old form", "neither text nor number", pickle_in_legacy(BOMB))
+add(
+    "tuple bomb in a set",
+    "neither text nor number",
+    pickle_in_zip(b"\x80\x02c__builtin__\nset\n]K\x01" + b"q\x00h\x00\x86" * 24 + b"a\x85R."),
+)
+add(
+    "number of 81 bits as a key",
+    "neither text nor number",
+    pickle_in_zip(b"\x80\x02}\x8a\x0b" + bytes(10) + b"\x01K\x01s."),
+)
+add(
+    "small number that makes a large array",
+    "calls builtins.bytearray in a way",
+    pickle_in_zip(
+        b"\x80\x02c__builtin__\nbytearray\n\x8a\x08" + struct.pack("<q", 2**40) + b"\x85R."
+    ),
+)
+add(
+    "other codec",
+    "bytes in the codec 'rot13'",
+    pickle_in_zip(b"\x80\x02c_codecs\nencode\nX\x01\0\0\0aX\x05\0\0\0rot13\x86R."),
+)
+# one list of a thousand items, made into a thousand sets, and again: in memory a thousand times the file
+COPIES = b"c__builtin__\nset\nq\x00](" + b"K\x01" * 1000 + b"e\x85q\x01R" + b"h\x00h\x01R" * 3000
+add("copies of copies", "bytes of plain values", pickle_in_zip(b"\x80\x02" + COPIES + b"."))
 add("no mark", "damaged", pickle_in_zip(b"\x80\x02t."))
 add(
     "two million instructions", "instructions", pickle_in_zip(b"\x80\x02" + b"N" * 2_100_000 + b".")
@@ -227,7 +253,14 @@ add("negative shape", "make no sense", entry(FIRST, shape=[-20, -8]))
 add("shape of text", "make no sense", entry(FIRST, shape="20x8"))
 add("fractional shape", "make no sense", entry(FIRST, shape=[20.0, 8]))
 add("thousand dimensions", "make no sense", entry(FIRST, shape=[1] * 1000))
-add("overlap", "overlaps", entry(FIRST, data_offsets=[8, 8 + 20 * 8 * 4]))
+add("gap", "leaves a gap", entry(FIRST, data_offsets=[8, 8 + 20 * 8 * 4]))
+add(
+    "overlap",
+    "overlaps",
+    header(
+        lambda t: t.update({"beit3.extra": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
+    ),
+)
 add("offsets backwards", "does not fit its", entry(FIRST, data_offsets=[640, 0]))
 add("offsets beyond", "gap|cut off|overlap", entry(FIRST, data_offsets=[10**12, 10**12 + 640]))
 add("entry without shape", "incomplete", header(lambda t: t[FIRST].pop("shape")))
@@ -265,6 +298,19 @@ add(
     "bytes behind the pickle of a zip",
     "it has been added to",
     repack(lambda r: r.update({"archive/data.pkl": r["archive/data.pkl"] + b"more"})),
+)
+
+
+def _aliases() -> dict[str, Any]:
+    block = torch.ones(100, 100)
+    return {"model": {f"t{i}": block for i in range(100)}}
+
+
+add("one block under many names", "tensors unfold to", content(_aliases))
+add(
+    "negative view",
+    "lazy view.*resolve_neg",
+    tensors(lambda s: s.update({FIRST: torch.ones(20, 8, dtype=torch.complex64).conj().imag})),
 )
 
 

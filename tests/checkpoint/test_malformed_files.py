@@ -165,7 +165,9 @@ def test_no_gadget_runs(gadget: str, form: str, model: Standin, tmp_path: Path) 
         else:
             {"zip": pickle_in_zip, "legacy": pickle_in_legacy}[form](code)(path)
         refuse(
-            model, path, "asks for|instruction|did not write|holds a|no known|no weights|outside"
+            model,
+            path,
+            "asks for|instruction|did not write|holds a|no known|no weights|outside|inner state",
         )
         assert set(tmp_path.iterdir()) == {path}
 

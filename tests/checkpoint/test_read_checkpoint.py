@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import threading
+from collections import Counter, OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,45 @@ from beit3_fast.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from beit3_fast.checkpoint.pickle_names import ALLOWED, refusal
 from beit3_fast.errors import CheckpointError
+
+BESIDE: dict[str, Any] = {
+    "set": {1, "a", None},
+    "no set": set(),
+    "bytes": b"\xff\0a",
+    "bytearray": bytearray(b"\xff\0a"),
+    "no bytearray": bytearray(),
+    "Counter": Counter("aab"),
+    "complex": 1 + 2j,
+    "layout": torch.strided,
+    "dtype": torch.bfloat16,
+    "size": torch.Size([2, 3]),
+    "device": torch.device("cuda", 1),
+    "scheme": torch.per_tensor_affine,
+    "class": torch.nn.Parameter,
+    "ordered": OrderedDict(a=1.5),
+    "large number": 10**30,
+    "Namespace": argparse.Namespace(device=torch.device("cpu"), seen={3}),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_torch_takes_beside_weights_is_taken(name: str, zipped: bool, tmp_path: Path) -> None:
+    content = {"model": weights({"a": (4, 4)}), "x": BESIDE[name]}
+    path = torch_file(tmp_path / "x.pth", content, _use_new_zipfile_serialization=zipped)
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.left_out == ("x",)
+    assert same(checkpoint.state, content["model"])
+
+
+def test_what_torch_takes_and_we_do_not_is_refused_for_what_it_is() -> None:
+    from torch._weights_only_unpickler import _get_allowed_globals
+
+    assert ALLOWED - set(_get_allowed_globals()) == {"argparse.Namespace"}
+    for name in set(_get_allowed_globals()) - ALLOWED:
+        assert "only dense, plain tensors can be weights" in refusal(name), name
 
 
 def test_threads_share_the_one_allowed_type(tmp_path: Path) -> None:
