@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import logging
+import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from beit3_fast.errors import ConfigError
 from beit3_fast.integrations._packing import Packing
 from beit3_fast.integrations._structure import Structure
+from beit3_fast.integrations._tried import Tried
 from beit3_fast.model.encoder import encode_rows
 from beit3_fast.model.incremental import encode_incremental
 from beit3_fast.model.masks import read_blocked_mask
@@ -82,23 +85,39 @@ class Plan(NamedTuple):
 class EncoderForward:
     """Computes an encoder on packed rows where that is equal, and calls the encoder's own forward where not.
 
-    An object of its own, because a function bound to the encoder would not survive pickling. ``impl`` names the
-    implementation of both ops; ``fallback_reasons`` says why calls went to the encoder's own forward so far.
+    An object of its own, because a function bound to the encoder would not survive pickling. It does not keep the
+    encoder, which keeps it: a cycle would hold the weights until Python's collector runs. ``impl`` names the
+    implementation of both ops; ``tried`` holds the classes whose results were compared, ``distrusted`` says what
+    came of it; ``fallback_reasons`` says why calls went to the encoder's own forward so far.
     """
 
     def __init__(self, encoder: Any, impl: str) -> None:
-        self.encoder = encoder
+        self._encoder = weakref.ref(encoder)
         self.impl = impl
         self.distrusted: str | None = None
-        self.trusted_class = type(encoder)
+        self.tried = Tried()
         self.fallback_reasons: list[str] = []
         self._structure: Structure | None = None
         self._implied_split: tuple[int, int | None] | None = None
         self.__signature__ = inspect.signature(type(encoder).forward.__get__(encoder))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Looks at the dictionaries of these very modules, which a copy does not share.
-        return {**self.__dict__, "_structure": None}
+        # A structure looks at the dictionaries of these very modules, which a copy does not share.
+        return {**self.__dict__, "_encoder": self.encoder, "_structure": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _encoder=weakref.ref(state["_encoder"]))
+
+    @property
+    def encoder(self) -> Any:
+        """The encoder. Raises ConfigError when it is no more."""
+        encoder = self._encoder()
+        if encoder is None:
+            raise ConfigError(
+                "the forward of an accelerated encoder was called after the encoder itself was freed; keep the "
+                "model, or the encoder, as long as its forward is used"
+            )
+        return encoder
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """torchscale's ``Encoder.forward``, same arguments and same dictionary."""
@@ -117,23 +136,21 @@ class EncoderForward:
 
     def structure(self) -> Structure:
         """The present structure of the encoder, looked at again if anything in it has changed."""
-        structure = self._structure
-        if structure is None or not structure.is_current():
-            structure = self._structure = Structure(self.encoder)
+        encoder, structure = self.encoder, self._structure
+        if structure is None or not structure.is_current(encoder):
+            structure = self._structure = Structure(encoder)
         return structure
 
     def obstacle(self) -> str | None:
         """Why no call at all can take the fast path now, or None."""
         if self.distrusted:
             return self.distrusted
-        if type(self.encoder) is not self.trusted_class:
-            return f"the encoder has become a {type(self.encoder).__name__}; accelerate the model again"
         if nn.modules.module._has_any_global_hook():
             return "a hook on all modules (torch.nn.modules.module.register_module_...)"
         structure = self.structure()
         if structure.obstacles:
             return structure.obstacles[0]
-        return structure.setting_obstacle()
+        return self.tried.doubt(structure.classes) or structure.setting_obstacle()
 
     def plan(self, call: Call) -> Plan:
         """What the fast path needs to know of a call. Raises LeaveAlone for one that it cannot do."""
@@ -280,7 +297,8 @@ class EncoderForward:
             split = self._split_without_argument()
             if split is not None:
                 self.structure().store_split(split)
-        result: dict[str, Any] = type(self.encoder).forward(self.encoder, *args, **kwargs)
+        encoder = self.encoder
+        result: dict[str, Any] = type(encoder).forward(encoder, *args, **kwargs)
         return result
 
 

@@ -63,11 +63,16 @@ _FFN_PARTS = {
     "fc2": _LINEAR,
     "ffn_layernorm": _Part("norm", optional=True),
 }
-_PARTS_OF = {"MultiheadAttention": _ATTENTION_PARTS, "FeedForwardNetwork": _FFN_PARTS}
+_PARTS_OF = {
+    "MultiheadAttention": _ATTENTION_PARTS,
+    "FeedForwardNetwork": _FFN_PARTS,
+    "DropPath": {},
+}
 _SETTINGS_OF = {
     "EncoderLayer": ("alpha", "normalize_before", "drop_path"),
     "MultiheadAttention": ("num_heads", "head_dim", "scaling"),
     "FeedForwardNetwork": ("activation_fn",),
+    "DropPath": ("drop_prob",),
 }
 # Of Encoder.forward. Older versions lack the last ones.
 _ARGUMENTS = (
@@ -98,23 +103,24 @@ class Structure:
     """One look at an encoder: what stands in the way, and a state to see later whether it is still true.
 
     ``obstacles`` are the reasons against the fast path that do not depend on a call; ``checkpointed`` says
-    whether fairscale's activation checkpointing wraps the layers.
+    whether fairscale's activation checkpointing wraps the layers; ``classes`` are those whose code is replaced.
+    Holds the encoder's parts and not the encoder, whose ``forward`` holds this.
     """
 
     def __init__(self, encoder: Any) -> None:
-        self._encoder = encoder
         watched: list[tuple[str, nn.Module]] = []
         for name, part in encoder._modules.items():
             if part is not None and name not in _CALLED_PARTS:
                 watched += part.named_modules(prefix=name)
-        self._dicts = [encoder.__dict__, *(module.__dict__ for _, module in watched)]
+        self._dicts = [module.__dict__ for _, module in watched]
         self._modules = [module for _, module in watched]
         self._hooks = [module.__dict__[hooks] for module in self._modules for hooks in _HOOKS]
         self._parameters = [own for module in self._modules if (own := module._parameters)]
-        self._children = [
-            children for vars_ in self._dicts if (children := vars_["_modules"]) is not None
-        ]
-        self._state = self._read()
+        self._children = [encoder._modules, *(module._modules for module in self._modules)]
+        self._state = self._read(encoder)
+        tables = "embed_positions."  # Called as modules, as they are.
+        replaced = (type(module) for name, module in watched if not name.startswith(tables))
+        self.classes = frozenset({type(encoder), *replaced})
         wraps = [_checkpoint_wrap(layer) for layer in encoder.layers]
         self.checkpointed = bool(wraps) and all(wrap == "plain" for wrap in wraps)
         self.obstacles = list(dict.fromkeys(_obstacles(encoder, watched, self.checkpointed)))
@@ -125,21 +131,21 @@ class Structure:
         self._norms = [] if self.obstacles else list(_norms_of(self._layers))
         self._multiways: list[Any] = [m for m in self._modules if hasattr(m, "split_position")]
 
-    def _read(self) -> tuple[Any, ...]:
+    def _read(self, encoder: Any) -> tuple[Any, ...]:
         return (
-            type(self._encoder),
-            self._dicts[0].get("forward_embedding"),
-            [layer.__dict__.get("residual_connection") for layer in self._encoder.layers],
+            type(encoder),
+            encoder.__dict__.get("forward_embedding"),
+            [layer.__dict__.get("residual_connection") for layer in encoder.layers],
             [(own.get("weight") is None, own.get("bias") is None) for own in self._parameters],
             any(self._hooks),
             [type(module) for module in self._modules],
-            [vars_.get("forward") for vars_ in self._dicts[1:]],
+            [vars_.get("forward") for vars_ in self._dicts],
             [tuple(children.values()) for children in self._children],
         )
 
-    def is_current(self) -> bool:
+    def is_current(self, encoder: Any) -> bool:
         """Whether no module, class, hook or instance-level forward has changed since."""
-        return self._read() == self._state
+        return self._read(encoder) == self._state
 
     def setting_obstacle(self) -> str | None:
         """A setting, train mode included, that the fast path cannot follow now."""

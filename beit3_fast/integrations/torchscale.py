@@ -17,6 +17,7 @@ from beit3_fast.errors import ConfigError
 from beit3_fast.integrations._encoder_forward import EncoderForward
 from beit3_fast.integrations._self_check import difference
 from beit3_fast.integrations._structure import is_encoder
+from beit3_fast.integrations._tried import Tried
 from beit3_fast.ops import dispatch
 
 logger = logging.getLogger("beit3_fast")
@@ -53,8 +54,13 @@ def accelerate(model: M, impl: str = "auto") -> M:
     A call that the packed computation cannot do (dropout in train mode, hooks on inner modules, replaced
     modules, relative positions, mixtures of experts, ...) runs torchscale's own code; each reason is logged
     once as a warning of the logger "beit3_fast" and listed by ``accelerated_status``. Before an encoder is
-    trusted, a pair of a few tokens is computed both ways; if they differ, it is left alone. ``torch.nn.DataParallel``
-    replicates modules without their forward and is not supported; use DistributedDataParallel.
+    trusted, pairs are computed both ways, in evaluation and in train mode; if they differ, it is left alone. A class
+    that comes into it later, or a method patched later, was not tried: its own code runs until ``accelerate`` is
+    called again. ``torch.nn.DataParallel`` replicates modules without their forward and is not supported; use
+    DistributedDataParallel.
+
+    Weights written through ``.data`` or numpy, or by a collective, are stale in evaluation mode until
+    ``beit3_fast.refresh(model)``. An ``encoder.forward`` taken out of its model does not keep the encoder.
 
     Raises ConfigError when there is nothing to accelerate or ``impl`` is unknown, and KernelUnavailable when an
     implementation asked for by name cannot run here.
@@ -127,9 +133,10 @@ def _encoders(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _check(forward: EncoderForward, name: str) -> None:
     """Distrust an encoder whose own forward gives something else, as changed copies of torchscale do."""
-    forward.distrusted, forward.trusted_class = None, type(forward.encoder)
+    forward.distrusted, forward.tried = None, Tried()
     obstacles = forward.structure().obstacles
     if not obstacles:
+        forward.tried = Tried(forward.structure().classes)
         forward.distrusted = difference(forward)
         obstacles = [forward.distrusted] if forward.distrusted else []
     for obstacle in obstacles:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LINEAR = "tests/ops/test_expert_linear.py"
+TRIED = "tests/integrations/test_torchscale_tried.py"
 TRITON_GRADIENTS = "tests/ops/test_triton_linear_gradients.py"
 TRITON_CROSS_ENTROPY = "tests/ops/test_triton_cross_entropy.py"
 TRITON_ATTENTION = "tests/ops/test_triton_shared_attention.py"

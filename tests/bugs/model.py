@@ -89,9 +89,9 @@ MODEL_BUGS = (
         ),
     ),
     Bug(
-        "accelerate-an-encoder-of-another-class",
-        "beit3_fast/integrations/_encoder_forward.py",
-        "if type(self.encoder) is not self.trusted_class:",
+        "accelerate-a-class-that-was-not-tried",
+        "beit3_fast/integrations/_tried.py",
+        "if not classes <= self._classes:",
         "if False:",
         (
             "tests/integrations/test_torchscale_left_alone.py::test_a_changed_encoder_runs_its_own_code",

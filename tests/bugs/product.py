@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bugs.bug import BENCH_RUN, BENCH_TIMING, PARITY, Bug
+from bugs.bug import BENCH_RUN, BENCH_TIMING, PARITY, TRIED, Bug
 
 PRODUCT_BUGS = (
     # integrations
@@ -16,8 +16,61 @@ PRODUCT_BUGS = (
     Bug(
         "torchscale-changed-modules-not-seen",
         "beit3_fast/integrations/_structure.py",
-        "return self._read() == self._state",
+        "return self._read(encoder) == self._state",
         "return True",
+        (
+            "tests/integrations/test_torchscale_left_alone.py::test_a_changed_encoder_runs_its_own_code",
+        ),
+    ),
+    Bug(
+        "torchscale-patched-methods-not-seen",
+        "beit3_fast/integrations/_tried.py",
+        "        if state != self._state:\n",
+        "        if False:\n",
+        (f"{TRIED}::test_a_class_patched_after_the_trial",),
+    ),
+    Bug(
+        "torchscale-loaded-code-not-compared",
+        "beit3_fast/integrations/_tried.py",
+        "if _digest(cls) == digest)",
+        "if digest)",
+        (f"{TRIED}::test_a_pickled_model_loaded_where_the_code_is_another",),
+    ),
+    Bug(
+        "torchscale-tried-with-few-tokens-only",
+        "beit3_fast/integrations/_self_check.py",
+        "_Size(2, 64, 32)",
+        "_Size(2, 2, 3)",
+        (f"{TRIED}::test_a_vendored_copy_that_computes_something_else_is_left_alone",),
+    ),
+    Bug(
+        "torchscale-train-mode-not-tried",
+        "beit3_fast/integrations/_self_check.py",
+        "_set(encoder, training=True,",
+        "_set(encoder, training=False,",
+        (f"{TRIED}::test_a_copy_that_differs_in_train_mode_only",),
+    ),
+    Bug(
+        "torchscale-forward-keeps-its-encoder",
+        "beit3_fast/integrations/_encoder_forward.py",
+        "        self.tried = Tried()\n",
+        "        self.tried = Tried()\n        self._kept = encoder\n",
+        (f"{TRIED}::test_a_model_is_freed_as_soon_as_nobody_holds_it",),
+    ),
+    Bug(
+        "torchscale-backward-pre-hooks-not-seen",
+        "beit3_fast/integrations/_structure.py",
+        '"_backward_hooks", "_backward_pre_hooks")',
+        '"_backward_hooks")',
+        (
+            "tests/integrations/test_torchscale_left_alone.py::test_a_changed_encoder_runs_its_own_code",
+        ),
+    ),
+    Bug(
+        "torchscale-xpos-of-its-own-not-seen",
+        "beit3_fast/integrations/_structure.py",
+        'if getattr(attention, "xpos", None) is not None:',
+        "if False:",
         (
             "tests/integrations/test_torchscale_left_alone.py::test_a_changed_encoder_runs_its_own_code",
         ),

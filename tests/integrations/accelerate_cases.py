@@ -128,6 +128,21 @@ def encoder_class_changed(model: Any) -> None:
     model.encoder.__class__ = Encoder
 
 
+def attention_class_changed(model: Any) -> None:
+    attention = model.encoder.layers[1].self_attn
+
+    class MultiheadAttention(type(attention)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out, weights = super().forward(*args, **kwargs)
+            return 2 * out, weights
+
+    attention.__class__ = MultiheadAttention
+
+
+def own_xpos(model: Any) -> None:
+    model.encoder.layers[1].self_attn.xpos = lambda x, **_: 2 * x
+
+
 def bias_removed(model: Any) -> None:
     model.encoder.layers[1].ffn.B.fc1.bias = None
 
@@ -205,7 +220,9 @@ def hook(register: str, path: str) -> Callable[[Any], None]:
             module.register_forward_hook(lambda module, args, out: out * 1.1)
         elif register == "pre":
             module.register_forward_pre_hook(lambda module, args: tuple(1.1 * a for a in args))
-        else:
+        elif register == "backward":
             module.register_full_backward_hook(lambda *_: None)
+        else:
+            module.register_full_backward_pre_hook(lambda *_: None)
 
     return change

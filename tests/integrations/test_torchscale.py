@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import inspect
 import io
 import pickle
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from _compat import (
-    fill,
-    import_torchscale,
     official_task,
-    torchscale_args,
     torchscale_beit3,
     torchscale_model,
 )
@@ -232,81 +226,3 @@ def test_a_forward_put_there_by_others_is_not_overwritten() -> None:
     for act in (accelerate, restore):
         with pytest.raises(ConfigError, match="other code"):
             act(model)
-
-
-@pytest.fixture(scope="module")
-def vendored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], Any]:
-    """torchscale's BEiT3 from a copy of its source under another name, one line of it changed."""
-    import_torchscale()
-    import torchscale
-
-    source = Path(inspect.getfile(torchscale)).parent
-
-    def make(name: str, old: str = "", new: str = "") -> Any:
-        root = tmp_path_factory.mktemp(name)
-        found = False
-        for file in source.rglob("*.py"):
-            code = file.read_text()
-            found |= old in code
-            code = code.replace("torchscale", name).replace(old or "\0", new)
-            target = root / name / file.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(code)
-        assert found, old
-        sys.path.insert(0, str(root))
-        try:
-            module = importlib.import_module(f"{name}.model.BEiT3")
-        finally:
-            sys.path.remove(str(root))
-        model = module.BEiT3(torchscale_args(CONFIG)).eval()
-        fill(model)
-        return model
-
-    return make
-
-
-def test_a_vendored_copy_is_recognised(vendored: Any, runs_fast: Any) -> None:
-    model = accelerate(vendored("vendored_torchscale"))
-    assert type(model).__module__ == "vendored_torchscale.model.BEiT3"
-    assert runs_fast(model, pair())
-    assert_same(model, torchscale_model("base"), pair())
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        (
-            "x = self.activation_fn(x.float()).type_as(x)",
-            "x = F.gelu(x, approximate='tanh')",
-        ),
-        ("q *= self.scaling", "q *= self.scaling * 1.2"),
-        ("return residual * self.alpha + x", "return residual + x * 0.9"),
-        ("if key_padding_mask is not None:", "if False:"),
-        ("attn_mask = attn_mask.unsqueeze(0)", "attn_mask = 0 * attn_mask.unsqueeze(0)"),
-        ("x = self.layer_norm(x)", "x = self.layer_norm(x) + 0.01"),
-        ("torch.arange(2, x.size(1) + 2", "torch.arange(1, x.size(1) + 1"),
-    ],
-    ids=["activation", "scaling", "residual", "padding", "mask", "output", "positions"],
-)
-@torch.no_grad()
-def test_a_vendored_copy_that_computes_something_else_is_left_alone(
-    old: str, new: str, vendored: Any, runs_fast: Any, request: pytest.FixtureRequest
-) -> None:
-    model = vendored(f"changed_{abs(hash(request.node.name))}", old, new)
-    before = model(**pair())["encoder_out"]
-    accelerate(model)
-    same = "torch.arange" in old  # Position tables are called as modules, changes in them included.
-    assert (accelerated_status(model)[0].obstacle is None) == same
-    assert runs_fast(model, pair()) == same
-    if not same:
-        assert torch.equal(model(**pair())["encoder_out"], before)
-
-
-def test_a_copy_with_another_signature_is_left_alone(vendored: Any) -> None:
-    model = vendored(
-        "another_signature",
-        "        encoder_padding_mask=None,\n        attn_mask=None,\n        return_all_hiddens=False,",
-        "        attn_mask=None,\n        encoder_padding_mask=None,\n        return_all_hiddens=False,",
-    )
-    accelerate(model)
-    assert "signature" in str(accelerated_status(model)[0].obstacle)
