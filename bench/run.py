@@ -1,6 +1,7 @@
 """Benchmark of beit3_fast: ``python bench/run.py`` needs no arguments.
 
-Parity comes first: a run with any result out of parity shows no speed and exits with 1. Then every runtime
+Parity comes first: a run with a result of this package or of torchscale out of parity shows no speed and exits with 1. A
+runtime that somebody else converts or compiles is shown all the same, its error marked. Then every runtime
 is timed on the same inputs, in turn, and the peak memory of each is measured in a process of its own. The table goes
 to the screen; report.json, report.md and report.png go to the output folder.
 """
@@ -52,7 +53,7 @@ EFFORTS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0; 1 if something is not in parity; 2 for a wrong option or a missing package."""
+    """Exit code 0; 1 if a result that must be in parity is not; 2 for a wrong option or a missing package."""
     options = _parser().parse_args(arguments)
     try:
         plan = _plan(options)
