@@ -147,6 +147,7 @@ RUNTIMES: dict[str, Runtime] = {
         _int8_obstacle,
         default=False,
         judge=int8_parity,
+        products="int8",
     ),
     f"{OURS}-float8": Runtime(
         "this package, dtype=float8",
@@ -155,6 +156,7 @@ RUNTIMES: dict[str, Runtime] = {
         _float8_obstacle,
         default=False,
         judge=float8_parity,
+        products="float8",
     ),
     f"{OURS}-triton": Runtime(
         "this package, impl=triton", _build_ours("triton"), _impl_of_ours, default=False

@@ -20,7 +20,11 @@ _CAPABILITY = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
 
 
 def settings(dtype: torch.dtype, threads: int) -> dict[str, object]:
-    """How the CPU plugin compiles: all threads work on one request, and no dtype but this one."""
+    """How the CPU plugin compiles: all threads work on one request, and no dtype but this one.
+
+    LATENCY at every batch size, since a round is one call. THROUGHPUT, whose streams share the threads among several
+    requests, has not been found better or worse: no run of it was quiet enough to tell.
+    """
     return {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": _PRECISION[dtype],
@@ -31,6 +35,8 @@ def settings(dtype: torch.dtype, threads: int) -> dict[str, object]:
 class OpenVINO(Converted):
     """A compiled model for each set of shapes.
 
+    A timed call in a 16-bit dtype includes what numpy, which has no bfloat16, makes necessary: images to fp32 and the
+    result back.
     int8: whether NNCF quantizes the model first.
     """
 
@@ -159,5 +165,6 @@ RUNTIMES: dict[str, Runtime] = {
         "int8 by NNCF",
         _obstacle("openvino", "nncf"),
         judge=int8_parity,
+        products="int8",
     ),
 }

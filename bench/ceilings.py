@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from beit3_fast.model.work import Product, Work
 from beit3_fast.ops import expert_linear, library
+from beit3_fast.ops.operands import Norm
+from beit3_fast.ops.packed_weight import quantize
 from beit3_fast.timing import Effort
 from bench.events import timed_rounds
 
@@ -38,6 +40,8 @@ GPU_MATMUL_SHAPES = (
     (50_432, 4096, 1024),
     (8192, 8192, 8192),
 )
+# fc1 of base on the same images.
+_FC1_SHAPE = (1576, 768, 3072)
 _COPY_BYTES = 256 << 20
 # Bytes of a row: what a tile of at most 32 rows and its columns take, 32 KB, stays in the first cache.
 _TILE_DEPTH = 512
@@ -51,21 +55,30 @@ def measure_ceilings(
 ) -> dict[str, Any]:
     """The JSON contract's "ceilings": TFLOP/s for each dtype, copied GB/s (read plus written), tile loops.
 
+    int8 has products on CPUs alone: ours, which round the rows on the way, and oneDNN's on rows that are rounded already.
+    Beside the ceilings, expert_linear as the model calls it for fc1, as a fraction of the tile loop.
     Each shape runs for about `seconds`; the fastest call of the fastest shape counts, since whatever
     else runs on the machine only ever slows a call down.
     """
-    rates, tile_loop = {}, {}
+    rates, tile_loop, fc1 = {}, {}, {}
     for dtype in dtypes:
         if device.type == "cpu":
-            tile_loop[str(dtype).removeprefix("torch.")] = measure_tile_loop(dtype, seconds)
+            name = str(dtype).removeprefix("torch.")
+            tile_loop[name] = loop = measure_tile_loop(dtype, seconds)
+            if loop:
+                took = _fastest(_fc1(dtype), seconds, device)
+                rate = 2 * math.prod(_FC1_SHAPE) / took / 1e12
+                fc1[name] = {
+                    "tflops": float(f"{rate:.4g}"),
+                    "tile_loop_fraction": float(f"{rate / loop:.4g}"),
+                }
         best = 0.0
         for rows, width, out in GPU_MATMUL_SHAPES if device.type == "cuda" else MATMUL_SHAPES:
-            x = torch.randn(rows, width).to(device, dtype)
-            w = torch.randn(out, width).to(device, dtype)
-            for product in (partial(F.linear, x, w), partial(_our_product, x, w)):
+            for product in _products(rows, width, out, dtype, device):
                 took = _fastest(product, seconds, device)
                 best = max(best, 2 * rows * width * out / took)
-        rates[str(dtype).removeprefix("torch.")] = float(f"{best / 1e12:.4g}")
+        if best:
+            rates[str(dtype).removeprefix("torch.")] = float(f"{best / 1e12:.4g}")
     source = torch.randint(0, 255, (_COPY_BYTES,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     took = _fastest(lambda: target.copy_(source), seconds, device)
@@ -73,7 +86,43 @@ def measure_ceilings(
         "matmul_tflops": rates,
         "copy_gbps": round(2 * _COPY_BYTES / took / 1e9, 2),
         "tile_loop_tflops": tile_loop,
+        "expert_linear_fc1": fc1,
     }
+
+
+def _products(
+    rows: int, width: int, out: int, dtype: torch.dtype, device: torch.device
+) -> list[Callable[[], Tensor]]:
+    """The ways of one product on random data."""
+    if dtype is torch.int8:
+        product = Product(rows, width, out)
+        calls: list[Callable[[], Tensor]] = []
+        if onednn_multiplies(dtype):
+            linear = _int8_linear(_random(out, width, dtype))
+            calls.append(partial(linear, _random_rows(product)))
+        if library.available():
+            x = torch.randn(rows, width)
+            calls.append(partial(_our_product, x, quantize(torch.randn(out, width), x.dtype)))
+        return calls
+    x, w = (_random(n, width, dtype).to(device) for n in (rows, out))
+    return [partial(F.linear, x, w), partial(_our_product, x, w)]
+
+
+def _fc1(dtype: torch.dtype) -> Callable[[], Tensor]:
+    """expert_linear with LayerNorm, bias and GELU; rows beside int8 weights are bfloat16, as in an int8 model."""
+    rows, width, out = _FC1_SHAPE
+    own = torch.bfloat16 if dtype is torch.int8 else dtype
+    x, w, scale, shift = (torch.randn(n, width).to(own) for n in (rows, out, 1, 1))
+    weights = [quantize(w, own) if dtype is torch.int8 else w]
+    return partial(
+        expert_linear,
+        x,
+        weights,
+        [torch.randn(out).to(own)],
+        bounds=(0, rows),
+        norm=Norm([scale[0]], [shift[0]]),
+        activation="gelu",
+    )
 
 
 def _our_product(x: Tensor, w: Tensor) -> Tensor:
@@ -106,12 +155,14 @@ def measure_tile_loop(dtype: torch.dtype, seconds: float) -> float | None:
 
     None without the compiled library, or for a dtype that it does not take.
     """
-    if not library.available() or dtype not in (torch.float32, torch.bfloat16):
+    if not library.available() or dtype not in (torch.float32, torch.bfloat16, torch.int8):
         return None
     ops = torch.ops.beit3_fast
     depth = _TILE_DEPTH // dtype.itemsize
-    x, weight = (torch.randn(rows, depth).to(dtype) for rows in (32, 64))
-    packed = ops.pack_weight(weight)
+    # Rows become int8 before the loop begins.
+    rows_dtype = torch.float32 if dtype is torch.int8 else dtype
+    x, weight = (torch.randn(rows, depth).to(rows_dtype) for rows in (32, 64))
+    packed = ops.quantize_weight(weight) if dtype is torch.int8 else ops.pack_weight(weight)
     repeats, best, start = 100, 0.0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         before = time.perf_counter()
@@ -127,17 +178,20 @@ class BareProducts(nn.Module):
     """Nothing but the products of some work, in the faster of oneDNN with packed weights and F.linear.
 
     A runtime that calls a library for its products, however well it does the rest, ends here. Each product
-    has weights of its own, as in the model, so that they come from memory as often as there.
+    has weights of its own, as in the model, so that they come from memory as often as there. int8 is oneDNN's product
+    of rows that are rounded already, with a result in fp32.
     """
 
     def __init__(self, work: Work, dtype: torch.dtype) -> None:
         super().__init__()
         self._calls: list[Callable[[], Tensor]] = []
+        int8 = dtype is torch.int8
         for product in work.products:
-            x = torch.randn(product.rows, product.width).to(dtype)
-            make = _fastest_linear(product, x)
+            x = _random_rows(product) if int8 else _random(product.rows, product.width, dtype)
+            make = _int8_linear if int8 else _fastest_linear(product, x)
             self._calls += [
-                partial(make(_random_weight(product, dtype)), x) for _ in range(product.times)
+                partial(make(_random(product.out, product.width, dtype)), x)
+                for _ in range(product.times)
             ]
 
     @torch.inference_mode()
@@ -147,8 +201,37 @@ class BareProducts(nn.Module):
             call()
 
 
-def _random_weight(product: Product, dtype: torch.dtype) -> Tensor:
-    return torch.randn(product.out, product.width).to(dtype)
+def _random(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    if dtype is torch.int8:
+        return torch.randint(-127, 128, (rows, width), dtype=dtype)
+    return torch.randn(rows, width).to(dtype)
+
+
+def _random_rows(product: Product) -> Tensor:
+    """Rows for int8 products: uint8, which is what VNNI multiplies by int8; oneDNN corrects for signed ones."""
+    return torch.randint(0, 256, (product.rows, product.width), dtype=torch.uint8)
+
+
+def _int8_linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    scales, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int32)
+    call = torch.ops.onednn.qlinear_pointwise
+    return lambda x: call(
+        x, 1.0, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+@cache
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether BareProducts can run in a dtype: int8 is not there on every CPU and in every build of PyTorch."""
+    if dtype is not torch.int8:
+        return True
+    product = Product(rows=4, width=32, out=16)
+    try:
+        _int8_linear(_random(product.out, product.width, dtype))(_random_rows(product))
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 def _plain_linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -167,7 +250,7 @@ def _fastest_linear(product: Product, x: Tensor) -> Callable[[Tensor], Callable[
         _plain_linear,
         partial(_packed_linear, product.rows),
     ]
-    weight = _random_weight(product, x.dtype)
+    weight = _random(product.out, product.width, x.dtype)
     best, least = ways[0], math.inf
     for way in ways:
         try:

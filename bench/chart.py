@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.baselines import OURS, REFERENCE
+from bench.peers import is_rounded
 
 _OTHERS = ("#d9a441", "#8a6fae", "#6a9a5b", "#b5651d", "#5b7fa6")
 _OURS_COLOUR, _REFERENCE_COLOUR = "#11698e", "#b4b8bd"
@@ -54,7 +55,7 @@ def draw(report: dict[str, Any], path: Path) -> bool:
                 continue
             x = relative[case, name]
             label = f"{_number(row['samples_per_s']['p50'])}/s"
-            if not row["parity"]["passed"]:
+            if not row["parity"]["passed"] or is_rounded(row):
                 label += f"   error {row['parity']['rel_rms'] or math.nan:.0e}"
             if name != base:
                 label = f"{x:.2f}x   {label}"
@@ -156,7 +157,10 @@ def _finish(axis: Any, title: str) -> None:
 def _footer(report: dict[str, Any], lines: int) -> str:
     environment = report["environment"]
     whole = all(row["parity"]["passed"] for row in report["results"])
+    rounded = any(map(is_rounded, report["results"]))
     parity = "every bar in parity" if whole else "bars with an error are not in parity"
+    if rounded:
+        parity = "every bar without an error in parity"
     return (
         f"{environment.get('gpu') or environment.get('cpu')}, {environment.get('threads')} threads, "
         f"torch {environment.get('torch')}, torchscale {environment.get('torchscale')} eager;"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -19,7 +19,7 @@ from beit3_fast.errors import ConfigError
 from beit3_fast.kernels import _tiles
 from beit3_fast.model.work import Product, Work
 
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0}
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "int8": 1.0}
 
 
 @dataclass(frozen=True)
@@ -199,19 +199,32 @@ def patch_embedding_cost(config: BEiT3Config, images: int, dtype: str) -> Cost:
     return cost + Cost(0, BYTES[dtype] * patches * config.embed_dim)
 
 
-def launches(work: Work, dtype: str) -> list[Cost]:
-    """The costs of a workload's launches: the products of all experts with the same sizes are one, and so is attention."""
+def launches(work: Work, dtype: str, products: str | None = None) -> list[Cost]:
+    """The costs of a workload's launches: the products of all experts with the same sizes are one, and so is attention.
+
+    products: what both factors of products with weights are rounded to, where that is not ``dtype``.
+    """
+    read, written = BYTES[products or dtype], BYTES[dtype]
     groups: dict[tuple[int, int, int, bool], Cost] = {}
     for product in work.products:
         key = (product.width, product.out, product.times, product.residual)
-        groups[key] = groups.get(key, Cost(0, 0)) + linear_cost(product, BYTES[dtype])
+        groups[key] = groups.get(key, Cost(0, 0)) + linear_cost(product, read, written)
     attention = Cost(work.attention + work.scores_again, BYTES[dtype] * work.attention_values)
     return [*groups.values(), *([attention] if attention.flops else [])]
 
 
-def workload_floor(work: Work, rates: Rates, dtype: str) -> float:
-    """Seconds that the launches of a workload take at least, one after the other."""
-    return sum(floor(cost, rates, dtype).seconds for cost in launches(work, dtype))
+def workload_floor(work: Work, rates: Rates, dtype: str, products: str | None = None) -> float:
+    """Seconds that the launches of a workload take at least, one after the other; ``products``: as in ``launches``."""
+    weights, attention = split(work)
+    costs = launches(weights, dtype, products)
+    return sum(floor(cost, rates, products or dtype).seconds for cost in costs) + sum(
+        floor(cost, rates, dtype).seconds for cost in launches(attention, dtype)
+    )
+
+
+def split(work: Work) -> tuple[Work, Work]:
+    """The products with weights, and the rest, which is attention."""
+    return Work(products=work.products), replace(work, products=())
 
 
 def tile_share(tokens: int, tiles: str, head_width: int = 64, backward: bool = False) -> float:

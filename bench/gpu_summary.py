@@ -40,7 +40,7 @@ def _merged(out: Path, passed: set[str], device: str) -> dict[str, Any]:
                 continue
     parts: dict[str, Rows] = {
         key: [row for own in found for row in own.get(key, [])]
-        for key in ("results", "ratios", "skipped")
+        for key in ("results", "ratios", "peer_ratios", "skipped")
     }
     rates: dict[str, float] = {}
     for own in found:

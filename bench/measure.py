@@ -15,19 +15,19 @@ import torch
 from torch import nn
 
 from beit3_fast.parity import Parity, worst_of
-from beit3_fast.timing import Effort, Samples, quantiles, rates, speed_ups
-from bench.baselines import OURS, REFERENCE, RUNTIMES, build_reference
-from bench.ceilings import BareProducts, measure_ceilings
-from bench.cost_model import Rates, measured, workload_floor
+from beit3_fast.timing import Effort, Samples
+from bench.baselines import REFERENCE, RUNTIMES, build_reference
+from bench.ceilings import BareProducts, measure_ceilings, onednn_multiplies
 from bench.environment import available_memory, environment
 from bench.events import timed_rounds
 from bench.memory import MemoryProbeFailed, Probe, measure_peak, settle
+from bench.speeds import UNMEASURED, bare_speed, peer_ratios, ratios, round_figure, speed
 from bench.tasks import Output
 from bench.workloads import Workload, move, step
 
 Report = dict[str, Any]
 _REFERENCE_DTYPE = "float32"
-_PRODUCTS = "onednn_products"
+_BARE = "onednn_products "
 # Messages of other libraries quote their files; a report holds no paths.
 _PATH = re.compile(r"(?:/[\w.+-]+){2,}")
 
@@ -44,6 +44,15 @@ class Case:
     def title(self) -> str:
         """For progress lines."""
         return f"{self.workload.name}, {self.dtype}, batch {self.batch}"
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """How the report's rows begin."""
+        return {"workload": self.workload.name, "dtype": self.dtype, "batch": self.batch}
+
+    def products(self, runtime: str) -> str:
+        """The dtype of a runtime's products with weights."""
+        return RUNTIMES[runtime].products or self.dtype
 
 
 @dataclass(frozen=True)
@@ -135,8 +144,7 @@ def run(plan: Plan, progress: Progress) -> Report:
             if obstacle is None:
                 able.append(name)
             else:
-                row = {"workload": case.workload.name, "dtype": case.dtype, "batch": case.batch}
-                skipped.append({**row, "runtime": name, "reason": obstacle})
+                skipped.append({**case.row, "runtime": name, "reason": obstacle})
         for name, parity in check_parity(case, able, models.get, plan.device).items():
             parities[case, name] = parity
             impls[case, name] = RUNTIMES[name].impl(models.get(name, case.workload, case.dtype))
@@ -147,22 +155,33 @@ def run(plan: Plan, progress: Progress) -> Report:
     ceilings: dict[str, Any] = {"matmul_tflops": {}, "copy_gbps": None, "tile_loop_tflops": {}}
     bare: list[dict[str, Any]] = []
     speeds: dict[tuple[Case, str], dict[str, Any]] = {}
-    ratios: list[dict[str, Any]] = []
+    against: dict[str, list[dict[str, Any]]] = {"ratios": [], "peer_ratios": []}
     if passed:
         progress("ceilings of this machine")
-        dtypes = [getattr(torch, d) for d in dict.fromkeys(c.dtype for c in plan.cases)]
-        ceilings = measure_ceilings(dtypes, plan.device, seconds=plan.ceiling_seconds)
-        own_rates = measured(ceilings)
+        dtypes = dict.fromkeys(case.dtype for case in plan.cases)
+        dtypes |= dict.fromkeys(case.products(name) for case, name in parities)
+        ceilings = measure_ceilings(
+            # The rate of float8 products, which GPUs have, is not measured.
+            [getattr(torch, dtype) for dtype in dtypes if dtype != "float8"],
+            plan.device,
+            seconds=plan.ceiling_seconds,
+        )
         for case in plan.cases:
             progress(f"speed of {case.title}")
             able = [name for name in plan.runtimes if (case, name) in parities]
             samples = _time(case, able, models, plan)
-            products = samples.pop(_PRODUCTS, None)
-            if products is not None:
-                bare.append(_bare(case, products))
+            work = case.workload.work(case.workload.inputs(case.batch))
+            alone = {
+                dtype: samples.pop(_BARE + dtype) for dtype in dtypes if _BARE + dtype in samples
+            }
+            bare += [bare_speed(case.row, work, *products) for products in alone.items()]
             for name, seconds in samples.items():
-                speeds[case, name] = _speed(case, seconds, own_rates, products)
-            ratios.extend(_ratios(case, samples))
+                dtype = case.products(name)
+                speeds[case, name] = speed(
+                    case.row, work, dtype, seconds, ceilings, alone.get(dtype)
+                )
+            against["ratios"] += ratios(case.row, samples)
+            against["peer_ratios"] += peer_ratios(case.row, samples)
         # The processes that measure memory need room, and the models of this one are done.
         del models
         settle()
@@ -170,18 +189,14 @@ def run(plan: Plan, progress: Progress) -> Report:
 
     results = []
     for (case, name), parity in parities.items():
-        unmeasured = {"samples_per_s": None, "latency_ms": None, "rounds": 0}
-        unmeasured |= {"ceiling_fraction": None, "onednn_fraction": None, "peak_memory_mib": None}
-        unmeasured |= {"floor_ms": None}
         results.append(
             {
-                "workload": case.workload.name,
+                **case.row,
                 "runtime": name,
                 "impl": impls[case, name],
-                "dtype": case.dtype,
+                "products": case.products(name),
                 "device": plan.device.type,
-                "batch": case.batch,
-                **(speeds.get((case, name)) or unmeasured),
+                **speeds.get((case, name), UNMEASURED),
                 "parity": _figures(parity),
             }
         )
@@ -191,7 +206,7 @@ def run(plan: Plan, progress: Progress) -> Report:
         "environment": environment(plan.threads, plan.device),
         "ceilings": {**ceilings, "onednn_products": bare},
         "results": results,
-        "ratios": ratios,
+        **against,
         "skipped": skipped,
     }
 
@@ -285,60 +300,12 @@ def _time(case: Case, runtimes: list[str], models: _Models, plan: Plan) -> Sampl
             continue
         calls[name] = partial(step, model, case.workload, inputs)
     if plan.device.type == "cpu" and not case.workload.task.train:
-        products = BareProducts(case.workload.work(case.workload.inputs(case.batch)), dtype)
-        calls[_PRODUCTS] = products
+        work = case.workload.work(case.workload.inputs(case.batch))
+        for name in dict.fromkeys([case.dtype, *map(case.products, calls)]):
+            products = getattr(torch, name)
+            if onednn_multiplies(products):
+                calls[_BARE + name] = BareProducts(work, products)
     return timed_rounds(calls, plan.effort, plan.device)
-
-
-def _bare(case: Case, seconds: list[float]) -> dict[str, Any]:
-    work = case.workload.work(case.workload.inputs(case.batch))
-    flops = sum(product.flops for product in work.products)
-    return {
-        "workload": case.workload.name,
-        "dtype": case.dtype,
-        "batch": case.batch,
-        "samples_per_s": {k: _round(v) for k, v in asdict(rates(seconds, case.batch)).items()},
-        "tflops": _round(flops / quantiles(seconds).p50 / 1e12),
-    }
-
-
-def _speed(
-    case: Case, seconds: list[float], own_rates: Rates | None, products: list[float] | None
-) -> dict[str, Any]:
-    middle = quantiles(seconds).p50
-    work = case.workload.work(case.workload.inputs(case.batch))
-    ceiling = own_rates.tflops.get(case.dtype) if own_rates else None
-    floor = workload_floor(work, own_rates, case.dtype) if own_rates and ceiling else None
-    return {
-        "samples_per_s": {k: _round(v) for k, v in asdict(rates(seconds, case.batch)).items()},
-        "latency_ms": _round(middle * 1e3),
-        "rounds": len(seconds),
-        "peak_memory_mib": None,
-        "ceiling_fraction": _round(work.flops / middle / 1e12 / ceiling) if ceiling else None,
-        "floor_ms": None if floor is None else _round(1e3 * floor),
-        "onednn_fraction": _round(speed_ups(seconds, products).p50) if products else None,
-    }
-
-
-def _ratios(case: Case, samples: Samples) -> list[dict[str, Any]]:
-    if OURS not in samples:
-        return []
-    rows = []
-    for name, seconds in samples.items():
-        if name != OURS:
-            ratio = speed_ups(samples[OURS], seconds)
-            rows.append(
-                {
-                    "workload": case.workload.name,
-                    "dtype": case.dtype,
-                    "batch": case.batch,
-                    "against": name,
-                    "median": _round(ratio.p50),
-                    "p20": _round(ratio.p20),
-                    "p80": _round(ratio.p80),
-                }
-            )
-    return rows
 
 
 def _measure_memory(
@@ -366,9 +333,5 @@ def _figures(parity: Parity) -> dict[str, Any]:
     for name, value in figures.items():
         if isinstance(value, float):
             # JSON knows neither NaN nor infinity.
-            figures[name] = float(f"{value:.4g}") if math.isfinite(value) else None
+            figures[name] = round_figure(value) if math.isfinite(value) else None
     return figures
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.4g}")

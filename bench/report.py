@@ -9,6 +9,8 @@ from typing import Any
 
 from beit3_fast.errors import InputError
 from bench.baselines import OURS, RUNTIMES
+from bench.peers import is_rounded, more_exact_peers, verdict
+from bench.peers import table as peer_table
 from bench.tasks import TASKS
 
 Report = dict[str, Any]
@@ -40,6 +42,7 @@ _HEADER = (
     "memory MiB",
     "of ceiling",
     "of oneDNN",
+    "of tile loop",
     "error",
     "torchscale's",
 )
@@ -52,7 +55,9 @@ _RIGHT = {
     "memory MiB",
     "of ceiling",
     "of oneDNN",
+    "of tile loop",
     "error",
+    "its error",
     "torchscale's",
 }
 
@@ -76,6 +81,8 @@ def check(report: Any, where: str = "the report") -> Report:
             _require(row["samples_per_s"], {"p20", "p50", "p80"}, f"a speed of {where}")
     for row in report["ratios"]:
         _require(row, _RATIO_KEYS, f"a ratio of {where}")
+    for row in report.get("peer_ratios", []):
+        _require(row, _RATIO_KEYS | {"runtime"}, f"a ratio of 8 bits of {where}")
     return report
 
 
@@ -132,18 +139,19 @@ def rows(report: Report) -> list[list[str]]:
                 _number(speed["p50"]),
                 f"{_number(speed['p20'])}-{_number(speed['p80'])}",
                 _number(row["latency_ms"]),
-                # Reports of earlier versions have no such figure, nor the one of oneDNN below.
+                # Reports of earlier versions have no such figure, nor those of oneDNN and the tile loop below.
                 _number(row.get("floor_ms")),
                 "" if faster is None else f"{faster:.2f}x as fast",
                 _number(row["peak_memory_mib"]),
             ]
-        fraction = row["ceiling_fraction"]
-        line.append("-" if fraction is None else f"{fraction:.0%}")
-        fraction = row.get("onednn_fraction")
-        line.append("-" if fraction is None else f"{fraction:.0%}")
+        for key in ("ceiling_fraction", "onednn_fraction", "tile_loop_fraction"):
+            fraction = row.get(key)
+            line.append("-" if fraction is None else f"{fraction:.0%}")
         error = _error(parity["rel_rms"])
         if speed is not None and not parity["passed"]:
             error += " NOT IN PARITY"
+        if better := more_exact_peers(row, report):
+            error += f" OVER {', '.join(better)}"
         line += [error, _error(parity["baseline_rel_rms"])]
         table.append(line)
     for reason, names in _skipped(report).items():
@@ -155,38 +163,45 @@ def text(report: Report) -> str:
     """The table for the screen and the ceilings below it."""
     lines = rows(report)
     plain = [line for line in lines if line[0] != "-"]
-    widths = [max(len(line[i]) for line in plain) for i in range(len(_HEADER))]
-    shown = []
-    previous: list[str] = []
-    for line in plain:
-        if previous and line[:3] != previous[:3]:
-            shown.append("")
-        cells = [
-            cell.rjust(w) if _HEADER[i] in _RIGHT else cell.ljust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        shown.append("  ".join(cells).rstrip())
-        previous = line
-    shown.append("")
+    shown = [*_aligned(plain), ""]
+    peers = peer_table(report)
+    if len(peers) > 1:
+        shown += ["8 bits against 8 bits, in the same rounds:", *_aligned(peers), ""]
     shown += [f"{line[3]}: {line[4]}" for line in lines if line[0] == "-"]
     shown.append(_ceilings(report))
     shown.append(
         "error: relative rms against torchscale in fp32; beside it, what torchscale's own dtype costs."
     )
+    if any(map(is_rounded, report["results"])):
+        shown.append(f"parity: {verdict(report)}.")
     return "\n".join(shown)
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of one width, first row the header, an empty line between two workloads, dtypes or batches."""
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    shown: list[str] = []
+    previous: Sequence[str] = ()
+    for line in table:
+        if previous and line[:3] != previous[:3]:
+            shown.append("")
+        cells = [
+            cell.rjust(w) if name in _RIGHT else cell.ljust(w)
+            for name, cell, w in zip(table[0], line, widths, strict=True)
+        ]
+        shown.append("  ".join(cells).rstrip())
+        previous = line
+    return shown
 
 
 def markdown(report: Report, old: Report | None = None) -> str:
     """report.md: the verdict, the environment, the table, what the workloads are, a comparison."""
     environment = report["environment"]
-    verdict = "**NOT IN PARITY: no speeds**"
-    if report.get("passed"):
-        whole = all(row["parity"]["passed"] for row in report["results"])
-        verdict = f"every row is in parity{'' if whole else ' but those marked'}"
+    parity = verdict(report) if report.get("passed") else "**NOT IN PARITY: no speeds**"
     lines = [
         "# beit3_fast benchmark",
         "",
-        f"{environment.get('date', '')}, commit {environment.get('git', 'unknown')}, {verdict}.",
+        f"{environment.get('date', '')}, commit {environment.get('git', 'unknown')}, {parity}.",
         "",
         f"{environment.get('gpu') or environment.get('cpu')}, {environment.get('cores')} cores, "
         f"{environment.get('threads')} threads, {' '.join(environment.get('isa', []))}; "
@@ -196,17 +211,21 @@ def markdown(report: Report, old: Report | None = None) -> str:
         _ceilings(report),
         "",
     ]
-    table = rows(report)
-    lines += _markdown_table(table)
+    lines += _markdown_table(rows(report))
+    peers = peer_table(report)
+    if len(peers) > 1:
+        lines += ["", "8 bits against 8 bits, in the same rounds:", "", *_markdown_table(peers)]
     lines += [
         "",
         f"*{OURS} is*: median over the rounds of (time of that runtime) / (time of {OURS}), both taken in "
         "the same round. *floor ms*: the time of the same step if every launch ran at this machine's measured "
         "product or copy rate, whichever limits it (bench/cost_model.py). *memory*: peak beyond the parameters, in a process of its own. *of ceiling*: the "
         "operations that the answer needs, without padding, at this machine's measured matrix-product "
-        "rate. *of oneDNN*: the speed as a fraction of a loop of nothing but the products with weights, "
-        "timed in the same rounds. *error*: relative rms against torchscale in fp32 with the same weights; *torchscale's*: "
-        "the same of torchscale in the row's dtype.",
+        "rate (the faster of PyTorch and our op). *of oneDNN*: the speed as a fraction of a loop of nothing but the "
+        "products with weights, timed in the same rounds. *of tile loop*: as *of ceiling*, at the rate of our "
+        "innermost loop alone on random data. Where products are in 8 bits, so are all three; attention then counts in "
+        "the row's dtype. *error*: relative rms against torchscale in fp32 with the same weights; *torchscale's*: "
+        "the same of torchscale in the row's dtype. *OVER*: above the error of that runtime in the same 8 bits.",
         "",
         "Workloads (task/size/resolution), random weights in the official layout, photographs from "
         "scikit-image and scikit-learn, English sentences whose words are hashed to token ids:",
@@ -243,7 +262,7 @@ def comparison(report: Report, old: Report, marked: bool = False) -> list[str]:
         lines = [f"- {line}" for line in lines] + [""]
     identity = ("workload", "dtype", "batch", "runtime", "device")
     then = {tuple(r[k] for k in identity): r for r in old["results"]}
-    then_ratio = {_case(r): r["median"] for r in old["ratios"]}
+    then_ratio = {_case(r): r["median"] for r in _all_ratios(old)}
     table = [["workload", "dtype", "batch", "what", "then", "now", "change"]]
     for row in report["results"]:
         before = then.get(tuple(row[k] for k in identity))
@@ -251,10 +270,11 @@ def comparison(report: Report, old: Report, marked: bool = False) -> list[str]:
             continue
         a, b = before["samples_per_s"]["p50"], row["samples_per_s"]["p50"]
         table.append([*_who(row), f"{row['runtime']} samples/s", *_change(a, b)])
-    for row in report["ratios"]:
+    for row in _all_ratios(report):
         a = then_ratio.get(_case(row))
         if a is not None:
-            table.append([*_who(row), f"ratio to {row['against']}", *_change(a, row["median"])])
+            what = f"{row['runtime']}'s ratio" if "runtime" in row else "ratio"
+            table.append([*_who(row), f"{what} to {row['against']}", *_change(a, row["median"])])
     if len(table) == 1:
         return [*lines, "nothing in the two reports is the same workload, dtype, batch and runtime"]
     if marked:
@@ -266,7 +286,12 @@ def comparison(report: Report, old: Report, marked: bool = False) -> list[str]:
 
 
 def _case(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["workload"], row["dtype"], row["batch"], row["against"]
+    return row["workload"], row["dtype"], row["batch"], row.get("runtime", OURS), row["against"]
+
+
+def _all_ratios(report: Report) -> list[dict[str, Any]]:
+    """With those within 8 bits, which reports of earlier versions lack."""
+    return [*report["ratios"], *report.get("peer_ratios", [])]
 
 
 def _who(row: dict[str, Any]) -> list[str]:
@@ -310,8 +335,12 @@ def _ceilings(report: Report) -> str:
         return "Ceilings: not measured."
     loops = ceilings.get("tile_loop_tflops") or {}
     tiles = ", ".join(f"{dtype} {rate:.3g}" for dtype, rate in loops.items() if rate)
+    fc1 = ", ".join(
+        f"{dtype} {own['tflops']:.3g} ({own['tile_loop_fraction']:.0%} of the tile loop)"
+        for dtype, own in ceilings.get("expert_linear_fc1", {}).items()
+    )
     bare = [
-        f"{row['workload']} {row['dtype']} batch {row['batch']} {row['samples_per_s']['p50']:.3g}/s "
+        f"{row['workload']} {_products(row)} batch {row['batch']} {row['samples_per_s']['p50']:.3g}/s "
         f"({row['tflops']:.3g} TFLOP/s)"
         for row in ceilings.get("onednn_products", [])
     ]
@@ -319,8 +348,14 @@ def _ceilings(report: Report) -> str:
         f"Ceilings measured in this run: matrix products {', '.join(rates)} TFLOP/s, "
         f"our tile loop alone {f'{tiles} TFLOP/s' if tiles else 'not measured'}, "
         f"copy {ceilings['copy_gbps']:.3g} GB/s"
+        + (f"; expert_linear as fc1 with LayerNorm, bias, GELU {fc1} TFLOP/s" if fc1 else "")
         + (f"; oneDNN's products alone: {', '.join(bare)}." if bare else ".")
     )
+
+
+def _products(row: dict[str, Any]) -> str:
+    """The dtype of bare products, which earlier versions did not tell from that of the rows."""
+    return f"{row['products']} beside {row['dtype']}" if is_rounded(row) else str(row["dtype"])
 
 
 def _number(value: float | None) -> str:

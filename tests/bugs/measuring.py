@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bugs.bug import COST_MODEL, FIGURES, GPU, Bug
+from bugs.bug import BENCH_INT8, COST_MODEL, FIGURES, GPU, Bug
 
 MEASURING_BUGS = (
     Bug(
@@ -46,6 +46,43 @@ MEASURING_BUGS = (
         "above = max(config.vl_expert_layers - (layers - whole), 0)",
         "above = config.vl_expert_layers",
         (f"{COST_MODEL}::test_giant_multiplies_its_shared_and_its_third_weights_once",),
+    ),
+    Bug(
+        "bench-int8-beside-the-ceilings-of-its-rows",
+        "bench/measure.py",
+        "return RUNTIMES[runtime].products or self.dtype",
+        "return self.dtype",
+        (f"{BENCH_INT8}::test_a_report_with_int8",),
+    ),
+    Bug(
+        "bench-int8-attention-at-the-rate-of-int8",
+        "bench/speeds.py",
+        "((weights, products), (attention, dtype))",
+        "((weights, products), (attention, products))",
+        (
+            f"{BENCH_INT8}::test_fractions_are_of_the_rates_of_the_products_and_attention_is_in_the_rows_dtype",
+        ),
+    ),
+    Bug(
+        "bench-peers-in-8-bits-beside-ours-in-more",
+        "bench/speeds.py",
+        "**_ratio(samples[ours], samples[other])",
+        "**_ratio(samples[OURS], samples[other])",
+        (f"{BENCH_INT8}::test_int8_is_set_beside_int8_within_the_rounds",),
+    ),
+    Bug(
+        "bench-error-above-that-of-a-peer-unmarked",
+        "bench/peers.py",
+        "and error > other",
+        "and error < other",
+        (f"{BENCH_INT8}::test_the_verdict_names_the_errors_in_8_bits",),
+    ),
+    Bug(
+        "bench-int8-judged-as-loosely-as-float8",
+        "bench/runtime.py",
+        "INT8_BOUND = 0.06",
+        "INT8_BOUND = 0.1",
+        ("tests/bench/test_bench_baselines.py::test_int8_has_a_rule_of_its_own",),
     ),
     Bug(
         "gpu-every-call-waits",
