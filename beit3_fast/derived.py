@@ -29,6 +29,7 @@ from beit3_fast.locks import fork_safe_lock
 T = TypeVar("T")
 Stamp = tuple[tuple[Any, ...], ...]
 
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 _lock = fork_safe_lock()
 _store: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _sources: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -86,11 +87,11 @@ def derived(kind: str, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
     """``make()``, or what it returned before for these very sources in their present state.
 
     Tensors made under ``torch.inference_mode`` carry no version counter: for them nothing is kept, nor in a transform of
-    ``torch.func``. Thread safe; ``make`` runs at most once per state.
+    ``torch.func`` or under a ``FakeTensorMode``. Thread safe; ``make`` runs at most once per state.
     """
     if torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
         return make()
-    if is_transformed():
+    if is_transformed() or torch._C._get_dispatch_mode(_FAKE) is not None:
         return make()
     stamp: Stamp = tuple(_stamp(source) for source in sources)
     owner = sources[0]
@@ -171,8 +172,8 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def forget(module: nn.Module) -> None:
-    """Drop everything derived from the parameters and buffers of ``module``: after they were written through ``.data`` or
-    numpy or by a collective of ``torch.distributed``, and before ``torch.utils.swap_tensors``. Raises ConfigError for no module.
+    """Drop everything derived from the parameters and buffers of ``module``: after they were written without PyTorch's counting
+    it (the list is at the top of this module), and before ``torch.utils.swap_tensors``. Raises ConfigError for no module.
     """
     global _times_forgotten
     if not isinstance(module, nn.Module):

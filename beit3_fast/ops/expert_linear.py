@@ -36,7 +36,7 @@ from beit3_fast.ops.operands import (
     rounding,
     shape,
 )
-from beit3_fast.ops.packed_weight import PackedWeight
+from beit3_fast.ops.packed_weight import PANEL, PackedWeight, packed_size
 from beit3_fast.reference.expert_linear import expert_linear as reference_impl
 
 logger = logging.getLogger("beit3_fast")
@@ -289,10 +289,6 @@ def _on_gpu(
     return Measured(y, left, triton_kernels.STATISTICS_WIDTH) if measure else Measured(y)
 
 
-# Columns of a panel of packed weights (csrc/cpu/kernels.h): equal parts of whole panels can lie apart.
-PANEL = 32
-
-
 def packed_form(weight: Tensor) -> Tensor:
     """A weight [O, I] or [O, ...] in the layout that the CPU kernels read, packed on its first use."""
     if isinstance(weight, PackedWeight):
@@ -344,20 +340,15 @@ def _register() -> None:
 
     @torch.library.register_fake("beit3_fast::pack_weight")
     def _(weight: Tensor) -> Tensor:
-        size = torch.library.get_ctx().new_dynamic_size()
-        return weight.new_empty(size)
+        return weight.new_empty(packed_size(weight.shape, weight.element_size()))
 
     @torch.library.register_fake("beit3_fast::quantize_weight")
     def _(weight: Tensor) -> Tensor:
-        size = torch.library.get_ctx().new_dynamic_size()
-        return weight.new_empty(size, dtype=torch.int8)
+        return weight.new_empty(packed_size(weight.shape, 1), dtype=torch.int8)
 
     @torch.library.register_fake("beit3_fast::pack_transposed")
     def _(x: Tensor) -> Tensor:
-        depth, columns = x.shape
-        size = x.element_size()
-        chunks, panels = -(-depth * size // 64), -(-columns // PANEL)
-        return x.new_empty((64 + panels * chunks * 64 * PANEL) // size)
+        return x.new_empty(packed_size(x.T.shape, x.element_size()))
 
     @torch.library.register_fake("beit3_fast::unpack_weight")
     def _(packed: Tensor, out_features: int, in_features: int) -> Tensor:

@@ -10,6 +10,7 @@ becomes a plain parameter.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ _PACKED = (
     "dtype='float8'"
 )
 _SCALE_BYTES = 4
+# Columns of a panel of packed weights (csrc/cpu/kernels.h): equal parts of whole panels can lie apart.
+PANEL = 32
 
 
 class PackedWeight(Tensor):
@@ -277,6 +280,14 @@ def _check_written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         if any(isinstance(tensor, (PackedWeight, UnpackedView)) for tensor in written):
             name = schema.name.removeprefix("aten::")
             raise ConfigError(f"{name} cannot change this weight: {_PACKED}")
+
+
+def packed_size(shape: Sequence[int], bytes_each: int) -> int:
+    """How many numbers of ``bytes_each`` a weight [O, I] is when packed: a header and panels (csrc/cpu/packed_weight.h), with the
+    scales and sums of int8 columns."""
+    rows, depth = shape
+    words = -(-depth * bytes_each // 64) * 16 + (2 if bytes_each == 1 else 0)
+    return (64 + -(-rows // PANEL) * PANEL * words * 4) // bytes_each
 
 
 def pack(weight: Tensor) -> Any:

@@ -15,9 +15,9 @@ from torch import Tensor
 from beit3_fast.layout import Selection, TokenLayout
 from beit3_fast.ops import dispatch, library
 from beit3_fast.ops.cached_attention import PackedKeys
-from beit3_fast.ops.expert_linear import PANEL, packed_form
+from beit3_fast.ops.expert_linear import packed_form
 from beit3_fast.ops.operands import rounding
-from beit3_fast.ops.packed_weight import PackedWeight
+from beit3_fast.ops.packed_weight import PANEL, PackedWeight
 
 
 class LayerOperands(NamedTuple):

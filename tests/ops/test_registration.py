@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from beit3_fast.layout import TokenLayout
-from beit3_fast.ops import library
+from beit3_fast.ops import expert_linear, library
 
 if not library.available():
     pytest.skip(f"the library {library.why_unavailable()}", allow_module_level=True)
@@ -291,3 +291,33 @@ def test_the_shape_function_agrees_with_the_kernel(name: str) -> None:
         ]
         fake = OPS.expert_linear(*moved)
     assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.mark.parametrize("op", ["pack_weight", "pack_transposed", "quantize_weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_size_of_a_packed_weight_is_known_before_it_is_packed(
+    op: str, dtype: torch.dtype
+) -> None:
+    pack = getattr(OPS, op)
+    for shape in [(1, 1), (32, 64), (33, 65), (70, 31), (5, 200)]:
+        real = pack(torch.zeros(shape, dtype=dtype))
+        with torch._subclasses.FakeTensorMode():
+            fake = pack(torch.zeros(shape, dtype=dtype))
+        assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_call_with_fake_tensors_packs_fake_weights() -> None:
+    """And keeps none of them for the real weight that they stand for."""
+    x, weights = torch.randn(5, 32), [torch.randn(16, 32), torch.randn(16, 32)]
+
+    def run() -> Tensor:
+        return expert_linear(x, [tuple(weights)], bounds=(0, 5), impl="cpu")
+
+    with torch.no_grad():
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert run().shape == (5, 32)
+            fake = [mode.from_tensor(weight) for weight in weights]
+            y = expert_linear(mode.from_tensor(x), fake, bounds=(0, 2, 5), impl="cpu")
+            assert y.shape == (5, 16)
+        torch.testing.assert_close(run(), x @ torch.cat(weights).T)
