@@ -1,10 +1,14 @@
 """Tensors derived from weights (stacked, packed, interpolated), kept as long as the weights are unchanged.
 
-A derived tensor is recomputed when a source's storage, strides, dtype, device or version counter changes; optimizers
-(fused ones too, which leave the counter alone: their steps are watched), ``load_state_dict``, ``copy_`` and
-``.to()`` are all seen. What PyTorch writes without counting is not: through ``parameter.data`` or numpy, and by a collective of
-``torch.distributed`` (``broadcast``, ``all_reduce``); call ``beit3_fast.refresh(model)`` after it. Of tensors in shared
-memory, which other processes may write, nothing is kept.
+A derived tensor is recomputed when a source's storage, strides, dtype, device or version counter changes: ``load_state_dict``,
+``copy_``, ``.to()`` and the ``step`` of any ``torch.optim.Optimizer`` (a fused one too, which leaves the counter alone: steps
+are watched) are all seen. What PyTorch writes without counting is not, and needs ``beit3_fast.refresh(model)`` after it:
+
+- through ``parameter.data``, ``parameter.untyped_storage()``, numpy or a tensor from ``from_dlpack``;
+- by a collective of ``torch.distributed`` (``broadcast``, ``all_reduce``);
+- by a fused optimizer's function without its object (``torch.optim.sgd.sgd(..., fused=True)``).
+
+Of tensors in shared memory, which other processes may write, nothing is kept.
 """
 
 from __future__ import annotations
