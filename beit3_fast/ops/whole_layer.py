@@ -75,7 +75,9 @@ def encoder_layer(
             layout.cu_text,
             *asked,
         )
-    except RuntimeError:
+    except RuntimeError as error:
+        if not _refused("encoder_layer", error):
+            raise
         return None
     return y
 
@@ -112,9 +114,16 @@ def decoder_layer(
             torch.tensor(samples, dtype=torch.int64),
             *packed,
         )
-    except RuntimeError:
+    except RuntimeError as error:
+        if not _refused("decoder_layer", error):
+            raise
         return None
     return y
+
+
+def _refused(op: str, error: RuntimeError) -> bool:
+    """Whether the op refused an operand, which it says in its own name: any other error is a failure."""
+    return str(error).startswith(f"{op}: ")
 
 
 def _parameters(operands: LayerOperands) -> tuple[Any, ...]:

@@ -162,4 +162,11 @@ LAYERS_BUGS = (
         "    if own is None:\n        among",
         (WHOLE_LAYER,),
     ),
+    Bug(
+        "layer-failure-taken-for-a-refusal",
+        "beit3_fast/ops/whole_layer.py",
+        'return str(error).startswith(f"{op}: ")',
+        "return True",
+        (f"{WHOLE_LAYER}::test_a_failure_is_not_taken_for_a_refusal",),
+    ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -267,3 +268,20 @@ def test_drop_path_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad(), watched(monkeypatch, whole=True) as seen:
         model(visual_tokens=images(8))
     assert len(seen) < TINY.num_layers
+
+
+def test_a_failure_is_not_taken_for_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Tensor:
+        raise RuntimeError("no memory, in the midst of a call")
+
+    broken = SimpleNamespace(default=fail)
+    ops = SimpleNamespace(encoder_layer=broken, decoder_layer=broken)
+    model = task_model("captioning")
+    with torch.no_grad():
+        decoder = CaptionDecoder(model, images(2), 1, 6, 0, 5)
+        decoder.start()
+        monkeypatch.setattr(whole_layer, "_ops", lambda: ops)
+        with pytest.raises(RuntimeError, match="in the midst"):
+            decoder.step(torch.full((2, 1), 5), torch.zeros(2, 1, dtype=torch.int64))
+        with pytest.raises(RuntimeError, match="in the midst"):
+            backbone()(textual_tokens=texts(2, 4))
