@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <new>
 
@@ -19,7 +20,8 @@ struct Pool {
 };
 
 // Calls task(i) for i in [0, count): each thread takes the next one when it is free, so uneven
-// tasks and busy cores balance out.
+// tasks and busy cores balance out. What a task throws ends the call, once all threads are back:
+// pools pass no exception on as it is.
 template <class Task>
 void share(const Pool& pool, int64_t count, const Task& task) {
   if (count <= 0) return;
@@ -32,18 +34,25 @@ void share(const Pool& pool, int64_t count, const Task& task) {
     const Task* task;
     int64_t count;
     std::atomic<int64_t> next;
-  } shared{&task, count, {0}};
+    std::atomic<bool> failed;
+    std::exception_ptr error;
+  } shared{&task, count, {0}, {false}, nullptr};
   pool.run(
       workers,
       [](int64_t, void* context) {
         auto& state = *static_cast<Shared*>(context);
-        for (;;) {
-          const int64_t i = state.next.fetch_add(1, std::memory_order_relaxed);
-          if (i >= state.count) return;
-          (*state.task)(i);
+        try {
+          while (!state.failed.load(std::memory_order_relaxed)) {
+            const int64_t i = state.next.fetch_add(1, std::memory_order_relaxed);
+            if (i >= state.count) return;
+            (*state.task)(i);
+          }
+        } catch (...) {
+          if (!state.failed.exchange(true)) state.error = std::current_exception();
         }
       },
       &shared);
+  if (shared.error != nullptr) std::rethrow_exception(shared.error);
 }
 
 // Memory that grows and is kept, aligned to pages. Contents do not survive a growth.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bugs.bug import FAR_ROWS, KERNELS, PROCESSES, THREADS, Bug
+from bugs.bug import FAR_ROWS, PROCESSES, THREADS, Bug
 
 NATIVE_MEMORY_BUGS = (
     Bug(
@@ -41,13 +41,6 @@ NATIVE_MEMORY_BUGS = (
         (f"{FAR_ROWS}::test_patches",),
     ),
     Bug(
-        "isa-lifted-by-the-environment",
-        "csrc/cpu/isa.cpp",
-        "return level.isa < best ? level.isa : best;",
-        "return level.isa;",
-        (f"{KERNELS}::test_no_wish_lifts_the_level",),
-    ),
-    Bug(
         "linear-parameters-shared-by-threads",
         "csrc/cpu/expert_linear.cpp",
         "thread_local Scratch parameters;",
@@ -81,5 +74,12 @@ NATIVE_MEMORY_BUGS = (
         "thread_local std::vector<LinearBlock> kept;",
         "std::vector<LinearBlock> kept;",
         (f"{PROCESSES}::test_what_repeats_allocates_nothing_large",),
+    ),
+    Bug(
+        "parallel-error-of-a-task-lost",
+        "csrc/cpu/parallel.h",
+        "  if (shared.error != nullptr) std::rethrow_exception(shared.error);\n",
+        "",
+        (f"{PROCESSES}::test_want_of_memory_is_said_as_such",),
     ),
 )

@@ -173,3 +173,27 @@ work(); first = count(); work(); work(); print(first > 0, count() - first)
         LD_PRELOAD=str(counter),
     )
     assert printed == "True 0"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_want_of_memory_is_said_as_such(threads: int) -> None:
+    """Within a parallel region, too; and the next call is as before."""
+    printed = in_a_process(
+        COUNT
+        + f"torch.set_num_threads({threads})"
+        + """
+import resource
+linear, attention = Linear(torch.float32, (500, 64, 64)), Attention(torch.float32, [900_000], [0], 2, 16)
+before = linear.run()
+torch.randn(3_000_000).exp()
+size = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGESIZE")
+resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20), resource.RLIM_INFINITY))
+try:
+    attention.run("bidirectional", chosen=([[0]], [[]]))
+except Exception as error:
+    print(type(error).__name__, str(error))
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(torch.equal(linear.run(), before), attention.run("bidirectional", chosen=([[0]], [[]])).isfinite().all().item())
+"""
+    )
+    assert printed.splitlines() == ["MemoryError std::bad_alloc", "True True"]
