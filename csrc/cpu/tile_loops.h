@@ -221,8 +221,10 @@ struct Norm {
   float scale;
 };
 
+// NaN for a variance that fp32 does not hold, as numbers of 1e20 have: 0 would make zeros of them.
 inline float inverse_deviation(float variance, float eps) {
-  return 1.0f / __builtin_sqrtf((variance > 0.0f ? variance : variance * 0.0f) + eps);
+  const float beyond = variance * 0.0f;
+  return 1.0f / __builtin_sqrtf((variance > 0.0f ? variance : 0.0f) + eps) + beyond;
 }
 
 template <class Arch>

@@ -17,6 +17,7 @@ from bugs.layers import LAYERS_BUGS
 from bugs.measuring import MEASURING_BUGS
 from bugs.model import MODEL_BUGS
 from bugs.native import NATIVE_BUGS
+from bugs.native_levels import NATIVE_LEVELS_BUGS
 from bugs.native_memory import NATIVE_MEMORY_BUGS
 from bugs.ops import OPS_BUGS
 from bugs.pretraining import PRETRAINING_BUGS
@@ -41,6 +42,7 @@ BUGS = (
     *DISTRIBUTED_BUGS,
     *LAYERS_BUGS,
     *NATIVE_BUGS,
+    *NATIVE_LEVELS_BUGS,
     *NATIVE_MEMORY_BUGS,
     *CUDA_BUGS,
     *CUDA_LINEAR_BUGS,

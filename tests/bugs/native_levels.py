@@ -1,0 +1,210 @@
+"""Mistakes in the code of single instruction-set levels, and in the choice among them."""
+
+from __future__ import annotations
+
+from bugs.bug import CPU_LEVEL, EMULATED, INT8, KERNELS, Bug
+
+AMX = f"{EMULATED}::test_the_kernel_tests_hold_at_every_level[amx_bf16]"
+
+NATIVE_LEVELS_BUGS = (
+    # Levels that this processor lacks run emulated.
+    Bug(
+        "amx-second-half-of-the-panel-again-the-first",
+        "csrc/cpu/amx_tiles.h",
+        "_tile_loadd(7, b + 16, kBRow);",
+        "_tile_loadd(7, b, kBRow);",
+        (EMULATED,),
+    ),
+    Bug(
+        "amx-lower-rows-forgotten-with-one-half",
+        "csrc/cpu/amx_tiles.h",
+        "if (M == 2) _tile_stored(2, lower, c_row);",
+        "if (M == 2 && N == 2) _tile_stored(2, lower, c_row);",
+        (EMULATED,),
+    ),
+    Bug(
+        "amx-sums-of-earlier-depth-dropped",
+        "csrc/cpu/amx_tiles.h",
+        "_tile_loadd(0, c, c_row);",
+        "_tile_zero(0);",
+        (EMULATED,),
+    ),
+    Bug(
+        "avx2-upper-half-of-the-gelu-table-unused",
+        "csrc/cpu/vec_avx2.h",
+        "_mm256_load_ps(kTail[k] + 8)",
+        "_mm256_load_ps(kTail[k])",
+        (KERNELS,),
+        isa=("avx2",),
+    ),
+    Bug(
+        "avx2-odd-numbers-of-a-pair-read-as-even",
+        "csrc/cpu/kernels_avx2.cpp",
+        ": each == 1   ? _mm256_and_si256(unit, high)",
+        ": each == 2   ? _mm256_and_si256(unit, high)",
+        (KERNELS,),
+        isa=("avx2",),
+    ),
+    Bug(
+        "vnni-offsets-forgotten",
+        "csrc/cpu/linear_loops.h",
+        "Arch::kUnsigned ? scales.offsets + column : nullptr",
+        "nullptr",
+        # the processor's own level is not emulated
+        (INT8, EMULATED),
+    ),
+    Bug(
+        "avx2-int8-odd-numbers-twice",
+        "csrc/cpu/int8_avx2.cpp",
+        "right[j] = odd ? odds(unit) : evens(unit);",
+        "right[j] = odds(unit);",
+        (INT8,),
+        isa=("avx2",),
+    ),
+    Bug(
+        "avx512bf16-quick-moments-of-any-mean",
+        "csrc/cpu/arch_avx512bf16.h",
+        "<= 64.0f * *variance",
+        "<= 1e6f * *variance",
+        (f"{KERNELS}::test_expert_linear_values", EMULATED),
+    ),
+    Bug(
+        "avx512bf16-last-units-left-out",
+        "csrc/cpu/arch_avx512bf16.h",
+        "    for (int64_t k = 0; k < units; ++k) step(k);\n",
+        "",
+        (f"{KERNELS}::test_expert_linear_sizes", EMULATED),
+    ),
+    Bug(
+        "avx512-sums-of-earlier-blocks-dropped",
+        "csrc/cpu/kernels_avx512.cpp",
+        "      more = true;\n",
+        "",
+        (f"{KERNELS}::test_expert_linear_sizes", EMULATED),
+    ),
+    Bug(
+        "avx512-odd-numbers-of-a-row-read-as-even",
+        "csrc/cpu/kernels_avx512.cpp",
+        "a[i * kRowWords + 2 * k + odd]",
+        "a[i * kRowWords + 2 * k]",
+        (f"{KERNELS}::test_lower_levels[avx512]", EMULATED),
+    ),
+    Bug(
+        "avx512-second-half-of-a-pair-of-rows-packed-twice",
+        "csrc/cpu/vec_avx512.h",
+        "_mm512_extracti64x4_epi64(y, 1)",
+        "_mm512_extracti64x4_epi64(x, 1)",
+        (f"{KERNELS}::test_a_transposed_weight_is_packed_to_the_same_bytes", EMULATED),
+    ),
+    Bug(
+        "avx512-ties-of-bf16-away-from-zero",
+        "csrc/cpu/vec_avx512.h",
+        "_mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))",
+        "_mm512_set1_epi32(0x8000)",
+        (f"{KERNELS}::test_lower_levels[avx512]", EMULATED),
+    ),
+    Bug(
+        "avx512-int8-sums-of-earlier-blocks-dropped",
+        "csrc/cpu/arch_int8_avx512.h",
+        "more ? _mm512_loadu_si512(to) : _mm512_setzero_si512()",
+        "_mm512_setzero_si512()",
+        (f"{INT8}::test_long_rows_stay_exact", EMULATED),
+    ),
+    Bug(
+        "avx512-int8-rows-in-the-order-of-packing",
+        "csrc/cpu/arch_int8_avx512.h",
+        "_mm512_permutexvar_epi32(_mm512_loadu_si512(order), _mm512_packs_epi16(low, high))",
+        "_mm512_packs_epi16(low, high)",
+        (f"{INT8}::test_sizes", EMULATED),
+    ),
+    Bug(
+        "avx512-int8-even-weights-twice",
+        "csrc/cpu/int8_avx512.cpp",
+        "half(right, odd)",
+        "half(right, 0)",
+        (f"{INT8}::test_lower_levels[avx512]", EMULATED),
+    ),
+    Bug(
+        "vnni-sign-of-one-in-four-kept",
+        "csrc/cpu/int8_avx512vnni.cpp",
+        "0x80808080u",
+        "0x80808000u",
+        (f"{INT8}::test_sizes", EMULATED),
+    ),
+    Bug(
+        "amx-int8-first-half-of-the-panel-for-lower-rows",
+        "csrc/cpu/int8_amx.cpp",
+        "_tile_dpbssd(3, 5, 7)",
+        "_tile_dpbssd(3, 5, 6)",
+        (AMX,),
+    ),
+    Bug(
+        "portable-int8-three-of-four-products",
+        "csrc/cpu/int8_portable.cpp",
+        "e < 4",
+        "e < 3",
+        (f"{INT8}::test_lower_levels[portable]",),
+    ),
+    Bug(
+        "portable-int8-cut-instead-of-rounded",
+        "csrc/cpu/int8_portable.cpp",
+        "std::nearbyint(part[i / 16].lane[i % 16])",
+        "part[i / 16].lane[i % 16]",
+        (f"{INT8}::test_lower_levels[portable]",),
+    ),
+    Bug(
+        "portable-tanh-gelu",
+        "csrc/cpu/vec_portable.h",
+        "0.5f * a * std::erfc(a * -0.70710678118654752f)",
+        "0.5f * a * (1.0f + std::tanh(0.79788456f * (a + 0.044715f * a * a * a)))",
+        (f"{KERNELS}::test_expert_linear_sizes", f"{KERNELS}::test_lower_levels"),
+        isa=("portable",),
+    ),
+    Bug(
+        "portable-ties-of-bf16-away-from-zero",
+        "csrc/cpu/vec_portable.h",
+        "bits + 0x7fffu + ((bits >> 16) & 1u)",
+        "bits + 0x8000u",
+        (
+            f"{KERNELS}::test_bfloat16_is_rounded_to_the_nearest_ties_to_even",
+            f"{KERNELS}::test_lower_levels[portable]",
+        ),
+        isa=("portable",),
+    ),
+    # The choice.
+    Bug(
+        "isa-lifted-by-the-environment",
+        "csrc/cpu/isa.cpp",
+        "compiled(level) && supported(level.isa)",
+        "compiled(level)",
+        (f"{CPU_LEVEL}::test_no_wish_lifts_the_level",),
+    ),
+    Bug(
+        "isa-tiles-tried-at-any-wish",
+        "csrc/cpu/isa.cpp",
+        "int at = static_cast<int>(allowed());",
+        "int at = (amx_agrees(), static_cast<int>(allowed()));",
+        (f"{EMULATED}::test_a_lower_level_runs_no_tiles",),
+    ),
+    Bug(
+        "isa-made-once-under-a-guard",
+        "csrc/cpu/isa.cpp",
+        "chosen{-1};",
+        "chosen{static_cast<int32_t>(choose())};",
+        (f"{EMULATED}::test_a_fork_while_the_level_is_chosen",),
+    ),
+    Bug(
+        "isa-case-of-the-wish-matters",
+        "csrc/cpu/isa.cpp",
+        "'A' <= c && c <= 'Z'",
+        "false",
+        (f"{CPU_LEVEL}::test_case_and_spaces_around_a_level_do_not_matter",),
+    ),
+    Bug(
+        "isa-chosen-by-the-first-op",
+        "beit3_fast/ops/library.py",
+        "                    _choose_level()\n",
+        "                    pass\n",
+        (f"{CPU_LEVEL}::test_an_unknown_level_is_refused_by_whatever_asks_for_the_library",),
+    ),
+)
