@@ -98,7 +98,8 @@ PYBIND11_MODULE(_native, m) {
         "dict[str, bool].");
   m.def(
       "cpu_isa", [] { return beit3_fast::cpu::isa_name(beit3_fast::cpu::isa()); },
-      "The level that the CPU kernels run on here: portable, avx2, avx512 or avx512_bf16.");
+      "The level that the CPU kernels run on here: portable, avx2, avx512, avx512_vnni,\n"
+      "avx512_bf16 or amx_bf16. Raises RuntimeError where BEIT3_FAST_CPU_ISA names none of them.");
   m.def("pack_weight", &pack_weight, py::arg("weight"),
         "A weight [out, in] of float32, or of uint16 that holds bfloat16, in the layout of the CPU "
         "kernels:\n"

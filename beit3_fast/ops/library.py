@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+from beit3_fast.errors import ConfigError, KernelUnavailable
 from beit3_fast.locks import fork_safe_lock
 
 logger = logging.getLogger("beit3_fast")
@@ -91,14 +92,30 @@ def once(make: Callable[[], T]) -> Callable[[], T]:
 
 
 def load() -> LibraryStatus:
-    """Loads the library on the first call and returns what came of it; later calls return the same. Never raises."""
+    """Loads the library on the first call and returns what came of it; later calls return the same.
+
+    Raises ConfigError where the library is there and ``BEIT3_FAST_CPU_ISA`` names no level of its CPU kernels, and nothing else.
+    """
     global _status
     if _status is None:
         with _lock:
             if _status is None:
-                _status = _attempt(os.environ.get("BEIT3_FAST_LIBRARY", ""))
+                status = _attempt(os.environ.get("BEIT3_FAST_LIBRARY", ""))
+                if status.available:
+                    _choose_level()
+                _status = status
                 logger.info("%s", _status.describe())
     return _status
+
+
+def _choose_level() -> None:
+    """The level of the CPU kernels is chosen with the library, so that no op raises an error for the environment."""
+    import torch
+
+    try:
+        torch.ops.beit3_fast.cpu_isa()
+    except RuntimeError as error:
+        raise ConfigError(str(error)) from None
 
 
 def available() -> bool:
@@ -305,11 +322,14 @@ def cpu_isa() -> str:
     """The instruction-set level that the compiled CPU kernels run on here: portable,
     avx2, avx512, avx512_vnni, avx512_bf16 or amx_bf16 (each has what those before it have).
 
-    ``BEIT3_FAST_CPU_ISA`` lowers it. Raises KernelUnavailable without the library.
+    ``BEIT3_FAST_CPU_ISA`` lowers it. Raises KernelUnavailable without the library, and ConfigError as ``load`` does.
     """
     import torch
 
-    load()
+    if not available():
+        raise KernelUnavailable(
+            f"the CPU kernels have no level without the compiled library, which {why_unavailable()}"
+        )
     return str(torch.ops.beit3_fast.cpu_isa())
 
 

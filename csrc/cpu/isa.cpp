@@ -1,5 +1,6 @@
 #include "isa.h"
 
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -151,21 +152,33 @@ bool amx_agrees() {
   return true;
 }
 
-Isa choose() {
-  Isa best = Isa::kPortable;
-  for (const Level& level : kLevels) {
-    if (!compiled(level) || !supported(level.isa)) continue;
-    if (level.isa == Isa::kAmxBf16 && !amx_agrees()) continue;
-    best = level.isa;
-  }
-  const char* wish = std::getenv("BEIT3_FAST_CPU_ISA");
-  if (wish == nullptr || *wish == '\0') return best;
+// The level that BEIT3_FAST_CPU_ISA names, in any case and with spaces around it; the highest where
+// it names none.
+Isa allowed() {
+  const char* const value = std::getenv("BEIT3_FAST_CPU_ISA");
+  std::string wish = value == nullptr ? "" : value;
+  constexpr const char* kSpaces = " \t\r\n";
+  wish.erase(0, wish.find_first_not_of(kSpaces));
+  wish.erase(wish.find_last_not_of(kSpaces) + 1);
+  for (char& c : wish) c = 'A' <= c && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
+  if (wish.empty()) return Isa::kAmxBf16;
   std::string names;
   for (const Level& level : kLevels) {
-    if (std::string(wish) == level.name) return level.isa < best ? level.isa : best;
+    if (wish == level.name) return level.isa;
     names += (names.empty() ? "" : ", ") + std::string(level.name);
   }
-  throw std::runtime_error("BEIT3_FAST_CPU_ISA must be one of " + names + ", got '" + wish + "'");
+  throw std::runtime_error("BEIT3_FAST_CPU_ISA must be one of " + names + ", got '" + value + "'");
+}
+
+// From the highest allowed level down: of those above it nothing is asked and nothing is run.
+Isa choose() {
+  for (int at = static_cast<int>(allowed()); at > 0; --at) {
+    const Level& level = kLevels[at];
+    if (compiled(level) && supported(level.isa) && (level.isa != Isa::kAmxBf16 || amx_agrees())) {
+      return level.isa;
+    }
+  }
+  return Isa::kPortable;
 }
 
 // Those of the current level, or of the nearest below that has them.
@@ -180,8 +193,15 @@ const Kernels& nearest(const Kernels* (*Level::*of)(DType), DType dtype) {
 const char* isa_name(Isa isa) { return kLevels[static_cast<int>(isa)].name; }
 
 Isa isa() {
-  static const Isa level = choose();
-  return level;
+  // Not a static that is made once: a child forked meanwhile would wait for the thread that makes
+  // it. Threads that come at once choose the same.
+  static std::atomic<int32_t> chosen{-1};
+  int32_t level = chosen.load(std::memory_order_relaxed);
+  if (level < 0) {
+    level = static_cast<int32_t>(choose());
+    chosen.store(level, std::memory_order_relaxed);
+  }
+  return static_cast<Isa>(level);
 }
 
 const Kernels& kernels(DType dtype) { return nearest(&Level::kernels, dtype); }

@@ -7,8 +7,8 @@ namespace beit3_fast::cpu {
 
 enum class Isa : int32_t { kPortable, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmxBf16 };
 
-// The best level of this CPU that was compiled in, lowered by BEIT3_FAST_CPU_ISA (a name of
-// isa_name), which is read once. Throws std::runtime_error for another value.
+// The best level of this CPU that was compiled in and is not above the one that BEIT3_FAST_CPU_ISA
+// names (as isa_name does, in any case). Chosen once; throws std::runtime_error for another value.
 Isa isa();
 const char* isa_name(Isa isa);
 

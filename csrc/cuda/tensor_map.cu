@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #include "hopper.cuh"
 
 namespace beit3_fast::cuda {
@@ -25,7 +27,10 @@ Encode find_encoder() {
 }  // namespace tensor_map_encoder
 
 const char* make_tensor_map(TensorMap& map, const TiledTensor& tensor) {
-  static const Encode encode = find_encoder();
+  // Not a static that is made once, for which a child forked meanwhile would wait.
+  static std::atomic<Encode> found{nullptr};
+  Encode encode = found.load(std::memory_order_relaxed);
+  if (encode == nullptr) found.store(encode = find_encoder(), std::memory_order_relaxed);
   if (encode == nullptr) return "the driver has no tensor maps; 525 or newer is needed";
   const char* obstacle = tiled_tensor_obstacle(tensor);
   if (obstacle != nullptr) return obstacle;

@@ -162,6 +162,7 @@ inline void need(bool condition) {
 inline void tile_config(const void *p) {
   const auto *bytes = static_cast<const unsigned char *>(p);
   need(bytes[0] == 1);
+  need(std::getenv("BEIT3_FAST_TEST_NO_TILES") == nullptr);
   Tiles &state = tiles();
   std::memset(&state, 0, sizeof(state));
   state.configured = true;

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,52 @@ def test_the_kernel_tests_hold_at_every_level(level: str, emulated: Path) -> Non
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *LEVELS[level]]
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def run_emulated(code: str, emulated: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", f"PATH = {str(emulated)!r}\n{code}"],
+        env={**os.environ, "BEIT3_FAST_LIBRARY": str(emulated), **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.timeout(400)
+def test_a_lower_level_runs_no_tiles(emulated: Path) -> None:
+    """Also not to try them, as the highest level does in every process."""
+    code = "import torch; torch.ops.load_library(PATH); print(torch.ops.beit3_fast.cpu_isa())"
+    for level in ("avx512_bf16", "portable"):
+        wish = {"BEIT3_FAST_CPU_ISA": level, "BEIT3_FAST_TEST_NO_TILES": "1"}
+        done = run_emulated(code, emulated, **wish)
+        assert done.stdout.strip() == level, done.stderr
+    wish["BEIT3_FAST_CPU_ISA"] = "avx9000"
+    assert "must be one of" in run_emulated(code, emulated, **wish).stderr
+    wish["BEIT3_FAST_CPU_ISA"] = "amx_bf16"
+    assert run_emulated(code, emulated, **wish).returncode == -signal.SIGABRT
+
+
+FORKS = """
+import os, signal, threading, time, torch
+torch.ops.load_library(PATH)
+chooser = threading.Thread(target=torch.ops.beit3_fast.cpu_isa)
+chooser.start()
+children = []
+while chooser.is_alive():
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        torch.ops.beit3_fast.cpu_isa()
+        os._exit(0)
+    children.append(child)
+    time.sleep(0.001)
+print(len(children) > 0, {os.waitpid(child, 0)[1] for child in children})
+"""
+
+
+@pytest.mark.timeout(400)
+def test_a_fork_while_the_level_is_chosen(emulated: Path) -> None:
+    """The child finds nothing half done that it would wait for."""
+    done = run_emulated(FORKS, emulated, BEIT3_FAST_CPU_ISA="amx_bf16")
+    assert done.stdout.strip() == "True {0}", done.stderr
