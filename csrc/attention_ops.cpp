@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "attention_operands.h"
 
@@ -15,6 +16,7 @@ namespace {
 using beit3_fast::cpu::CachedAttention;
 using beit3_fast::cpu::Mask;
 using beit3_fast::cpu::SharedAttention;
+using beit3_fast::cpu::SharedAttentionGradients;
 using namespace beit3_fast::operands;
 
 // Which keys each query sees, over the longest image's places and the longest text's behind them.
@@ -36,13 +38,20 @@ void take_seen(const Tensor& seen, SharedAttention& call) {
   call.seen_text = longest[0];
 }
 
-Tensor shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_text,
-                        std::optional<Tensor> cu_vision_q, std::optional<Tensor> cu_text_q,
-                        std::optional<Tensor> positions_q, int64_t num_heads, double scale,
-                        StringHandle mask_handle, std::optional<Tensor> seen) {
-  constexpr const char* op = "shared_attention";
-  const std::string mask = take(mask_handle);
-  SharedAttention call;
+// Operands of attention but for its mask's table and its results.
+struct AttentionOperands {
+  const Tensor& q;
+  const Tensor& k;
+  const Tensor& v;
+  const LayoutOperands layout;
+  int64_t num_heads;
+  double scale;
+  const std::string& mask;
+  const std::optional<Tensor>& seen;
+};
+
+void take_attention(const AttentionOperands& own, const char* op, SharedAttention& call) {
+  const Tensor &q = own.q, &k = own.k, &v = own.v;
   call.dtype = dtype_of(q, op, "q");
   require_same_type(k, q, op, "k");
   require_same_type(v, q, op, "v");
@@ -50,33 +59,82 @@ Tensor shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor c
   require_matrix(k, op, "k");
   require_matrix(v, op, "v");
   const int64_t width = q.size(1);
-  require_heads(num_heads, width, op);
+  require_heads(own.num_heads, width, op);
   require(k.size(1) == width && v.size(1) == width && k.size(0) == v.size(0), op,
           ": k and v must have the same rows and the width ", width, " of q, got ", shape_of(k),
           " and ", shape_of(v));
-  require_scale(scale, op);
-  call.mask = mask_of(mask, op);
-  const int64_t queries = q.size(0);
-  take_layout({cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q}, k.size(0), queries,
-              seen.has_value(), op, call);
-  if (seen.has_value()) take_seen(*seen, call);
-
-  const int64_t shape[] = {queries, width};
-  Tensor out = torch::stable::new_empty(q, {shape, 2});
-  if (queries == 0) return out;
+  require_scale(own.scale, op);
+  call.mask = mask_of(own.mask, op);
+  take_layout(own.layout, k.size(0), q.size(0), own.seen.has_value(), op, call);
+  if (own.seen.has_value()) take_seen(*own.seen, call);
   call.q = q.const_data_ptr();
   call.k = k.const_data_ptr();
   call.v = v.const_data_ptr();
-  call.out = out.mutable_data_ptr();
   call.q_stride = q.stride(0);
   call.k_stride = k.stride(0);
   call.v_stride = v.stride(0);
-  call.out_stride = width;
-  call.num_heads = num_heads;
-  call.head_dim = width / num_heads;
-  call.scale = static_cast<float>(scale);
+  call.num_heads = own.num_heads;
+  call.head_dim = width / own.num_heads;
+  call.scale = static_cast<float>(own.scale);
+}
+
+Tensor shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_text,
+                        std::optional<Tensor> cu_vision_q, std::optional<Tensor> cu_text_q,
+                        std::optional<Tensor> positions_q, int64_t num_heads, double scale,
+                        StringHandle mask_handle, std::optional<Tensor> seen) {
+  const std::string mask = take(mask_handle);
+  SharedAttention call;
+  take_attention({q,
+                  k,
+                  v,
+                  {cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q},
+                  num_heads,
+                  scale,
+                  mask,
+                  seen},
+                 "shared_attention", call);
+  const int64_t shape[] = {q.size(0), q.size(1)};
+  Tensor out = torch::stable::new_empty(q, {shape, 2});
+  if (q.size(0) == 0) return out;
+  call.out = out.mutable_data_ptr();
+  call.out_stride = q.size(1);
   beit3_fast::cpu::shared_attention(torch_pool(), call);
   return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> shared_attention_gradients(
+    Tensor grad, Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_text,
+    std::optional<Tensor> cu_vision_q, std::optional<Tensor> cu_text_q,
+    std::optional<Tensor> positions_q, int64_t num_heads, double scale, StringHandle mask_handle,
+    std::optional<Tensor> seen) {
+  constexpr const char* op = "shared_attention_gradients";
+  const std::string mask = take(mask_handle);
+  SharedAttentionGradients call;
+  take_attention({q,
+                  k,
+                  v,
+                  {cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q},
+                  num_heads,
+                  scale,
+                  mask,
+                  seen},
+                 op, call);
+  require_same_type(grad, q, op, "grad");
+  require_matrix(grad, op, "grad");
+  require(grad.size(0) == q.size(0) && grad.size(1) == q.size(1), op,
+          ": grad must have the shape of q, got ", shape_of(grad));
+  const auto like = [](const Tensor& t) {
+    const int64_t shape[] = {t.size(0), t.size(1)};
+    return torch::stable::new_empty(t, {shape, 2});
+  };
+  Tensor q_grad = like(q), k_grad = like(k), v_grad = like(v);
+  call.grad = grad.const_data_ptr();
+  call.grad_stride = grad.stride(0);
+  call.q_grad = q_grad.mutable_data_ptr();
+  call.k_grad = k_grad.mutable_data_ptr();
+  call.v_grad = v_grad.mutable_data_ptr();
+  beit3_fast::cpu::shared_attention_gradients(torch_pool(), call);
+  return {q_grad, k_grad, v_grad};
 }
 
 Tensor pack_keys(Tensor k, Tensor v, int64_t num_heads) {
@@ -137,6 +195,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(beit3_fast, m) {
       "Tensor? cu_vision_q, Tensor? cu_text_q, Tensor? positions_q, int num_heads, float scale, "
       "str mask, Tensor? seen=None) -> Tensor");
   m.def(
+      "shared_attention_gradients(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor cu_vision, "
+      "Tensor cu_text, Tensor? cu_vision_q, Tensor? cu_text_q, Tensor? positions_q, int num_heads, "
+      "float scale, str mask, Tensor? seen=None) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "cached_attention(Tensor q, Tensor k, Tensor v, Tensor seen, Tensor samples, int num_heads, "
       "float scale, Tensor? prefix=None, int prefix_keys=0) -> Tensor");
   m.def("pack_keys(Tensor k, Tensor v, int num_heads) -> Tensor");
@@ -144,6 +206,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(beit3_fast, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(beit3_fast, CPU, m) {
   m.impl("shared_attention", TORCH_BOX(&shared_attention));
+  m.impl("shared_attention_gradients", TORCH_BOX(&shared_attention_gradients));
   m.impl("cached_attention", TORCH_BOX(&cached_attention));
   m.impl("pack_keys", TORCH_BOX(&pack_keys));
 }

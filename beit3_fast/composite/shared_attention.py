@@ -1,4 +1,4 @@
-"""shared_attention from scaled_dot_product_attention calls of PyTorch, and its gradient formula."""
+"""shared_attention from scaled_dot_product_attention calls of PyTorch."""
 
 from __future__ import annotations
 
@@ -205,78 +205,3 @@ def _heads(rows: Tensor, layout: TokenLayout, num_heads: int) -> list[Tensor]:
             own.unflatten(1, (num_heads, rows.shape[1] // num_heads)).transpose(0, 1).unsqueeze(0)
         )
     return samples
-
-
-def shared_attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: TokenLayout,
-    queries: TokenLayout,
-    num_heads: int,
-    scale: float,
-    mask: str | Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, given that of the result [Rq, C]; the weights are computed again.
-
-    Short samples are padded to one batch, as in the forward pass; others come one by one.
-    """
-    if isinstance(mask, str) and keys.longest <= _SHORT and queries.num_rows:
-        (key_rows, _), (query_rows, query_valid) = keys.padded_rows, queries.padded_rows
-        # Slots of padding hold row 0, whose gradient they are not to count again.
-        own_grad = _padded_heads(grad, query_rows, num_heads) * query_valid[:, None, :, None]
-        made = _gradients(
-            own_grad,
-            _padded_heads(q, query_rows, num_heads),
-            _padded_heads(k, key_rows, num_heads),
-            _padded_heads(v, key_rows, num_heads),
-            _visible_slots(keys, queries, mask)[:, None],
-            scale,
-        )
-        dq, dk, dv = (
-            _rows_of_slots(own, layout)
-            for own, layout in zip(made, (queries, keys, keys), strict=True)
-        )
-        return dq, dk, dv
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    samples = zip(
-        *(_heads(t, queries, num_heads) for t in (grad, q)),
-        *(_heads(t, keys, num_heads) for t in (k, v)),
-        strict=True,
-    )
-    for sample, (own_grad, own_q, own_k, own_v) in enumerate(samples):
-        visible = sample_mask(mask, keys, queries, sample)
-        made = _gradients(own_grad, own_q, own_k, own_v, visible, scale)
-        for rows, own, layout in zip((dq, dk, dv), made, (queries, keys, keys), strict=True):
-            _put_heads(rows, own[0], layout, sample)
-    return dq, dk, dv
-
-
-def _gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of q, k and v [B, H, N, D]; ``visible``: bool, broadcast to [B, H, Nq, N].
-
-    What the softmax is taken of, and what its gradient cancels, is fp32; sums over tokens are products of the dtype.
-    """
-    compute = torch.promote_types(q.dtype, torch.float32)
-    scores = (q.to(compute) @ k.to(compute).transpose(2, 3)).mul_(scale)
-    weights = scores.masked_fill_(~visible, float("-inf")).softmax(dim=-1)
-    weights = weights.nan_to_num_(0.0)  # of a query that sees no key
-    dweights = grad.to(compute) @ v.to(compute).transpose(2, 3)
-    dweights -= (dweights * weights).sum(-1, keepdim=True)
-    dscores = dweights.mul_(weights).mul_(scale).to(q.dtype)
-    return (
-        dscores @ k,
-        dscores.transpose(2, 3) @ q,
-        weights.to(q.dtype).transpose(2, 3) @ grad,
-    )
-
-
-def _put_heads(rows: Tensor, heads: Tensor, layout: TokenLayout, sample: int) -> None:
-    own = heads.transpose(0, 1).flatten(1)  # [N, C]
-    vision, text = layout.segments(sample)
-    split = layout.vision_lengths[sample]
-    rows[vision] = own[:split]
-    rows[text] = own[split:]

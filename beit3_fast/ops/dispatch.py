@@ -156,10 +156,10 @@ def _cpu_slower(at: Situation) -> str | None:
     if at.autocast and not at.needs_grad:
         return "would keep the weights a second time, in autocast's dtype"
     level = library.cpu_isa()
-    # PyTorch's own attention is slow in bf16 where oneDNN's products are fast.
-    gains = at.op == "expert_linear" or level in ("avx512_bf16", "amx_bf16")
-    if at.needs_grad and not (gains and at.dtype is torch.bfloat16):
+    if at.needs_grad and at.op == "expert_linear" and at.dtype is not torch.bfloat16:
         return "recomputes in the backward pass what composite keeps"
+    if at.needs_grad and at.op == "shared_attention" and not level.startswith(("avx512", "amx")):
+        return "was not seen to be the faster one with gradients on a CPU without AVX-512"
     if at.compiling and not at.packed:
         return "is opaque to torch.compile, which fuses composite"
     if level == "portable":

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from beit3_fast.composite.shared_attention import shared_attention as composite_impl
-from beit3_fast.composite.shared_attention import shared_attention_backward, visible_places
+from beit3_fast.composite.shared_attention import visible_places
 from beit3_fast.errors import ShapeError
 from beit3_fast.float8 import Quantized
 from beit3_fast.layout import TokenLayout
@@ -158,6 +158,10 @@ def _register() -> None:
     def _(q: Tensor, *_: Any) -> Tensor:
         return q.new_empty(q.shape)
 
+    @torch.library.register_fake("beit3_fast::shared_attention_gradients")
+    def _(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *__: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
     torch.library.register_autograd(
         "beit3_fast::shared_attention", _backward, setup_context=_setup_context
     )
@@ -170,52 +174,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     *tensors, seen = ctx.saved_tensors
-    gradients = _backward_op(grad, *tensors, ctx.num_heads, ctx.scale, ctx.mask, seen)
-    return (*gradients, *[None] * 9)
-
-
-@torch.library.custom_op("beit3_fast::shared_attention_backward", mutates_args=())
-def _backward_op(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_vision: Tensor,
-    cu_text: Tensor,
-    cu_vision_q: Tensor | None,
-    cu_text_q: Tensor | None,
-    positions_q: Tensor | None,
-    num_heads: int,
-    scale: float,
-    mask: str,
-    seen: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    keys = _layout_of(cu_vision, cu_text, None)
-    queries = keys
-    if cu_vision_q is not None and cu_text_q is not None:
-        queries = _layout_of(cu_vision_q, cu_text_q, positions_q)
-    given = mask if seen is None else seen
-    return shared_attention_backward(grad, q, k, v, keys, queries, num_heads, scale, given)
-
-
-@_backward_op.register_fake
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _layout_of(cu_vision: Tensor, cu_text: Tensor, positions: Tensor | None) -> TokenLayout:
-    vision, text = (tuple(cu.diff().tolist()) for cu in (cu_vision, cu_text))
-    return TokenLayout(
-        vision_lengths=vision,
-        text_lengths=text,
-        order=tuple(range(len(vision))),
-        image_only=0,
-        text_only=0,
-        device=cu_vision.device,
-        positions=positions,
-    )
+    own = (ctx.num_heads, ctx.scale, ctx.mask, seen)
+    op = torch.ops.beit3_fast.shared_attention_gradients.default
+    return (*op(grad.contiguous(), *tensors, *own), *[None] * 9)
 
 
 def _check(

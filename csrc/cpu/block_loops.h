@@ -2,7 +2,7 @@
 // that defines Vec and its functions.
 #pragma once
 
-#include "attention_loops.h"
+#include "attention_gradients_loops.h"
 #include "likeliest_loops.h"
 #include "linear_loops.h"
 
@@ -41,6 +41,8 @@ constexpr Kernels make_kernels(const char* isa) {
           linear_block<Arch>,
           attention_scratch<Arch>,
           attention_block<Arch>,
+          gradients_scratch<Arch>,
+          gradients_block<Arch>,
           product_loop<Arch>,
           pack_panel<Arch>,
           pack_transposed<Arch>,
@@ -52,6 +54,8 @@ constexpr Kernels make_int8_kernels(const char* isa) {
   return {isa,
           linear_scratch<Arch>,
           linear_block<Arch>,
+          nullptr,
+          nullptr,
           nullptr,
           nullptr,
           product_loop<Arch>,

@@ -89,6 +89,17 @@ struct AttentionBlock {
   Mask mask;
 };
 
+// All queries and keys of one (sample, head), the gradient of its result, and where those of its
+// operands go: rows of `grad_width` elements.
+struct AttentionGradientsBlock : AttentionBlock {
+  const void* grad;
+  int64_t grad_stride;
+  void* q_grad;
+  void* k_grad;
+  void* v_grad;
+  int64_t grad_width;
+};
+
 // Logits of one row, and whether each class may be chosen (not zero; null: all may).
 struct LogitsBlock {
   const void* logits;
@@ -114,6 +125,8 @@ struct Kernels {
   void (*linear_block)(const LinearBlock& block, void* scratch);
   int64_t (*attention_scratch)(const AttentionBlock& block);
   void (*attention_block)(const AttentionBlock& block, void* scratch);
+  int64_t (*gradients_scratch)(const AttentionGradientsBlock& block);
+  void (*gradients_block)(const AttentionGradientsBlock& block, void* scratch);
   // `repeats` times the products of the block's first tile of rows with its first columns: nothing
   // but the innermost loop, on operands that stay in the nearest cache. Returns how many results
   // that tile has.

@@ -12,12 +12,37 @@ namespace {
 constexpr int64_t kFewQueries = 192;
 constexpr int64_t kTasksPerThread = 4;
 
+// Sample s and the columns of a head, with all queries.
+void take_head(const SharedAttention& op, int64_t s, int64_t head, AttentionBlock& block) {
+  const int64_t column = head * op.head_dim;
+  block.q = elements_on(op.q, column, op.dtype);
+  block.k = elements_on(op.k, column, op.dtype);
+  block.v = elements_on(op.v, column, op.dtype);
+  block.q_stride = op.q_stride;
+  block.k_stride = op.k_stride;
+  block.v_stride = op.v_stride;
+  block.head_dim = op.head_dim;
+  block.key_vision_row = op.cu_vision[s];
+  block.key_text_row = op.cu_vision[op.batch] + op.cu_text[s];
+  block.vision_keys = op.cu_vision[s + 1] - op.cu_vision[s];
+  block.text_keys = op.cu_text[s + 1] - op.cu_text[s];
+  block.query_vision_row = op.cu_vision_q[s];
+  block.query_text_row = op.cu_vision_q[op.batch] + op.cu_text_q[s];
+  block.vision_queries = op.cu_vision_q[s + 1] - op.cu_vision_q[s];
+  block.text_queries = op.cu_text_q[s + 1] - op.cu_text_q[s];
+  block.positions = op.positions_q;
+  if (op.seen != nullptr) block.seen = op.seen + s * op.seen_sample;
+  block.seen_stride = op.seen_stride;
+  block.seen_text = op.seen_text;
+  block.end = block.vision_queries + block.text_queries;
+  block.scale = op.scale;
+  block.mask = op.mask;
+}
+
 }  // namespace
 
 void shared_attention(const Pool& pool, const SharedAttention& op) {
   const Kernels& level = kernels(op.dtype);
-  const int64_t text_keys_at = op.cu_vision[op.batch];
-  const int64_t text_queries_at = op.cu_vision_q[op.batch];
   int64_t longest = 0;
   for (int64_t s = 0; s < op.batch; ++s) {
     longest = std::max<int64_t>(
@@ -34,37 +59,35 @@ void shared_attention(const Pool& pool, const SharedAttention& op) {
     thread_local Scratch scratch;
     const int64_t part = task % parts;
     const int64_t head = task / parts % op.num_heads;
-    const int64_t s = task / parts / op.num_heads;
-    const int64_t column = head * op.head_dim;
     AttentionBlock block{};
-    block.q = elements_on(op.q, column, op.dtype);
-    block.k = elements_on(op.k, column, op.dtype);
-    block.v = elements_on(op.v, column, op.dtype);
-    block.out = const_cast<void*>(elements_on(op.out, column, op.dtype));
-    block.q_stride = op.q_stride;
-    block.k_stride = op.k_stride;
-    block.v_stride = op.v_stride;
+    take_head(op, task / parts / op.num_heads, head, block);
+    block.out = const_cast<void*>(elements_on(op.out, head * op.head_dim, op.dtype));
     block.out_stride = op.out_stride;
-    block.head_dim = op.head_dim;
-    block.key_vision_row = op.cu_vision[s];
-    block.key_text_row = text_keys_at + op.cu_text[s];
-    block.vision_keys = op.cu_vision[s + 1] - op.cu_vision[s];
-    block.text_keys = op.cu_text[s + 1] - op.cu_text[s];
-    block.query_vision_row = op.cu_vision_q[s];
-    block.query_text_row = text_queries_at + op.cu_text_q[s];
-    block.vision_queries = op.cu_vision_q[s + 1] - op.cu_vision_q[s];
-    block.text_queries = op.cu_text_q[s + 1] - op.cu_text_q[s];
-    block.positions = op.positions_q;
-    if (op.seen != nullptr) block.seen = op.seen + s * op.seen_sample;
-    block.seen_stride = op.seen_stride;
-    block.seen_text = op.seen_text;
-    const int64_t queries = block.vision_queries + block.text_queries;
+    const int64_t queries = block.end;
     block.begin = queries * part / parts;
     block.end = queries * (part + 1) / parts;
-    block.scale = op.scale;
-    block.mask = op.mask;
     if (block.begin == block.end) return;
     level.attention_block(block, scratch.at_least(level.attention_scratch(block)));
+  });
+}
+
+void shared_attention_gradients(const Pool& pool, const SharedAttentionGradients& op) {
+  const Kernels& level = kernels(op.dtype);
+  share(pool, op.batch * op.num_heads, [&](int64_t task) {
+    thread_local Scratch scratch;
+    const int64_t head = task % op.num_heads;
+    const auto on = [&](const void* data) {
+      return const_cast<void*>(elements_on(data, head * op.head_dim, op.dtype));
+    };
+    AttentionGradientsBlock block{};
+    take_head(op, task / op.num_heads, head, block);
+    block.grad = on(op.grad);
+    block.grad_stride = op.grad_stride;
+    block.q_grad = on(op.q_grad);
+    block.k_grad = on(op.k_grad);
+    block.v_grad = on(op.v_grad);
+    block.grad_width = op.num_heads * op.head_dim;
+    level.gradients_block(block, scratch.at_least(level.gradients_scratch(block)));
   });
 }
 

@@ -34,7 +34,17 @@ struct SharedAttention {
   Mask mask = Mask::kBidirectional;
 };
 
+// `out` is not written; the gradients of q, k and v are contiguous.
+struct SharedAttentionGradients : SharedAttention {
+  const void* grad = nullptr;  // of the result
+  int64_t grad_stride = 0;
+  void* q_grad = nullptr;
+  void* k_grad = nullptr;
+  void* v_grad = nullptr;
+};
+
 // Arguments are trusted: the binding layer has checked shapes and ranges.
 void shared_attention(const Pool& pool, const SharedAttention& op);
+void shared_attention_gradients(const Pool& pool, const SharedAttentionGradients& op);
 
 }  // namespace beit3_fast::cpu

@@ -32,6 +32,7 @@ namespace {
 
 using beit3_fast::cpu::Activation;
 using beit3_fast::cpu::AttentionBlock;
+using beit3_fast::cpu::AttentionGradientsBlock;
 using beit3_fast::cpu::kChunk;
 using beit3_fast::cpu::Kernels;
 using beit3_fast::cpu::kPanel;

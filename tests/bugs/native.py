@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from bugs.bug import ARGUMENTS, ATTENTION, FORWARD, INT8, KERNELS, LINEAR, PROCESSES, Bug
+from bugs.bug import (
+    ARGUMENTS,
+    ATTENTION,
+    FORWARD,
+    GRADIENTS,
+    INT8,
+    KERNELS,
+    LINEAR,
+    PROCESSES,
+    Bug,
+)
 
 NATIVE_BUGS = (
     # csrc: what all instruction-set levels share
@@ -61,6 +71,41 @@ NATIVE_BUGS = (
         "op.k, op.samples[s] * op.k_sample",
         "op.k, s * op.k_sample",
         (f"{KERNELS}::test_cached_attention",),
+    ),
+    Bug(
+        "attention-gradients-of-keys-from-other-queries",
+        "csrc/cpu/attention_gradients_loops.h",
+        "finish(s.changes, s.query_columns, block.k_grad);",
+        "finish(s.changes, s.grad_columns, block.k_grad);",
+        (f"{GRADIENTS}::test_gradients",),
+    ),
+    Bug(
+        "attention-gradients-without-the-mean-slope",
+        "csrc/cpu/attention_gradients_loops.h",
+        "s.mean[query] = v_sum(met) / total;",
+        "s.mean[query] = 0.0f;",
+        (f"{GRADIENTS}::test_gradients",),
+    ),
+    Bug(
+        "attention-gradients-of-keys-that-are-hidden",
+        "csrc/cpu/attention_gradients_loops.h",
+        "s.seen_top[i] = key < s.visible[i] ? s.top[i] : none;",
+        "s.seen_top[i] = s.visible[i] > 0 ? s.top[i] : none;",
+        (f"{GRADIENTS}::test_gradients",),
+    ),
+    Bug(
+        "attention-gradients-by-the-table-of-the-first-query",
+        "csrc/cpu/attention_gradients_loops.h",
+        "first + position_of(block, i, query_row(block, i));",
+        "first;",
+        (f"{GRADIENTS}::test_by_a_mask_tensor",),
+    ),
+    Bug(
+        "attention-gradients-of-weights-behind-the-last-query",
+        "csrc/cpu/attention_gradients_loops.h",
+        "if (left > 0) part[j] = left < 16 ? v_keep(values(at), left, 0.0f) : values(at);",
+        "if (left > 0) part[j] = values(at);",
+        (f"{GRADIENTS}::test_gradients",),
     ),
     Bug(
         "cached-attention-unseen-keys-seen",

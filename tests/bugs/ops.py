@@ -94,7 +94,7 @@ OPS_BUGS = (
     Bug(
         "composite-causal-mask-dropped-for-images",
         "beit3_fast/composite/shared_attention.py",
-        'scale=scale, is_causal=mask == "causal")',
+        "scale=scale, is_causal=causal)",
         "scale=scale)",
         (f"{ATTENTION}::test_forward",),
     ),
@@ -104,13 +104,6 @@ OPS_BUGS = (
         "layout.positions[rows] + text * full_vision",
         "layout.positions[rows] + text * own_vision",
         (PADDED,),
-    ),
-    Bug(
-        "composite-backward-scale-forgotten",
-        "beit3_fast/composite/shared_attention.py",
-        "(dweights * weights).sum(-1, keepdim=True)) * scale",
-        "(dweights * weights).sum(-1, keepdim=True))",
-        (f"{ATTENTION}::test_gradients",),
     ),
     Bug(
         "composite-short-samples-without-queries-lose-the-graph",
@@ -140,13 +133,6 @@ OPS_BUGS = (
         "<= int(named[-1]) < count:",
         "<= int(named[-1]) <= count:",
         (f"{OP_CONTRACT}::test_expert_linear",),
-    ),
-    Bug(
-        "ops-backward-positions-forgotten",
-        "beit3_fast/ops/shared_attention.py",
-        "_layout_of(cu_vision_q, cu_text_q, positions_q)",
-        "_layout_of(cu_vision_q, cu_text_q, None)",
-        (f"{ATTENTION}::test_gradients",),
     ),
     Bug(
         "dispatch-autocast-not-seen",

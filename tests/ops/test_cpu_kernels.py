@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import mmap
 import os
 import subprocess
 import sys
@@ -13,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cpu_cases import DTYPES, EPS, OPS, Attention, Cached, Linear, cumulative
-from torch import Tensor
+from fence import Fence
 
 from beit3_fast.parity import op_parity
 
@@ -317,33 +315,6 @@ def test_shared_attention_ignores_threads() -> None:
         torch.set_num_threads(threads)
 
 
-class Fence:
-    """Copies tensors so that they end (or begin) at a page that nobody may touch."""
-
-    def __init__(self, at_end: bool) -> None:
-        self.at_end = at_end
-        self.libc = ctypes.CDLL(None, use_errno=True)
-        self.areas: list[tuple[int, int, mmap.mmap]] = []
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.contiguous()
-        page = mmap.PAGESIZE
-        size = tensor.numel() * tensor.element_size()
-        inside = -(-size // page) * page
-        area = mmap.mmap(-1, inside + 2 * page)
-        base = ctypes.addressof(ctypes.c_char.from_buffer(area))
-        for start in (base, base + page + inside):
-            assert self.libc.mprotect(ctypes.c_void_p(start), page, 0) == 0
-            self.areas.append((start, page, area))
-        offset = page + (inside - size if self.at_end else 0)
-        flat = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-        return flat.view(tensor.shape).copy_(tensor)
-
-    def open(self) -> None:
-        for start, size, _ in self.areas:
-            self.libc.mprotect(ctypes.c_void_p(start), size, mmap.PROT_READ | mmap.PROT_WRITE)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for pages without access")
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -372,12 +343,14 @@ def test_nothing_is_read_outside_its_tensor(dtype: str, at_end: bool) -> None:
 @pytest.mark.skipif("BEIT3_FAST_CPU_ISA" in os.environ, reason="this is the inner run")
 @pytest.mark.parametrize("level", LEVELS[:-1])
 def test_lower_levels(level: str) -> None:
-    """All of the above, and the choice of words, in a process that may use no more than this level."""
+    """All of the above, attention's gradients and the choice of words, in a process that may use no more than this level."""
     if LEVELS.index(level) >= LEVELS.index(OPS.cpu_isa()):
         pytest.skip(f"this CPU's own level is {OPS.cpu_isa()}")
     environment = os.environ | {"BEIT3_FAST_CPU_ISA": level, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command.append(__file__.replace("cpu_kernels", "likeliest"))
+    command += [
+        __file__.replace("cpu_kernels", own) for own in ("attention_gradients", "likeliest")
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 

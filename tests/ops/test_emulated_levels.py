@@ -24,10 +24,19 @@ HERE = Path(__file__).parent
 FOLDER = ROOT / "build" / "emulated"
 # Each level with the tests of what it does not share with the level before.
 LEVELS = {
-    "avx512": ("test_cpu_kernels.py", "test_cpu_int8.py", "test_likeliest.py"),
+    "avx512": (
+        *("test_cpu_kernels.py", "test_attention_gradients.py"),
+        *("test_cpu_int8.py", "test_likeliest.py"),
+    ),
     "avx512_vnni": ("test_cpu_int8.py",),
-    "avx512_bf16": ("test_cpu_kernels.py", "test_likeliest.py", "-k", "not fp32"),
-    "amx_bf16": ("test_cpu_kernels.py", "test_cpu_int8.py", "-k", "int8 or not fp32"),
+    "avx512_bf16": (
+        *("test_cpu_kernels.py", "test_attention_gradients.py"),
+        *("test_likeliest.py", "-k", "not fp32"),
+    ),
+    "amx_bf16": (
+        *("test_cpu_kernels.py", "test_attention_gradients.py"),
+        *("test_cpu_int8.py", "-k", "int8 or not fp32"),
+    ),
 }
 
 

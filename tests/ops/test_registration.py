@@ -31,7 +31,7 @@ REGISTERED = {
     "patch_embedding",
     "quantize_weight",
     "shared_attention",
-    "shared_attention_backward",
+    "shared_attention_gradients",
     "unpack_weight",
 }
 
@@ -243,12 +243,12 @@ def test_decoder_layer(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ATTENTION)
-def test_shared_attention_backward(name: str) -> None:
+def test_shared_attention_gradients(name: str) -> None:
     arguments = [
         t.detach() if isinstance(t, Tensor) else t for t in attention_arguments(**ATTENTION[name])
     ]
     grad = torch.randn(arguments[0].shape).to(arguments[0].dtype)
-    torch.library.opcheck(OPS.shared_attention_backward.default, (grad, *arguments))
+    torch.library.opcheck(OPS.shared_attention_gradients.default, (grad, *arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
