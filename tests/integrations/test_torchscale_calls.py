@@ -150,7 +150,7 @@ def test_gradients_reach_the_embeddings() -> None:
 def test_second_derivatives_by_the_reference() -> None:
     """A penalty on gradients: PyTorch's fused attention has no second derivative."""
     found = []
-    for model in (torchscale_model("base"), accelerate(torchscale_model("base"), "reference")):
+    for model in (torchscale_model("base"), accelerated_copy(impl="reference")):
         model.zero_grad()
         call = encoder_call()
         embeddings = call["token_embeddings"].requires_grad_()
