@@ -73,7 +73,7 @@ class Captured:
         graphs: bool,
         device: torch.device,
     ) -> None:
-        self._model, self._signature = model, inspect.signature(model.forward)
+        self._model, self._signature = model, _signature(model)
         self._device, self._lock = device, threading.Lock()
         example = self._bind(inputs, options)
         self._constants = {k: v for k, v in example.items() if not isinstance(v, Tensor)}
@@ -226,6 +226,13 @@ def _graph(run: Callable[[], Any], device: torch.device, pool: Any) -> Callable[
         return outputs
 
     return replay
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    """That of forward, without the further keywords that it takes and does not read."""
+    own = inspect.signature(model.forward)
+    named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    return own.replace(parameters=named)
 
 
 def _check_state(model: nn.Module, device: torch.device) -> None:

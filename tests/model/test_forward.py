@@ -72,16 +72,14 @@ def test_the_environment_replaces_auto_and_nothing_else(monkeypatch: pytest.Monk
 
 @torch.no_grad()
 def test_auto_follows_the_situation() -> None:
-    """Training, autocast and half precision have no compiled kernel behind "auto"."""
+    """Products in training, autocast and half precision have no compiled kernel behind "auto"."""
 
-    def choice(**changes: Any) -> dispatch.Choice:
-        at = dispatch.Situation(
-            "shared_attention", "cpu", torch.float32, False, False, False, False
-        )
+    def choice(op: str = "shared_attention", **changes: Any) -> dispatch.Choice:
+        at = dispatch.Situation(op, "cpu", torch.float32, False, False, False, False)
         return dispatch.choose(at._replace(**changes))
 
     for changes, word in (
-        ({"needs_grad": True}, "backward"),
+        ({"op": "expert_linear", "needs_grad": True}, "backward"),
         ({"dtype": torch.float16}, "float16"),
         ({"dtype": torch.float64}, "float64"),
         ({"device": "cuda"}, "CPU tensors"),
