@@ -1,7 +1,8 @@
 """shared_attention alone: python -m pytest bench/micro/bench_shared_attention.py
 
 One layer's attention of base at 224 pixels, batch 8, as the encoder calls it, and PyTorch's own attention
-on padded tensors with a key mask, which is what a runtime without packed rows can do at best.
+on padded tensors with a key mask, which is what a runtime without packed rows can do at best. With its gradients, beside
+torchscale's two batched products with a softmax in fp32 between them.
 """
 
 from __future__ import annotations
@@ -70,3 +71,57 @@ def test_shared_attention(timed: Timed, dtype: str, batch: str, impl: str) -> No
         flops,
         lambda: shared_attention(q, k, v, layout, num_heads=HEADS, mask=mask, impl=impl),
     )
+
+
+def batched_products(dtype: torch.dtype, vision: list[int], texts: list[int]) -> Call:
+    """torchscale's attention on padded rows [B, N, C], forward and backward; padding them is not timed."""
+    batch, tokens = len(texts), max(vision) + max(texts)
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(batch, tokens, WIDTH, generator=gen).to(dtype).requires_grad_()
+        for _ in range(3)
+    )
+    grad = torch.randn(batch, tokens, WIDTH, generator=gen).to(dtype)
+    lengths = torch.tensor(vision) + torch.tensor(texts)
+    padding = torch.arange(tokens) >= lengths[:, None]
+
+    def heads(rows: Tensor) -> Tensor:
+        own = rows.view(batch, tokens, HEADS, WIDTH // HEADS).transpose(1, 2)
+        return own.reshape(batch * HEADS, tokens, WIDTH // HEADS)
+
+    @torch.inference_mode(False)
+    def call() -> Tensor:
+        scores = torch.bmm(heads(q * (WIDTH // HEADS) ** -0.5), heads(k).transpose(1, 2))
+        if bool(padding.any()):
+            own = scores.view(batch, HEADS, tokens, tokens)
+            scores = own.masked_fill(padding[:, None, None], float("-inf")).view_as(scores)
+        weights = F.softmax(scores, dim=-1, dtype=torch.float32).type_as(scores)
+        o = torch.bmm(weights, heads(v)).view(batch, HEADS, tokens, -1).transpose(1, 2)
+        return torch.autograd.grad(o.reshape(batch, tokens, WIDTH), (q, k, v), grad)[0]
+
+    return call
+
+
+@pytest.mark.parametrize("impl", ["auto", "cpu", "composite", "batched products"])
+@pytest.mark.parametrize("batch", ["image", "pair", "text"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients(timed: Timed, dtype: str, batch: str, impl: str) -> None:
+    vision, texts, mask = BATCHES[batch]
+    group = f"shared_attention with gradients {batch} {dtype}"
+    # Two products forward, five backward.
+    flops = 7 * 2.0 * WIDTH * sum((n + t) ** 2 for n, t in zip(vision, texts, strict=True))
+    if impl == "batched products":
+        timed(group, flops, batched_products(DTYPES[dtype], vision, texts))
+        return
+    layout = TokenLayout.from_lengths(vision, texts)
+    gen = torch.Generator().manual_seed(0)
+    rows = torch.randn(layout.num_rows, 4 * WIDTH, generator=gen).to(DTYPES[dtype])
+    *operands, grad = rows.split(WIDTH, dim=1)
+    q, k, v = (t.contiguous().requires_grad_() for t in operands)
+
+    @torch.inference_mode(False)
+    def call() -> Tensor:
+        o = shared_attention(q, k, v, layout, num_heads=HEADS, mask=mask, impl=impl)
+        return torch.autograd.grad(o, (q, k, v), grad)[0]
+
+    timed(group, flops, call)
