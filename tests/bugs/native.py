@@ -101,13 +101,6 @@ NATIVE_BUGS = (
         (f"{GRADIENTS}::test_by_a_mask_tensor",),
     ),
     Bug(
-        "attention-gradients-of-weights-behind-the-last-query",
-        "csrc/cpu/attention_gradients_loops.h",
-        "if (left > 0) part[j] = left < 16 ? v_keep(values(at), left, 0.0f) : values(at);",
-        "if (left > 0) part[j] = values(at);",
-        (f"{GRADIENTS}::test_gradients",),
-    ),
-    Bug(
         "cached-attention-unseen-keys-seen",
         "csrc/cpu/attention_loops.h",
         "(first + position_of(block, query, row)) * block.seen_stride",
