@@ -38,20 +38,11 @@ void take_seen(const Tensor& seen, SharedAttention& call) {
   call.seen_text = longest[0];
 }
 
-// Operands of attention but for its mask's table and its results.
-struct AttentionOperands {
-  const Tensor& q;
-  const Tensor& k;
-  const Tensor& v;
-  const LayoutOperands layout;
-  int64_t num_heads;
-  double scale;
-  const std::string& mask;
-  const std::optional<Tensor>& seen;
-};
-
-void take_attention(const AttentionOperands& own, const char* op, SharedAttention& call) {
-  const Tensor &q = own.q, &k = own.k, &v = own.v;
+// All operands of attention; its results are the caller's.
+void take_attention(const Tensor& q, const Tensor& k, const Tensor& v, const LayoutOperands& layout,
+                    int64_t num_heads, double scale, StringHandle mask,
+                    const std::optional<Tensor>& seen, const char* op, SharedAttention& call) {
+  call.mask = mask_of(take(mask), op);
   call.dtype = dtype_of(q, op, "q");
   require_same_type(k, q, op, "k");
   require_same_type(v, q, op, "v");
@@ -59,42 +50,37 @@ void take_attention(const AttentionOperands& own, const char* op, SharedAttentio
   require_matrix(k, op, "k");
   require_matrix(v, op, "v");
   const int64_t width = q.size(1);
-  require_heads(own.num_heads, width, op);
+  require_heads(num_heads, width, op);
   require(k.size(1) == width && v.size(1) == width && k.size(0) == v.size(0), op,
           ": k and v must have the same rows and the width ", width, " of q, got ", shape_of(k),
           " and ", shape_of(v));
-  require_scale(own.scale, op);
-  call.mask = mask_of(own.mask, op);
-  take_layout(own.layout, k.size(0), q.size(0), own.seen.has_value(), op, call);
-  if (own.seen.has_value()) take_seen(*own.seen, call);
+  require_scale(scale, op);
+  take_layout(layout, k.size(0), q.size(0), seen.has_value(), op, call);
+  if (seen.has_value()) take_seen(*seen, call);
   call.q = q.const_data_ptr();
   call.k = k.const_data_ptr();
   call.v = v.const_data_ptr();
   call.q_stride = q.stride(0);
   call.k_stride = k.stride(0);
   call.v_stride = v.stride(0);
-  call.num_heads = own.num_heads;
-  call.head_dim = width / own.num_heads;
-  call.scale = static_cast<float>(own.scale);
+  call.num_heads = num_heads;
+  call.head_dim = width / num_heads;
+  call.scale = static_cast<float>(scale);
+}
+
+Tensor rows_like(const Tensor& t) {
+  const int64_t shape[] = {t.size(0), t.size(1)};
+  return torch::stable::new_empty(t, {shape, 2});
 }
 
 Tensor shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_text,
                         std::optional<Tensor> cu_vision_q, std::optional<Tensor> cu_text_q,
                         std::optional<Tensor> positions_q, int64_t num_heads, double scale,
-                        StringHandle mask_handle, std::optional<Tensor> seen) {
-  const std::string mask = take(mask_handle);
+                        StringHandle mask, std::optional<Tensor> seen) {
   SharedAttention call;
-  take_attention({q,
-                  k,
-                  v,
-                  {cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q},
-                  num_heads,
-                  scale,
-                  mask,
-                  seen},
-                 "shared_attention", call);
-  const int64_t shape[] = {q.size(0), q.size(1)};
-  Tensor out = torch::stable::new_empty(q, {shape, 2});
+  take_attention(q, k, v, {cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q}, num_heads,
+                 scale, mask, seen, "shared_attention", call);
+  Tensor out = rows_like(q);
   if (q.size(0) == 0) return out;
   call.out = out.mutable_data_ptr();
   call.out_stride = q.size(1);
@@ -105,29 +91,17 @@ Tensor shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor c
 std::tuple<Tensor, Tensor, Tensor> shared_attention_gradients(
     Tensor grad, Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_text,
     std::optional<Tensor> cu_vision_q, std::optional<Tensor> cu_text_q,
-    std::optional<Tensor> positions_q, int64_t num_heads, double scale, StringHandle mask_handle,
+    std::optional<Tensor> positions_q, int64_t num_heads, double scale, StringHandle mask,
     std::optional<Tensor> seen) {
   constexpr const char* op = "shared_attention_gradients";
-  const std::string mask = take(mask_handle);
   SharedAttentionGradients call;
-  take_attention({q,
-                  k,
-                  v,
-                  {cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q},
-                  num_heads,
-                  scale,
-                  mask,
-                  seen},
-                 op, call);
+  take_attention(q, k, v, {cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q}, num_heads,
+                 scale, mask, seen, op, call);
   require_same_type(grad, q, op, "grad");
   require_matrix(grad, op, "grad");
   require(grad.size(0) == q.size(0) && grad.size(1) == q.size(1), op,
           ": grad must have the shape of q, got ", shape_of(grad));
-  const auto like = [](const Tensor& t) {
-    const int64_t shape[] = {t.size(0), t.size(1)};
-    return torch::stable::new_empty(t, {shape, 2});
-  };
-  Tensor q_grad = like(q), k_grad = like(k), v_grad = like(v);
+  Tensor q_grad = rows_like(q), k_grad = rows_like(k), v_grad = rows_like(v);
   call.grad = grad.const_data_ptr();
   call.grad_stride = grad.stride(0);
   call.q_grad = q_grad.mutable_data_ptr();

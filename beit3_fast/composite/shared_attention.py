@@ -131,49 +131,29 @@ def padded_attention(
     mask: str,
 ) -> Tensor:
     """shared_attention in one call: samples padded to the longest, padding and structure as a bool mask."""
-    (key_rows, _), (query_rows, query_valid) = keys.padded_rows, queries.padded_rows
+    (key_rows, key_valid), (query_rows, query_valid) = keys.padded_rows, queries.padded_rows
     if not query_rows.numel():
         return q.new_zeros(q.shape)
-    visible = _visible_slots(keys, queries, mask)
-    o = F.scaled_dot_product_attention(
-        _padded_heads(q, query_rows, num_heads),
-        _padded_heads(k, key_rows, num_heads),
-        _padded_heads(v, key_rows, num_heads),
-        attn_mask=visible[:, None],
-        scale=scale,
-    )
-    # A row sees itself, whatever the mask.
-    if queries is not keys or not query_valid.any(dim=1).all():
-        o = torch.where(visible.any(dim=2)[:, None, :, None], o, 0.0)  # [B, H, Nq, D]
-    return _rows_of_slots(o, queries)
-
-
-def _visible_slots(keys: TokenLayout, queries: TokenLayout, mask: str) -> Tensor:
-    """bool [B, Nq or 1, N]: the keys that each padded slot sees; no padding is seen."""
-    _, key_valid = keys.padded_rows
     visible = key_valid[:, None, :]
-    if mask == "bidirectional":
-        return visible
-    key_places, key_text = _places(keys)
-    query_places, query_text = _places(queries, keys)
-    earlier = key_places[:, None, :] <= query_places[:, :, None]
-    if mask == "seq2seq":
-        earlier = ~key_text[:, None, :] | (earlier & query_text[:, :, None])
-    return visible & earlier
-
-
-def _padded_heads(t: Tensor, rows: Tensor, num_heads: int) -> Tensor:
-    """[B, H, N, D] of the rows [B, N] of t [R, C]."""
-    width = t.shape[1] // num_heads
-    own = t.index_select(0, rows.flatten()).view(*rows.shape, num_heads, width)
-    return own.transpose(1, 2)
-
-
-def _rows_of_slots(o: Tensor, layout: TokenLayout) -> Tensor:
-    """[R, C]: the rows of a layout out of its padded slots [B, H, N, D]."""
-    rows, valid = layout.padded_rows
-    slots = valid.flatten().nonzero().flatten()
-    of_row = torch.empty_like(slots).index_copy(0, rows.flatten()[slots], slots)
+    if mask != "bidirectional":
+        key_places, key_text = _places(keys)
+        query_places, query_text = _places(queries, keys)
+        earlier = key_places[:, None, :] <= query_places[:, :, None]
+        if mask == "seq2seq":
+            earlier = ~key_text[:, None, :] | (earlier & query_text[:, :, None])
+        visible = visible & earlier
+    padded_q, padded_k, padded_v = (
+        t.index_select(0, rows.flatten())
+        .view(*rows.shape, num_heads, t.shape[1] // num_heads)
+        .transpose(1, 2)
+        for t, rows in ((q, query_rows), (k, key_rows), (v, key_rows))
+    )
+    o = F.scaled_dot_product_attention(
+        padded_q, padded_k, padded_v, attn_mask=visible[:, None], scale=scale
+    )
+    o = torch.where(visible.any(dim=2)[:, None, :, None], o, 0.0)  # [B, H, Nq, D]
+    slots = query_valid.flatten().nonzero().flatten()
+    of_row = torch.empty_like(slots).index_copy(0, query_rows.flatten()[slots], slots)
     return o.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, of_row)
 
 

@@ -77,31 +77,6 @@ int64_t gradients_scratch(const AttentionGradientsBlock& block) {
   return carve_gradients<Arch>(block, nullptr).used;
 }
 
-// Panels of B whose columns are `count` rows.
-template <class Arch, class Row>
-inline void pack_as_columns(const Row& row, int64_t count, int64_t depth, uint32_t* panels) {
-  const int64_t words = chunks_of<Arch>(depth) * kChunk * kPanel;
-  for (int64_t i = 0; i < count; i += kPanel, panels += words) {
-    const typename Arch::T* own[kPanel];
-    for (int64_t j = 0; j < kPanel; ++j) own[j] = i + j < count ? row(i + j) : nullptr;
-    v_pack_panel(own, min_of(kPanel, count - i), depth, panels);
-  }
-}
-
-// Panels of B whose depth runs over `count` rows of so many columns.
-template <class Arch, class Row>
-inline void pack_as_depth(const Row& row, int64_t count, int64_t columns, uint32_t* panels) {
-  const int64_t units = chunks_of<Arch>(count) * kChunk;
-  const auto at = [&](int64_t i) { return i < count ? row(i) : nullptr; };
-  for (int64_t unit = 0; unit < units; ++unit) {
-    const auto* const a = at(unit * Arch::kPerUnit);
-    const auto* const b = at(unit * Arch::kPerUnit + 1);
-    for (int64_t from = 0; from < columns; from += kPanel) {
-      v_pack_rows(a, b, from, columns, panels + from * units + unit * kPanel);
-    }
-  }
-}
-
 // Row r of a tile of A out of fp32 vectors values(i) of places i to i + 16; those from `count` on
 // are zero, to the end of the last chunk.
 template <class Arch, class Values>
@@ -185,15 +160,11 @@ void gradients_block(const AttentionGradientsBlock& block, void* scratch) {
   const int64_t deep_units = ceil_div(width, Arch::kPerUnit);
   const float log2e = 1.44269504088896341f;
 
-  const auto key_row = [&](int64_t key) {
-    return key < block.vision_keys ? block.key_vision_row + key
-                                   : block.key_text_row + key - block.vision_keys;
-  };
   const auto k = [&](int64_t key) {
-    return static_cast<const T*>(block.k) + key_row(key) * block.k_stride;
+    return static_cast<const T*>(block.k) + key_row(block, key) * block.k_stride;
   };
   const auto v = [&](int64_t key) {
-    return static_cast<const T*>(block.v) + key_row(key) * block.v_stride;
+    return static_cast<const T*>(block.v) + key_row(block, key) * block.v_stride;
   };
   const auto q = [&](int64_t query) {
     return static_cast<const T*>(block.q) + query_row(block, query) * block.q_stride;
@@ -201,13 +172,21 @@ void gradients_block(const AttentionGradientsBlock& block, void* scratch) {
   const auto grad = [&](int64_t query) {
     return static_cast<const T*>(block.grad) + query_row(block, query) * block.grad_stride;
   };
-  pack_as_columns<Arch>(k, keys, width, s.keys);
-  pack_as_columns<Arch>(v, keys, width, s.values);
-  pack_as_depth<Arch>(k, keys, width, s.key_columns);
-  pack_as_columns<Arch>(q, queries, width, s.queries);
-  pack_as_columns<Arch>(grad, queries, width, s.grads);
-  pack_as_depth<Arch>(q, queries, width, s.query_columns);
-  pack_as_depth<Arch>(grad, queries, width, s.grad_columns);
+  const auto as_columns = [&](const auto& row, int64_t count, uint32_t* panels) {
+    pack_as_columns<Arch>(row, count, width, panels, [&](int64_t i) {
+      if (i + kPanel < count) foresee_row(row(i + kPanel), width);
+    });
+  };
+  const auto as_depth = [&](const auto& row, int64_t count, uint32_t* panels) {
+    pack_as_depth<Arch>(row, count, width, chunks_of<Arch>(count) * kChunk, panels);
+  };
+  as_columns(k, keys, s.keys);
+  as_columns(v, keys, s.values);
+  as_depth(k, keys, s.key_columns);
+  as_columns(q, queries, s.queries);
+  as_columns(grad, queries, s.grads);
+  as_depth(q, queries, s.query_columns);
+  as_depth(grad, queries, s.grad_columns);
 
   typename Arch::State state;
   // With `seen`, scores are scaled before the highest is found.
@@ -297,7 +276,7 @@ void gradients_block(const AttentionGradientsBlock& block, void* scratch) {
       multiply<Arch>(state, rows, a, b, width, query_words, query_units, s.out, columns);
       for (int64_t r = 0; r < rows; ++r) {
         store_row(s.out + r * columns, width,
-                  static_cast<T*>(to) + key_row(begin + r) * block.grad_width);
+                  static_cast<T*>(to) + key_row(block, begin + r) * block.grad_width);
       }
     };
     finish(s.weights, s.grad_columns, block.v_grad);

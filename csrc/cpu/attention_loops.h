@@ -43,38 +43,59 @@ int64_t attention_scratch(const AttentionBlock& block) {
   return carve_attention<Arch>(block, nullptr).used;
 }
 
+inline int64_t key_row(const AttentionBlock& block, int64_t key) {
+  return key < block.vision_keys ? block.key_vision_row + key
+                                 : block.key_text_row + key - block.vision_keys;
+}
+
+// Panels of B whose columns are `count` rows, row(i); `foresee(i)` asks memory for what is wanted
+// soon.
+template <class Arch, class Row, class Foresee>
+inline void pack_as_columns(const Row& row, int64_t count, int64_t depth, uint32_t* panels,
+                            const Foresee& foresee) {
+  const int64_t words = chunks_of<Arch>(depth) * kChunk * kPanel;
+  for (int64_t i = 0; i < count; i += kPanel, panels += words) {
+    const typename Arch::T* own[kPanel];
+    for (int64_t j = 0; j < kPanel; ++j) {
+      own[j] = i + j < count ? row(i + j) : nullptr;
+      foresee(i + j);
+    }
+    v_pack_panel(own, min_of(kPanel, count - i), depth, panels);
+  }
+}
+
+// Panels of B whose depth runs over `count` rows of so many columns, to the end of the last chunk:
+// products may read whole chunks. A panel has room for `units`.
+template <class Arch, class Row>
+inline void pack_as_depth(const Row& row, int64_t count, int64_t columns, int64_t units,
+                          uint32_t* panels) {
+  const auto at = [&](int64_t i) { return i < count ? row(i) : nullptr; };
+  const int64_t filled = chunks_of<Arch>(count) * kChunk;
+  for (int64_t unit = 0; unit < filled; ++unit) {
+    const auto* const a = at(unit * Arch::kPerUnit);
+    const auto* const b = at(unit * Arch::kPerUnit + 1);
+    for (int64_t from = 0; from < columns; from += kPanel) {
+      v_pack_rows(a, b, from, columns, panels + from * units + unit * kPanel);
+    }
+  }
+}
+
 template <class Arch>
 inline void pack_keys_values(const AttentionBlock& block, const AttentionScratch& s) {
   using T = typename Arch::T;
   const int64_t keys = block.vision_keys + block.text_keys;
-  const int64_t padded = ceil_div(keys, kPanel) * kPanel;
-  const auto row = [&](const void* base, int64_t stride, int64_t key) -> const T* {
-    if (key >= keys) return nullptr;
-    const int64_t at = key < block.vision_keys ? block.key_vision_row + key
-                                               : block.key_text_row + key - block.vision_keys;
-    return static_cast<const T*>(base) + at * stride;
+  const auto k = [&](int64_t key) {
+    return static_cast<const T*>(block.k) + key_row(block, key) * block.k_stride;
   };
-  const int64_t panel_words = chunks_of<Arch>(block.head_dim) * kChunk * kPanel;
-  for (int64_t key = 0; key < keys; key += kPanel) {
-    const T* rows[kPanel];
-    for (int64_t j = 0; j < kPanel; ++j) {
-      rows[j] = row(block.k, block.k_stride, key + j);
-      foresee_row(row(block.k, block.k_stride, key + kPanel + j), block.head_dim);
-      foresee_row(row(block.v, block.v_stride, key + j), block.head_dim);
-    }
-    v_pack_panel(rows, min_of(kPanel, keys - key), block.head_dim,
-                 s.keys + key / kPanel * panel_words);
-  }
-  const int64_t units = chunks_of<Arch>(padded) * kChunk;
-  // To the end of the last chunk: products may read whole chunks.
-  const int64_t filled = chunks_of<Arch>(keys) * kChunk;
-  for (int64_t unit = 0; unit < filled; ++unit) {
-    const T* const a = row(block.v, block.v_stride, unit * Arch::kPerUnit);
-    const T* const b = row(block.v, block.v_stride, unit * Arch::kPerUnit + 1);
-    for (int64_t from = 0; from < block.head_dim; from += kPanel) {
-      v_pack_rows(a, b, from, block.head_dim, s.values + from * units + unit * kPanel);
-    }
-  }
+  const auto v = [&](int64_t key) {
+    return static_cast<const T*>(block.v) + key_row(block, key) * block.v_stride;
+  };
+  pack_as_columns<Arch>(k, keys, block.head_dim, s.keys, [&](int64_t key) {
+    if (key + kPanel < keys) foresee_row(k(key + kPanel), block.head_dim);
+    if (key < keys) foresee_row(v(key), block.head_dim);
+  });
+  const int64_t padded = ceil_div(keys, kPanel) * kPanel;
+  pack_as_depth<Arch>(v, keys, block.head_dim, chunks_of<Arch>(padded) * kChunk, s.values);
 }
 
 // Scores of the packed keys, scaled like the others; those of the padding behind them are -inf.
