@@ -46,8 +46,11 @@ def build() -> int:
 
 def obstacles() -> list[str]:
     """Why kernels cannot run here, of those that this GPU has."""
-    reasons = [cuda_kernels.why_unavailable("cuda"), cuda_kernels.float8_obstacle()]
-    if torch.cuda.get_device_capability() == (9, 0) and not cuda_kernels.attention_rounds("cuda"):
+    capability = torch.cuda.get_device_capability()
+    reasons = [cuda_kernels.why_unavailable("cuda")]
+    if capability >= (8, 9):
+        reasons.append(cuda_kernels.float8_obstacle())
+    if capability == (9, 0) and not cuda_kernels.attention_rounds("cuda"):
         reasons.append("does not leave attention's rows in 8 bits")
     return [reason for reason in reasons if reason is not None]
 

@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -15,18 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from beit3_fast.ops import library
-from bench import gpu, gpu_library, gpu_record
+from bench import gpu, gpu_record
 from bench import report as reports
 from bench.gpu_steps import (
-    CUDA_MODEL_TESTS,
-    CUDA_TESTS,
-    ON_GPU,
-    PYTEST,
-    RUNTIMES,
-    TOOLS,
     Step,
-    steps,
 )
 from bench.gpu_summary import summarize
 
@@ -145,27 +136,6 @@ def test_sources_are_code_and_not_results(few_sources: Path) -> None:
     assert gpu_record.digest(few_sources, folders, ()) != first
 
 
-def test_a_changed_test_runs_its_own_steps_again(few_sources: Path, out: Path) -> None:
-    tests = few_sources / "tests" / "ops"
-    tests.mkdir(parents=True)
-    plan = {own.name: own.sources for own in steps("cuda", False, out)}
-
-    def changed(file: str) -> set[str]:
-        before = {name: gpu_record.digest(few_sources, own, ()) for name, own in plan.items()}
-        (tests / file).write_text("")
-        after = {name: gpu_record.digest(few_sources, own, ()) for name, own in plan.items()}
-        return {name for name in plan if before[name] != after[name]}
-
-    sanitized = {f"{tool}-cuda-float8" for tool in TOOLS}
-    assert changed("test_cuda_float8_ops.py") == {
-        "parity-cuda-float8",
-        "every-cuda-float8",
-        *sanitized,
-    }
-    assert {"parity-cuda", "races-cuda", "every-triton-model"} < changed("op_cases.py")
-    assert "figures-products" not in changed("attention_cases.py")
-
-
 @pytest.mark.parametrize("text", ['{"schema": 1, "ste', "[]", '{"schema": 1, "steps": {"a": {}}}'])
 def test_a_damaged_record_is_said_and_put_aside(
     text: str, out: Path, capsys: pytest.CaptureFixture[str]
@@ -207,11 +177,6 @@ def test_all_logs_together_stay_below_their_limit_and_name_no_folder(
         assert text.startswith("first .\n")
         assert text.endswith("last\n")
         assert str(few_sources) not in text
-
-
-def test_the_plans_logs_fit_into_16_mib(out: Path) -> None:
-    assert gpu.LOGS_BYTES < 16 << 20
-    assert gpu.LOGS_BYTES // len(steps("cuda", False, out)) > 100_000
 
 
 def test_a_step_that_takes_too_long_is_stopped_with_its_children(
@@ -257,43 +222,11 @@ def test_ended_from_outside_it_ends_its_step(out: Path) -> None:
         os.kill(int(number), 0)
 
 
-def test_the_sanitizer_sees_every_kernel(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its selection of tests, without the sanitizer and in the interpreter."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    (own,) = (own for own in steps("cuda", False, out) if own.name == "memcheck-triton")
-    command = [*own.command[own.command.index(sys.executable) :], "-p", "launched_kernels"]
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, Path(__file__).parent))))
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stdout
-
-
 def test_results_of_a_gpu_go_where_they_are_committed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 (SXM)")
     found = gpu.default_folder("cuda").relative_to(gpu.ROOT).as_posix()
     assert re.fullmatch(r"bench/results/\d{4}-\d\d-\d\d-nvidia-h200-sxm", found)
     assert gpu.default_folder("cpu").relative_to(gpu.ROOT).as_posix() == "bench/out/gpu"
-
-
-def test_every_figure_has_a_step(out: Path) -> None:
-    commands = [" ".join(own.command) for own in steps("cuda", False, out)]
-    for words in (
-        "image/base/224 --batch 256",
-        "image/base/224 --batch 1 ",
-        "image/large/224 --batch 256",
-        "vqa/base/480 --batch 64",
-        "retrieval-text/base/384",
-        "train/base/224",
-        "train-vqa/base/480",
-        "figures products --device cuda",
-        "figures attention --device cuda",
-        "figures latency --device cuda",
-        "decode_step --device cuda --batch 64 --impl cuda",
-    ):
-        assert any(words in command for command in commands), words
-    for runtime in ("beit3_fast-cuda", "beit3_fast-triton", "beit3_fast-composite"):
-        assert runtime in RUNTIMES
 
 
 @pytest.fixture
@@ -345,47 +278,6 @@ def test_the_summary_holds_what_passed(finished: Path) -> None:
         assert line in text
     pytest.importorskip("matplotlib")
     assert (finished / "report.png").stat().st_size > 1000
-
-
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_every_file_of_the_plan_is_there(device: str, tmp_path: Path) -> None:
-    plan = steps(device, device == "cpu", tmp_path)
-    for own in plan:
-        for word in own.command:
-            if word.startswith(("tests/", "bench/")):
-                assert (ROOT / word).is_file(), word
-    names = [own.name for own in plan]
-    assert len(set(names)) == len(names)
-    for place, own in enumerate(plan):
-        assert set(own.needs) <= set(names[:place]), own.name
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_tests_that_need_a_gpu_do_not_pass_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
-    for name, value in ON_GPU.items():
-        monkeypatch.setenv(name, value)
-    files = [f"tests/ops/{test}.py" for test in CUDA_TESTS.values()]
-    files += [CUDA_MODEL_TESTS, "tests/ops/test_cuda_races.py", "tests/ops/test_triton_races.py"]
-    command = [*PYTEST, "--maxfail=99", "--collect-only", *files]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.stdout.count("RuntimeError: these tests are to run on a GPU") == len(files)
-    for file in files:
-        assert f"ERROR collecting {file} " in ended.stdout
-
-
-def test_the_library_is_known_by_its_sources(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    built = library.load().stamp.get("cuda_sources")
-    assert built in (None, "", gpu_library.sources_hash())
-    stamp = {"cuda_sources": gpu_library.sources_hash()}
-    monkeypatch.setattr(library, "load", lambda: library.LibraryStatus(True, "", stamp=stamp))
-    assert gpu_library.is_current()
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    (tmp_path / "csrc" / "cuda" / "hopper.cuh").write_text("")
-    monkeypatch.setattr(gpu_library, "ROOT", tmp_path)
-    assert not gpu_library.is_current()
 
 
 def test_a_report_is_written_again_without_a_gpu(

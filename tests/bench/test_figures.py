@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_cases import DEVICE, on_device  # noqa: F401
 from torch import Tensor
 
 from beit3_fast.layout import TokenLayout
@@ -73,3 +74,11 @@ def test_operands_lie_on_the_device_that_is_asked_for(monkeypatch: pytest.Monkey
     for group in figures.attention_groups(torch.device("meta"), small=True):
         group.calls["triton"]()
     assert devices == {"meta"}
+
+
+def test_products_by_clusters_are_launched_with_what_the_op_would_give(on_device: Any) -> None:  # noqa: F811
+    for group in figures.product_groups(torch.device(DEVICE), small=True):
+        truth = group.calls["composite"]()
+        for most in figures.MOST_BLOCKS:
+            found = group.calls[f"cuda, {most} block{'s' * (most > 1)} a cluster"]()
+            torch.testing.assert_close(found, truth, atol=1e-2, rtol=1e-2)

@@ -90,6 +90,7 @@ BENCH_TIMING = "tests/bench/test_bench_timing.py"
 COST_MODEL = "tests/bench/test_cost_model.py"
 FIGURES = "tests/bench/test_figures.py"
 GPU = "tests/bench/test_bench_gpu.py"
+GPU_PLAN = "tests/bench/test_gpu_plan.py"
 GRADIENTS = "tests/ops/test_attention_gradients.py"
 KERNEL_RESOURCES = "tests/bench/test_kernel_resources.py"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bugs.bug import BENCH_INT8, COST_MODEL, FIGURES, GPU, Bug
+from bugs.bug import BENCH_INT8, COST_MODEL, FIGURES, GPU, GPU_PLAN, Bug
 
 MEASURING_BUGS = (
     Bug(
@@ -103,7 +103,7 @@ MEASURING_BUGS = (
         "bench/gpu_steps.py",
         '"or (op_before and 0.0-3-)"',
         '"or joined"',
-        (f"{GPU}::test_the_sanitizer_sees_every_kernel",),
+        (f"{GPU_PLAN}::test_the_sanitizer_sees_every_kernel",),
     ),
     Bug(
         "gpu-a-step-that-never-ran-stops-nothing",
@@ -138,14 +138,14 @@ MEASURING_BUGS = (
         "tests/ops/cuda_cases.py",
         'if reason is not None and os.environ.get("BEIT3_FAST_TESTS_NEED_GPU") == "1":',
         "if reason is None and False:",
-        (f"{GPU}::test_tests_that_need_a_gpu_do_not_pass_without_one",),
+        (f"{GPU_PLAN}::test_tests_that_need_a_gpu_do_not_pass_without_one",),
     ),
     Bug(
         "gpu-a-library-of-any-sources",
         "bench/gpu_library.py",
         'library.load().stamp.get("cuda_sources") == sources_hash()',
         'bool(library.load().stamp.get("cuda_sources"))',
-        (f"{GPU}::test_the_library_is_known_by_its_sources",),
+        (f"{GPU_PLAN}::test_the_library_is_known_by_its_sources",),
     ),
     Bug(
         "gpu-figures-count-half-of-attention",

@@ -83,8 +83,8 @@ def ops() -> Any:
 def take(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors are taken by impl="cuda" and go to these ops."""
 
-    def launch(kernel: str, first: Tensor, *arguments: Any) -> None:
-        getattr(own, f"launch_{kernel}")(first, *arguments, 0)
+    def launch(kernel: str, first: Tensor, *arguments: Any, **options: Any) -> None:
+        getattr(own, f"launch_{kernel}")(first, *arguments, 0, **options)
 
     monkeypatch.setattr(cuda_kernels, "launch", launch)
     monkeypatch.setattr(cuda_kernels, "why_unavailable", lambda device: None)

@@ -74,13 +74,9 @@ def test_expert_linear_rows_do_not_meet(dtype: str) -> None:
             bounds=[0, last - first],
         )
         assert torch.equal(part, whole[first:last])
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            assert torch.equal(case.run(), whole)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        assert torch.equal(case.run(), whole)
     assert torch.equal(case.run(packed=[]), whole)
 
 
@@ -91,13 +87,9 @@ def test_columns_are_shared_out_among_threads(dtype: str, rows: int) -> None:
     case = Linear(DTYPES[dtype], (rows, 40, 330), experts=2, residual=True)
     case.check()
     whole = case.run()
-    threads = torch.get_num_threads()
-    try:
-        for count in (2, 3, 4):
-            torch.set_num_threads(count)
-            assert torch.equal(case.run(), whole)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (2, 3, 4):
+        torch.set_num_threads(count)
+        assert torch.equal(case.run(), whole)
 
 
 def test_bfloat16_is_rounded_to_the_nearest_ties_to_even() -> None:
@@ -306,13 +298,9 @@ def test_a_score_of_minus_infinity_has_no_weight() -> None:
 def test_shared_attention_ignores_threads() -> None:
     case = Attention(torch.bfloat16, [500, 3], [20, 450], 1, 64)
     whole = case.run("causal")
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            assert torch.equal(case.run("causal"), whole)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        assert torch.equal(case.run("causal"), whole)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for pages without access")

@@ -33,17 +33,11 @@ class Features(Dataset[Tensor]):
 @pytest.mark.timeout(60)
 def test_forked_workers_of_a_parent_with_threads() -> None:
     """A child of fork has the parent's memory and none of its threads: waiting for one would never end."""
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        expected = [Features()[i] for i in range(6)]
-        loader = DataLoader(
-            Features(), batch_size=None, num_workers=2, multiprocessing_context="fork"
-        )
-        found = list(loader)
-        again = [Features()[i] for i in range(6)]  # the parent's threads are still there
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(3)
+    expected = [Features()[i] for i in range(6)]
+    loader = DataLoader(Features(), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    found = list(loader)
+    again = [Features()[i] for i in range(6)]  # the parent's threads are still there
     for a, b, c in zip(found, expected, again, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(c, b)
