@@ -160,6 +160,7 @@ def test_expert_ranges_of_a_selection(lengths: list[tuple[int, int]]) -> None:
         ([(0, 3)], True),
         ([(0, 3), (0, 4)], False),
         ([(5, 0), (0, 5)], False),
+        ([(5, 3), (5, 3)], False),
     ],
 )
 def test_is_uniform(lengths: list[tuple[int, int]], uniform: bool) -> None:

@@ -99,6 +99,18 @@ def test_by_a_mask_tensor(dtype: str) -> None:
             assert k[start + 7].abs().max() == 0
 
 
+def test_of_a_sum_whose_gradient_is_one_number() -> None:
+    """Expanded over all rows and columns: its strides are zeros."""
+    layout = TokenLayout.from_lengths([9, 3], [3, 12])
+    found = []
+    for impl in ("cpu", "reference"):
+        leaves = [t.clone().requires_grad_() for t in draw(layout, 64, torch.float32, 1.0)[:3]]
+        shared_attention(*leaves, layout, num_heads=2, impl=impl).sum().backward()
+        found.append([t.grad for t in leaves])
+    for ours, truth in zip(*found, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-5)
+
+
 def test_of_no_queries_and_no_samples() -> None:
     q, k = torch.zeros(0, 8), torch.randn(3, 8)
     offsets = (cumulative([3]), cumulative([0]), cumulative([0]), cumulative([0]))

@@ -50,8 +50,9 @@ def test_every_number_of_keys_is_met(launched: Any) -> None:
         if longest <= WHOLE[-1]:
             met.add((width, "whole", min(keys for keys in WHOLE if keys >= longest)))
         else:
-            for keys in (call[4].diff() + call[5].diff()).tolist():
-                last = (keys - 1) % 128 + 1
+            lengths = (call[4].diff() + call[5].diff()).tolist()
+            # The last of several steps: the only one of a sample is another loop.
+            for last in [(keys - 1) % 128 + 1 for keys in lengths if keys > 128]:
                 met.add((width, "last", min(most for most in LAST[width] if most >= last)))
     assert met == {(width, "whole", keys) for width in LAST for keys in WHOLE} | {
         (width, "last", keys) for width in LAST for keys in LAST[width]
