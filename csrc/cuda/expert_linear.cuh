@@ -30,25 +30,25 @@ inline const char* make_maps(LinearMaps& maps, const ExpertLinear& op, int bands
   return make_tensor_map(maps.weights, rows_of_weights(op, high));
 }
 
-// As LinearPlan has them.
-template <int kHighTiles, int kWideTiles, int kDepthShares>
-struct ClusterShape {
+// Blocks of a cluster, as LinearPlan has them, and what a slot of their rings holds of a step.
+template <int kBands, int kHighTiles, int kWideTiles, int kDepthShares>
+struct SlotShape {
   static constexpr int kHigh = kHighTiles;
   static constexpr int kWide = kWideTiles;
   static constexpr int kShares = kDepthShares;
   static constexpr int kBlocks = kHigh * kWide * kShares;
   static constexpr bool kLoadsForOthers = kHigh * kWide > 1;
-};
-
-template <int kBands, int kHigh = 1, int kWide = 1>
-struct LinearShape : ClusterShape<kHigh, kWide, 1> {
-  static constexpr int kSlots = kBands == 2 ? 6 : 8;
-  static constexpr int kThreads = 384;
   static constexpr int kRowBytes = kTileDepth * 2;
   static constexpr int kRowsBytes = kBands * kBandRows * kRowBytes;
   static constexpr int kWeightBytes = kTileColumns * kRowBytes;
   static constexpr int kSlotBytes = kRowsBytes + kWeightBytes;
-  static constexpr int kBytes = kTileAlignment + kSlots * (kSlotBytes + 16);
+};
+
+template <int kBands, int kHigh = 1, int kWide = 1>
+struct LinearShape : SlotShape<kBands, kHigh, kWide, 1> {
+  static constexpr int kSlots = kBands == 2 ? 6 : 8;
+  static constexpr int kThreads = 384;
+  static constexpr int kBytes = kTileAlignment + kSlots * (LinearShape::kSlotBytes + 16);
 };
 
 // Steps along K of tiles, one after the other, and the slots they go through.

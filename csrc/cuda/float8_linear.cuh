@@ -13,16 +13,13 @@
 namespace beit3_fast::cuda {
 
 template <int kBands>
-struct Float8Shape : ClusterShape<1, 1, 1> {
+struct Float8Shape : SlotShape<kBands, 1, 1, 1> {
   static constexpr int kSlots = kBands == 2 ? 3 : 4;
   static constexpr int kThreads = 384;
-  static constexpr int kRowBytes = Float8Linear::kBlock;
-  static constexpr int kRowsBytes = kBands * kBandRows * kRowBytes;
-  static constexpr int kWeightBytes = kTileColumns * kRowBytes;
-  static constexpr int kSlotBytes = kRowsBytes + kWeightBytes;
   // Of a group's ring with its barriers, and what aligns the next one.
-  static constexpr int kRingBytes = kSlots * kSlotBytes + kTileAlignment;
+  static constexpr int kRingBytes = kSlots * Float8Shape::kSlotBytes + kTileAlignment;
   static constexpr int kBytes = kTileAlignment + 2 * kRingBytes;
+  static_assert(Float8Shape::kRowBytes == Float8Linear::kBlock);
 };
 
 // Loads what a group uses, by one thread.

@@ -10,14 +10,10 @@
 namespace beit3_fast::cuda {
 
 template <int kShares>
-struct SplitKShape : ClusterShape<1, 1, kShares> {
+struct SplitKShape : SlotShape<1, 1, 1, kShares> {
   static constexpr int kSlots = 6;
   static constexpr int kThreads = 256;  // a warp group that loads, one that computes
-  static constexpr int kRowBytes = kTileDepth * 2;
-  static constexpr int kRowsBytes = kBandRows * kRowBytes;
-  static constexpr int kWeightBytes = kTileColumns * kRowBytes;
-  static constexpr int kSlotBytes = kRowsBytes + kWeightBytes;
-  static constexpr int kRingBytes = kSlots * (kSlotBytes + 16);
+  static constexpr int kRingBytes = kSlots * (SplitKShape::kSlotBytes + 16);
   static constexpr int kOwnColumns = kTileColumns / kShares;
   static constexpr int kSumsBytes = kBandRows * kTileColumns * 4;
   static constexpr int kMomentsBytes = kBandRows * kShares * 8;

@@ -106,7 +106,7 @@ def test_tests_that_need_a_gpu_do_not_pass_without_one(monkeypatch: pytest.Monke
     files += [CUDA_MODEL_TESTS, "tests/ops/test_cuda_races.py", "tests/ops/test_triton_races.py"]
     command = [*PYTEST, "--maxfail=99", "--collect-only", *files]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.stdout.count("RuntimeError: these tests are to run on a GPU") == len(files)
+    assert ended.stdout.count("E   RuntimeError: these tests are to run on a GPU") == len(files)
     for file in files:
         assert f"ERROR collecting {file} " in ended.stdout
 
