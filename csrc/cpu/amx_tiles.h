@@ -50,8 +50,7 @@ template <class Base, class Dot>
 struct OfAmx : Base {
   static constexpr int kTileRows = 32;
   static constexpr bool kEven = false;
-  static constexpr int64_t kDepthUnits = 256;
-  static constexpr bool kAsksAhead = false;
+  using Product = Dot;
   using State = Tiles;
 
   static int64_t vectors_at_once(int64_t, int64_t columns) { return columns <= 16 ? 1 : 2; }

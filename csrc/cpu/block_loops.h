@@ -34,11 +34,19 @@ void pack_transposed(const void* x, int64_t stride, int64_t depth, int64_t colum
   }
 }
 
-template <class Arch>
+inline int64_t most_rows(int64_t) { return beit3_fast::cpu::kBlockRows; }
+
+struct TileLinear {
+  template <class Arch>
+  static constexpr LinearKernels of() {
+    return {most_rows, Arch::kTileRows, false, linear_scratch<Arch>, linear_block<Arch>};
+  }
+};
+
+template <class Arch, class Linear = TileLinear>
 constexpr Kernels make_kernels(const char* isa) {
   return {isa,
-          linear_scratch<Arch>,
-          linear_block<Arch>,
+          Linear::template of<Arch>(),
           attention_scratch<Arch>,
           attention_block<Arch>,
           gradients_scratch<Arch>,
@@ -49,11 +57,10 @@ constexpr Kernels make_kernels(const char* isa) {
           likeliest<Arch>};
 }
 
-template <class Arch>
+template <class Arch, class Linear = TileLinear>
 constexpr Kernels make_int8_kernels(const char* isa) {
   return {isa,
-          linear_scratch<Arch>,
-          linear_block<Arch>,
+          Linear::template of<Arch>(),
           nullptr,
           nullptr,
           nullptr,

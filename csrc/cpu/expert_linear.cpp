@@ -15,7 +15,7 @@ namespace {
 // product of the large model in fp32. New memory costs up to as much as packing into it.
 constexpr int64_t kMostPacked = int64_t{40} << 20;
 
-// A multiple of the rows of a tile at every level but AMX, whose blocks are high enough.
+// A multiple of the rows of the lower tiles of all levels.
 constexpr int64_t kWholeTiles = 12;
 
 // More pieces of a block would spend their time on its rows, which each of them converts.
@@ -54,9 +54,34 @@ void share_the_rest(int64_t threads, std::vector<LinearBlock>* tasks) {
   sort_by_size(tasks);
 }
 
+// Blocks of equally many rows, each cut into ranges of panels; blocks begin at multiples of `grain`
+// rows.
+struct Cut {
+  int64_t parts;
+  int64_t splits;
+  int64_t grain;
+};
+
+Cut cut_rows(const LinearKernels& level, int64_t rows, int64_t in_features, int64_t panels,
+             int64_t workers) {
+  const int64_t least = ceil_div(rows, level.most_rows(in_features));
+  if (level.few_blocks) {
+    // Rather ranges of panels than lower blocks, and as much for every thread.
+    int64_t parts = least < workers ? least : ceil_div(least, workers) * workers;
+    while (workers % parts != 0 && parts < workers && (parts + 1) * kFewRows <= rows) ++parts;
+    if (parts < workers && workers % parts != 0) parts = least;
+    return {parts, std::clamp<int64_t>(ceil_div(workers, parts), 1, panels), level.tile_rows};
+  }
+  const int64_t parts =
+      std::min(ceil_div(least, workers) * workers, std::max<int64_t>(1, rows / kFewRows));
+  // Many blocks are made of whole tiles, as their size in rows matters less than lower tiles do.
+  return {parts, std::clamp<int64_t>(ceil_div(workers, parts), 1, panels),
+          parts >= 4 * workers ? kWholeTiles : 1};
+}
+
 // Row blocks, and where they are too few for the threads, ranges of panels.
-void plan(const Pool& pool, const ExpertLinear& op, const std::vector<LinearBlock>& experts,
-          std::vector<LinearBlock>* tasks) {
+void plan(const Pool& pool, const LinearKernels& level, const ExpertLinear& op,
+          const std::vector<LinearBlock>& experts, std::vector<LinearBlock>* tasks) {
   int64_t total = 0;
   for (const LinearBlock& expert : experts) total += expert.count;
   if (total == 0) return;
@@ -64,22 +89,18 @@ void plan(const Pool& pool, const ExpertLinear& op, const std::vector<LinearBloc
   for (const LinearBlock& expert : experts) {
     // The share of the threads that this expert's rows are worth: its blocks are a multiple of it.
     const int64_t workers = std::max<int64_t>(1, (pool.threads * expert.count + total / 2) / total);
-    const int64_t parts = std::min(ceil_div(ceil_div(expert.count, kBlockRows), workers) * workers,
-                                   std::max<int64_t>(1, expert.count / kFewRows));
-    const int64_t splits = std::clamp<int64_t>(ceil_div(workers, parts), 1, panels);
-    // Many blocks are made of whole tiles, as their size in rows matters less than lower tiles do.
-    const int64_t grain = parts >= 4 * workers ? kWholeTiles : 1;
+    const Cut cut = cut_rows(level, expert.count, op.in_features, panels, workers);
     const auto first_row = [&](int64_t part) {
-      return std::min(expert.count, ceil_div(expert.count, grain) * part / parts * grain);
+      return std::min(expert.count, ceil_div(expert.count, cut.grain) * part / cut.parts * cut.grain);
     };
-    for (int64_t part = 0; part < parts; ++part) {
-      for (int64_t split = 0; split < splits; ++split) {
+    for (int64_t part = 0; part < cut.parts; ++part) {
+      for (int64_t split = 0; split < cut.splits; ++split) {
         LinearBlock task = expert;
         task.first = expert.first + first_row(part);
         task.count = first_row(part + 1) - first_row(part);
-        task.panel_begin = panels * split / splits;
-        task.panel_end = panels * (split + 1) / splits;
-        tasks->push_back(task);
+        task.panel_begin = panels * split / cut.splits;
+        task.panel_end = panels * (split + 1) / cut.splits;
+        if (task.count > 0) tasks->push_back(task);
       }
     }
   }
@@ -161,11 +182,11 @@ void expert_linear(const Pool& pool, const ExpertLinear& op) {
   thread_local std::vector<LinearBlock> kept;
   std::vector<LinearBlock>& tasks = kept;  // of this thread, in whichever one a task runs
   tasks.clear();
-  plan(pool, op, experts, &tasks);
+  plan(pool, level.linear, op, experts, &tasks);
   share(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     thread_local Scratch scratch;
     const LinearBlock& task = tasks[static_cast<std::size_t>(i)];
-    level.linear_block(task, scratch.at_least(level.linear_scratch(task)));
+    level.linear.block(task, scratch.at_least(level.linear.scratch(task)));
   });
   packed.keep_at_most(kMostPacked);
 }
@@ -184,7 +205,7 @@ int64_t product_loop(const Pool& pool, const ExpertLinear& op, int64_t repeats) 
   std::atomic<int64_t> results{0};
   share(pool, pool.threads, [&](int64_t) {
     Scratch scratch;
-    results += level.product_loop(block, repeats, scratch.at_least(level.linear_scratch(block)));
+    results += level.product_loop(block, repeats, scratch.at_least(level.linear.scratch(block)));
   });
   return results * repeats * 2 * op.in_features;
 }

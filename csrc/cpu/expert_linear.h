@@ -9,8 +9,6 @@
 
 namespace beit3_fast::cpu {
 
-// Rows that share a block of B while it is near. The slice of them that meets it fits the L2 cache.
-constexpr int64_t kBlockRows = 192;
 // A block that reuses each panel for fewer rows than this reads more of B than it multiplies.
 constexpr int64_t kFewRows = 24;
 

@@ -119,7 +119,7 @@ std::vector<float> product(const Kernels& level, bool int8) {
   const uint32_t* const parts[] = {panels_of(b)};
   block.parts = parts;
   block.part_panels = block.panel_end = panel_count(columns);
-  level.linear_block(block, scratch.at_least(level.linear_scratch(block)));
+  level.linear.block(block, scratch.at_least(level.linear.scratch(block)));
   std::vector<float> out;
   for (const uint16_t bits : y) {
     const uint32_t wide = static_cast<uint32_t>(bits) << 16;

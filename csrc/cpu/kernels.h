@@ -119,10 +119,23 @@ struct LogitsSummary {
   int64_t* classes;
 };
 
+// Rows that share a block of B while it is near, if not the level says otherwise. The slice of them
+// that meets it fits the L2 cache.
+constexpr int64_t kBlockRows = 192;
+
+// Of expert_linear: the most rows of a block and of a tile in it, and whether blocks should be as
+// few as that allows.
+struct LinearKernels {
+  int64_t (*most_rows)(int64_t in_features);
+  int64_t tile_rows;
+  bool few_blocks;
+  int64_t (*scratch)(const LinearBlock& block);
+  void (*block)(const LinearBlock& block, void* scratch);
+};
+
 struct Kernels {
   const char* isa;
-  int64_t (*linear_scratch)(const LinearBlock& block);
-  void (*linear_block)(const LinearBlock& block, void* scratch);
+  LinearKernels linear;
   int64_t (*attention_scratch)(const AttentionBlock& block);
   void (*attention_block)(const AttentionBlock& block, void* scratch);
   int64_t (*gradients_scratch)(const AttentionGradientsBlock& block);

@@ -6,7 +6,7 @@
 
 #include "arch_avx512bf16.h"
 //
-#include "amx_tiles.h"
+#include "amx_linear_loops.h"
 
 namespace {
 
@@ -20,7 +20,7 @@ struct BFloat16Tiles {
   }
 };
 
-constexpr Kernels kBFloat16 = make_kernels<OfAmx<BFloat16, BFloat16Tiles>>("amx_bf16");
+constexpr Kernels kBFloat16 = make_kernels<OfAmx<BFloat16, BFloat16Tiles>, AmxLinear>("amx_bf16");
 
 }  // namespace
 

@@ -95,7 +95,7 @@ void patch_embedding(const Pool& pool, const PatchEmbedding& op) {
     block.parts = &panels;
     block.part_panels = block.panel_end = panel_count(op.out_features);
     block.bias = bias;
-    level.linear_block(block, scratch.at_least(level.linear_scratch(block)));
+    level.linear.block(block, scratch.at_least(level.linear.scratch(block)));
   });
 }
 

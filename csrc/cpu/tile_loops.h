@@ -37,6 +37,7 @@ using beit3_fast::cpu::kChunk;
 using beit3_fast::cpu::Kernels;
 using beit3_fast::cpu::kPanel;
 using beit3_fast::cpu::LinearBlock;
+using beit3_fast::cpu::LinearKernels;
 using beit3_fast::cpu::LogitsBlock;
 using beit3_fast::cpu::LogitsSummary;
 using beit3_fast::cpu::Mask;
@@ -275,68 +276,95 @@ inline Vec normal_values(const T* x, int64_t at, int64_t depth, const Norm& norm
   return v_fma(y, v_load(norm_weight + at), v_load(norm_bias + at));
 }
 
-// Rows of a tile of A rounded to int8, and their scales. A row with a number that is not finite
-// gets NaN as its scale.
-template <class Arch, class Row>
-inline void pack_int8_tile(const Row& row, int64_t rows, int64_t depth, const float* norm_weight,
-                           const float* norm_bias, float eps, uint32_t* a, float* scales) {
-  const int64_t chunk_words = rows * Arch::kRowWords;
-  const int64_t vectors = chunks_of<Arch>(depth) * kChunk * Arch::kPerUnit / 16;
-  for (int64_t r = 0; r < rows; ++r) {
-    const typename Arch::T* const x = row(r);
-    Norm norm{};
-    if (norm_weight != nullptr) norm = measure<Arch>(x, depth, eps);
-    const auto values = [&](int64_t vector) {
-      return normal_values(x, 16 * vector, depth, norm, norm_weight, norm_bias);
-    };
-    Vec top = v_zero(), poison = v_zero();
-    for (int64_t i = 0; 16 * i < depth; ++i) {
-      const Vec y = values(i);
-      top = v_max(top, v_max(y, v_sub(v_zero(), y)));
-      poison = v_fma(y, v_zero(), poison);
+// How a row that meets int8 weights is rounded: 127 parts of its largest number, normalised where
+// norm_weight is given. A row with a number that is not finite gets NaN as its scale.
+struct Rounding {
+  float scale;
+  float inverse;
+};
+
+template <class T>
+inline Rounding measure_rounding(const T* x, int64_t depth, const Norm& norm,
+                                 const float* norm_weight, const float* norm_bias) {
+  Vec top = v_zero(), poison = v_zero();
+  for (int64_t i = 0; i < depth; i += 16) {
+    const Vec y = normal_values(x, i, depth, norm, norm_weight, norm_bias);
+    top = v_max(top, v_max(y, v_sub(v_zero(), y)));
+    poison = v_fma(y, v_zero(), poison);
+  }
+  const float largest = v_top(top);
+  // Rows of zeros, and numbers so small that the quotient overflows, become zeros.
+  return {largest / 127.0f + v_sum(poison), largest > 1e-36f ? 127.0f / largest : 0.0f};
+}
+
+// Chunks [begin, end) of a row of A, rounded to int8; from one chunk to the next `a` goes on by
+// `chunk_words`.
+template <class Arch>
+inline void put_int8_row(const typename Arch::T* x, int64_t depth, int64_t begin, int64_t end,
+                         const Norm& norm, const float* norm_weight, const float* norm_bias,
+                         float inverse, uint32_t* a, int64_t chunk_words) {
+  constexpr int64_t step = kChunk * Arch::kPerUnit;
+  const Vec factor = v_set(inverse);
+  for (int64_t from = begin * step; from < end * step; from += step, a += chunk_words) {
+    Vec part[4];
+    for (int64_t j = 0; j < 4; ++j) {
+      const int64_t at = from + 16 * j;
+      part[j] = at < depth
+                    ? v_mul(normal_values(x, at, depth, norm, norm_weight, norm_bias), factor)
+                    : v_zero();
     }
-    const float largest = v_top(top);
-    scales[r] = largest / 127.0f + v_sum(poison);
-    // Rows of zeros, and numbers so small that the quotient overflows, become zeros.
-    const Vec inverse = v_set(largest > 1e-36f ? 127.0f / largest : 0.0f);
-    uint32_t* to = a + r * Arch::kRowWords;
-    for (int64_t i = 0; i < vectors; i += 4, to += chunk_words) {
-      Vec part[4];
-      for (int64_t j = 0; j < 4; ++j) {
-        part[j] = 16 * (i + j) < depth ? v_mul(values(i + j), inverse) : v_zero();
-      }
-      Arch::put_int8(to, part);
-    }
+    Arch::put_int8(a, part);
   }
 }
 
-// Rows of a tile of A, normalised where norm_weight is given.
+// The same as it is, normalised where norm_weight is given.
+template <class Arch>
+inline void put_row(const typename Arch::T* x, int64_t depth, int64_t begin, int64_t end,
+                    const Norm& norm, const float* norm_weight, const float* norm_bias, uint32_t* a,
+                    int64_t chunk_words) {
+  constexpr int64_t step = kChunk * Arch::kPerUnit;
+  if (norm_weight == nullptr) {  // numbers that need not pass through fp32
+    for (int64_t from = begin * step; from < end * step; from += step, a += chunk_words) {
+      Arch::copy(a, x + from, depth - from);
+    }
+    return;
+  }
+  for (int64_t from = begin * step; from < end * step; from += step, a += chunk_words) {
+    Vec part[Arch::kPerUnit];
+    for (int j = 0; j < Arch::kPerUnit; ++j) {
+      part[j] = normal_values(x, from + 16 * j, depth, norm, norm_weight, norm_bias);
+    }
+    Arch::put(a, part);
+  }
+}
+
+// Rows of a tile of A.
 template <class Arch, class Row>
 inline void pack_tile(const Row& row, int64_t rows, int64_t depth, const float* norm_weight,
                       const float* norm_bias, float eps, uint32_t* a) {
-  const int64_t step = kChunk * Arch::kPerUnit;
-  const int64_t chunk_words = rows * Arch::kRowWords;
-  Norm norms[Arch::kTileRows];
+  Norm norms[Arch::kTileRows] = {};
   if (norm_weight != nullptr) {
     // First of all rows, so that the latencies at the end of one hide behind the loads of the next.
     for (int64_t r = 0; r < rows; ++r) norms[r] = measure<Arch>(row(r), depth, eps);
   }
   for (int64_t r = 0; r < rows; ++r) {
+    put_row<Arch>(row(r), depth, 0, chunks_of<Arch>(depth), norms[r], norm_weight, norm_bias,
+                  a + r * Arch::kRowWords, rows * Arch::kRowWords);
+  }
+}
+
+// The same rounded to int8, and the scales of the rows.
+template <class Arch, class Row>
+inline void pack_int8_tile(const Row& row, int64_t rows, int64_t depth, const float* norm_weight,
+                           const float* norm_bias, float eps, uint32_t* a, float* scales) {
+  for (int64_t r = 0; r < rows; ++r) {
     const typename Arch::T* const x = row(r);
-    uint32_t* to = a + r * Arch::kRowWords;
-    if (norm_weight == nullptr) {  // numbers that need not pass through fp32
-      for (int64_t from = 0; from < depth; from += step, to += chunk_words) {
-        Arch::copy(to, x + from, depth - from);
-      }
-      continue;
-    }
-    for (int64_t from = 0; from < depth; from += step, to += chunk_words) {
-      Vec part[Arch::kPerUnit];
-      for (int j = 0; j < Arch::kPerUnit; ++j) {
-        part[j] = normal_values(x, from + 16 * j, depth, norms[r], norm_weight, norm_bias);
-      }
-      Arch::put(to, part);
-    }
+    Norm norm{};
+    if (norm_weight != nullptr) norm = measure<Arch>(x, depth, eps);
+    const Rounding rounding = measure_rounding(x, depth, norm, norm_weight, norm_bias);
+    scales[r] = rounding.scale;
+    put_int8_row<Arch>(x, depth, 0, chunks_of<Arch>(depth), norm, norm_weight, norm_bias,
+                       rounding.inverse, a + r * Arch::kRowWords, rows * Arch::kRowWords);
   }
 }
 
