@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "attention_operands.h"
+#include "cpu/layer_rest.h"
 #include "linear_operands.h"
 
 namespace {
@@ -23,6 +24,7 @@ using beit3_fast::cpu::CachedAttention;
 using beit3_fast::cpu::elements_on;
 using beit3_fast::cpu::Expert;
 using beit3_fast::cpu::ExpertLinear;
+using beit3_fast::cpu::kStrip;
 using beit3_fast::cpu::SharedAttention;
 using namespace beit3_fast::operands;
 using Bounds = std::vector<int64_t>;
@@ -77,37 +79,78 @@ class Layer {
   int64_t width() const { return width_; }
 
   // LayerNorm and the parts [from, to) of queries, keys and values, side by side.
-  Tensor project(const Tensor& x, const Bounds& bounds, std::size_t from, std::size_t to) const {
+  // In strips where `in_strips`: [parts C / kStrip][rows][kStrip] in the memory of the result.
+  Tensor project(const Tensor& x, const Bounds& bounds, std::size_t from, std::size_t to,
+                 bool in_strips = false) const {
     const auto parts = static_cast<int64_t>(to - from);
     const Tensor y = rows_like(x, x.size(0), parts * width_);
-    ExpertLinear call = product(kProject, x, width_, y, bounds, from, to);
+    ExpertLinear call = product(kProject, x, width_, parts * width_, bounds, from, to);
+    write_to(y, call);
+    if (in_strips) {
+      call.out_stride = kStrip;
+      call.out_strip = kStrip * x.size(0);
+    }
     beit3_fast::cpu::expert_linear(torch_pool(), call);
     return y;
   }
 
-  // What follows attention o: its projection, added to the rows x, and the feed-forward network.
-  // Takes o, whose memory is given back when it is read.
-  Tensor rest(Tensor o, const Tensor& x, const Bounds& bounds, const Bounds& ffn_bounds) const {
+  // Whether nothing but kernels that read strips meets queries, keys, values and the result of
+  // attention, and a head is a strip of them.
+  bool takes_strips(int64_t head_dim) const {
+    ExpertLinear call;
+    call.dtype = dtype_;
+    call.int8 = form_ == DType::kInt8;
+    return head_dim == kStrip && beit3_fast::cpu::level_of(call).linear.high_blocks;
+  }
+
+  // What follows attention o (in strips or not): its projection, added to the rows x, and the
+  // feed-forward network. Takes o, whose memory is given back when it is read.
+  Tensor rest(Tensor o, bool in_strips, const Tensor& x, const Bounds& bounds,
+              const Bounds& ffn_bounds) const {
     const int64_t rows = o.size(0);
-    const Tensor attended = project_out(std::move(o), x, bounds);
-    const Tensor hidden = rows_like(x, rows, hidden_);
-    ExpertLinear first = product(kFirst, attended, width_, hidden, ffn_bounds, 0, 1);
+    ExpertLinear out = product(kOut, o, width_, width_, bounds, 0, 1);
+    if (in_strips) {
+      out.x_stride = kStrip;
+      out.x_strip = kStrip * rows;
+    }
+    add(x, out);
+    ExpertLinear first = product(kFirst, x, width_, hidden_, ffn_bounds, 0, 1);
     first.activation = Activation::kGelu;
-    beit3_fast::cpu::expert_linear(torch_pool(), first);
+    ExpertLinear second = product(kSecond, x, hidden_, width_, ffn_bounds, 0, 1);
+    const Pool pool = torch_pool();
+    if (beit3_fast::cpu::wants_layer_rest(pool, out, rows)) {
+      Tensor y = rows_like(x, rows, width_);
+      write_to(y, second);
+      beit3_fast::cpu::layer_rest(pool, {std::move(out), std::move(first), std::move(second)});
+      return y;
+    }
+    const Tensor attended = rows_like(x, rows, width_);
+    write_to(attended, out);
+    {
+      const Tensor read = std::move(o);
+      beit3_fast::cpu::expert_linear(pool, out);
+    }
+    const Tensor hidden = rows_like(x, rows, hidden_);
+    read_from(attended, first);
+    write_to(hidden, first);
+    beit3_fast::cpu::expert_linear(pool, first);
     Tensor y = rows_like(x, rows, width_);
-    ExpertLinear second = product(kSecond, hidden, hidden_, y, ffn_bounds, 0, 1);
+    read_from(hidden, second);
     add(attended, second);
-    beit3_fast::cpu::expert_linear(torch_pool(), second);
+    write_to(y, second);
+    beit3_fast::cpu::expert_linear(pool, second);
     return y;
   }
 
  private:
-  Tensor project_out(Tensor o, const Tensor& x, const Bounds& bounds) const {
-    Tensor y = rows_like(x, o.size(0), width_);
-    ExpertLinear out = product(kOut, o, width_, y, bounds, 0, 1);
-    add(x, out);
-    beit3_fast::cpu::expert_linear(torch_pool(), out);
-    return y;
+  static void read_from(const Tensor& x, ExpertLinear& call) {
+    call.x = x.const_data_ptr();
+    call.x_stride = x.stride(0);
+  }
+
+  static void write_to(const Tensor& y, ExpertLinear& call) {
+    call.out = y.mutable_data_ptr();
+    call.out_stride = y.size(1);
   }
 
   static void add(const Tensor& residual, ExpertLinear& call) {
@@ -115,7 +158,8 @@ class Layer {
     call.residual_stride = residual.stride(0);
   }
 
-  ExpertLinear product(ProductName name, const Tensor& x, int64_t in_features, const Tensor& out,
+  // With the rows of x, or of as many that are to be read instead.
+  ExpertLinear product(ProductName name, const Tensor& x, int64_t in_features, int64_t out_features,
                        const Bounds& bounds, std::size_t from, std::size_t to) const {
     const std::size_t experts = experts_[name];
     require_bounds(bounds, experts, op_);
@@ -124,11 +168,9 @@ class Layer {
     ExpertLinear call;
     call.dtype = dtype_;
     call.int8 = form_ == DType::kInt8;
-    call.x = x.const_data_ptr();
-    call.x_stride = x.stride(0);
-    call.out = out.mutable_data_ptr();
-    call.out_stride = call.out_features = out.size(1);
+    read_from(x, call);
     call.in_features = in_features;
+    call.out_features = out_features;
     call.eps = static_cast<float>(own_.eps[name]);
     call.experts.resize(experts);
     const std::size_t parts = name == kProject ? kParts : 1;
@@ -212,22 +254,30 @@ Tensor last_rows(const Tensor& x, int64_t sequences, int64_t count) {
 
 // The attention of the queries, which are all rows of x or `selected` ones, without its projection.
 Tensor attend(const Layer& layer, const Tensor& x, const Tensor& queries, bool selected,
-              const Bounds& bounds, const Bounds& own_bounds, SharedAttention& call) {
+              bool in_strips, const Bounds& bounds, const Bounds& own_bounds,
+              SharedAttention& call) {
   const int64_t width = layer.width();
   // Queries in front of keys and values where all are of the same rows.
-  const Tensor projected = layer.project(x, bounds, selected ? 1 : 0, kParts);
-  const Tensor q = selected ? layer.project(queries, own_bounds, 0, 1) : projected;
+  const Tensor projected = layer.project(x, bounds, selected ? 1 : 0, kParts, in_strips);
+  const Tensor q = selected ? layer.project(queries, own_bounds, 0, 1, in_strips) : projected;
   Tensor o = rows_like(x, queries.size(0), width);
-  const int64_t keys_at = selected ? 0 : width;
+  const int64_t part = in_strips ? width * x.size(0) : width;
+  const int64_t keys_at = selected ? 0 : part;
   call.q = q.const_data_ptr();
   call.k = elements_on(projected.const_data_ptr(), keys_at, call.dtype);
-  call.v = elements_on(projected.const_data_ptr(), keys_at + width, call.dtype);
+  call.v = elements_on(projected.const_data_ptr(), keys_at + part, call.dtype);
   call.out = o.mutable_data_ptr();
   call.q_stride = q.stride(0);
   call.k_stride = call.v_stride = projected.stride(0);
   call.out_stride = width;
   call.head_dim = width / call.num_heads;
   call.scale = static_cast<float>(scale_of(call.head_dim));
+  if (in_strips) {
+    call.q_stride = call.k_stride = call.v_stride = call.out_stride = kStrip;
+    call.q_head = kStrip * q.size(0);
+    call.key_head = kStrip * x.size(0);
+    call.out_head = kStrip * o.size(0);
+  }
   beit3_fast::cpu::shared_attention(torch_pool(), call);
   return o;
 }
@@ -257,8 +307,9 @@ Tensor encoder_layer(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> b
   if (queries.size(0) == 0) return queries;
 
   call.num_heads = num_heads;
-  return layer.rest(attend(layer, x, queries, rows.has_value(), bounds, own_bounds, call), queries,
-                    own_bounds, ffn_bounds);
+  const bool strips = layer.takes_strips(width / num_heads);
+  return layer.rest(attend(layer, x, queries, rows.has_value(), strips, bounds, own_bounds, call),
+                    strips, queries, own_bounds, ffn_bounds);
 }
 
 // Rows [.., C] of projected queries, keys and values: those of sequence s, `count` of them, become
@@ -317,7 +368,7 @@ Tensor decoder_layer(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> b
   call.out = o.mutable_data_ptr();
   beit3_fast::cpu::cached_attention(torch_pool(), call);
   const Tensor queries = skipped > 0 ? last_rows(x, call.sequences, call.queries) : x;
-  return layer.rest(o, queries, {0, asked}, {0, asked});
+  return layer.rest(o, false, queries, {0, asked}, {0, asked});
 }
 
 }  // namespace

@@ -181,7 +181,9 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
   const int64_t panel_words = chunks * kChunk * kPanel;
   const int64_t tiles = ceil_div(block.count, kAmxRows);
   const auto row = [&](int64_t r) {
-    return static_cast<const T*>(block.x) + row_of(block, block.first + r) * block.x_stride;
+    return StripRow<T>{
+        static_cast<const T*>(block.x) + row_of(block, block.first + r) * block.x_stride,
+        block.x_strip};
   };
 
   for (int64_t r = 0; r < block.count; ++r) {
@@ -190,8 +192,8 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
       norm = own.norms[r] = measure<Arch>(row(r), block.in_features, block.eps);
     }
     if constexpr (Arch::kInt8) {
-      const Rounding rounding = measure_rounding(row(r), block.in_features, norm,
-                                                 block.norm_weight, block.norm_bias);
+      const Rounding rounding =
+          measure_rounding(row(r), block.in_features, norm, block.norm_weight, block.norm_bias);
       own.scales[r] = rounding.scale;
       own.inverses[r] = rounding.inverse;
     }
@@ -206,8 +208,8 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
         put_int8_row<Arch>(row(r), block.in_features, from, to, norm, block.norm_weight,
                            block.norm_bias, own.inverses[r], a, rows * Arch::kRowWords);
       } else {
-        put_row<Arch>(row(r), block.in_features, from, to, norm, block.norm_weight,
-                      block.norm_bias, a, rows * Arch::kRowWords);
+        put_row<Arch>(row(r), block.in_features, from, to, norm, block.norm_weight, block.norm_bias,
+                      a, rows * Arch::kRowWords);
       }
     }
   };
@@ -237,13 +239,12 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
         const int64_t inside = panel % block.part_panels * kPanel;
         const auto* const behind =
             reinterpret_cast<const float*>(block.parts[part] + block.part_panels * panel_words);
-        Scales scales{own.scales, behind + inside,
-                      reinterpret_cast<const int32_t*>(behind) + block.part_panels * kPanel +
-                          inside};
+        Scales scales{
+            own.scales, behind + inside,
+            reinterpret_cast<const int32_t*>(behind) + block.part_panels * kPanel + inside};
         const int64_t column = panel * kPanel;
         const int64_t columns = min_of(kPanel, block.out_features - column);
-        float* const sums =
-            own.sums + (slices == 1 ? 0 : (panel - group) * tiles * kSumWords);
+        float* const sums = own.sums + (slices == 1 ? 0 : (panel - group) * tiles * kSumWords);
         for (int64_t d = 0; d < depths; ++d) {
           const int64_t from = depth_at(d), to = depth_at(d + 1);
           const uint32_t* const b = panel_at(panel) + from * kChunk * kPanel;
@@ -259,8 +260,8 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
           for (int64_t t = 0; t < tiles; ++t) {
             const int64_t begin = t * kAmxRows, rows = min_of(kAmxRows, block.count - begin);
             const uint32_t* const a =
-                own.a + (begin * (slice_end - slice_begin) + (from - slice_begin) * rows) *
-                            Arch::kRowWords;
+                own.a +
+                (begin * (slice_end - slice_begin) + (from - slice_begin) * rows) * Arch::kRowWords;
             float* const kept = sums + t * kSumWords;
             float* const result = last ? own.done + (turn++ % 2) * kSumWords : kept;
             state.set_rows(rows);

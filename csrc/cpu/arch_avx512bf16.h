@@ -26,19 +26,20 @@ struct BFloat16 : OfTiles<BFloat16> {
   static __m512i narrow(const Vec* part) { return (__m512i)_mm512_cvtne2ps_pbh(part[1], part[0]); }
   // Sums of x and x^2 by pair products, exact but for fp32 accumulation. Their difference keeps
   // enough digits for bf16 operands unless the mean is far above the deviation.
-  static bool moments(const uint16_t* x, int64_t n, float* mean, float* variance) {
+  template <class Row>
+  static bool moments(const Row& x, int64_t n, float* mean, float* variance) {
     const __m512i ones = _mm512_set1_epi32(kOnes);
     Vec sum[2] = {v_zero(), v_zero()}, square[2] = {v_zero(), v_zero()};
     int64_t i = 0;
     for (; i + 64 <= n; i += 64) {
       for (int j = 0; j < 2; ++j) {
-        const __m512i pairs = _mm512_loadu_si512(x + i + 32 * j);
+        const __m512i pairs = _mm512_loadu_si512(at(x, i + 32 * j));
         sum[j] = dot_pairs(sum[j], pairs, ones);
         square[j] = dot_pairs(square[j], pairs, pairs);
       }
     }
     for (; i < n; i += 32) {
-      const __m512i pairs = v_units(x, i, n);
+      const __m512i pairs = v_units(at(x, i), 0, n - i);
       sum[0] = dot_pairs(sum[0], pairs, ones);
       square[0] = dot_pairs(square[0], pairs, pairs);
     }

@@ -59,16 +59,8 @@ constexpr Kernels make_kernels(const char* isa) {
 
 template <class Arch, class Linear = TileLinear>
 constexpr Kernels make_int8_kernels(const char* isa) {
-  return {isa,
-          Linear::template of<Arch>(),
-          nullptr,
-          nullptr,
-          nullptr,
-          nullptr,
-          product_loop<Arch>,
-          nullptr,
-          nullptr,
-          nullptr};
+  return {isa,     Linear::template of<Arch>(), nullptr, nullptr, nullptr,
+          nullptr, product_loop<Arch>,          nullptr, nullptr, nullptr};
 }
 
 }  // namespace

@@ -65,7 +65,7 @@ struct Cut {
 Cut cut_rows(const LinearKernels& level, int64_t rows, int64_t in_features, int64_t panels,
              int64_t workers) {
   const int64_t least = ceil_div(rows, level.most_rows(in_features));
-  if (level.few_blocks) {
+  if (level.high_blocks) {
     // Rather ranges of panels than lower blocks, and as much for every thread.
     int64_t parts = least < workers ? least : ceil_div(least, workers) * workers;
     while (workers % parts != 0 && parts < workers && (parts + 1) * kFewRows <= rows) ++parts;
@@ -91,7 +91,8 @@ void plan(const Pool& pool, const LinearKernels& level, const ExpertLinear& op,
     const int64_t workers = std::max<int64_t>(1, (pool.threads * expert.count + total / 2) / total);
     const Cut cut = cut_rows(level, expert.count, op.in_features, panels, workers);
     const auto first_row = [&](int64_t part) {
-      return std::min(expert.count, ceil_div(expert.count, cut.grain) * part / cut.parts * cut.grain);
+      return std::min(expert.count,
+                      ceil_div(expert.count, cut.grain) * part / cut.parts * cut.grain);
     };
     for (int64_t part = 0; part < cut.parts; ++part) {
       for (int64_t split = 0; split < cut.splits; ++split) {
@@ -110,25 +111,28 @@ void plan(const Pool& pool, const LinearKernels& level, const ExpertLinear& op,
 
 }  // namespace
 
-void expert_linear(const Pool& pool, const ExpertLinear& op) {
-  thread_local Scratch parameters;
-  thread_local Scratch packed;
-  const Kernels& level = op.int8 ? int8_kernels(op.dtype) : kernels(op.dtype);
+const Kernels& level_of(const ExpertLinear& op) {
+  return op.int8 ? int8_kernels(op.dtype) : kernels(op.dtype);
+}
+
+std::vector<LinearBlock> whole_blocks(const Pool& pool, const ExpertLinear& op,
+                                      BlockMemory& memory) {
   const int64_t in_padded = ceil_div(op.in_features, 64) * 64;
   const int64_t out_padded = panel_count(op.out_features) * kPanel;
   const auto count = static_cast<int64_t>(op.experts.size());
-  auto* at = static_cast<float*>(parameters.at_least(count * (out_padded + 2 * in_padded) *
-                                                     static_cast<int64_t>(sizeof(float))));
+  auto* at = static_cast<float*>(memory.parameters.at_least(count * (out_padded + 2 * in_padded) *
+                                                            static_cast<int64_t>(sizeof(float))));
   const int64_t weight_bytes = packed_bytes(op.dtype, op.out_features, op.in_features);
   const int64_t unpacked = std::count_if(op.experts.begin(), op.experts.end(), [](const Expert& e) {
     return e.packed.empty() && e.end > e.begin;
   });
   char* pack_at =
-      unpacked == 0 ? nullptr : static_cast<char*>(packed.at_least(unpacked * weight_bytes));
+      unpacked == 0 ? nullptr : static_cast<char*>(memory.packed.at_least(unpacked * weight_bytes));
 
   std::size_t parts = 0;
   for (const Expert& expert : op.experts) parts += std::max<std::size_t>(1, expert.packed.size());
-  std::vector<const uint32_t*> panels;
+  std::vector<const uint32_t*>& panels = memory.panels;
+  panels.clear();
   panels.reserve(parts);
   std::vector<LinearBlock> experts;
   experts.reserve(op.experts.size());
@@ -137,15 +141,18 @@ void expert_linear(const Pool& pool, const ExpertLinear& op) {
     LinearBlock block{};
     block.x = op.x;
     block.x_stride = op.x_stride;
+    block.x_strip = op.x_strip;
     block.residual = op.residual;
     block.residual_stride = op.residual_stride;
     block.out = op.out;
     block.out_stride = op.out_stride;
+    block.out_strip = op.out_strip;
     block.rows = op.rows;
     block.first = expert.begin;
     block.count = expert.end - expert.begin;
     block.in_features = op.in_features;
     block.out_features = op.out_features;
+    block.panel_end = panel_count(op.out_features);
     block.eps = op.eps;
     block.activation = op.activation;
     const std::size_t first_part = panels.size();
@@ -178,7 +185,13 @@ void expert_linear(const Pool& pool, const ExpertLinear& op) {
     }
     experts.push_back(block);
   }
+  return experts;
+}
 
+void expert_linear(const Pool& pool, const ExpertLinear& op) {
+  thread_local BlockMemory memory;
+  const Kernels& level = level_of(op);
+  const std::vector<LinearBlock> experts = whole_blocks(pool, op, memory);
   thread_local std::vector<LinearBlock> kept;
   std::vector<LinearBlock>& tasks = kept;  // of this thread, in whichever one a task runs
   tasks.clear();
@@ -188,11 +201,11 @@ void expert_linear(const Pool& pool, const ExpertLinear& op) {
     const LinearBlock& task = tasks[static_cast<std::size_t>(i)];
     level.linear.block(task, scratch.at_least(level.linear.scratch(task)));
   });
-  packed.keep_at_most(kMostPacked);
+  memory.packed.keep_at_most(kMostPacked);
 }
 
 int64_t product_loop(const Pool& pool, const ExpertLinear& op, int64_t repeats) {
-  const Kernels& level = op.int8 ? int8_kernels(op.dtype) : kernels(op.dtype);
+  const Kernels& level = level_of(op);
   const uint32_t* const panels = panels_of(op.experts[0].packed[0]);
   LinearBlock block{};
   block.x = op.x;

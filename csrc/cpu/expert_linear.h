@@ -29,10 +29,12 @@ struct ExpertLinear {
   bool int8 = false;  // whether the packed weights are int8
   const void* x = nullptr;
   int64_t x_stride = 0;
+  int64_t x_strip = kStrip;
   const void* residual = nullptr;
   int64_t residual_stride = 0;
   void* out = nullptr;  // [.., O]
   int64_t out_stride = 0;
+  int64_t out_strip = kStrip;
   const int64_t* rows = nullptr;
   int64_t in_features = 0;
   int64_t out_features = 0;
@@ -43,6 +45,19 @@ struct ExpertLinear {
 
 // Arguments are trusted: the binding layer has checked shapes and ranges.
 void expert_linear(const Pool& pool, const ExpertLinear& op);
+
+const Kernels& level_of(const ExpertLinear& op);
+
+// What the blocks of a call refer to.
+struct BlockMemory {
+  Scratch parameters;
+  Scratch packed;  // weights that came unpacked
+  std::vector<const uint32_t*> panels;
+};
+
+// All rows of each expert that has some, against all panels.
+std::vector<LinearBlock> whole_blocks(const Pool& pool, const ExpertLinear& op,
+                                      BlockMemory& memory);
 
 // Runs only the innermost loop of the products, `repeats` times on every thread, for the rows of
 // one expert without norm (x, its packed weight): a ceiling. Returns floating-point operations.

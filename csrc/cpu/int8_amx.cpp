@@ -27,7 +27,8 @@ struct Bytes {
   static void put(uint32_t* a, __m512i bytes) { _mm512_storeu_si512(a, bytes); }
 };
 
-constexpr Kernels kFloat32 = make_int8_kernels<OfAmx<Int8<float, Bytes>, Int8Tiles>, AmxLinear>("amx_bf16");
+constexpr Kernels kFloat32 =
+    make_int8_kernels<OfAmx<Int8<float, Bytes>, Int8Tiles>, AmxLinear>("amx_bf16");
 constexpr Kernels kBFloat16 =
     make_int8_kernels<OfAmx<Int8<uint16_t, Bytes>, Int8Tiles>, AmxLinear>("amx_bf16");
 

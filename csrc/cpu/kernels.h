@@ -24,15 +24,21 @@ enum class Mask : int32_t { kBidirectional, kSeq2Seq, kCausal };
 constexpr int64_t kPanel = 32;
 constexpr int64_t kChunk = 16;
 
+// A matrix [R, C] of rows may lie in strips of so many columns: [ceil(C / kStrip)][R][kStrip]. Rows
+// of a matrix that is not cut are such strips with a distance of kStrip between them.
+constexpr int64_t kStrip = 64;
+
 // Rows [first, first + count) of the sorted rows, all of one expert, against panels
 // [panel_begin, panel_end) of its weight.
 struct LinearBlock {
   const void* x;
   int64_t x_stride;
-  const void* residual;  // may be null
+  int64_t x_strip = kStrip;  // elements from strip to strip
+  const void* residual;      // may be null
   int64_t residual_stride;
   void* out;
   int64_t out_stride;
+  int64_t out_strip = kStrip;
   const int64_t* rows;  // sorted row -> row of x, residual and out; null: the identity
   int64_t first;
   int64_t count;
@@ -124,11 +130,11 @@ struct LogitsSummary {
 constexpr int64_t kBlockRows = 192;
 
 // Of expert_linear: the most rows of a block and of a tile in it, and whether blocks should be as
-// few as that allows.
+// few as that allows, x and the result in strips where nobody else reads them.
 struct LinearKernels {
   int64_t (*most_rows)(int64_t in_features);
   int64_t tile_rows;
-  bool few_blocks;
+  bool high_blocks;
   int64_t (*scratch)(const LinearBlock& block);
   void (*block)(const LinearBlock& block, void* scratch);
 };

@@ -58,6 +58,12 @@ inline Vec sums(const float* c, int64_t row, int64_t column, const Scales& scale
   }
 }
 
+// Where column `column` of a row lies behind its first one.
+inline int64_t place_of(int64_t column, int64_t strip) {
+  constexpr int64_t width = beit3_fast::cpu::kStrip;
+  return column / width * strip + column % width;
+}
+
 inline int64_t row_of(const LinearBlock& block, int64_t sorted) {
   return block.rows == nullptr ? sorted : block.rows[sorted];
 }
@@ -71,7 +77,8 @@ inline void foresee(const LinearBlock& block, int64_t first, int64_t rows, int64
   constexpr int64_t line = kCacheLine / static_cast<int64_t>(sizeof(T));
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = row_of(block, first + r);
-    const T* const out = static_cast<const T*>(block.out) + row * block.out_stride + column;
+    const T* const out = static_cast<const T*>(block.out) + row * block.out_stride +
+                         place_of(column, block.out_strip);
     for (int64_t j = 0; j < columns; j += line) __builtin_prefetch(out + j, 1);
     if (block.residual == nullptr) continue;
     const T* const residual =
@@ -89,7 +96,7 @@ inline void finish(const LinearBlock& block, int64_t first, int64_t rows, int64_
   const T* const residual = static_cast<const T*>(block.residual);
   for (int64_t r = 0; r < rows; ++r, c += c_stride) {
     const int64_t row = row_of(block, first + r);
-    T* const to = out + row * block.out_stride + column;
+    T* const to = out + row * block.out_stride + place_of(column, block.out_strip);
     for (int64_t j = 0; j < columns; j += 16) {
       Vec y = sums<Arch>(c, r, j, scales);
       if (block.bias != nullptr) y = v_add(y, v_load(block.bias + column + j));

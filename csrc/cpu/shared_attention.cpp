@@ -14,10 +14,12 @@ constexpr int64_t kTasksPerThread = 4;
 
 // Sample s and the columns of a head, with all queries.
 void take_head(const SharedAttention& op, int64_t s, int64_t head, AttentionBlock& block) {
-  const int64_t column = head * op.head_dim;
-  block.q = elements_on(op.q, column, op.dtype);
-  block.k = elements_on(op.k, column, op.dtype);
-  block.v = elements_on(op.v, column, op.dtype);
+  const auto on = [&](const void* data, int64_t stride) {
+    return elements_on(data, head * (stride > 0 ? stride : op.head_dim), op.dtype);
+  };
+  block.q = on(op.q, op.q_head);
+  block.k = on(op.k, op.key_head);
+  block.v = on(op.v, op.key_head);
   block.q_stride = op.q_stride;
   block.k_stride = op.k_stride;
   block.v_stride = op.v_stride;
@@ -61,7 +63,8 @@ void shared_attention(const Pool& pool, const SharedAttention& op) {
     const int64_t head = task / parts % op.num_heads;
     AttentionBlock block{};
     take_head(op, task / parts / op.num_heads, head, block);
-    block.out = const_cast<void*>(elements_on(op.out, head * op.head_dim, op.dtype));
+    const int64_t out_head = op.out_head > 0 ? op.out_head : op.head_dim;
+    block.out = const_cast<void*>(elements_on(op.out, head * out_head, op.dtype));
     block.out_stride = op.out_stride;
     const int64_t queries = block.end;
     block.begin = queries * part / parts;

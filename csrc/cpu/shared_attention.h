@@ -19,6 +19,10 @@ struct SharedAttention {
   int64_t batch = 0;
   int64_t num_heads = 0;
   int64_t head_dim = 0;
+  // Elements from head to head; 0: head_dim.
+  int64_t q_head = 0;
+  int64_t key_head = 0;  // of k and v
+  int64_t out_head = 0;
   const int32_t* cu_vision = nullptr;  // [B + 1], of the keys
   const int32_t* cu_text = nullptr;
   const int32_t* cu_vision_q = nullptr;  // [B + 1], of the queries

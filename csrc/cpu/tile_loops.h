@@ -197,13 +197,32 @@ struct OfInt8 : Base {
   static constexpr bool kUnsigned = false;
   static constexpr int kPerUnit = 4;
   static constexpr int kTileRows = 12;
-  static bool moments(const T*, int64_t, float*, float*) { return false; }
+  template <class Row>
+  static bool moments(const Row&, int64_t, float*, float*) {
+    return false;
+  }
 };
 
 // First row of tile t of the `tiles` tiles of `count` rows.
 template <class Arch>
 inline int64_t tile_begin(int64_t count, int64_t tiles, int64_t t) {
   return Arch::kEven ? count * t / tiles : min_of(count, t * Arch::kTileRows);
+}
+
+// A row of elements that lie in strips, and element i of a row in either form.
+template <class T>
+struct StripRow {
+  const T* data;
+  int64_t strip;
+};
+template <class T>
+inline const T* at(const T* row, int64_t i) {
+  return row + i;
+}
+template <class T>
+inline const T* at(const StripRow<T>& row, int64_t i) {
+  constexpr int64_t width = beit3_fast::cpu::kStrip;
+  return row.data + i / width * row.strip + i % width;
 }
 
 template <class T>
@@ -229,16 +248,16 @@ inline float inverse_deviation(float variance, float eps) {
   return 1.0f / __builtin_sqrtf((variance > 0.0f ? variance : 0.0f) + eps) + beyond;
 }
 
-template <class Arch>
-inline Norm measure(const typename Arch::T* x, int64_t n, float eps) {
+template <class Arch, class Row>
+inline Norm measure(const Row& x, int64_t n, float eps) {
   float mean, quick;
   if (Arch::moments(x, n, &mean, &quick)) return {mean, 0.0f, inverse_deviation(quick, eps)};
   Vec sum[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
   int64_t i = 0;
   for (; i + 64 <= n; i += 64) {
-    for (int j = 0; j < 4; ++j) sum[j] = v_add(sum[j], v_load(x + i + 16 * j));
+    for (int j = 0; j < 4; ++j) sum[j] = v_add(sum[j], v_load(at(x, i + 16 * j)));
   }
-  for (; i < n; i += 16) sum[0] = v_add(sum[0], load_some(x + i, n - i));
+  for (; i < n; i += 16) sum[0] = v_add(sum[0], load_some(at(x, i), n - i));
   const float count = static_cast<float>(n);
   const float pivot = v_sum(v_add(v_add(sum[0], sum[1]), v_add(sum[2], sum[3]))) / count;
 
@@ -247,14 +266,14 @@ inline Norm measure(const typename Arch::T* x, int64_t n, float eps) {
   Vec second[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
   for (i = 0; i + 64 <= n; i += 64) {
     for (int j = 0; j < 4; ++j) {
-      const Vec d = v_sub(v_load(x + i + 16 * j), centre);
+      const Vec d = v_sub(v_load(at(x, i + 16 * j)), centre);
       first[j] = v_add(first[j], d);
       second[j] = v_fma(d, d, second[j]);
     }
   }
   for (; i < n; i += 16) {
     const int64_t left = n - i;
-    Vec d = v_sub(load_some(x + i, left), centre);
+    Vec d = v_sub(load_some(at(x, i), left), centre);
     if (left < 16) d = v_keep(d, left, 0.0f);
     first[0] = v_add(first[0], d);
     second[0] = v_fma(d, d, second[0]);
@@ -266,14 +285,14 @@ inline Norm measure(const typename Arch::T* x, int64_t n, float eps) {
   return {pivot, -offset * scale, scale};
 }
 
-// Values [at, at + 16) of a row, normalised where norm_weight is given.
-template <class T>
-inline Vec normal_values(const T* x, int64_t at, int64_t depth, const Norm& norm,
+// Values [from, from + 16) of a row, normalised where norm_weight is given.
+template <class Row>
+inline Vec normal_values(const Row& x, int64_t from, int64_t depth, const Norm& norm,
                          const float* norm_weight, const float* norm_bias) {
-  const Vec values = load_some(x + at, depth - at);
+  const Vec values = load_some(at(x, from), depth - from);
   if (norm_weight == nullptr) return values;
   const Vec y = v_fma(v_sub(values, v_set(norm.pivot)), v_set(norm.scale), v_set(norm.shift));
-  return v_fma(y, v_load(norm_weight + at), v_load(norm_bias + at));
+  return v_fma(y, v_load(norm_weight + from), v_load(norm_bias + from));
 }
 
 // How a row that meets int8 weights is rounded: 127 parts of its largest number, normalised where
@@ -283,8 +302,8 @@ struct Rounding {
   float inverse;
 };
 
-template <class T>
-inline Rounding measure_rounding(const T* x, int64_t depth, const Norm& norm,
+template <class Row>
+inline Rounding measure_rounding(const Row& x, int64_t depth, const Norm& norm,
                                  const float* norm_weight, const float* norm_bias) {
   Vec top = v_zero(), poison = v_zero();
   for (int64_t i = 0; i < depth; i += 16) {
@@ -299,33 +318,32 @@ inline Rounding measure_rounding(const T* x, int64_t depth, const Norm& norm,
 
 // Chunks [begin, end) of a row of A, rounded to int8; from one chunk to the next `a` goes on by
 // `chunk_words`.
-template <class Arch>
-inline void put_int8_row(const typename Arch::T* x, int64_t depth, int64_t begin, int64_t end,
-                         const Norm& norm, const float* norm_weight, const float* norm_bias,
-                         float inverse, uint32_t* a, int64_t chunk_words) {
+template <class Arch, class Row>
+inline void put_int8_row(const Row& x, int64_t depth, int64_t begin, int64_t end, const Norm& norm,
+                         const float* norm_weight, const float* norm_bias, float inverse,
+                         uint32_t* a, int64_t chunk_words) {
   constexpr int64_t step = kChunk * Arch::kPerUnit;
   const Vec factor = v_set(inverse);
   for (int64_t from = begin * step; from < end * step; from += step, a += chunk_words) {
     Vec part[4];
     for (int64_t j = 0; j < 4; ++j) {
-      const int64_t at = from + 16 * j;
-      part[j] = at < depth
-                    ? v_mul(normal_values(x, at, depth, norm, norm_weight, norm_bias), factor)
-                    : v_zero();
+      const int64_t i = from + 16 * j;
+      part[j] = i < depth ? v_mul(normal_values(x, i, depth, norm, norm_weight, norm_bias), factor)
+                          : v_zero();
     }
     Arch::put_int8(a, part);
   }
 }
 
 // The same as it is, normalised where norm_weight is given.
-template <class Arch>
-inline void put_row(const typename Arch::T* x, int64_t depth, int64_t begin, int64_t end,
-                    const Norm& norm, const float* norm_weight, const float* norm_bias, uint32_t* a,
+template <class Arch, class Row>
+inline void put_row(const Row& x, int64_t depth, int64_t begin, int64_t end, const Norm& norm,
+                    const float* norm_weight, const float* norm_bias, uint32_t* a,
                     int64_t chunk_words) {
   constexpr int64_t step = kChunk * Arch::kPerUnit;
   if (norm_weight == nullptr) {  // numbers that need not pass through fp32
     for (int64_t from = begin * step; from < end * step; from += step, a += chunk_words) {
-      Arch::copy(a, x + from, depth - from);
+      Arch::copy(a, at(x, from), depth - from);
     }
     return;
   }

@@ -1,0 +1,113 @@
+#include "layer_rest.h"
+
+#include <algorithm>
+
+#include "packed_weight.h"
+
+namespace beit3_fast::cpu {
+namespace {
+
+// Fewer rows on a thread than this read weights for longer than they multiply.
+constexpr int64_t kRowsPerThread = 256;
+
+// Rows [first, first + count), all of one expert in each product.
+struct Rows {
+  int64_t first;
+  int64_t count;
+};
+
+// As many blocks of a range of rows for every thread, of at most `most` rows.
+void cut(int64_t first, int64_t count, int64_t most, int64_t threads, int64_t grain,
+         std::vector<Rows>* tasks) {
+  const int64_t parts = ceil_div(ceil_div(count, most), threads) * threads;
+  const auto edge = [&](int64_t part) {
+    return std::min(count, ceil_div(count, grain) * part / parts * grain);
+  };
+  for (int64_t part = 0; part < parts; ++part) {
+    if (edge(part) < edge(part + 1)) {
+      tasks->push_back({first + edge(part), edge(part + 1) - edge(part)});
+    }
+  }
+}
+
+// Of the expert to which the rows belong.
+LinearBlock block_of(const std::vector<LinearBlock>& experts, const Rows& rows) {
+  const auto* expert = &experts[0];
+  for (const LinearBlock& other : experts) {
+    if (other.first <= rows.first) expert = &other;
+  }
+  LinearBlock block = *expert;
+  block.first = 0;
+  block.count = rows.count;
+  return block;
+}
+
+}  // namespace
+
+bool wants_layer_rest(const Pool& pool, const ExpertLinear& op, int64_t rows) {
+  return level_of(op).linear.high_blocks && rows >= kRowsPerThread * pool.threads;
+}
+
+void layer_rest(const Pool& pool, const LayerRest& op) {
+  thread_local BlockMemory memories[3];
+  const LinearKernels& level = level_of(op.first).linear;
+  const std::vector<LinearBlock> project = whole_blocks(pool, op.project, memories[0]);
+  const std::vector<LinearBlock> first = whole_blocks(pool, op.first, memories[1]);
+  const std::vector<LinearBlock> second = whole_blocks(pool, op.second, memories[2]);
+
+  std::vector<int64_t> edges;
+  for (const auto* experts : {&project, &first}) {
+    for (const LinearBlock& expert : *experts) {
+      edges.push_back(expert.first);
+      edges.push_back(expert.first + expert.count);
+    }
+  }
+  std::sort(edges.begin(), edges.end());
+  const int64_t width = op.project.out_features, hidden = op.first.out_features;
+  const int64_t most = std::min(level.most_rows(width), level.most_rows(hidden));
+  std::vector<Rows> tasks;
+  for (std::size_t i = 0; i + 1 < edges.size(); ++i) {
+    if (edges[i] == edges[i + 1]) continue;
+    cut(edges[i], edges[i + 1] - edges[i], most, pool.threads, level.tile_rows, &tasks);
+  }
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](const Rows& a, const Rows& b) { return a.count > b.count; });
+
+  const int64_t bytes = op.project.dtype == DType::kFloat32 ? 4 : 2;
+  share(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+    thread_local Scratch attended, between, scratch;
+    const Rows& rows = tasks[static_cast<std::size_t>(i)];
+    const auto run = [&](const LinearBlock& block) {
+      level.block(block, scratch.at_least(level.scratch(block)));
+    };
+    const auto row_of = [&](const void* data, int64_t stride) {
+      return elements_on(data, rows.first * stride, op.project.dtype);
+    };
+    LinearBlock block = block_of(project, rows);
+    block.x = row_of(block.x, block.x_stride);
+    block.residual = row_of(block.residual, block.residual_stride);
+    void* const a = block.out = attended.at_least(rows.count * width * bytes);
+    block.out_stride = width;
+    run(block);
+
+    block = block_of(first, rows);
+    block.x = a;
+    block.x_stride = width;
+    void* const h = block.out =
+        between.at_least(rows.count * ceil_div(hidden, kStrip) * kStrip * bytes);
+    block.out_stride = kStrip;
+    block.out_strip = kStrip * rows.count;
+    run(block);
+
+    block = block_of(second, rows);
+    block.x = h;
+    block.x_stride = kStrip;
+    block.x_strip = kStrip * rows.count;
+    block.residual = a;
+    block.residual_stride = width;
+    block.out = const_cast<void*>(row_of(block.out, block.out_stride));
+    run(block);
+  });
+}
+
+}  // namespace beit3_fast::cpu
