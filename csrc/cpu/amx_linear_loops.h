@@ -249,11 +249,10 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
           const int64_t from = depth_at(d), to = depth_at(d + 1);
           const uint32_t* const b = panel_at(panel) + from * kChunk * kPanel;
           const bool first = from == 0, last = to == chunks;
-          // The block of B that comes next; few rows leave no time to ask in.
-          const uint32_t* next = nullptr;
-          if (tiles >= 4 && d + 1 < depths) {
+          const uint32_t* next = nullptr;  // the block of B that comes next
+          if (d + 1 < depths) {
             next = panel_at(panel) + to * kChunk * kPanel;
-          } else if (tiles >= 4 && panel + 1 < group_end) {
+          } else if (panel + 1 < group_end) {
             next = panel_at(panel + 1) + slice_begin * kChunk * kPanel;
           }
           meanwhile.ask_for(next, (to - from) * kChunk * kPanel, tiles * (to - from));
@@ -265,7 +264,8 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
             float* const kept = sums + t * kSumWords;
             float* const result = last ? own.done + (turn++ % 2) * kSumWords : kept;
             state.set_rows(rows);
-            meanwhile.begin_tile(to - from, first || t + 1 == tiles ? nullptr : kept + kSumWords);
+            const bool far_sums = slices > 1 && !first && t + 1 < tiles;
+            meanwhile.begin_tile(to - from, far_sums ? kept + kSumWords : nullptr);
             const auto multiply = columns <= 16
                                       ? (rows > 16 ? multiply_beside<Arch, 2, 1, Meanwhile<Arch>>
                                                    : multiply_beside<Arch, 1, 1, Meanwhile<Arch>>)

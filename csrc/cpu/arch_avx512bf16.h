@@ -20,7 +20,7 @@ struct BFloat16 : OfTiles<BFloat16> {
   // the next one.
   static constexpr int64_t kDepthUnits = 256;
   static constexpr bool kAsksAhead = true;
-  static constexpr int kExpDegree = 5;
+  static constexpr int kExpDegree = 4;
   static constexpr int kOnes = 0x3f803f80;  // a pair of bf16 ones
 
   static __m512i narrow(const Vec* part) { return (__m512i)_mm512_cvtne2ps_pbh(part[1], part[0]); }
@@ -32,8 +32,9 @@ struct BFloat16 : OfTiles<BFloat16> {
     Vec sum[2] = {v_zero(), v_zero()}, square[2] = {v_zero(), v_zero()};
     int64_t i = 0;
     for (; i + 64 <= n; i += 64) {
+      const uint16_t* const from = at(x, i);
       for (int j = 0; j < 2; ++j) {
-        const __m512i pairs = _mm512_loadu_si512(at(x, i + 32 * j));
+        const __m512i pairs = _mm512_loadu_si512(from + 32 * j);
         sum[j] = dot_pairs(sum[j], pairs, ones);
         square[j] = dot_pairs(square[j], pairs, pairs);
       }

@@ -136,14 +136,13 @@ template <class Arch>
 inline float soften(const float* scores, int64_t visible, int64_t keys, float top, float factor,
                     uint32_t* a, int64_t chunk_words) {
   const int64_t step = kChunk * Arch::kPerUnit;
-  const Vec highest = v_set(top), slope = v_set(factor);
+  const Vec slope = v_set(factor), shift = v_set(-top * factor);
   Vec sum = v_zero();
-  Vec part[Arch::kPerUnit];
+  Vec part[Arch::kPerUnit] = {};
   int64_t i = 0;
   for (; i + step <= visible; i += step, a += chunk_words) {
     for (int j = 0; j < Arch::kPerUnit; ++j) {
-      const Vec x = v_sub(v_load(scores + i + 16 * j), highest);
-      part[j] = v_exp2<Arch::kExpDegree>(v_mul(x, slope));
+      part[j] = v_exp2<Arch::kExpDegree>(v_fma(v_load(scores + i + 16 * j), slope, shift));
     }
     sum = Arch::put_sum(a, part, sum);
   }
@@ -152,8 +151,7 @@ inline float soften(const float* scores, int64_t visible, int64_t keys, float to
       const int64_t left = visible - i - 16 * j;
       part[j] = v_zero();
       if (left <= 0) continue;
-      const Vec x = v_sub(v_load(scores + i + 16 * j), highest);
-      part[j] = v_exp2<Arch::kExpDegree>(v_mul(x, slope));
+      part[j] = v_exp2<Arch::kExpDegree>(v_fma(v_load(scores + i + 16 * j), slope, shift));
       if (left < 16) part[j] = v_keep(part[j], left, 0.0f);
     }
     sum = Arch::put_sum(a, part, sum);

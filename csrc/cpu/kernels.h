@@ -36,6 +36,7 @@ struct LinearBlock {
   int64_t x_strip = kStrip;  // elements from strip to strip
   const void* residual;      // may be null
   int64_t residual_stride;
+  int64_t residual_strip = kStrip;
   void* out;
   int64_t out_stride;
   int64_t out_strip = kStrip;

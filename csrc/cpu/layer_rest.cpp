@@ -1,6 +1,7 @@
 #include "layer_rest.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "packed_weight.h"
 
@@ -42,6 +43,29 @@ LinearBlock block_of(const std::vector<LinearBlock>& experts, const Rows& rows) 
   return block;
 }
 
+// `count` rows of `width` bytes, `stride` bytes apart, into strips and back.
+void to_strips(const void* rows, int64_t stride, int64_t count, int64_t width, int64_t strip_width,
+               void* strips) {
+  const auto* from = static_cast<const char*>(rows);
+  for (int64_t r = 0; r < count; ++r, from += stride) {
+    auto* to = static_cast<char*>(strips) + r * strip_width;
+    for (int64_t at = 0; at < width; at += strip_width, to += count * strip_width) {
+      std::memcpy(to, from + at, static_cast<std::size_t>(std::min(strip_width, width - at)));
+    }
+  }
+}
+
+void from_strips(const void* strips, int64_t count, int64_t width, int64_t strip_width, void* rows,
+                 int64_t stride) {
+  auto* to = static_cast<char*>(rows);
+  for (int64_t r = 0; r < count; ++r, to += stride) {
+    const auto* from = static_cast<const char*>(strips) + r * strip_width;
+    for (int64_t at = 0; at < width; at += strip_width, from += count * strip_width) {
+      std::memcpy(to + at, from, static_cast<std::size_t>(std::min(strip_width, width - at)));
+    }
+  }
+}
+
 }  // namespace
 
 bool wants_layer_rest(const Pool& pool, const ExpertLinear& op, int64_t rows) {
@@ -75,7 +99,7 @@ void layer_rest(const Pool& pool, const LayerRest& op) {
 
   const int64_t bytes = op.project.dtype == DType::kFloat32 ? 4 : 2;
   share(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
-    thread_local Scratch attended, between, scratch;
+    thread_local Scratch sums, between, scratch;
     const Rows& rows = tasks[static_cast<std::size_t>(i)];
     const auto run = [&](const LinearBlock& block) {
       level.block(block, scratch.at_least(level.scratch(block)));
@@ -83,30 +107,35 @@ void layer_rest(const Pool& pool, const LayerRest& op) {
     const auto row_of = [&](const void* data, int64_t stride) {
       return elements_on(data, rows.first * stride, op.project.dtype);
     };
+    const int64_t strip = kStrip * rows.count;
+    // The residual, to which both results are added where it lies.
+    void* const a = sums.at_least(ceil_div(width, kStrip) * strip * bytes);
     LinearBlock block = block_of(project, rows);
+    to_strips(row_of(block.residual, block.residual_stride), block.residual_stride * bytes,
+              rows.count, width * bytes, kStrip * bytes, a);
     block.x = row_of(block.x, block.x_stride);
-    block.residual = row_of(block.residual, block.residual_stride);
-    void* const a = block.out = attended.at_least(rows.count * width * bytes);
-    block.out_stride = width;
+    block.residual = block.out = a;
+    block.residual_stride = block.out_stride = kStrip;
+    block.residual_strip = block.out_strip = strip;
     run(block);
 
     block = block_of(first, rows);
     block.x = a;
-    block.x_stride = width;
-    void* const h = block.out =
-        between.at_least(rows.count * ceil_div(hidden, kStrip) * kStrip * bytes);
-    block.out_stride = kStrip;
-    block.out_strip = kStrip * rows.count;
+    void* const h = block.out = between.at_least(ceil_div(hidden, kStrip) * strip * bytes);
+    block.x_stride = block.out_stride = kStrip;
+    block.x_strip = block.out_strip = strip;
     run(block);
 
     block = block_of(second, rows);
+    void* const y = block.out;
+    const int64_t y_stride = block.out_stride;
     block.x = h;
-    block.x_stride = kStrip;
-    block.x_strip = kStrip * rows.count;
-    block.residual = a;
-    block.residual_stride = width;
-    block.out = const_cast<void*>(row_of(block.out, block.out_stride));
+    block.residual = block.out = a;
+    block.x_stride = block.residual_stride = block.out_stride = kStrip;
+    block.x_strip = block.residual_strip = block.out_strip = strip;
     run(block);
+    from_strips(a, rows.count, width * bytes, kStrip * bytes,
+                const_cast<void*>(row_of(y, y_stride)), y_stride * bytes);
   });
 }
 

@@ -81,8 +81,8 @@ inline void foresee(const LinearBlock& block, int64_t first, int64_t rows, int64
                          place_of(column, block.out_strip);
     for (int64_t j = 0; j < columns; j += line) __builtin_prefetch(out + j, 1);
     if (block.residual == nullptr) continue;
-    const T* const residual =
-        static_cast<const T*>(block.residual) + row * block.residual_stride + column;
+    const T* const residual = static_cast<const T*>(block.residual) + row * block.residual_stride +
+                              place_of(column, block.residual_strip);
     for (int64_t j = 0; j < columns; j += line) __builtin_prefetch(residual + j, 0);
   }
 }
@@ -94,15 +94,19 @@ inline void finish(const LinearBlock& block, int64_t first, int64_t rows, int64_
   using T = typename Arch::T;
   T* const out = static_cast<T*>(block.out);
   const T* const residual = static_cast<const T*>(block.residual);
+  const int64_t out_place = place_of(column, block.out_strip);
+  const int64_t residual_place = place_of(column, block.residual_strip);
   for (int64_t r = 0; r < rows; ++r, c += c_stride) {
     const int64_t row = row_of(block, first + r);
-    T* const to = out + row * block.out_stride + place_of(column, block.out_strip);
+    T* const to = out + row * block.out_stride + out_place;
+    const T* const added =
+        Residual ? residual + row * block.residual_stride + residual_place : nullptr;
     for (int64_t j = 0; j < columns; j += 16) {
       Vec y = sums<Arch>(c, r, j, scales);
       if (block.bias != nullptr) y = v_add(y, v_load(block.bias + column + j));
       if (Gelu) y = v_gelu(y);
       if (Residual) {
-        y = v_add(y, load_some(residual + row * block.residual_stride + column + j, columns - j));
+        y = v_add(y, load_some(added + j, columns - j));
       }
       store_some(to + j, y, columns - j);
     }

@@ -209,7 +209,8 @@ inline int64_t tile_begin(int64_t count, int64_t tiles, int64_t t) {
   return Arch::kEven ? count * t / tiles : min_of(count, t * Arch::kTileRows);
 }
 
-// A row of elements that lie in strips, and element i of a row in either form.
+// A row of elements that lie in strips, and element i of a row in either form; up to the next
+// multiple of kStrip the others lie behind it.
 template <class T>
 struct StripRow {
   const T* data;
@@ -221,8 +222,9 @@ inline const T* at(const T* row, int64_t i) {
 }
 template <class T>
 inline const T* at(const StripRow<T>& row, int64_t i) {
-  constexpr int64_t width = beit3_fast::cpu::kStrip;
-  return row.data + i / width * row.strip + i % width;
+  constexpr uint64_t width = beit3_fast::cpu::kStrip;
+  const auto place = static_cast<uint64_t>(i);
+  return row.data + static_cast<int64_t>(place / width) * row.strip + place % width;
 }
 
 template <class T>
@@ -255,7 +257,8 @@ inline Norm measure(const Row& x, int64_t n, float eps) {
   Vec sum[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
   int64_t i = 0;
   for (; i + 64 <= n; i += 64) {
-    for (int j = 0; j < 4; ++j) sum[j] = v_add(sum[j], v_load(at(x, i + 16 * j)));
+    const auto* const from = at(x, i);
+    for (int j = 0; j < 4; ++j) sum[j] = v_add(sum[j], v_load(from + 16 * j));
   }
   for (; i < n; i += 16) sum[0] = v_add(sum[0], load_some(at(x, i), n - i));
   const float count = static_cast<float>(n);
@@ -265,8 +268,9 @@ inline Norm measure(const Row& x, int64_t n, float eps) {
   Vec first[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
   Vec second[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
   for (i = 0; i + 64 <= n; i += 64) {
+    const auto* const from = at(x, i);
     for (int j = 0; j < 4; ++j) {
-      const Vec d = v_sub(v_load(at(x, i + 16 * j)), centre);
+      const Vec d = v_sub(v_load(from + 16 * j), centre);
       first[j] = v_add(first[j], d);
       second[j] = v_fma(d, d, second[j]);
     }
@@ -285,11 +289,11 @@ inline Norm measure(const Row& x, int64_t n, float eps) {
   return {pivot, -offset * scale, scale};
 }
 
-// Values [from, from + 16) of a row, normalised where norm_weight is given.
-template <class Row>
-inline Vec normal_values(const Row& x, int64_t from, int64_t depth, const Norm& norm,
+// Values [from, from + 16) of a row, which lie at x, normalised where norm_weight is given.
+template <class T>
+inline Vec normal_values(const T* x, int64_t from, int64_t depth, const Norm& norm,
                          const float* norm_weight, const float* norm_bias) {
-  const Vec values = load_some(at(x, from), depth - from);
+  const Vec values = load_some(x, depth - from);
   if (norm_weight == nullptr) return values;
   const Vec y = v_fma(v_sub(values, v_set(norm.pivot)), v_set(norm.scale), v_set(norm.shift));
   return v_fma(y, v_load(norm_weight + from), v_load(norm_bias + from));
@@ -307,7 +311,7 @@ inline Rounding measure_rounding(const Row& x, int64_t depth, const Norm& norm,
                                  const float* norm_weight, const float* norm_bias) {
   Vec top = v_zero(), poison = v_zero();
   for (int64_t i = 0; i < depth; i += 16) {
-    const Vec y = normal_values(x, i, depth, norm, norm_weight, norm_bias);
+    const Vec y = normal_values(at(x, i), i, depth, norm, norm_weight, norm_bias);
     top = v_max(top, v_max(y, v_sub(v_zero(), y)));
     poison = v_fma(y, v_zero(), poison);
   }
@@ -325,11 +329,14 @@ inline void put_int8_row(const Row& x, int64_t depth, int64_t begin, int64_t end
   constexpr int64_t step = kChunk * Arch::kPerUnit;
   const Vec factor = v_set(inverse);
   for (int64_t from = begin * step; from < end * step; from += step, a += chunk_words) {
+    const auto* const values = at(x, from);
     Vec part[4];
     for (int64_t j = 0; j < 4; ++j) {
       const int64_t i = from + 16 * j;
-      part[j] = i < depth ? v_mul(normal_values(x, i, depth, norm, norm_weight, norm_bias), factor)
-                          : v_zero();
+      part[j] = i < depth
+                    ? v_mul(normal_values(values + 16 * j, i, depth, norm, norm_weight, norm_bias),
+                            factor)
+                    : v_zero();
     }
     Arch::put_int8(a, part);
   }
@@ -348,9 +355,10 @@ inline void put_row(const Row& x, int64_t depth, int64_t begin, int64_t end, con
     return;
   }
   for (int64_t from = begin * step; from < end * step; from += step, a += chunk_words) {
+    const auto* const values = at(x, from);
     Vec part[Arch::kPerUnit];
     for (int j = 0; j < Arch::kPerUnit; ++j) {
-      part[j] = normal_values(x, from + 16 * j, depth, norm, norm_weight, norm_bias);
+      part[j] = normal_values(values + 16 * j, from + 16 * j, depth, norm, norm_weight, norm_bias);
     }
     Arch::put(a, part);
   }
