@@ -68,6 +68,7 @@ def expert_linear(
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    x = _dense(x)
     if _prepacks(x, weight, bias):
         packed = derived(
             "onednn", (weight,), lambda: torch.ops.mkldnn._reorder_linear_weight(weight, None)
@@ -76,6 +77,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> 
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
     y = F.linear(x, weight, bias)
     return F.gelu(y) if activation == "gelu" else y
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x for a product that reads nothing else: oneDNN on AMX multiplies zeros by what lies behind bf16 rows of a length off 32."""
+    if x.dtype is torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] % 32:
+        return x.contiguous()
+    return x
 
 
 def _prepacks(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -137,7 +145,7 @@ def expert_linear_backward(
         else:
             normed = operand
         if activation == "gelu":
-            z = F.linear(normed, weight, biases[expert] if biases else None)
+            z = F.linear(_dense(normed), weight, biases[expert] if biases else None)
             dy = torch.ops.aten.gelu_backward(dy, z)
         dweights.append(products.outer(dy, normed))
         if biases:

@@ -164,7 +164,6 @@ inline void multiply_beside(int64_t rows, const uint32_t* a, const uint32_t* b, 
     }
     meanwhile.chunk();
   }
-  meanwhile.finish_all();
   _tile_stored(0, to, kRow);
   if (N == 2) _tile_stored(1, to + 16, kRow);
   if (M == 2) _tile_stored(2, to + kLower, kRow);

@@ -89,7 +89,7 @@ inline Vec v_exp2(Vec x) {
     p = v_fma(p, f, v_set(2.414427441e-01f));
     p = v_fma(p, f, v_set(6.930038398e-01f));
     p = v_fma(p, f, v_set(1.000002593e+00f));
-    return _mm512_scalef_ps(p, x);  // 0 for x = -inf, where p is not a number: by definition
+    return _mm512_scalef_ps(p, x);
   }
   const Vec whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Vec f = _mm512_sub_ps(x, whole);
@@ -109,7 +109,7 @@ inline Vec v_exp2(Vec x) {
     p = v_fma(p, f, v_set(6.931471825e-01f));
   }
   p = v_fma(p, f, v_set(1.0f));
-  return _mm512_scalef_ps(p, whole);
+  return _mm512_scalef_ps(p, whole);  // 0 for x = -inf, where p is not a number: by definition
 }
 
 // Exact GELU: x Phi(x) = max(x, 0) - |x| Q(|x|), which keeps the relative precision of the negative

@@ -30,7 +30,7 @@ LAYERS_BUGS = (
     Bug(
         "layer-values-are-the-keys",
         "csrc/layer_ops.cpp",
-        "keys_at + width, call.dtype",
+        "keys_at + part, call.dtype",
         "keys_at, call.dtype",
         (WHOLE_LAYER,),
     ),

@@ -19,8 +19,8 @@ NATIVE_BUGS = (
     Bug(
         "int8-numbers-not-finite-become-whole",
         "csrc/cpu/tile_loops.h",
-        "scales[r] = largest / 127.0f + v_sum(poison);",
-        "scales[r] = largest / 127.0f;",
+        "{largest / 127.0f + v_sum(poison),",
+        "{largest / 127.0f,",
         (f"{INT8}::test_numbers_that_are_not_finite_are_not_hidden",),
     ),
     Bug(
@@ -250,8 +250,8 @@ NATIVE_BUGS = (
     Bug(
         "linear-last-panels-lost-between-threads",
         "csrc/cpu/expert_linear.cpp",
-        "task.panel_end = panels * (split + 1) / splits;",
-        "task.panel_end = task.panel_begin + panels / splits;",
+        "task.panel_end = panels * (split + 1) / cut.splits;",
+        "task.panel_end = task.panel_begin + panels / cut.splits;",
         (f"{KERNELS}::test_columns_are_shared_out_among_threads",),
     ),
     Bug(
@@ -264,8 +264,8 @@ NATIVE_BUGS = (
     Bug(
         "linear-rows-of-whole-tiles-beyond-the-expert",
         "csrc/cpu/expert_linear.cpp",
-        "return std::min(expert.count, ceil_div(expert.count, grain) * part / parts * grain);",
-        "return ceil_div(expert.count, grain) * part / parts * grain;",
+        "return std::min(expert.count,\n                      ceil_div(expert.count, cut.grain) * part / cut.parts * cut.grain);",
+        "return ceil_div(expert.count, cut.grain) * part / cut.parts * cut.grain;",
         (f"{KERNELS}::test_nothing_is_read_outside_its_tensor",),
     ),
     Bug(

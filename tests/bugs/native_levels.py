@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bugs.bug import CPU_LEVEL, EMULATED, INT8, KERNELS, Bug
+from bugs.bug import BLOCKS, CPU_LEVEL, EMULATED, INT8, KERNELS, WHOLE_LAYER, Bug
 
 AMX = f"{EMULATED}::test_the_kernel_tests_hold_at_every_level[amx_bf16]"
 
@@ -28,6 +28,99 @@ NATIVE_LEVELS_BUGS = (
         "_tile_loadd(0, c, c_row);",
         "_tile_zero(0);",
         (EMULATED,),
+    ),
+    # csrc/cpu/amx_linear_loops.h
+    Bug(
+        "amx-slices-before-the-last-finished-too",
+        "csrc/cpu/amx_linear_loops.h",
+        "last = to == chunks;",
+        "last = d + 1 == depths;",
+        (AMX, BLOCKS),
+    ),
+    Bug(
+        "amx-sums-of-the-slice-before-dropped",
+        "csrc/cpu/amx_linear_loops.h",
+        "const bool first = from == 0,",
+        "const bool first = d == 0,",
+        (AMX, BLOCKS),
+    ),
+    Bug(
+        "amx-sums-of-all-panels-in-one-place",
+        "csrc/cpu/amx_linear_loops.h",
+        "(panel - group) * tiles * kSumWords",
+        "0 * tiles * kSumWords",
+        (AMX, BLOCKS),
+    ),
+    Bug(
+        "amx-last-tile-never-finished",
+        "csrc/cpu/amx_linear_loops.h",
+        "    group = group_end;\n  }\n  meanwhile.finish_all();",
+        "    group = group_end;\n  }",
+        (AMX, BLOCKS),
+    ),
+    Bug(
+        "amx-one-place-for-the-tile-before-and-this-one",
+        "csrc/cpu/amx_linear_loops.h",
+        "(turn++ % 2) * kSumWords",
+        "0",
+        (AMX, BLOCKS),
+    ),
+    Bug(
+        "amx-int8-scales-of-the-first-rows-for-all",
+        "csrc/cpu/amx_linear_loops.h",
+        "if (Arch::kInt8) scales_.rows += rows;",
+        "",
+        (AMX, BLOCKS),
+    ),
+    Bug(
+        "amx-later-slices-packed-as-the-first",
+        "csrc/cpu/amx_linear_loops.h",
+        "                      a, rows * Arch::kRowWords);",
+        "                      a, from == 0 ? rows * Arch::kRowWords : 0);",
+        (AMX, BLOCKS),
+    ),
+    # csrc/cpu/layer_rest.cpp, csrc/layer_ops.cpp: what lies between in strips
+    Bug(
+        "rest-of-a-layer-by-the-experts-of-attention-alone",
+        "csrc/cpu/layer_rest.cpp",
+        "for (const auto* experts : {&project, &first})",
+        "for (const auto* experts : {&first})",
+        (AMX, WHOLE_LAYER),
+    ),
+    Bug(
+        "rest-of-a-layer-all-rows-by-the-first-expert",
+        "csrc/cpu/layer_rest.cpp",
+        "if (other.first <= rows.first) expert = &other;",
+        "if (other.first < rows.first && rows.count == 0) expert = &other;",
+        (AMX, WHOLE_LAYER),
+    ),
+    Bug(
+        "rest-of-a-layer-residual-of-the-first-rows-for-all",
+        "csrc/cpu/layer_rest.cpp",
+        "to_strips(row_of(block.residual, block.residual_stride),",
+        "to_strips(block.residual,",
+        (AMX, WHOLE_LAYER),
+    ),
+    Bug(
+        "rest-of-a-layer-adds-nothing-in-the-end",
+        "csrc/cpu/layer_rest.cpp",
+        "    block.x = h;\n    block.residual = block.out = a;",
+        "    block.x = h;\n    block.residual = nullptr;\n    block.out = a;",
+        (AMX, WHOLE_LAYER),
+    ),
+    Bug(
+        "strips-of-keys-at-the-place-of-rows",
+        "csrc/layer_ops.cpp",
+        "const int64_t part = in_strips ? width * x.size(0) : width;",
+        "const int64_t part = width;",
+        (AMX, WHOLE_LAYER),
+    ),
+    Bug(
+        "strips-of-keys-as-high-as-those-of-queries",
+        "csrc/layer_ops.cpp",
+        "call.key_head = kStrip * x.size(0);",
+        "call.key_head = kStrip * q.size(0);",
+        (AMX, WHOLE_LAYER),
     ),
     Bug(
         "avx2-upper-half-of-the-gelu-table-unused",

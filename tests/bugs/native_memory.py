@@ -15,8 +15,8 @@ NATIVE_MEMORY_BUGS = (
     Bug(
         "linear-residual-at-int32-offsets",
         "csrc/cpu/linear_loops.h",
-        "residual + row * block.residual_stride + column + j",
-        "residual + static_cast<int32_t>(row * block.residual_stride) + column + j",
+        "residual + row * block.residual_stride + residual_place",
+        "residual + static_cast<int32_t>(row * block.residual_stride) + residual_place",
         (f"{FAR_ROWS}::test_expert_linear",),
     ),
     Bug(
@@ -43,8 +43,8 @@ NATIVE_MEMORY_BUGS = (
     Bug(
         "linear-parameters-shared-by-threads",
         "csrc/cpu/expert_linear.cpp",
-        "thread_local Scratch parameters;",
-        "static Scratch parameters;",
+        "thread_local BlockMemory memory;",
+        "static BlockMemory memory;",
         (f"{THREADS}::test_biases_and_norms",),
     ),
     Bug(
@@ -57,15 +57,15 @@ NATIVE_MEMORY_BUGS = (
     Bug(
         "linear-packed-weight-kept-at-any-size",
         "csrc/cpu/expert_linear.cpp",
-        "  packed.keep_at_most(kMostPacked);\n",
+        "  memory.packed.keep_at_most(kMostPacked);\n",
         "",
         (f"{PROCESSES}::test_a_wide_weight_packed_for_a_call_does_not_stay",),
     ),
     Bug(
         "linear-packed-weight-in-new-memory",
         "csrc/cpu/expert_linear.cpp",
-        "  packed.keep_at_most(kMostPacked);\n",
-        "  packed.keep_at_most(0);\n",
+        "  memory.packed.keep_at_most(kMostPacked);\n",
+        "  memory.packed.keep_at_most(0);\n",
         (f"{PROCESSES}::test_what_repeats_allocates_nothing_large",),
     ),
     Bug(

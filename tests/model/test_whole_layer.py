@@ -103,6 +103,33 @@ def test_a_layer(form: str, mask: str, lengths: str, monkeypatch: pytest.MonkeyP
             assert torch.equal(whole, apart)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("form", ["bf16", "packed, bf16", "int8, bf16", "packed, fp32"])
+@pytest.mark.parametrize("model", ["heads of 64", "heads of 32", "an expert for pairs"])
+def test_a_layer_of_many_rows(
+    model: str, form: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many that threads take rows through several products, what lies between in strips (AMX)."""
+    config = TINY.replace(embed_dim=192, num_heads=6 if model == "heads of 32" else 3, ffn_dim=416)
+    if model == "an expert for pairs":
+        config = config.replace(attention="shared", vl_expert_layers=1, num_layers=1)
+    layer = in_form(backbone(config), form).encoder.layers[0]
+    vision, text = [300, 500, 0, 41], [20, 0, 37, 3]
+    if model == "an expert for pairs":
+        vision, text = [500, 340], [20, 40]
+    layout = TokenLayout.from_lengths(vision, text)
+    x = encoder.Measured(
+        torch.randn(layout.num_rows, 192).to(layer.final_layer_norm.A.weight.dtype)
+    )
+    torch.set_num_threads(threads)
+    with torch.no_grad():
+        for read in (None, layout.select("all", "none"), layout.select("first", "first")):
+            how: dict[str, Any] = {"mask": "seq2seq", "read": read}
+            run = lambda how=how: encoder.encoder_layer(layer, x, layout, **how).rows  # noqa: E731
+            whole, apart = both(monkeypatch, run, layers=1)
+            assert torch.equal(whole, apart)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_models(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts of attention and of feed-forward networks, for pairs as well, each with its own rows."""

@@ -274,6 +274,12 @@ inline float reduce_max_ps(__m512 a) {
 inline __m512 roundscale_ps(__m512 a, int) {
   return each([&](int i) { return std::nearbyint(a[i]); });
 }
+inline __m512 reduce_ps(__m512 a, int rounding) {
+  if (rounding != (_MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC))
+    std::abort();
+  return each(
+      [&](int i) { return std::isinf(a[i]) ? 0.0f : a[i] - std::floor(a[i]); });
+}
 inline __m512 scalef_ps(__m512 a, __m512 b) { return scale_by_power(a, b); }
 inline __m512 permutexvar_ps(__m512i index, __m512 a) {
   const auto at = bits<Ints>(index);
@@ -482,6 +488,8 @@ inline void half_mask_storeu_epi16(void *p, __mmask16 mask, __m256i a) {
 #define _mm512_reduce_max_ps emulated::reduce_max_ps
 #undef _mm512_roundscale_ps
 #define _mm512_roundscale_ps emulated::roundscale_ps
+#undef _mm512_reduce_ps
+#define _mm512_reduce_ps emulated::reduce_ps
 #undef _mm512_scalef_ps
 #define _mm512_scalef_ps emulated::scalef_ps
 #undef _mm512_permutexvar_ps
@@ -564,6 +572,8 @@ inline void half_mask_storeu_epi16(void *p, __mmask16 mask, __m256i a) {
 #define _tile_zero emulated::tile_zero
 #undef _tile_loadd
 #define _tile_loadd emulated::tile_load
+#undef _tile_stream_loadd
+#define _tile_stream_loadd emulated::tile_load
 #undef _tile_stored
 #define _tile_stored emulated::tile_store
 #undef _tile_dpbf16ps

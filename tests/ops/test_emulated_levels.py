@@ -34,7 +34,8 @@ LEVELS = {
         *("test_likeliest.py", "-k", "not fp32"),
     ),
     "amx_bf16": (
-        *("test_cpu_kernels.py", "test_attention_gradients.py"),
+        *("test_cpu_kernels.py", "test_cpu_blocks.py", "test_attention_gradients.py"),
+        "../model/test_whole_layer.py::test_a_layer_of_many_rows[heads of 64-packed, bf16-2]",
         *("test_cpu_int8.py", "-k", "int8 or not fp32"),
     ),
 }
