@@ -133,9 +133,9 @@ class Meanwhile {
 };
 
 // M tiles of rows times N of columns; `before` is null or what the products are added to.
-template <class Arch, int M, int N, class Meanwhile>
+template <class Arch, int M, int N>
 inline void multiply_beside(int64_t rows, const uint32_t* a, const uint32_t* b, int64_t chunks,
-                            const float* before, float* to, Meanwhile& meanwhile) {
+                            const float* before, float* to, Meanwhile<Arch>& meanwhile) {
   constexpr int64_t kRow = kPanel * 4, kLower = 16 * kPanel;
   memory_is_read();
   if (before != nullptr) {
@@ -265,11 +265,10 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
             state.set_rows(rows);
             const bool far_sums = slices > 1 && !first && t + 1 < tiles;
             meanwhile.begin_tile(to - from, far_sums ? kept + kSumWords : nullptr);
-            const auto multiply = columns <= 16
-                                      ? (rows > 16 ? multiply_beside<Arch, 2, 1, Meanwhile<Arch>>
-                                                   : multiply_beside<Arch, 1, 1, Meanwhile<Arch>>)
-                                      : (rows > 16 ? multiply_beside<Arch, 2, 2, Meanwhile<Arch>>
-                                                   : multiply_beside<Arch, 1, 2, Meanwhile<Arch>>);
+            const auto multiply =
+                columns <= 16
+                    ? (rows > 16 ? multiply_beside<Arch, 2, 1> : multiply_beside<Arch, 1, 1>)
+                    : (rows > 16 ? multiply_beside<Arch, 2, 2> : multiply_beside<Arch, 1, 2>);
             multiply(rows, a, b, to - from, first ? nullptr : kept, result, meanwhile);
             if (last) {
               scales.rows = own.scales + begin;

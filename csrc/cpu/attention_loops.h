@@ -136,13 +136,18 @@ template <class Arch>
 inline float soften(const float* scores, int64_t visible, int64_t keys, float top, float factor,
                     uint32_t* a, int64_t chunk_words) {
   const int64_t step = kChunk * Arch::kPerUnit;
-  const Vec slope = v_set(factor), shift = v_set(-top * factor);
+  const Vec highest = v_set(top), slope = v_set(factor), shift = v_set(-top * factor);
+  const auto weight_of = [&](Vec score) {
+    // The weight of the highest is 1 but for the error of exp2, which bf16 does not show.
+    if constexpr (Arch::kExpDegree == 4) return v_exp2<4>(v_fma(score, slope, shift));
+    return v_exp2<Arch::kExpDegree>(v_mul(v_sub(score, highest), slope));
+  };
   Vec sum = v_zero();
   Vec part[Arch::kPerUnit] = {};
   int64_t i = 0;
   for (; i + step <= visible; i += step, a += chunk_words) {
     for (int j = 0; j < Arch::kPerUnit; ++j) {
-      part[j] = v_exp2<Arch::kExpDegree>(v_fma(v_load(scores + i + 16 * j), slope, shift));
+      part[j] = weight_of(v_load(scores + i + 16 * j));
     }
     sum = Arch::put_sum(a, part, sum);
   }
@@ -151,7 +156,7 @@ inline float soften(const float* scores, int64_t visible, int64_t keys, float to
       const int64_t left = visible - i - 16 * j;
       part[j] = v_zero();
       if (left <= 0) continue;
-      part[j] = v_exp2<Arch::kExpDegree>(v_fma(v_load(scores + i + 16 * j), slope, shift));
+      part[j] = weight_of(v_load(scores + i + 16 * j));
       if (left < 16) part[j] = v_keep(part[j], left, 0.0f);
     }
     sum = Arch::put_sum(a, part, sum);

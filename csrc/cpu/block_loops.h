@@ -44,23 +44,26 @@ struct TileLinear {
 };
 
 template <class Arch, class Linear = TileLinear>
-constexpr Kernels make_kernels(const char* isa) {
-  return {isa,
-          Linear::template of<Arch>(),
-          attention_scratch<Arch>,
-          attention_block<Arch>,
-          gradients_scratch<Arch>,
-          gradients_block<Arch>,
-          product_loop<Arch>,
-          pack_panel<Arch>,
-          pack_transposed<Arch>,
-          likeliest<Arch>};
+constexpr Kernels make_int8_kernels(const char* isa) {
+  Kernels own{};
+  own.isa = isa;
+  own.linear = Linear::template of<Arch>();
+  own.product_scratch = linear_scratch<Arch>;
+  own.product_loop = product_loop<Arch>;
+  return own;
 }
 
 template <class Arch, class Linear = TileLinear>
-constexpr Kernels make_int8_kernels(const char* isa) {
-  return {isa,     Linear::template of<Arch>(), nullptr, nullptr, nullptr,
-          nullptr, product_loop<Arch>,          nullptr, nullptr, nullptr};
+constexpr Kernels make_kernels(const char* isa) {
+  Kernels own = make_int8_kernels<Arch, Linear>(isa);
+  own.attention_scratch = attention_scratch<Arch>;
+  own.attention_block = attention_block<Arch>;
+  own.gradients_scratch = gradients_scratch<Arch>;
+  own.gradients_block = gradients_block<Arch>;
+  own.pack_panel = pack_panel<Arch>;
+  own.pack_transposed = pack_transposed<Arch>;
+  own.likeliest = likeliest<Arch>;
+  return own;
 }
 
 }  // namespace

@@ -218,7 +218,7 @@ int64_t product_loop(const Pool& pool, const ExpertLinear& op, int64_t repeats) 
   std::atomic<int64_t> results{0};
   share(pool, pool.threads, [&](int64_t) {
     Scratch scratch;
-    results += level.product_loop(block, repeats, scratch.at_least(level.linear.scratch(block)));
+    results += level.product_loop(block, repeats, scratch.at_least(level.product_scratch(block)));
   });
   return results * repeats * 2 * op.in_features;
 }

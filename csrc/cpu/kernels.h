@@ -150,6 +150,7 @@ struct Kernels {
   // `repeats` times the products of the block's first tile of rows with its first columns: nothing
   // but the innermost loop, on operands that stay in the nearest cache. Returns how many results
   // that tile has.
+  int64_t (*product_scratch)(const LinearBlock& block);
   int64_t (*product_loop)(const LinearBlock& block, int64_t repeats, void* scratch);
   // One panel of B whose column j is rows[j]; columns from `count` on are zero.
   void (*pack_panel)(const void* const* rows, int64_t count, int64_t depth, uint32_t* panel);

@@ -328,6 +328,7 @@ def test_a_cpu_without_bfloat16_products_is_measured_in_float32(
     monkeypatch.setattr(run, "multiplies_bfloat16", lambda device: True)
     assert dtypes("--quick") == {"bfloat16", "float32"}
     monkeypatch.setattr(run, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(run, "has_matrix_units", lambda device: False)
     assert dtypes("--quick") == {"float32"}
     plan = run._plan(run._parser().parse_args(["--quick"]))
     assert all(plan.memory(case) for case in plan.cases)
