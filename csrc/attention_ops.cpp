@@ -64,7 +64,7 @@ void take_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Lay
   call.k_stride = k.stride(0);
   call.v_stride = v.stride(0);
   call.num_heads = num_heads;
-  call.head_dim = width / num_heads;
+  call.head_dim = call.q_head = call.key_head = call.out_head = width / num_heads;
   call.scale = static_cast<float>(scale);
 }
 

@@ -270,7 +270,7 @@ Tensor attend(const Layer& layer, const Tensor& x, const Tensor& queries, bool s
   call.q_stride = q.stride(0);
   call.k_stride = call.v_stride = projected.stride(0);
   call.out_stride = width;
-  call.head_dim = width / call.num_heads;
+  call.head_dim = call.q_head = call.key_head = call.out_head = width / call.num_heads;
   call.scale = static_cast<float>(scale_of(call.head_dim));
   if (in_strips) {
     call.q_stride = call.k_stride = call.v_stride = call.out_stride = kStrip;

@@ -16,7 +16,6 @@ constexpr int64_t kWholeSlice = 32, kSlice = 24, kBlockOfB = 16;
 constexpr int64_t kSliceBytes = int64_t{640} << 10;
 // Panels whose sums wait in memory together, where A comes in slices.
 constexpr int64_t kGroup = 32;
-constexpr int64_t kAmxRows = 32;
 constexpr int64_t kSumWords = kAmxRows * kPanel;
 
 inline int64_t slices_of(int64_t chunks) {
@@ -65,10 +64,7 @@ int64_t amx_linear_scratch(const LinearBlock& block) {
 template <class Arch>
 class Meanwhile {
  public:
-  using EndTile = void (*)(const LinearBlock&, int64_t first, int64_t rows, int64_t column,
-                           int64_t columns, const float* c, int64_t c_stride, const Scales&);
-
-  Meanwhile(const LinearBlock& block, EndTile end_tile) : block_(block), end_tile_(end_tile) {}
+  explicit Meanwhile(const LinearBlock& block) : block_(block), finish_(finish_of<Arch>(block)) {}
 
   // Lines of B to ask for, so many with each of `steps` chunks.
   void ask_for(const uint32_t* b, int64_t words, int64_t steps) {
@@ -114,7 +110,7 @@ class Meanwhile {
 
  private:
   void finish_rows(int64_t rows) {
-    end_tile_(block_, first_, rows, column_, columns_, c_, kPanel, scales_);
+    finish_(block_, first_, rows, column_, columns_, c_, kPanel, scales_);
     first_ += rows;
     rows_left_ -= rows;
     c_ += rows * kPanel;
@@ -122,7 +118,7 @@ class Meanwhile {
   }
 
   const LinearBlock& block_;
-  const EndTile end_tile_;
+  const Finish finish_;
   const char* next_b_ = nullptr;
   int64_t b_lines_ = 0, b_share_ = 0;
   const char* sums_ = nullptr;
@@ -131,45 +127,6 @@ class Meanwhile {
   const float* c_ = nullptr;
   Scales scales_{};
 };
-
-// M tiles of rows times N of columns; `before` is null or what the products are added to.
-template <class Arch, int M, int N>
-inline void multiply_beside(int64_t rows, const uint32_t* a, const uint32_t* b, int64_t chunks,
-                            const float* before, float* to, Meanwhile<Arch>& meanwhile) {
-  constexpr int64_t kRow = kPanel * 4, kLower = 16 * kPanel;
-  memory_is_read();
-  if (before != nullptr) {
-    _tile_loadd(0, before, kRow);
-    if (N == 2) _tile_loadd(1, before + 16, kRow);
-    if (M == 2) _tile_loadd(2, before + kLower, kRow);
-    if (M == 2 && N == 2) _tile_loadd(3, before + kLower + 16, kRow);
-  } else {
-    _tile_zero(0);
-    if (N == 2) _tile_zero(1);
-    if (M == 2) _tile_zero(2);
-    if (M == 2 && N == 2) _tile_zero(3);
-  }
-  for (; chunks > 0; --chunks, a += rows * Arch::kRowWords, b += kChunk * kPanel) {
-    _tile_stream_loadd(4, a, kCacheLine);
-    _tile_loadd(6, b, kRow);
-    Arch::Product::template add<0>();
-    if (N == 2) {
-      _tile_loadd(7, b + 16, kRow);
-      Arch::Product::template add<1>();
-    }
-    if (M == 2) {
-      _tile_stream_loadd(5, a + 16 * Arch::kRowWords, kCacheLine);
-      Arch::Product::template add<2>();
-      if (N == 2) Arch::Product::template add<3>();
-    }
-    meanwhile.chunk();
-  }
-  _tile_stored(0, to, kRow);
-  if (N == 2) _tile_stored(1, to + 16, kRow);
-  if (M == 2) _tile_stored(2, to + kLower, kRow);
-  if (M == 2 && N == 2) _tile_stored(3, to + kLower + 16, kRow);
-  memory_is_read();
-}
 
 template <class Arch>
 void amx_linear_block(const LinearBlock& block, void* scratch) {
@@ -213,10 +170,7 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
     }
   };
 
-  const bool gelu = block.activation == Activation::kGelu;
-  Meanwhile<Arch> meanwhile(
-      block, gelu ? (block.residual ? finish<Arch, true, true> : finish<Arch, true, false>)
-                  : (block.residual ? finish<Arch, false, true> : finish<Arch, false, false>));
+  Meanwhile<Arch> meanwhile(block);
   const auto panel_at = [&](int64_t panel) {
     return block.parts[panel / block.part_panels] + panel % block.part_panels * panel_words;
   };
@@ -234,13 +188,7 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
         return slice_begin + (slice_end - slice_begin) * d / depths;
       };
       for (int64_t panel = group; panel < group_end; ++panel) {
-        const int64_t part = panel / block.part_panels;
-        const int64_t inside = panel % block.part_panels * kPanel;
-        const auto* const behind =
-            reinterpret_cast<const float*>(block.parts[part] + block.part_panels * panel_words);
-        Scales scales{
-            own.scales, behind + inside,
-            reinterpret_cast<const int32_t*>(behind) + block.part_panels * kPanel + inside};
+        Scales scales = scales_of(block, panel * kPanel, panel_words, own.scales);
         const int64_t column = panel * kPanel;
         const int64_t columns = min_of(kPanel, block.out_features - column);
         float* const sums = own.sums + (slices == 1 ? 0 : (panel - group) * tiles * kSumWords);
@@ -262,14 +210,11 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
                 (begin * (slice_end - slice_begin) + (from - slice_begin) * rows) * Arch::kRowWords;
             float* const kept = sums + t * kSumWords;
             float* const result = last ? own.done + (turn++ % 2) * kSumWords : kept;
-            state.set_rows(rows);
             const bool far_sums = slices > 1 && !first && t + 1 < tiles;
             meanwhile.begin_tile(to - from, far_sums ? kept + kSumWords : nullptr);
-            const auto multiply =
-                columns <= 16
-                    ? (rows > 16 ? multiply_beside<Arch, 2, 1> : multiply_beside<Arch, 1, 1>)
-                    : (rows > 16 ? multiply_beside<Arch, 2, 2> : multiply_beside<Arch, 1, 2>);
-            multiply(rows, a, b, to - from, first ? nullptr : kept, result, meanwhile);
+            Arch::template multiply<true>(state, rows, ceil_div(columns, 16), a, b, to - from,
+                                          first ? nullptr : kept, result, kPanel,
+                                          [&] { meanwhile.chunk(); });
             if (last) {
               scales.rows = own.scales + begin;
               meanwhile.hand_over(block.first + begin, rows, column, columns, result, scales);

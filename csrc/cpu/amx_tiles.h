@@ -5,6 +5,8 @@
 
 namespace {
 
+constexpr int kAmxRows = 32;
+
 // Tile registers: sums 0 to 3 (two tiles of rows, two halves of a panel), A 4 and 5, B 6 and 7.
 struct TileConfig {
   uint8_t palette = 1;
@@ -48,9 +50,8 @@ class Tiles {
 // I the product of its A and B.
 template <class Base, class Dot>
 struct OfAmx : Base {
-  static constexpr int kTileRows = 32;
+  static constexpr int kTileRows = kAmxRows;
   static constexpr bool kEven = false;
-  using Product = Dot;
   using State = Tiles;
 
   static int64_t vectors_at_once(int64_t, int64_t columns) { return columns <= 16 ? 1 : 2; }
@@ -58,29 +59,37 @@ struct OfAmx : Base {
   static void product(Tiles& tiles, int64_t rows, int64_t vectors, const uint32_t* a,
                       const uint32_t* b, int64_t, int64_t units, float* c, int64_t c_stride,
                       bool more, Ahead) {
-    tiles.set_rows(rows);
-    const int64_t chunks = ceil_div(units, kChunk);
-    if (vectors == 1) {
-      rows > 16 ? multiply_tiles<2, 1>(rows, a, b, chunks, c, c_stride, more)
-                : multiply_tiles<1, 1>(rows, a, b, chunks, c, c_stride, more);
-    } else {
-      rows > 16 ? multiply_tiles<2, 2>(rows, a, b, chunks, c, c_stride, more)
-                : multiply_tiles<1, 2>(rows, a, b, chunks, c, c_stride, more);
-    }
+    multiply<false>(tiles, rows, vectors, a, b, ceil_div(units, kChunk), more ? c : nullptr, c,
+                    c_stride, [] {});
   }
 
-  template <int M, int N>
+  // Rows of A times so many vectors of B, added to `before` where that is not null; beside() is
+  // called with every chunk. With kPast the loads of A go past L1, which B then keeps.
+  template <bool kPast, class Beside>
+  static void multiply(Tiles& tiles, int64_t rows, int64_t vectors, const uint32_t* a,
+                       const uint32_t* b, int64_t chunks, const float* before, float* c,
+                       int64_t c_stride, const Beside& beside) {
+    tiles.set_rows(rows);
+    const auto run = rows > 16 ? (vectors == 1 ? multiply_tiles<2, 1, kPast, Beside>
+                                               : multiply_tiles<2, 2, kPast, Beside>)
+                               : (vectors == 1 ? multiply_tiles<1, 1, kPast, Beside>
+                                               : multiply_tiles<1, 2, kPast, Beside>);
+    run(rows, a, b, chunks, before, c, c_stride, beside);
+  }
+
+  // M tiles of rows and N of columns.
+  template <int M, int N, bool kPast, class Beside>
   static void multiply_tiles(int64_t rows, const uint32_t* a, const uint32_t* b, int64_t chunks,
-                             float* c, int64_t c_stride, bool more) {
+                             const float* before, float* c, int64_t c_stride,
+                             const Beside& beside) {
     constexpr int64_t kRowWords = Base::kRowWords, kARow = kRowWords * 4, kBRow = kPanel * 4;
-    const int64_t c_row = c_stride * 4;
-    float* const lower = c + 16 * c_stride;
+    const int64_t c_row = c_stride * 4, lower = 16 * c_stride;
     memory_is_read();
-    if (more) {
-      _tile_loadd(0, c, c_row);
-      if (N == 2) _tile_loadd(1, c + 16, c_row);
-      if (M == 2) _tile_loadd(2, lower, c_row);
-      if (M == 2 && N == 2) _tile_loadd(3, lower + 16, c_row);
+    if (before != nullptr) {
+      _tile_loadd(0, before, c_row);
+      if (N == 2) _tile_loadd(1, before + 16, c_row);
+      if (M == 2) _tile_loadd(2, before + lower, c_row);
+      if (M == 2 && N == 2) _tile_loadd(3, before + lower + 16, c_row);
     } else {
       _tile_zero(0);
       if (N == 2) _tile_zero(1);
@@ -88,7 +97,11 @@ struct OfAmx : Base {
       if (M == 2 && N == 2) _tile_zero(3);
     }
     for (; chunks > 0; --chunks, a += rows * kRowWords, b += kChunk * kPanel) {
-      _tile_loadd(4, a, kARow);
+      if (kPast) {
+        _tile_stream_loadd(4, a, kARow);
+      } else {
+        _tile_loadd(4, a, kARow);
+      }
       _tile_loadd(6, b, kBRow);
       Dot::template add<0>();
       if (N == 2) {
@@ -96,15 +109,20 @@ struct OfAmx : Base {
         Dot::template add<1>();
       }
       if (M == 2) {
-        _tile_loadd(5, a + 16 * kRowWords, kARow);
+        if (kPast) {
+          _tile_stream_loadd(5, a + 16 * kRowWords, kARow);
+        } else {
+          _tile_loadd(5, a + 16 * kRowWords, kARow);
+        }
         Dot::template add<2>();
         if (N == 2) Dot::template add<3>();
       }
+      beside();
     }
     _tile_stored(0, c, c_row);
     if (N == 2) _tile_stored(1, c + 16, c_row);
-    if (M == 2) _tile_stored(2, lower, c_row);
-    if (M == 2 && N == 2) _tile_stored(3, lower + 16, c_row);
+    if (M == 2) _tile_stored(2, c + lower, c_row);
+    if (M == 2 && N == 2) _tile_stored(3, c + lower + 16, c_row);
     memory_is_read();
   }
 };

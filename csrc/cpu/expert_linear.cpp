@@ -90,15 +90,14 @@ void plan(const Pool& pool, const LinearKernels& level, const ExpertLinear& op,
     // The share of the threads that this expert's rows are worth: its blocks are a multiple of it.
     const int64_t workers = std::max<int64_t>(1, (pool.threads * expert.count + total / 2) / total);
     const Cut cut = cut_rows(level, expert.count, op.in_features, panels, workers);
-    const auto first_row = [&](int64_t part) {
-      return std::min(expert.count,
-                      ceil_div(expert.count, cut.grain) * part / cut.parts * cut.grain);
+    const auto edge = [&](int64_t part) {
+      return first_row(expert.count, cut.grain, part, cut.parts);
     };
     for (int64_t part = 0; part < cut.parts; ++part) {
       for (int64_t split = 0; split < cut.splits; ++split) {
         LinearBlock task = expert;
-        task.first = expert.first + first_row(part);
-        task.count = first_row(part + 1) - first_row(part);
+        task.first = expert.first + edge(part);
+        task.count = edge(part + 1) - edge(part);
         task.panel_begin = panels * split / cut.splits;
         task.panel_end = panels * (split + 1) / cut.splits;
         if (task.count > 0) tasks->push_back(task);

@@ -1,6 +1,7 @@
 // Grouped y = activation(LN(x) W^T + b) + residual: rows of expert e meet the weights of expert e.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "elements.h"
@@ -47,6 +48,11 @@ struct ExpertLinear {
 void expert_linear(const Pool& pool, const ExpertLinear& op);
 
 const Kernels& level_of(const ExpertLinear& op);
+
+// The first of `count` rows in block `part` of `parts`, at a multiple of `grain`.
+inline int64_t first_row(int64_t count, int64_t grain, int64_t part, int64_t parts) {
+  return std::min(count, ceil_div(count, grain) * part / parts * grain);
+}
 
 // What the blocks of a call refer to.
 struct BlockMemory {

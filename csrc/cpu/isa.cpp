@@ -131,7 +131,7 @@ std::vector<float> product(const Kernels& level, bool int8) {
 }
 
 // Whether tile products on this processor are what the portable ones are. Tried once a process,
-// since these kernels were developed on machines without the unit.
+// since most machines that these kernels are tested on lack the unit.
 bool amx_agrees() {
   for (const bool int8 : {false, true}) {
     const auto* const portable =

@@ -21,9 +21,7 @@ struct Rows {
 void cut(int64_t first, int64_t count, int64_t most, int64_t threads, int64_t grain,
          std::vector<Rows>* tasks) {
   const int64_t parts = ceil_div(ceil_div(count, most), threads) * threads;
-  const auto edge = [&](int64_t part) {
-    return std::min(count, ceil_div(count, grain) * part / parts * grain);
-  };
+  const auto edge = [&](int64_t part) { return first_row(count, grain, part, parts); };
   for (int64_t part = 0; part < parts; ++part) {
     if (edge(part) < edge(part + 1)) {
       tasks->push_back({first + edge(part), edge(part + 1) - edge(part)});
@@ -43,25 +41,20 @@ LinearBlock block_of(const std::vector<LinearBlock>& experts, const Rows& rows) 
   return block;
 }
 
-// `count` rows of `width` bytes, `stride` bytes apart, into strips and back.
-void to_strips(const void* rows, int64_t stride, int64_t count, int64_t width, int64_t strip_width,
-               void* strips) {
-  const auto* from = static_cast<const char*>(rows);
-  for (int64_t r = 0; r < count; ++r, from += stride) {
-    auto* to = static_cast<char*>(strips) + r * strip_width;
-    for (int64_t at = 0; at < width; at += strip_width, to += count * strip_width) {
-      std::memcpy(to, from + at, static_cast<std::size_t>(std::min(strip_width, width - at)));
-    }
-  }
-}
+// Where a matrix lies, in bytes: rows and strips so far apart.
+struct Place {
+  void* data;
+  int64_t stride;
+  int64_t strip;
+};
 
-void from_strips(const void* strips, int64_t count, int64_t width, int64_t strip_width, void* rows,
-                 int64_t stride) {
-  auto* to = static_cast<char*>(rows);
-  for (int64_t r = 0; r < count; ++r, to += stride) {
-    const auto* from = static_cast<const char*>(strips) + r * strip_width;
-    for (int64_t at = 0; at < width; at += strip_width, from += count * strip_width) {
-      std::memcpy(to + at, from, static_cast<std::size_t>(std::min(strip_width, width - at)));
+// Rows of `width` bytes, piece by piece of at most `piece`.
+void copy_rows(const Place& from, const Place& to, int64_t count, int64_t width, int64_t piece) {
+  for (int64_t r = 0; r < count; ++r) {
+    const auto* source = static_cast<const char*>(from.data) + r * from.stride;
+    auto* target = static_cast<char*>(to.data) + r * to.stride;
+    for (int64_t at = 0; at < width; at += piece, source += from.strip, target += to.strip) {
+      std::memcpy(target, source, static_cast<std::size_t>(std::min(piece, width - at)));
     }
   }
 }
@@ -105,14 +98,16 @@ void layer_rest(const Pool& pool, const LayerRest& op) {
       level.block(block, scratch.at_least(level.scratch(block)));
     };
     const auto row_of = [&](const void* data, int64_t stride) {
-      return elements_on(data, rows.first * stride, op.project.dtype);
+      return const_cast<void*>(elements_on(data, rows.first * stride, op.project.dtype));
     };
     const int64_t strip = kStrip * rows.count;
     // The residual, to which both results are added where it lies.
     void* const a = sums.at_least(ceil_div(width, kStrip) * strip * bytes);
     LinearBlock block = block_of(project, rows);
-    to_strips(row_of(block.residual, block.residual_stride), block.residual_stride * bytes,
-              rows.count, width * bytes, kStrip * bytes, a);
+    const int64_t piece = kStrip * bytes;
+    const Place in_strips{a, piece, strip * bytes};
+    copy_rows({row_of(block.residual, block.residual_stride), block.residual_stride * bytes, piece},
+              in_strips, rows.count, width * bytes, piece);
     block.x = row_of(block.x, block.x_stride);
     block.residual = block.out = a;
     block.residual_stride = block.out_stride = kStrip;
@@ -134,8 +129,8 @@ void layer_rest(const Pool& pool, const LayerRest& op) {
     block.x_stride = block.residual_stride = block.out_stride = kStrip;
     block.x_strip = block.residual_strip = block.out_strip = strip;
     run(block);
-    from_strips(a, rows.count, width * bytes, kStrip * bytes,
-                const_cast<void*>(row_of(y, y_stride)), y_stride * bytes);
+    copy_rows(in_strips, {row_of(y, y_stride), y_stride * bytes, piece}, rows.count, width * bytes,
+              piece);
   });
 }
 

@@ -113,6 +113,28 @@ inline void finish(const LinearBlock& block, int64_t first, int64_t rows, int64_
   }
 }
 
+using Finish = void (*)(const LinearBlock& block, int64_t first, int64_t rows, int64_t column,
+                        int64_t columns, const float* c, int64_t c_stride, const Scales& scales);
+
+template <class Arch>
+inline Finish finish_of(const LinearBlock& block) {
+  if (block.activation == Activation::kGelu) {
+    return block.residual != nullptr ? finish<Arch, true, true> : finish<Arch, true, false>;
+  }
+  return block.residual != nullptr ? finish<Arch, false, true> : finish<Arch, false, false>;
+}
+
+// Scales of so many rows and of the columns from `column` on, which lie behind the panels of their
+// part of the weight.
+inline Scales scales_of(const LinearBlock& block, int64_t column, int64_t panel_words,
+                        const float* rows) {
+  const int64_t width = block.part_panels * kPanel;
+  const auto* const behind =
+      reinterpret_cast<const float*>(block.parts[column / width] + block.part_panels * panel_words);
+  return {rows, behind + column % width,
+          reinterpret_cast<const int32_t*>(behind) + width + column % width};
+}
+
 // A tile's share of the block of B that comes next and lies behind the present one: the first tile
 // would wait for each line of it. Between tiles it is asked for at once, if they are so many that
 // each has time to hide its share.
@@ -153,10 +175,7 @@ void linear_block(const LinearBlock& block, void* scratch) {
     pack_rows<Arch>(row, end - begin, block, own.a + begin * row_words, own.row_scales + begin);
   }
 
-  const bool gelu = block.activation == Activation::kGelu;
-  auto* const end_tile =
-      gelu ? (block.residual ? finish<Arch, true, true> : finish<Arch, true, false>)
-           : (block.residual ? finish<Arch, false, true> : finish<Arch, false, false>);
+  const Finish end_tile = finish_of<Arch>(block);
   const int64_t most = Arch::kEven ? ceil_div(block.count, tiles) : Arch::kTileRows;
   const int64_t units = ceil_div(block.in_features, Arch::kPerUnit);
   const int64_t depths = max_of(1, ceil_div(units, Arch::kDepthUnits));
@@ -170,10 +189,7 @@ void linear_block(const LinearBlock& block, void* scratch) {
     const int64_t columns = min_of(vectors * 16, part_end - column);
     const int64_t c_stride = vectors * 16;
     const int64_t inside = column - part_begin;
-    const auto* const behind =
-        reinterpret_cast<const float*>(block.parts[part] + block.part_panels * panel_words);
-    Scales scales{own.row_scales, behind + inside,
-                  reinterpret_cast<const int32_t*>(behind) + block.part_panels * kPanel + inside};
+    Scales scales = scales_of(block, column, panel_words, own.row_scales);
     for (int64_t d = 0; d < depths; ++d) {
       const int64_t from = chunks * d / depths, to = chunks * (d + 1) / depths;
       const uint32_t* const b =

@@ -15,7 +15,7 @@ constexpr int64_t kTasksPerThread = 4;
 // Sample s and the columns of a head, with all queries.
 void take_head(const SharedAttention& op, int64_t s, int64_t head, AttentionBlock& block) {
   const auto on = [&](const void* data, int64_t stride) {
-    return elements_on(data, head * (stride > 0 ? stride : op.head_dim), op.dtype);
+    return elements_on(data, head * stride, op.dtype);
   };
   block.q = on(op.q, op.q_head);
   block.k = on(op.k, op.key_head);
@@ -63,8 +63,7 @@ void shared_attention(const Pool& pool, const SharedAttention& op) {
     const int64_t head = task / parts % op.num_heads;
     AttentionBlock block{};
     take_head(op, task / parts / op.num_heads, head, block);
-    const int64_t out_head = op.out_head > 0 ? op.out_head : op.head_dim;
-    block.out = const_cast<void*>(elements_on(op.out, head * out_head, op.dtype));
+    block.out = const_cast<void*>(elements_on(op.out, head * op.out_head, op.dtype));
     block.out_stride = op.out_stride;
     const int64_t queries = block.end;
     block.begin = queries * part / parts;

@@ -19,7 +19,7 @@ struct SharedAttention {
   int64_t batch = 0;
   int64_t num_heads = 0;
   int64_t head_dim = 0;
-  // Elements from head to head; 0: head_dim.
+  // Elements from head to head: head_dim where heads lie side by side.
   int64_t q_head = 0;
   int64_t key_head = 0;  // of k and v
   int64_t out_head = 0;

@@ -33,8 +33,8 @@ NATIVE_BUGS = (
     Bug(
         "int8-scales-of-the-first-panel",
         "csrc/cpu/linear_loops.h",
-        "behind + inside,",
-        "behind,",
+        "return {rows, behind + column % width,",
+        "return {rows, behind,",
         (f"{INT8}::test_sizes",),
     ),
     Bug(
@@ -243,8 +243,8 @@ NATIVE_BUGS = (
     Bug(
         "linear-rows-of-the-first-expert",
         "csrc/cpu/expert_linear.cpp",
-        "task.first = expert.first + first_row(part);",
-        "task.first = first_row(part);",
+        "task.first = expert.first + edge(part);",
+        "task.first = edge(part);",
         (f"{KERNELS}::test_expert_linear_sizes",),
     ),
     Bug(
@@ -263,9 +263,9 @@ NATIVE_BUGS = (
     ),
     Bug(
         "linear-rows-of-whole-tiles-beyond-the-expert",
-        "csrc/cpu/expert_linear.cpp",
-        "return std::min(expert.count,\n                      ceil_div(expert.count, cut.grain) * part / cut.parts * cut.grain);",
-        "return ceil_div(expert.count, cut.grain) * part / cut.parts * cut.grain;",
+        "csrc/cpu/expert_linear.h",
+        "return std::min(count, ceil_div(count, grain) * part / parts * grain);",
+        "return ceil_div(count, grain) * part / parts * grain;",
         (f"{KERNELS}::test_nothing_is_read_outside_its_tensor",),
     ),
     Bug(

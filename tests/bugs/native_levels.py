@@ -18,14 +18,14 @@ NATIVE_LEVELS_BUGS = (
     Bug(
         "amx-lower-rows-forgotten-with-one-half",
         "csrc/cpu/amx_tiles.h",
-        "if (M == 2) _tile_stored(2, lower, c_row);",
-        "if (M == 2 && N == 2) _tile_stored(2, lower, c_row);",
+        "if (M == 2) _tile_stored(2, c + lower, c_row);",
+        "if (M == 2 && N == 2) _tile_stored(2, c + lower, c_row);",
         (EMULATED,),
     ),
     Bug(
         "amx-sums-of-earlier-depth-dropped",
         "csrc/cpu/amx_tiles.h",
-        "_tile_loadd(0, c, c_row);",
+        "_tile_loadd(0, before, c_row);",
         "_tile_zero(0);",
         (EMULATED,),
     ),
@@ -97,8 +97,8 @@ NATIVE_LEVELS_BUGS = (
     Bug(
         "rest-of-a-layer-residual-of-the-first-rows-for-all",
         "csrc/cpu/layer_rest.cpp",
-        "to_strips(row_of(block.residual, block.residual_stride),",
-        "to_strips(block.residual,",
+        "copy_rows({row_of(block.residual, block.residual_stride),",
+        "copy_rows({const_cast<void*>(block.residual),",
         (AMX, WHOLE_LAYER),
     ),
     Bug(
