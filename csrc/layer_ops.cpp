@@ -42,9 +42,15 @@ struct Parameters {
 enum ProductName : std::size_t { kProject, kOut, kFirst, kSecond };
 constexpr std::size_t kParts = 3;  // of kProject
 
+// Bytes of rows that are worth huge pages.
+constexpr int64_t kPassingFrom = beit3_fast::cpu::kHugePage / 2;
+
 Tensor rows_like(const Tensor& x, int64_t rows, int64_t columns) {
-  const int64_t shape[] = {rows, columns};
-  return torch::stable::new_empty(x, {shape, 2});
+  const int64_t shape[] = {rows, columns}, strides[] = {columns, 1};
+  const int64_t bytes = rows * columns * static_cast<int64_t>(x.element_size());
+  if (bytes < kPassingFrom) return torch::stable::new_empty(x, {shape, 2});
+  return torch::stable::from_blob(beit3_fast::cpu::take_passing(bytes), {shape, 2}, {strides, 2},
+                                  x.device(), x.scalar_type(), beit3_fast::cpu::give_passing);
 }
 
 class Layer {

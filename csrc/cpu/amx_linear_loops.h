@@ -10,8 +10,9 @@
 
 namespace {
 
-// In chunks: of A in L2 and of B in L1. A depth of no more than kWholeSlice is not sliced, since
-// sums that wait in memory cost more than rows that take a little more room.
+// In chunks: of A in L2 and of B in L1. Sums that wait in memory cost more than rows that take a
+// little more room: a depth of no more than kWholeSlice is not sliced. They also cost more than
+// what of B finds none in L1: one of no more than kSlice is not cut into blocks either.
 constexpr int64_t kWholeSlice = 32, kSlice = 24, kBlockOfB = 16;
 constexpr int64_t kSliceBytes = int64_t{640} << 10;
 // Panels whose sums wait in memory together, where A comes in slices.
@@ -183,7 +184,7 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
       const int64_t slice_begin = chunks * slice / slices;
       const int64_t slice_end = chunks * (slice + 1) / slices;
       pack_slice(slice_begin, slice_end);
-      const int64_t depths = ceil_div(slice_end - slice_begin, kBlockOfB);
+      const int64_t depths = chunks <= kSlice ? 1 : ceil_div(slice_end - slice_begin, kBlockOfB);
       const auto depth_at = [&](int64_t d) {
         return slice_begin + (slice_end - slice_begin) * d / depths;
       };
@@ -210,10 +211,10 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
                 (begin * (slice_end - slice_begin) + (from - slice_begin) * rows) * Arch::kRowWords;
             float* const kept = sums + t * kSumWords;
             float* const result = last ? own.done + (turn++ % 2) * kSumWords : kept;
-            const bool far_sums = slices > 1 && !first && t + 1 < tiles;
+            const bool far_sums = !first && t + 1 < tiles;
             meanwhile.begin_tile(to - from, far_sums ? kept + kSumWords : nullptr);
             Arch::template multiply<true>(state, rows, ceil_div(columns, 16), a, b, to - from,
-                                          first ? nullptr : kept, result, kPanel,
+                                          kBlockOfB, first ? nullptr : kept, result, kPanel,
                                           [&] { meanwhile.chunk(); });
             if (last) {
               scales.rows = own.scales + begin;

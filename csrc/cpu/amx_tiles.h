@@ -59,28 +59,30 @@ struct OfAmx : Base {
   static void product(Tiles& tiles, int64_t rows, int64_t vectors, const uint32_t* a,
                       const uint32_t* b, int64_t, int64_t units, float* c, int64_t c_stride,
                       bool more, Ahead) {
-    multiply<false>(tiles, rows, vectors, a, b, ceil_div(units, kChunk), more ? c : nullptr, c,
-                    c_stride, [] {});
+    const int64_t chunks = ceil_div(units, kChunk);
+    multiply<false>(tiles, rows, vectors, a, b, chunks, chunks, more ? c : nullptr, c, c_stride,
+                    [] {});
   }
 
   // Rows of A times so many vectors of B, added to `before` where that is not null; beside() is
-  // called with every chunk. With kPast the loads of A go past L1, which B then keeps.
+  // called with every chunk. With kPast the loads of A go past L1, which then keeps the first
+  // `near` chunks of B; those of the others go past it as well.
   template <bool kPast, class Beside>
   static void multiply(Tiles& tiles, int64_t rows, int64_t vectors, const uint32_t* a,
-                       const uint32_t* b, int64_t chunks, const float* before, float* c,
-                       int64_t c_stride, const Beside& beside) {
+                       const uint32_t* b, int64_t chunks, int64_t near, const float* before,
+                       float* c, int64_t c_stride, const Beside& beside) {
     tiles.set_rows(rows);
     const auto run = rows > 16 ? (vectors == 1 ? multiply_tiles<2, 1, kPast, Beside>
                                                : multiply_tiles<2, 2, kPast, Beside>)
                                : (vectors == 1 ? multiply_tiles<1, 1, kPast, Beside>
                                                : multiply_tiles<1, 2, kPast, Beside>);
-    run(rows, a, b, chunks, before, c, c_stride, beside);
+    run(rows, a, b, chunks, near, before, c, c_stride, beside);
   }
 
   // M tiles of rows and N of columns.
   template <int M, int N, bool kPast, class Beside>
   static void multiply_tiles(int64_t rows, const uint32_t* a, const uint32_t* b, int64_t chunks,
-                             const float* before, float* c, int64_t c_stride,
+                             int64_t near, const float* before, float* c, int64_t c_stride,
                              const Beside& beside) {
     constexpr int64_t kRowWords = Base::kRowWords, kARow = kRowWords * 4, kBRow = kPanel * 4;
     const int64_t c_row = c_stride * 4, lower = 16 * c_stride;
@@ -96,16 +98,25 @@ struct OfAmx : Base {
       if (M == 2) _tile_zero(2);
       if (M == 2 && N == 2) _tile_zero(3);
     }
-    for (; chunks > 0; --chunks, a += rows * kRowWords, b += kChunk * kPanel) {
+    for (int64_t k = 0; k < chunks; ++k, a += rows * kRowWords, b += kChunk * kPanel) {
+      const bool b_past = kPast && k >= near;
       if (kPast) {
         _tile_stream_loadd(4, a, kARow);
       } else {
         _tile_loadd(4, a, kARow);
       }
-      _tile_loadd(6, b, kBRow);
+      if (b_past) {
+        _tile_stream_loadd(6, b, kBRow);
+      } else {
+        _tile_loadd(6, b, kBRow);
+      }
       Dot::template add<0>();
       if (N == 2) {
-        _tile_loadd(7, b + 16, kBRow);
+        if (b_past) {
+          _tile_stream_loadd(7, b + 16, kBRow);
+        } else {
+          _tile_loadd(7, b + 16, kBRow);
+        }
         Dot::template add<1>();
       }
       if (M == 2) {

@@ -12,7 +12,6 @@ void cached_attention(const Pool& pool, const CachedAttention& op) {
   const int64_t key_words = packed_key_words(op.dtype, op.prefix_keys, op.head_dim);
   const int64_t head_words = packed_head_words(op.dtype, op.prefix_keys, op.head_dim);
   share(pool, op.sequences * op.num_heads, [&](int64_t task) {
-    thread_local Scratch scratch;
     const int64_t s = task / op.num_heads, head = task % op.num_heads;
     const int64_t column = head * op.head_dim;
     AttentionBlock block{};
@@ -35,7 +34,7 @@ void cached_attention(const Pool& pool, const CachedAttention& op) {
       block.packed_count = op.prefix_keys;
     }
     block.scale = op.scale;
-    level.attention_block(block, scratch.at_least(level.attention_scratch(block)));
+    level.attention_block(block, task_scratch().at_least(level.attention_scratch(block)));
   });
 }
 

@@ -196,9 +196,8 @@ void expert_linear(const Pool& pool, const ExpertLinear& op) {
   tasks.clear();
   plan(pool, level.linear, op, experts, &tasks);
   share(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
-    thread_local Scratch scratch;
     const LinearBlock& task = tasks[static_cast<std::size_t>(i)];
-    level.linear.block(task, scratch.at_least(level.linear.scratch(task)));
+    level.linear.block(task, task_scratch().at_least(level.linear.scratch(task)));
   });
   memory.packed.keep_at_most(kMostPacked);
 }

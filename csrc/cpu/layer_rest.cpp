@@ -92,10 +92,10 @@ void layer_rest(const Pool& pool, const LayerRest& op) {
 
   const int64_t bytes = op.project.dtype == DType::kFloat32 ? 4 : 2;
   share(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
-    thread_local Scratch sums, between, scratch;
+    thread_local Scratch sums, between;
     const Rows& rows = tasks[static_cast<std::size_t>(i)];
     const auto run = [&](const LinearBlock& block) {
-      level.block(block, scratch.at_least(level.scratch(block)));
+      level.block(block, task_scratch().at_least(level.scratch(block)));
     };
     const auto row_of = [&](const void* data, int64_t stride) {
       return const_cast<void*>(elements_on(data, rows.first * stride, op.project.dtype));

@@ -8,6 +8,8 @@
 #include <memory>
 #include <new>
 
+#include "huge_pages.h"
+
 namespace beit3_fast::cpu {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -55,14 +57,19 @@ void share(const Pool& pool, int64_t count, const Task& task) {
   if (shared.error != nullptr) std::rethrow_exception(shared.error);
 }
 
-// Memory that grows and is kept, aligned to pages. Contents do not survive a growth.
+// Memory that grows and is kept, aligned to pages; in huge ones where it is much. Contents do not
+// survive a growth.
 class Scratch {
  public:
   void* at_least(int64_t bytes) {
     if (bytes > size_) {
       size_ = 0;
       data_.reset();
-      data_.reset(::operator new(static_cast<std::size_t>(bytes), std::align_val_t{kAlign}));
+      if (bytes >= kHugeFrom) {
+        data_ = {allocate_huge(bytes), Delete{bytes}};
+      } else {
+        data_ = {::operator new(static_cast<std::size_t>(bytes), kAlign), Delete{0}};
+      }
       size_ = bytes;
     }
     return data_.get();
@@ -75,12 +82,26 @@ class Scratch {
   }
 
  private:
-  static constexpr std::size_t kAlign = 4096;
+  static constexpr std::align_val_t kAlign{4096};
+  static constexpr int64_t kHugeFrom = kHugePage / 4;
   struct Delete {
-    void operator()(void* p) const { ::operator delete(p, std::align_val_t{kAlign}); }
+    int64_t huge;  // bytes; 0: from the heap
+    void operator()(void* p) const {
+      if (huge > 0) {
+        free_huge(p, huge);
+      } else {
+        ::operator delete(p, kAlign);
+      }
+    }
   };
-  std::unique_ptr<void, Delete> data_;
+  std::unique_ptr<void, Delete> data_{nullptr, Delete{0}};
   int64_t size_ = 0;
 };
+
+// What a task of `share` works in, whatever op it belongs to: a thread runs one at a time.
+inline Scratch& task_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
 
 }  // namespace beit3_fast::cpu

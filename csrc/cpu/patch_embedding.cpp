@@ -59,7 +59,7 @@ void patch_embedding(const Pool& pool, const PatchEmbedding& op) {
       ceil_div(patches, kBlockRows),
       std::min(ceil_div(pool.threads, op.batch), std::max<int64_t>(1, patches / kFewRows)));
   share(pool, op.batch * parts, [&](int64_t task) {
-    thread_local Scratch gathered, scratch;
+    thread_local Scratch gathered;
     thread_local std::vector<int64_t> seen;
     const int64_t sample = task / parts, part = task % parts;
     const int64_t first = patches * part / parts, last = patches * (part + 1) / parts;
@@ -95,7 +95,7 @@ void patch_embedding(const Pool& pool, const PatchEmbedding& op) {
     block.parts = &panels;
     block.part_panels = block.panel_end = panel_count(op.out_features);
     block.bias = bias;
-    level.linear.block(block, scratch.at_least(level.linear.scratch(block)));
+    level.linear.block(block, task_scratch().at_least(level.linear.scratch(block)));
   });
 }
 

@@ -58,7 +58,6 @@ void shared_attention(const Pool& pool, const SharedAttention& op) {
                        : 1;
 
   share(pool, pairs * parts, [&](int64_t task) {
-    thread_local Scratch scratch;
     const int64_t part = task % parts;
     const int64_t head = task / parts % op.num_heads;
     AttentionBlock block{};
@@ -69,14 +68,13 @@ void shared_attention(const Pool& pool, const SharedAttention& op) {
     block.begin = queries * part / parts;
     block.end = queries * (part + 1) / parts;
     if (block.begin == block.end) return;
-    level.attention_block(block, scratch.at_least(level.attention_scratch(block)));
+    level.attention_block(block, task_scratch().at_least(level.attention_scratch(block)));
   });
 }
 
 void shared_attention_gradients(const Pool& pool, const SharedAttentionGradients& op) {
   const Kernels& level = kernels(op.dtype);
   share(pool, op.batch * op.num_heads, [&](int64_t task) {
-    thread_local Scratch scratch;
     const int64_t head = task % op.num_heads;
     const auto on = [&](const void* data) {
       return const_cast<void*>(elements_on(data, head * op.head_dim, op.dtype));
@@ -89,7 +87,7 @@ void shared_attention_gradients(const Pool& pool, const SharedAttentionGradients
     block.k_grad = on(op.k_grad);
     block.v_grad = on(op.v_grad);
     block.grad_width = op.num_heads * op.head_dim;
-    level.gradients_block(block, scratch.at_least(level.gradients_scratch(block)));
+    level.gradients_block(block, task_scratch().at_least(level.gradients_scratch(block)));
   });
 }
 

@@ -1,0 +1,151 @@
+#include "huge_pages.h"
+
+#include <cstddef>
+#include <map>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sys/mman.h>
+#endif
+
+#include "parallel.h"
+
+namespace beit3_fast::cpu {
+namespace {
+
+constexpr int64_t kLastingBlock = 16 * kHugePage;
+constexpr int64_t kPiece = 64;
+constexpr int64_t kMostIdle = 64 * kHugePage;
+
+// What many pieces lie in.
+struct Block {
+  int64_t bytes;
+  int64_t used;
+  int64_t pieces;
+};
+
+struct Idle {
+  void* data;
+  int64_t bytes;
+};
+
+// Never destroyed: tensors may outlive everything else of this library.
+struct Memory {
+  std::mutex mutex;
+  std::map<char*, Block> lasting;
+  char* open = nullptr;  // the block that is being filled
+  std::map<void*, int64_t> passing;
+  std::vector<Idle> idle;  // the longest first
+  int64_t idle_bytes = 0;
+
+  Memory() {
+#if defined(__linux__)
+    // A fork in the middle of a call would leave the child a lock that nobody opens.
+    pthread_atfork([] { memory().mutex.lock(); }, [] { memory().mutex.unlock(); },
+                   [] { memory().mutex.unlock(); });
+#endif
+  }
+  static Memory& memory() {
+    static auto* const all = new Memory;
+    return *all;
+  }
+};
+
+std::size_t whole_pages(int64_t bytes) {
+  return static_cast<std::size_t>(ceil_div(bytes, kHugePage) * kHugePage);
+}
+
+}  // namespace
+
+#if defined(__linux__)
+
+// Not from the heap, which would hand out again what small pages hold already.
+void* allocate_huge(int64_t bytes) {
+  const std::size_t size = whole_pages(bytes), page = whole_pages(1);
+  void* const all =
+      mmap(nullptr, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (all == MAP_FAILED) throw std::bad_alloc();
+  auto* const begin = static_cast<char*>(all);
+  const std::size_t front = (page - reinterpret_cast<std::uintptr_t>(begin) % page) % page;
+  if (front > 0) munmap(begin, front);
+  munmap(begin + front + size, page - front);
+  madvise(begin + front, size, MADV_HUGEPAGE);  // a wish: small pages serve as well
+  return begin + front;
+}
+
+void free_huge(void* data, int64_t bytes) { munmap(data, whole_pages(bytes)); }
+
+#else
+
+constexpr std::align_val_t kAlign{static_cast<std::size_t>(kHugePage)};
+
+void* allocate_huge(int64_t bytes) { return ::operator new(whole_pages(bytes), kAlign); }
+
+void free_huge(void* data, int64_t) { ::operator delete(data, kAlign); }
+
+#endif
+
+void* take_lasting(int64_t bytes) {
+  const int64_t size = ceil_div(bytes, kPiece) * kPiece;
+  Memory& all = Memory::memory();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  auto block = all.lasting.find(all.open);
+  if (block == all.lasting.end() || block->second.used + size > block->second.bytes) {
+    const int64_t whole = size > kLastingBlock ? size : kLastingBlock;
+    all.open = static_cast<char*>(allocate_huge(whole));
+    block = all.lasting.emplace(all.open, Block{whole, 0, 0}).first;
+  }
+  char* const piece = block->first + block->second.used;
+  block->second.used += size;
+  ++block->second.pieces;
+  return piece;
+}
+
+void give_lasting(void* data) {
+  Memory& all = Memory::memory();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  const auto block = --all.lasting.upper_bound(static_cast<char*>(data));
+  if (--block->second.pieces > 0) return;
+  free_huge(block->first, block->second.bytes);
+  all.lasting.erase(block);
+}
+
+void* take_passing(int64_t bytes) {
+  Memory& all = Memory::memory();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  auto best = all.idle.end();
+  for (auto it = all.idle.begin(); it != all.idle.end(); ++it) {
+    const bool fits = it->bytes >= bytes && it->bytes <= 2 * bytes;
+    if (fits && (best == all.idle.end() || it->bytes < best->bytes)) best = it;
+  }
+  Idle taken{nullptr, static_cast<int64_t>(whole_pages(bytes))};
+  if (best != all.idle.end()) {
+    taken = *best;
+    all.idle.erase(best);
+    all.idle_bytes -= taken.bytes;
+  } else {
+    taken.data = allocate_huge(taken.bytes);
+  }
+  all.passing.emplace(taken.data, taken.bytes);
+  return taken.data;
+}
+
+void give_passing(void* data) {
+  Memory& all = Memory::memory();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  const auto piece = all.passing.find(data);
+  all.idle.push_back({data, piece->second});
+  all.idle_bytes += piece->second;
+  all.passing.erase(piece);
+  while (all.idle_bytes > kMostIdle) {
+    const Idle oldest = all.idle.front();
+    all.idle.erase(all.idle.begin());
+    all.idle_bytes -= oldest.bytes;
+    free_huge(oldest.data, oldest.bytes);
+  }
+}
+
+}  // namespace beit3_fast::cpu
