@@ -179,9 +179,9 @@ NATIVE_BUGS = (
     ),
     Bug(
         "linear-scratch-never-given-back",
-        "csrc/cpu/expert_linear.cpp",
-        "    thread_local Scratch scratch;\n    const LinearBlock& task",
-        "    Scratch& scratch = *new Scratch;\n    const LinearBlock& task",
+        "csrc/cpu/parallel.h",
+        "  thread_local Scratch scratch;\n  return scratch;",
+        "  return *new Scratch;",
         (f"{PROCESSES}::test_memory_does_not_grow",),
     ),
     Bug(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bugs.bug import FAR_ROWS, PROCESSES, THREADS, Bug
+from bugs.bug import FAR_ROWS, MEMORY, PROCESSES, THREADS, Bug
 
 NATIVE_MEMORY_BUGS = (
     Bug(
@@ -50,8 +50,8 @@ NATIVE_MEMORY_BUGS = (
     Bug(
         "patches-gathered-for-all-threads",
         "csrc/cpu/patch_embedding.cpp",
-        "thread_local Scratch gathered, scratch;",
-        "static Scratch gathered;\n    thread_local Scratch scratch;",
+        "thread_local Scratch gathered;",
+        "static Scratch gathered;",
         (f"{THREADS}::test_patches",),
     ),
     Bug(
@@ -81,5 +81,75 @@ NATIVE_MEMORY_BUGS = (
         "  if (shared.error != nullptr) std::rethrow_exception(shared.error);\n",
         "",
         (f"{PROCESSES}::test_want_of_memory_is_said_as_such",),
+    ),
+    Bug(
+        "task-scratch-shared-by-threads",
+        "csrc/cpu/parallel.h",
+        "  thread_local Scratch scratch;\n  return scratch;",
+        "  static Scratch scratch;\n  return scratch;",
+        (f"{THREADS}::test_biases_and_norms",),
+    ),
+    Bug(
+        "huge-pages-not-asked-for",
+        "csrc/cpu/huge_pages.cpp",
+        "MADV_HUGEPAGE",
+        "MADV_NORMAL",
+        (f"{MEMORY}::test_weights_lie_in_huge_pages",),
+    ),
+    Bug(
+        "lasting-block-given-back-with-its-first-piece",
+        "csrc/cpu/huge_pages.cpp",
+        "  if (--block->second.pieces > 0) return;",
+        "  --block->second.pieces;",
+        (f"{MEMORY}::test_a_block_of_weights_lasts_as_long_as_one_of_them",),
+    ),
+    Bug(
+        "lasting-block-never-given-back",
+        "csrc/cpu/huge_pages.cpp",
+        "  free_huge(block->first, block->second.bytes);\n",
+        "",
+        (f"{MEMORY}::test_weights_give_their_memory_back",),
+    ),
+    Bug(
+        "lasting-pieces-in-one-place",
+        "csrc/cpu/huge_pages.cpp",
+        "  block->second.used += size;\n",
+        "",
+        (f"{MEMORY}::test_a_block_of_weights_lasts_as_long_as_one_of_them",),
+    ),
+    Bug(
+        "passing-memory-taken-again-while-in-use",
+        "csrc/cpu/huge_pages.cpp",
+        "    all.idle.erase(best);\n",
+        "",
+        (f"{MEMORY}::test_results_are_not_overwritten",),
+    ),
+    Bug(
+        "passing-memory-of-fewer-bytes",
+        "csrc/cpu/huge_pages.cpp",
+        "it->bytes >= bytes && ",
+        "",
+        (f"{MEMORY}::test_results_are_not_overwritten",),
+    ),
+    Bug(
+        "passing-memory-never-given-back",
+        "csrc/cpu/huge_pages.cpp",
+        "    free_huge(oldest.data, oldest.bytes);\n",
+        "",
+        (f"{MEMORY}::test_idle_memory_has_a_limit",),
+    ),
+    Bug(
+        "passing-memory-always-new",
+        "csrc/cpu/huge_pages.cpp",
+        "  all.idle.push_back({data, piece->second});\n",
+        "  free_huge(data, piece->second);\n",
+        (f"{PROCESSES}::test_what_repeats_allocates_nothing_large",),
+    ),
+    Bug(
+        "fork-leaves-a-lock-behind",
+        "csrc/cpu/huge_pages.cpp",
+        "[] { memory().mutex.lock(); }",
+        "[] {}",
+        (f"{MEMORY}::test_a_child_of_a_busy_parent_takes_memory",),
     ),
 )

@@ -1,5 +1,9 @@
-// Preloaded: counts what C++ code allocates in pieces of a page or more. PyTorch's tensors come
-// from elsewhere (posix_memalign).
+// Preloaded: counts what C++ code allocates in pieces of a page or more, and huge pages. PyTorch's
+// tensors come from elsewhere (posix_memalign), Python's objects from smaller mappings.
+
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -23,6 +27,12 @@ void* operator new(std::size_t bytes, std::align_val_t alignment) {
   const auto unit = static_cast<std::size_t>(alignment);
   if (void* const at = std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit)) return at;
   throw std::bad_alloc();
+}
+
+extern "C" void* mmap(void* at, std::size_t bytes, int protection, int flags, int file,
+                      off_t offset) noexcept {
+  large += bytes >= std::size_t{4} << 20;
+  return reinterpret_cast<void*>(syscall(SYS_mmap, at, bytes, protection, flags, file, offset));
 }
 
 void operator delete(void* at) noexcept { std::free(at); }

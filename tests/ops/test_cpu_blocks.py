@@ -13,6 +13,7 @@ from test_cpu_int8 import Int8Linear
 SHAPES = {
     "one tile, two slices": (16, 1056, 40),
     "a row more than a tile": (33, 520, 17),
+    "two blocks of depth": (40, 900, 40),
     "slices, the last chunk begun": (49, 1100, 48),
     "blocks of rows, slices": (900, 2100, 33),
     "more rows than any block": (1100, 100, 70),

@@ -149,6 +149,7 @@ def test_what_repeats_allocates_nothing_large(tmp_path: Path) -> None:
         """
 import ctypes, torch
 from cpu_cases import Attention, Cached, Linear, OPS
+from test_cpu_memory import C, layer, parameters
 torch.set_num_threads(1)
 linear = Linear(torch.float32, (6000, 40, 70), experts=2, residual=True, gather=True)
 int8 = [OPS.quantize_weight(weight) for weight in linear.weights]
@@ -156,10 +157,12 @@ attention = Attention(torch.float32, [400] * 2, [9] * 2, 4, 64)
 cached = Cached(torch.float32, 300, 6, [0, 1], 2, 64)
 images, token = torch.zeros(2, 3, 96, 96), torch.zeros(70)
 packed = OPS.pack_weight(torch.zeros(70, 768))
+x, own = torch.zeros(9000, C), parameters(experts=1)
 def work():
     linear.run(); linear.run(packed=[]); linear.run(packed=int8)
     attention.run("causal"); cached.run(); cached.pack(200); cached.run()
     OPS.patch_embedding(images, packed, token, token, token, None, None, 16)
+    layer(x, own)
 count = ctypes.CDLL(None).large_allocations
 count.restype = ctypes.c_long
 work(); first = count(); work(); work(); print(first > 0, count() - first)
