@@ -120,8 +120,8 @@ NATIVE_MEMORY_BUGS = (
     Bug(
         "passing-memory-taken-again-while-in-use",
         "csrc/cpu/huge_pages.cpp",
-        "    all.idle.erase(best);\n",
-        "",
+        "    taken = *best;\n",
+        "    taken = *best;\n    all.idle.push_back(taken);\n",
         (f"{MEMORY}::test_results_are_not_overwritten",),
     ),
     Bug(
