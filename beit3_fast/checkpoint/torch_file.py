@@ -26,6 +26,7 @@ _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 LEGACY_MAGIC = pickle.dumps(_MAGIC_NUMBER, protocol=2)
 _PROTOCOL_VERSION = 1001
 
+_FOLDER = 0x10  # of the attributes of DOS
 _MAX_PICKLE = 256 << 20
 _MAX_DIRECTORY = 32 << 20
 _CHUNK = 4 << 20
@@ -60,6 +61,10 @@ def read_zip(file: BinaryIO, size: int, verify: bool) -> tuple[Any, list[str]]:
             raise CheckpointError(
                 f"its record {name} is compressed or encrypted, which torch.save never does; "
                 "unpack it, or save the weights again"
+            )
+        if info.is_dir() or info.external_attr & _FOLDER:
+            raise CheckpointError(
+                f"its record {name} is marked as a folder, which PyTorch would not read; copy or download it again"
             )
         if not name.startswith(root) or ".." in name.split("/") or "\\" in name:
             raise CheckpointError(f"its record {name!r} leaves the folder {root!r} of the archive")

@@ -7,6 +7,13 @@ from bugs.bug import ATOMIC_SAVE, FUZZ, LOAD, MALFORMED, POSITIONS, SAVE, Bug
 FILES_BUGS = (
     # checkpoint
     Bug(
+        "zip-record-marked-as-a-folder-read",
+        "beit3_fast/checkpoint/torch_file.py",
+        "if info.is_dir() or info.external_attr & _FOLDER:",
+        "if info.is_dir():",
+        ("tests/checkpoint/test_malformed_files.py",),
+    ),
+    Bug(
         "keys-prefix-covers-part-of-a-name",
         "beit3_fast/checkpoint/keys.py",
         'name.startswith(p.rstrip(".") + ".")',
