@@ -211,7 +211,7 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
                 (begin * (slice_end - slice_begin) + (from - slice_begin) * rows) * Arch::kRowWords;
             float* const kept = sums + t * kSumWords;
             float* const result = last ? own.done + (turn++ % 2) * kSumWords : kept;
-            const bool far_sums = !first && t + 1 < tiles;
+            const bool far_sums = slices > 1 && !first && t + 1 < tiles;
             meanwhile.begin_tile(to - from, far_sums ? kept + kSumWords : nullptr);
             Arch::template multiply<true>(state, rows, ceil_div(columns, 16), a, b, to - from,
                                           kBlockOfB, first ? nullptr : kept, result, kPanel,

@@ -62,40 +62,36 @@ void share(const Pool& pool, int64_t count, const Task& task) {
 class Scratch {
  public:
   void* at_least(int64_t bytes) {
-    if (bytes > size_) {
-      size_ = 0;
+    if (bytes > size()) {
       data_.reset();
-      if (bytes >= kHugeFrom) {
-        data_ = {allocate_huge(bytes), Delete{bytes}};
-      } else {
-        data_ = {::operator new(static_cast<std::size_t>(bytes), kAlign), Delete{0}};
-      }
-      size_ = bytes;
+      void* const fresh = bytes >= kHugeFrom
+                              ? allocate_huge(bytes)
+                              : ::operator new(static_cast<std::size_t>(bytes), kAlign);
+      data_ = {fresh, Delete{bytes}};
     }
     return data_.get();
   }
 
   void keep_at_most(int64_t bytes) {
-    if (size_ <= bytes) return;
-    size_ = 0;
-    data_.reset();
+    if (size() > bytes) data_.reset();
   }
 
  private:
   static constexpr std::align_val_t kAlign{4096};
   static constexpr int64_t kHugeFrom = kHugePage / 4;
   struct Delete {
-    int64_t huge;  // bytes; 0: from the heap
+    int64_t bytes;
     void operator()(void* p) const {
-      if (huge > 0) {
-        free_huge(p, huge);
+      if (bytes >= kHugeFrom) {
+        free_huge(p, bytes);
       } else {
         ::operator delete(p, kAlign);
       }
     }
   };
+  int64_t size() const { return data_ == nullptr ? 0 : data_.get_deleter().bytes; }
+
   std::unique_ptr<void, Delete> data_{nullptr, Delete{0}};
-  int64_t size_ = 0;
 };
 
 // What a task of `share` works in, whatever op it belongs to: a thread runs one at a time.
