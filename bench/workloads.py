@@ -111,7 +111,8 @@ def move(inputs: Inputs, dtype: torch.dtype, device: torch.device) -> Inputs:
 def step(model: nn.Module, workload: Workload, inputs: Inputs) -> Any:
     """The call that is timed: one forward without gradients, or one training step."""
     task = workload.task
-    model.train(task.train)
+    if model.training != task.train:
+        model.train(task.train)
     with torch.inference_mode(not task.train):
         return task.run(model, inputs)
 

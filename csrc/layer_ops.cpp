@@ -29,8 +29,9 @@ using beit3_fast::cpu::SharedAttention;
 using namespace beit3_fast::operands;
 using Bounds = std::vector<int64_t>;
 
-// Lists of a layer's parameters. Product after product (queries, keys and values; their projection;
-// the two of the feed-forward network), in each expert after expert.
+// Lists of the parameters of layers, one layer after the other. Of each product after product
+// (queries, keys and values; their projection; the two of the feed-forward network), in each expert
+// after expert.
 struct Parameters {
   std::vector<Tensor> packed;  // an expert's queries, keys and values lie apart
   std::vector<Tensor> biases;  // as packed
@@ -39,7 +40,16 @@ struct Parameters {
   std::vector<double> eps;
 };
 
+// Rows of the experts: those of attention among all rows and among those that ask, and those of the
+// feed-forward network.
+struct Ranges {
+  Bounds all;
+  Bounds own;
+  Bounds ffn;
+};
+
 enum ProductName : std::size_t { kProject, kOut, kFirst, kSecond };
+constexpr std::size_t kProducts = 4;
 constexpr std::size_t kParts = 3;  // of kProject
 
 // Bytes of rows that are worth huge pages.
@@ -53,76 +63,90 @@ Tensor rows_like(const Tensor& x, int64_t rows, int64_t columns) {
                                   x.device(), x.scalar_type(), beit3_fast::cpu::give_passing);
 }
 
+std::size_t ranges(const Bounds& bounds) { return bounds.empty() ? 0 : bounds.size() - 1; }
+
+// How many layers the lists are of.
+std::size_t layers_of(const char* op, const Parameters& own, const Ranges& bounds) {
+  const std::size_t experts = ranges(bounds.all), ffn_experts = ranges(bounds.ffn);
+  require(experts > 0 && ffn_experts > 0, op, ": needs bounds of at least one expert");
+  const std::size_t layers = own.eps.size() / kProducts;
+  const std::size_t norms = 2 * (experts + ffn_experts) * layers;
+  const std::size_t products = norms + (kParts - 1) * experts * layers;
+  require(layers > 0 && own.eps.size() == layers * kProducts && own.packed.size() == products &&
+              own.biases.size() == products && own.norm_weights.size() == norms &&
+              own.norm_biases.size() == norms,
+          op, ": expected ", 2 * (experts + ffn_experts) + (kParts - 1) * experts,
+          " weights and biases, ", 2 * (experts + ffn_experts),
+          " norms and 4 eps for each layer, got ", own.packed.size(), ", ", own.biases.size(), ", ",
+          own.norm_weights.size(), ", ", own.norm_biases.size(), " and ", own.eps.size());
+  for (const double eps : own.eps) {
+    require(std::isfinite(eps) && eps >= 0.0, op, ": eps must be finite and not negative, got ",
+            eps);
+  }
+  return layers;
+}
+
+// The products of one layer, prepared but for the rows that they read and write. All layers of a
+// call are prepared before the first is computed: between kernels, which leave nothing in the
+// caches, the same work takes ten times as long.
 class Layer {
  public:
-  // Rows like x [.., C]; attention and feed-forward network have as many experts as their bounds
-  // have ranges.
-  Layer(const char* op, const Tensor& x, Parameters parameters, std::size_t experts,
-        std::size_t ffn_experts)
-      : op_(op), own_(std::move(parameters)), dtype_(dtype_of(x, op, "x")), width_(x.size(1)) {
-    require(experts > 0 && ffn_experts > 0, op, ": needs bounds of at least one expert");
+  // Layer `index` of the lists, for `rows` rows like x [.., C] of which `asked` ask. Where `apart`,
+  // queries are projected from other rows than keys and values.
+  Layer(const char* op, const Tensor& x, const Parameters& own, std::size_t index,
+        const Ranges& bounds, int64_t rows, int64_t asked, bool apart)
+      : op_(op), like_(x), own_(own), dtype_(dtype_of(x, op, "x")), width_(x.size(1)) {
+    const std::size_t experts = ranges(bounds.all), ffn_experts = ranges(bounds.ffn);
     const std::size_t norms = 2 * (experts + ffn_experts);
-    const std::size_t products = norms + (kParts - 1) * experts;
-    require(own_.packed.size() == products && own_.biases.size() == products &&
-                own_.norm_weights.size() == norms && own_.norm_biases.size() == norms &&
-                own_.eps.size() == 4,
-            op, ": expected ", products, " weights and biases, ", norms, " norms and 4 eps, got ",
-            own_.packed.size(), ", ", own_.biases.size(), ", ", own_.norm_weights.size(), ", ",
-            own_.norm_biases.size(), " and ", own_.eps.size());
-    for (const double eps : own_.eps) {
-      require(std::isfinite(eps) && eps >= 0.0, op, ": eps must be finite and not negative, got ",
-              eps);
-    }
-    form_ = form_of(own_.packed[0], op);
+    const std::size_t weight = index * (norms + (kParts - 1) * experts), norm = index * norms;
+    form_ = form_of(own.packed[weight], op);
     experts_ = {experts, experts, ffn_experts, ffn_experts};
-    first_ = {0, kParts * experts, (kParts + 1) * experts, (kParts + 1) * experts + ffn_experts};
-    norm_ = {0, experts, 2 * experts, 2 * experts + ffn_experts};
-    const Tensor& bias = own_.biases[first_[kFirst]];
+    first_ = {weight, weight + kParts * experts, weight + (kParts + 1) * experts,
+              weight + (kParts + 1) * experts + ffn_experts};
+    norm_ = {norm, norm + experts, norm + 2 * experts, norm + 2 * experts + ffn_experts};
+    eps_ = index * kProducts;
+    const Tensor& bias = own.biases[first_[kFirst]];
     require(bias.dim() == 1 && bias.size(0) > 0, op, ": a bias must be [F], got ", shape_of(bias));
-    hidden_ = bias.size(0);
+    const int64_t hidden = bias.size(0);
+    projected_ = product(kProject, width_, width_, bounds.all, rows, apart ? 1 : 0, kParts);
+    if (apart) queries_ = product(kProject, width_, width_, bounds.own, asked, 0, 1);
+    out_ = product(kOut, width_, width_, bounds.own, asked);
+    first_product_ = product(kFirst, width_, hidden, bounds.ffn, asked);
+    first_product_.activation = Activation::kGelu;
+    second_ = product(kSecond, hidden, width_, bounds.ffn, asked);
   }
 
   int64_t width() const { return width_; }
 
-  // LayerNorm and the parts [from, to) of queries, keys and values, side by side.
-  // In strips where `in_strips`: [parts C / kStrip][rows][kStrip] in the memory of the result.
-  Tensor project(const Tensor& x, const Bounds& bounds, std::size_t from, std::size_t to,
-                 bool in_strips = false) const {
-    const auto parts = static_cast<int64_t>(to - from);
-    const Tensor y = rows_like(x, x.size(0), parts * width_);
-    ExpertLinear call = product(kProject, x, width_, parts * width_, bounds, from, to);
-    write_to(y, call);
-    if (in_strips) {
-      call.out_stride = kStrip;
-      call.out_strip = kStrip * x.size(0);
-    }
-    beit3_fast::cpu::expert_linear(torch_pool(), call);
-    return y;
+  // LayerNorm and queries, keys and values of x side by side, or keys and values where queries are
+  // apart. In strips where `in_strips`: [columns / kStrip][rows][kStrip] in the memory of the
+  // result.
+  Tensor project(const Tensor& x, bool in_strips = false) {
+    return project_by(projected_, x, in_strips);
+  }
+
+  // Queries that are apart.
+  Tensor project_queries(const Tensor& x, bool in_strips) {
+    return project_by(queries_, x, in_strips);
   }
 
   // Whether nothing but kernels that read strips meets queries, keys, values and the result of
   // attention, and a head is a strip of them.
   bool takes_strips(int64_t head_dim) const {
-    ExpertLinear call;
-    call.dtype = dtype_;
-    call.int8 = form_ == DType::kInt8;
-    return head_dim == kStrip && beit3_fast::cpu::level_of(call).linear.high_blocks;
+    return head_dim == kStrip && beit3_fast::cpu::level_of(projected_).linear.high_blocks;
   }
 
   // What follows attention o (in strips or not): its projection, added to the rows x, and the
   // feed-forward network. Takes o, whose memory is given back when it is read.
-  Tensor rest(Tensor o, bool in_strips, const Tensor& x, const Bounds& bounds,
-              const Bounds& ffn_bounds) const {
+  Tensor rest(Tensor o, bool in_strips, const Tensor& x) {
     const int64_t rows = o.size(0);
-    ExpertLinear out = product(kOut, o, width_, width_, bounds, 0, 1);
+    ExpertLinear &out = out_, &first = first_product_, &second = second_;
+    read_from(o, out);
     if (in_strips) {
       out.x_stride = kStrip;
       out.x_strip = kStrip * rows;
     }
     add(x, out);
-    ExpertLinear first = product(kFirst, x, width_, hidden_, ffn_bounds, 0, 1);
-    first.activation = Activation::kGelu;
-    ExpertLinear second = product(kSecond, x, hidden_, width_, ffn_bounds, 0, 1);
     const Pool pool = torch_pool();
     if (beit3_fast::cpu::wants_layer_rest(pool, out, rows)) {
       Tensor y = rows_like(x, rows, width_);
@@ -136,7 +160,7 @@ class Layer {
       const Tensor read = std::move(o);
       beit3_fast::cpu::expert_linear(pool, out);
     }
-    const Tensor hidden = rows_like(x, rows, hidden_);
+    const Tensor hidden = rows_like(x, rows, first.out_features);
     read_from(attended, first);
     write_to(hidden, first);
     beit3_fast::cpu::expert_linear(pool, first);
@@ -149,6 +173,18 @@ class Layer {
   }
 
  private:
+  static Tensor project_by(ExpertLinear& call, const Tensor& x, bool in_strips) {
+    const Tensor y = rows_like(x, x.size(0), call.out_features);
+    read_from(x, call);
+    write_to(y, call);
+    if (in_strips) {
+      call.out_stride = kStrip;
+      call.out_strip = kStrip * x.size(0);
+    }
+    beit3_fast::cpu::expert_linear(torch_pool(), call);
+    return y;
+  }
+
   static void read_from(const Tensor& x, ExpertLinear& call) {
     call.x = x.const_data_ptr();
     call.x_stride = x.stride(0);
@@ -164,23 +200,21 @@ class Layer {
     call.residual_stride = residual.stride(0);
   }
 
-  // With the rows of x, or of as many that are to be read instead.
-  ExpertLinear product(ProductName name, const Tensor& x, int64_t in_features, int64_t out_features,
-                       const Bounds& bounds, std::size_t from, std::size_t to) const {
+  // The parts [from, to) of a product, side by side, each of `height` columns.
+  ExpertLinear product(ProductName name, int64_t in_features, int64_t height, const Bounds& bounds,
+                       int64_t rows, std::size_t from = 0, std::size_t to = 1) const {
     const std::size_t experts = experts_[name];
     require_bounds(bounds, experts, op_);
-    require(bounds[experts] == x.size(0), op_, ": bounds end at ", bounds[experts],
-            " but there are ", x.size(0), " rows");
+    require(bounds[experts] == rows, op_, ": bounds end at ", bounds[experts], " but there are ",
+            rows, " rows");
     ExpertLinear call;
     call.dtype = dtype_;
     call.int8 = form_ == DType::kInt8;
-    read_from(x, call);
     call.in_features = in_features;
-    call.out_features = out_features;
-    call.eps = static_cast<float>(own_.eps[name]);
+    call.out_features = height * static_cast<int64_t>(to - from);
+    call.eps = static_cast<float>(own_.eps[eps_ + name]);
     call.experts.resize(experts);
     const std::size_t parts = name == kProject ? kParts : 1;
-    const int64_t height = call.out_features / static_cast<int64_t>(to - from);
     for (std::size_t e = 0; e < experts; ++e) {
       Expert& expert = call.experts[e];
       const std::size_t first = first_[name] + e * parts + from;
@@ -188,7 +222,7 @@ class Layer {
                   expert);
       for (std::size_t i = 0; i < to - from; ++i) {
         const Tensor& bias = own_.biases[first + i];
-        require_same_type(bias, x, op_, "every bias");
+        require_same_type(bias, like_, op_, "every bias");
         expert.bias.push_back(parameter_of(bias, height, op_, Entry{"biases", first + i}));
       }
       const std::size_t norm = norm_[name] + e;
@@ -203,18 +237,18 @@ class Layer {
   }
 
   const char* op_;
-  Parameters own_;
+  const Tensor& like_;
+  const Parameters& own_;
   DType dtype_;
   DType form_;
   int64_t width_;
-  int64_t hidden_;
   // Of each product: its experts, and where its weights and its norms begin in the lists.
-  std::array<std::size_t, 4> experts_;
-  std::array<std::size_t, 4> first_;
-  std::array<std::size_t, 4> norm_;
+  std::array<std::size_t, kProducts> experts_;
+  std::array<std::size_t, kProducts> first_;
+  std::array<std::size_t, kProducts> norm_;
+  std::size_t eps_;
+  ExpertLinear projected_, queries_, out_, first_product_, second_;
 };
-
-std::size_t ranges(const Bounds& bounds) { return bounds.empty() ? 0 : bounds.size() - 1; }
 
 // As the ops scale by default.
 double scale_of(int64_t head_dim) { return std::pow(static_cast<double>(head_dim), -0.5); }
@@ -259,13 +293,12 @@ Tensor last_rows(const Tensor& x, int64_t sequences, int64_t count) {
 }
 
 // The attention of the queries, which are all rows of x or `selected` ones, without its projection.
-Tensor attend(const Layer& layer, const Tensor& x, const Tensor& queries, bool selected,
-              bool in_strips, const Bounds& bounds, const Bounds& own_bounds,
+Tensor attend(Layer& layer, const Tensor& x, const Tensor& queries, bool selected, bool in_strips,
               SharedAttention& call) {
   const int64_t width = layer.width();
   // Queries in front of keys and values where all are of the same rows.
-  const Tensor projected = layer.project(x, bounds, selected ? 1 : 0, kParts, in_strips);
-  const Tensor q = selected ? layer.project(queries, own_bounds, 0, 1, in_strips) : projected;
+  const Tensor projected = layer.project(x, in_strips);
+  const Tensor q = selected ? layer.project_queries(queries, in_strips) : projected;
   Tensor o = rows_like(x, queries.size(0), width);
   const int64_t part = in_strips ? width * x.size(0) : width;
   const int64_t keys_at = selected ? 0 : part;
@@ -288,34 +321,46 @@ Tensor attend(const Layer& layer, const Tensor& x, const Tensor& queries, bool s
   return o;
 }
 
-Tensor encoder_layer(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> biases,
-                     std::vector<Tensor> norm_weights, std::vector<Tensor> norm_biases,
-                     std::vector<double> eps, Bounds bounds, Bounds own_bounds, Bounds ffn_bounds,
-                     int64_t num_heads, StringHandle mask_handle, Tensor cu_vision, Tensor cu_text,
-                     std::optional<Tensor> rows, std::optional<Tensor> cu_vision_q,
-                     std::optional<Tensor> cu_text_q, std::optional<Tensor> positions_q) {
-  constexpr const char* op = "encoder_layer";
+Tensor encoder_layers(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> biases,
+                      std::vector<Tensor> norm_weights, std::vector<Tensor> norm_biases,
+                      std::vector<double> eps, Bounds bounds, Bounds own_bounds, Bounds ffn_bounds,
+                      int64_t num_heads, StringHandle mask_handle, Tensor cu_vision, Tensor cu_text,
+                      std::optional<Tensor> rows, std::optional<Tensor> cu_vision_q,
+                      std::optional<Tensor> cu_text_q, std::optional<Tensor> positions_q) {
+  constexpr const char* op = "encoder_layers";
   const std::string mask = take(mask_handle);
   require_rows(x, op);
-  const Layer layer(op, x,
-                    {std::move(packed), std::move(biases), std::move(norm_weights),
-                     std::move(norm_biases), std::move(eps)},
-                    ranges(bounds), ranges(ffn_bounds));
-  const int64_t width = layer.width();
+  const Parameters own{std::move(packed), std::move(biases), std::move(norm_weights),
+                       std::move(norm_biases), std::move(eps)};
+  const Ranges of_experts{std::move(bounds), std::move(own_bounds), std::move(ffn_bounds)};
+  const std::size_t count = layers_of(op, own, of_experts);
+  const int64_t width = x.size(1);
   require_heads(num_heads, width, op);
-  require(rows.has_value() == cu_vision_q.has_value(), op, ": rows and cu_vision_q come together");
-  const Tensor queries = rows.has_value() ? select(x, *rows, op) : x;
+  const bool selected = rows.has_value();
+  require(selected == cu_vision_q.has_value(), op, ": rows and cu_vision_q come together");
+  require(!selected || count == 1, op, ": rows are those that one layer computes, got ", count,
+          " layers");
+  const Tensor queries = selected ? select(x, *rows, op) : x;
+  std::vector<Layer> layers;
+  layers.reserve(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    layers.emplace_back(op, x, own, i, of_experts, x.size(0), queries.size(0), selected);
+  }
   SharedAttention call;
   call.dtype = dtype_of(x, op, "x");
   call.mask = mask_of(mask, op);
+  call.num_heads = num_heads;
   take_layout({cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q}, x.size(0), queries.size(0),
               false, op, call);
   if (queries.size(0) == 0) return queries;
 
-  call.num_heads = num_heads;
-  const bool strips = layer.takes_strips(width / num_heads);
-  return layer.rest(attend(layer, x, queries, rows.has_value(), strips, bounds, own_bounds, call),
-                    strips, queries, own_bounds, ffn_bounds);
+  Tensor y = queries;
+  for (Layer& layer : layers) {
+    const Tensor& from = selected ? x : y;
+    const bool strips = layer.takes_strips(width / num_heads);
+    y = layer.rest(attend(layer, from, y, selected, strips, call), strips, y);
+  }
+  return y;
 }
 
 // Rows [.., C] of projected queries, keys and values: those of sequence s, `count` of them, become
@@ -341,11 +386,7 @@ Tensor decoder_layer(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> b
                      int64_t prefix_keys) {
   constexpr const char* op = "decoder_layer";
   require_rows(x, op);
-  const Layer layer(op, x,
-                    {std::move(packed), std::move(biases), std::move(norm_weights),
-                     std::move(norm_biases), std::move(eps)},
-                    1, 1);
-  const int64_t width = layer.width(), rows = x.size(0);
+  const int64_t width = x.size(1), rows = x.size(0);
   require(
       seen.dim() == 3 && samples.dim() == 1 && samples.size(0) > 0 && rows % samples.size(0) == 0,
       op, ": seen must be [S, n, N] and samples divide the ", rows, " rows of x, got ",
@@ -363,10 +404,17 @@ Tensor decoder_layer(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> b
   require(place >= 0 && place + each <= call.keys, op, ": ", each, " rows from ", place,
           " on do not fit into ", call.keys, " places");
 
-  const Tensor projected = layer.project(x, {0, rows}, 0, kParts);
+  const int64_t asked = call.sequences * call.queries;
+  const Parameters own{std::move(packed), std::move(biases), std::move(norm_weights),
+                       std::move(norm_biases), std::move(eps)};
+  const Ranges of_experts{{0, rows}, {0, asked}, {0, asked}};
+  const std::size_t count = layers_of(op, own, of_experts);
+  require(count == 1, op, ": takes one layer, got ", count);
+  Layer layer(op, x, own, 0, of_experts, rows, asked, false);
+
+  const Tensor projected = layer.project(x);
   write_rows(projected, width, each, call.samples, call.sequences, place, k);
   write_rows(projected, 2 * width, each, call.samples, call.sequences, place, v);
-  const int64_t asked = call.sequences * call.queries;
   const Tensor o = rows_like(x, asked, width);
   call.q_stride = projected.stride(0);
   call.q_sequence = each * call.q_stride;
@@ -374,14 +422,14 @@ Tensor decoder_layer(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> b
   call.out = o.mutable_data_ptr();
   beit3_fast::cpu::cached_attention(torch_pool(), call);
   const Tensor queries = skipped > 0 ? last_rows(x, call.sequences, call.queries) : x;
-  return layer.rest(o, false, queries, {0, asked}, {0, asked});
+  return layer.rest(o, false, queries);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(beit3_fast, m) {
   m.def(
-      "encoder_layer(Tensor x, Tensor[] packed, Tensor[] biases, Tensor[] norm_weights, "
+      "encoder_layers(Tensor x, Tensor[] packed, Tensor[] biases, Tensor[] norm_weights, "
       "Tensor[] norm_biases, float[] eps, int[] bounds, int[] own_bounds, int[] ffn_bounds, "
       "int num_heads, str mask, Tensor cu_vision, Tensor cu_text, Tensor? rows=None, "
       "Tensor? cu_vision_q=None, Tensor? cu_text_q=None, Tensor? positions_q=None) -> Tensor");
@@ -392,6 +440,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(beit3_fast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(beit3_fast, CPU, m) {
-  m.impl("encoder_layer", TORCH_BOX(&encoder_layer));
+  m.impl("encoder_layers", TORCH_BOX(&encoder_layers));
   m.impl("decoder_layer", TORCH_BOX(&decoder_layer));
 }

@@ -1,4 +1,4 @@
-"""The Multiway Transformer on packed rows: every layer is five calls of two ops, or one of both (``whole_layer``).
+"""The Multiway Transformer on packed rows: every layer is five calls of two ops, or all layers are one (``one_call``).
 
 Rows go from op to op with the statistics that the op left which wrote them (``Measured``): the LayerNorm in front of
 the next product need not read them. ``encoder_layer`` and ``encode_rows`` read parameters by their official names only, so they run the modules
@@ -20,7 +20,8 @@ from beit3_fast.derived import needs_grad
 from beit3_fast.float8 import BLOCK
 from beit3_fast.layout import Part, Selection, TokenLayout
 from beit3_fast.model.drop_path import Draws, Kept, draw, touch
-from beit3_fast.model.experts import layer_operands, norm_of, route
+from beit3_fast.model.experts import norm_of, route
+from beit3_fast.model.one_call import is_watched, layers_in_one_call
 from beit3_fast.model.stack import computed
 from beit3_fast.ops import (
     Measured,
@@ -29,7 +30,6 @@ from beit3_fast.ops import (
     measured_expert_linear,
     measured_shared_attention,
     rounding,
-    whole_layer,
 )
 from beit3_fast.padded_layout import PaddedLayout
 
@@ -71,7 +71,7 @@ def encoder_layer(
     own = layout if read is None else read.layout
     first, second = kept
     if first is None and second is None and x.parts is None:
-        whole = _in_one_call(layer, x.rows, layout, mask, read, impl)
+        whole = layers_in_one_call([layer], x.rows, layout, mask, read, impl)
         if whole is not None:
             return Measured(whole)
     queries = x if read is None else x.select(read.rows)
@@ -84,23 +84,6 @@ def encoder_layer(
     else:
         x = Measured(_attention_of_some(layer, x.rows, layout, residual, own, mask, first, impl))
     return computed(feed_forward, layer, x, own, impl, second, again=recompute_ffn)
-
-
-def _in_one_call(
-    layer: Any,
-    x: Tensor,
-    layout: TokenLayout,
-    mask: str | Tensor,
-    read: Selection | None,
-    impl: str,
-) -> Tensor | None:
-    """``encoder_layer`` where the compiled library computes it whole, else None."""
-    if x.device.type != "cpu" or isinstance(mask, Tensor) or isinstance(layout, PaddedLayout):
-        return None
-    operands = layer_operands(layer, layout, layout if read is None else read.layout)
-    if operands is None:
-        return None
-    return whole_layer.encoder_layer(x, operands, layout, mask=mask, read=read, impl=impl)
 
 
 def _attention(
@@ -328,14 +311,21 @@ def encode_rows(
         and not drop_path_rates
     ):
         return _encode_in_parts(encoder, x, layout, mask, read, impl)
-    last = len(encoder.layers) - 1
+    layers = list(encoder.layers)
+    last = len(layers) - 1
     rigid = isinstance(layout, PaddedLayout) or torch.compiler.is_compiling()
     skip = isinstance(mask, str) and not rigid
     kept = draw(drop_path_rates, x, layout, skip)
     if hidden_states is not None:
         hidden_states.append(x)
-    state = Measured(x)
-    for index, layer in enumerate(encoder.layers):
+    state, begin = Measured(x), 0
+    if hidden_states is None and not kept:
+        together = layers if read is None else layers[:-1]
+        if len(together) > 1 and not any(is_watched(layer, Layer) for layer in together):
+            whole = layers_in_one_call(together, x, layout, mask, None, impl)
+            if whole is not None:
+                state, begin = Measured(whole), len(together)
+    for index, layer in enumerate(layers[begin:], begin):
         early = read if index == last and hidden_states is None else None
         options: dict[str, Any] = {
             "mask": mask,

@@ -16,15 +16,43 @@ LAYERS_BUGS = (
     Bug(
         "layer-without-gelu",
         "csrc/layer_ops.cpp",
-        "first.activation = Activation::kGelu;",
+        "first_product_.activation = Activation::kGelu;",
         "",
         (WHOLE_LAYER,),
     ),
     Bug(
         "layer-one-eps-for-all-products",
         "csrc/layer_ops.cpp",
-        "own_.eps[name]",
-        "own_.eps[0]",
+        "own_.eps[eps_ + name]",
+        "own_.eps[eps_]",
+        (WHOLE_LAYER,),
+    ),
+    Bug(
+        "layers-eps-of-the-first-for-all",
+        "csrc/layer_ops.cpp",
+        "eps_ = index * kProducts;",
+        "eps_ = 0;",
+        (WHOLE_LAYER,),
+    ),
+    Bug(
+        "layers-norms-of-the-first-for-all",
+        "csrc/layer_ops.cpp",
+        ", norm = index * norms;",
+        ", norm = 0 * norms;",
+        (WHOLE_LAYER,),
+    ),
+    Bug(
+        "layers-weights-of-the-first-for-all",
+        "csrc/layer_ops.cpp",
+        "weight = index * (norms",
+        "weight = 0 * (norms",
+        (WHOLE_LAYER,),
+    ),
+    Bug(
+        "layers-each-of-the-first-rows",
+        "csrc/layer_ops.cpp",
+        "const Tensor& from = selected ? x : y;",
+        "const Tensor& from = x;",
         (WHOLE_LAYER,),
     ),
     Bug(
@@ -93,7 +121,7 @@ LAYERS_BUGS = (
     Bug(
         "layer-bounds-end-anywhere",
         "csrc/layer_ops.cpp",
-        "require(bounds[experts] == x.size(0), op_",
+        "require(bounds[experts] == rows, op_",
         "require(bounds[experts] > 0, op_",
         (LAYER_ARGUMENTS,),
     ),
@@ -105,6 +133,34 @@ LAYERS_BUGS = (
         (WHOLE_LAYER,),
     ),
     # Python
+    Bug(
+        "layers-ranges-of-the-first-for-all",
+        "beit3_fast/ops/whole_layer.py",
+        "for shape, own in groupby(layers, _shape):",
+        "for shape, own in [(_shape(layers[0]), layers)]:",
+        (WHOLE_LAYER,),
+    ),
+    Bug(
+        "layers-in-one-call-whoever-watches",
+        "beit3_fast/model/one_call.py",
+        "return any(own[hooks] for hooks in _HOOKS)",
+        "return False",
+        (WHOLE_LAYER,),
+    ),
+    Bug(
+        "layers-in-one-call-whatever-their-code",
+        "beit3_fast/model/one_call.py",
+        'if type(layer).forward is not called.forward or "forward" in own:',
+        "if False:",
+        (WHOLE_LAYER,),
+    ),
+    Bug(
+        "layers-in-one-call-leave-drop-path-out",
+        "beit3_fast/model/encoder.py",
+        "if hidden_states is None and not kept:",
+        "if hidden_states is None:",
+        (WHOLE_LAYER,),
+    ),
     Bug(
         "layer-in-one-call-under-autocast",
         "beit3_fast/ops/whole_layer.py",
@@ -122,15 +178,15 @@ LAYERS_BUGS = (
     Bug(
         "layer-in-one-call-whatever-the-dtype-of-its-weights",
         "beit3_fast/ops/whole_layer.py",
-        "x.shape[1] % PANEL or any(weight.dtype is not x.dtype for weight in weights)",
-        "x.shape[1] % PANEL",
+        "if any(weight.dtype is not x.dtype for weight in weights):",
+        "if False:",
         (WHOLE_LAYER,),
     ),
     Bug(
         "layer-in-one-call-with-panels-across-its-parts",
         "beit3_fast/ops/whole_layer.py",
-        "x.shape[1] % PANEL or any(",
-        "any(",
+        "not len(x) or x.shape[1] % PANEL:",
+        "not len(x):",
         (WHOLE_LAYER,),
     ),
     Bug(
@@ -142,7 +198,7 @@ LAYERS_BUGS = (
     ),
     Bug(
         "layer-in-one-call-forgets-a-mask-tensor",
-        "beit3_fast/model/encoder.py",
+        "beit3_fast/model/one_call.py",
         'if x.device.type != "cpu" or isinstance(mask, Tensor) or isinstance(layout, PaddedLayout):\n        return None',
         'if x.device.type != "cpu" or isinstance(layout, PaddedLayout):\n        return None\n'
         '    mask = "bidirectional" if isinstance(mask, Tensor) else mask',

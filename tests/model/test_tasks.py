@@ -214,21 +214,21 @@ def test_rows_that_nobody_reads_are_not_computed(
     need(impl)
     expected, call = ROWS_READ[task]
     rows: list[int] = []
-    real, whole = encoder_module.measured_expert_linear, whole_layer.encoder_layer
+    real, whole = encoder_module.measured_expert_linear, whole_layer.encoder_layers
 
     def spy(x: Measured, *args: Any, **options: Any) -> Measured:
         if options.get("activation") == "gelu":
             rows.append(x.rows.shape[0])
         return real(x, *args, **options)
 
-    def spy_layer(*given: Any, **options: Any) -> Tensor | None:
-        y = whole(*given, **options)
+    def spy_layers(x: Tensor, layers: Any, *given: Any, **options: Any) -> Tensor | None:
+        y = whole(x, layers, *given, **options)
         if y is not None:
-            rows.append(y.shape[0])
+            rows.extend([y.shape[0]] * len(layers))
         return y
 
     monkeypatch.setattr(encoder_module, "measured_expert_linear", spy)
-    monkeypatch.setattr(whole_layer, "encoder_layer", spy_layer)
+    monkeypatch.setattr(whole_layer, "encoder_layers", spy_layers)
     call(task_model(task, impl))
     assert len(rows) == TINY.num_layers
     assert rows[-1] == expected

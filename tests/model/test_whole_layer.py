@@ -41,19 +41,19 @@ READ: dict[str, tuple[Any, Any]] = {
 
 @contextmanager
 def watched(monkeypatch: pytest.MonkeyPatch, whole: bool) -> Iterator[list[bool]]:
-    """Whether each layer was computed in one call; with ``whole=False`` none is."""
+    """Whether each layer was computed in one call, of itself or of several; with ``whole=False`` none is."""
     seen: list[bool] = []
 
     def spy(real: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
-        def run(*given: Any, **options: Any) -> Tensor | None:
-            y = real(*given, **options) if whole else None
-            seen.append(y is not None)
+        def run(x: Tensor, layers: Any, *given: Any, **options: Any) -> Tensor | None:
+            y = real(x, layers, *given, **options) if whole else None
+            seen.extend([y is not None] * (len(layers) if isinstance(layers, list) else 1))
             return y
 
         return run
 
     with monkeypatch.context() as patch:
-        patch.setattr(whole_layer, "encoder_layer", spy(whole_layer.encoder_layer))
+        patch.setattr(whole_layer, "encoder_layers", spy(whole_layer.encoder_layers))
         patch.setattr(caption_cache, "decoder_layer", spy(caption_cache.decoder_layer))
         yield seen
 
@@ -269,6 +269,96 @@ def test_it_is_the_cpu_kernels_alone(impl: str, monkeypatch: pytest.MonkeyPatch)
     assert layers_in_one_call(**own) == {takes}
 
 
+@pytest.mark.parametrize("width", [TINY.embed_dim, 192])
+@pytest.mark.parametrize("form", ["fp32", "bf16", "packed, bf16", "int8, bf16"])
+def test_all_layers_are_one_call(form: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that have nothing in common, the last one for some of the rows only."""
+    heads = width // 64 or 1
+    model = in_form(backbone(TINY.replace(embed_dim=width, num_heads=heads, num_layers=3)), form)
+    for index, layer in enumerate(model.encoder.layers):
+        for expert in "AB":
+            getattr(layer.self_attn_layer_norm, expert).eps = 0.1 * index
+            getattr(layer.ffn, expert).ffn_layernorm.eps = 0.3 * index
+    calls: list[int] = []
+    real = whole_layer.encoder_layers
+    dtype = model.text_embed.weight.dtype
+
+    def count(x: Tensor, layers: Any, *given: Any, **options: Any) -> Tensor | None:
+        calls.append(len(layers))
+        return real(x, layers, *given, **options)
+
+    pictures = images(3, model.config).to(dtype)
+    for read, expected in (("all", [3]), ("first", [2, 1])):
+        run = lambda read=read: model.encode(pictures, texts(3, 7), read_text=read).rows  # noqa: E731
+        with torch.no_grad():
+            whole, apart = both(monkeypatch, run, layers=3)
+            assert torch.equal(whole, apart)
+            with monkeypatch.context() as patch:
+                patch.setattr(whole_layer, "encoder_layers", count)
+                run()
+        assert calls == expected
+        calls.clear()
+
+
+def _hooked(model: Any, seen: list[int]) -> Any:
+    note = lambda _, given, y: seen.append(len(y.rows))  # noqa: E731
+    return model.encoder.layers[1].register_forward_hook(note)
+
+
+def _hooked_before(model: Any, seen: list[int]) -> Any:
+    note = lambda _, given: seen.append(len(given[0].rows))  # noqa: E731
+    return model.encoder.layers[0].register_forward_pre_hook(note)
+
+
+def _hooked_everywhere(model: Any, seen: list[int]) -> Any:
+    def note(module: nn.Module, given: Any, y: Any) -> None:
+        if module is model.encoder.layers[1]:
+            seen.append(len(y.rows))
+
+    return nn.modules.module.register_module_forward_hook(note)
+
+
+def _replaced(model: Any, seen: list[int]) -> Any:
+    layer = model.encoder.layers[1]
+    real = layer.forward
+
+    def forward(x: Any, *given: Any, **options: Any) -> Any:
+        seen.append(len(x.rows))
+        return real(x, *given, **options)
+
+    layer.forward = forward
+    return SimpleNamespace(remove=lambda: delattr(layer, "forward"))
+
+
+def _subclassed(model: Any, seen: list[int]) -> Any:
+    layer = model.encoder.layers[1]
+    own = type(layer)
+
+    class Noting(own):  # type: ignore[valid-type, misc]
+        def forward(self, x: Any, *given: Any, **options: Any) -> Any:
+            seen.append(len(x.rows))
+            return super().forward(x, *given, **options)
+
+    layer.__class__ = Noting
+    return SimpleNamespace(remove=lambda: setattr(layer, "__class__", own))
+
+
+@pytest.mark.parametrize(
+    "watch", [_hooked, _hooked_before, _hooked_everywhere, _replaced, _subclassed]
+)
+def test_whoever_watches_a_layer_sees_its_call(watch: Callable[[Any, list[int]], Any]) -> None:
+    model, words = backbone(), texts(2, 4)
+    seen: list[int] = []
+    with torch.no_grad():
+        expected = model(textual_tokens=words)["encoder_out"]
+        handle = watch(model, seen)
+        assert torch.equal(model(textual_tokens=words)["encoder_out"], expected)
+        assert seen == [8]
+        handle.remove()
+        model(textual_tokens=words)
+    assert seen == [8]
+
+
 def test_a_weight_that_does_not_fit_is_named() -> None:
     model = backbone()
     layer = model.encoder.layers[1]
@@ -302,7 +392,7 @@ def test_a_failure_is_not_taken_for_a_refusal(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("no memory, in the midst of a call")
 
     broken = SimpleNamespace(default=fail)
-    ops = SimpleNamespace(encoder_layer=broken, decoder_layer=broken)
+    ops = SimpleNamespace(encoder_layers=broken, decoder_layer=broken)
     model = task_model("captioning")
     with torch.no_grad():
         decoder = CaptionDecoder(model, images(2), 1, 6, 0, 5)

@@ -21,7 +21,7 @@ def layer(x: Tensor, own: dict[str, Any]) -> Tensor:
     """A layer on rows x of samples of 50."""
     layout = TokenLayout.from_lengths([50] * (len(x) // 50), [0] * (len(x) // 50))
     bounds = [0, len(x)]
-    y: Tensor = OPS.encoder_layer(
+    y: Tensor = OPS.encoder_layers(
         x,
         *own.values(),
         bounds,

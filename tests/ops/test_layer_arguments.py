@@ -79,6 +79,11 @@ def swapped(name: str, index: int, tensor: Tensor, experts: int = 2) -> dict[str
     return {name: [*whole[:index], tensor, *whole[index + 1 :]]}
 
 
+def two_layers(experts: int = 2) -> dict[str, Any]:
+    first, second = parameters(experts), parameters(experts)
+    return {name: first[name] + second[name] for name in first}
+
+
 NARROW = torch.randn(C - 1)
 # Weights: two experts' queries, keys and values, their projections, fc1 and fc2.
 BAD_PARAMETERS: dict[str, tuple[dict[str, Any], str]] = {
@@ -91,6 +96,7 @@ BAD_PARAMETERS: dict[str, tuple[dict[str, Any], str]] = {
     "no packed": ({"packed": []}, "expected 12 weights"),
     "one bias more": ({"biases": [torch.randn(C)] * 13}, "and biases"),
     "no norms": ({"norm_weights": []}, "8 norms"),
+    "no eps": ({"eps": []}, "4 eps for each layer"),
     "three eps": ({"eps": [1e-5] * 3}, "4 eps"),
     "eps": ({"eps": [1e-5, math.nan, 1e-5, 1e-5]}, "eps must be finite"),
     "a value's weight": (
@@ -128,12 +134,15 @@ BAD_ENCODER: dict[str, tuple[dict[str, Any], str]] = {
     "offsets fall": ({"cu_text": torch.tensor([0, 8, 7]).int()}, "must not decrease"),
     "offsets of another batch": ({"cu_text": torch.tensor([0, 7]).int()}, "3 entries"),
     "int64 offsets": ({"cu_vision": torch.tensor([0, 3, 3])}, "int32"),
+    "queries' offsets": (selected() | {"cu_text_q": torch.tensor([0, 1, 3]).int()}, "q has 3 rows"),
+    "rows of two layers": (selected() | two_layers(), "rows are those that one layer computes"),
+    "weights of one layer": ({"eps": [1e-5] * 8}, "4 eps for each layer, got 12, 12, 8, 8 and 8"),
     "rows alone": ({"rows": torch.tensor([0])}, "come together"),
     "queries' offsets alone": ({"cu_vision_q": torch.zeros(3).int()}, "come together"),
     "a row too far": (selected() | {"rows": torch.tensor([0, 3, ROWS])}, r"rows\[2\] is 10"),
     "a row below": (selected() | {"rows": torch.tensor([-1, 3, 5])}, r"rows\[0\] is -1"),
     "int32 rows": (selected() | {"rows": torch.tensor([0, 3, 5]).int()}, "int64"),
-    "too many rows": (selected() | {"rows": torch.tensor([0, 1, 3, 5])}, "q has 4 rows"),
+    "too many rows": (selected() | {"rows": torch.tensor([0, 1, 3, 5])}, "there are 4 rows"),
     "own bounds of all": (selected() | {"own_bounds": [0, 3, ROWS]}, "end at 10 but there are 3"),
     "a position": (selected() | {"positions_q": torch.tensor([3, 0, 0]).int()}, "positions_q"),
     "no positions": (selected() | {"positions_q": None, "mask": "causal"}, "needs positions_q"),
@@ -144,6 +153,7 @@ BAD_DECODER: dict[str, tuple[dict[str, Any], str]] = {
         swapped("packed", 2, OPS.pack_weight(torch.randn(C, F)), experts=1),
         r"packed\[2\] is not a weight",
     ),
+    "two layers": (two_layers(experts=1), "takes one layer, got 2"),
     "heads": ({"num_heads": 5}, "5 heads"),
     "no heads": ({"num_heads": 0}, "0 heads"),
     "another dtype": ({"k": torch.zeros(3, 9, C).bfloat16()}, "k must be a CPU tensor of the same"),
@@ -164,16 +174,17 @@ BAD_DECODER: dict[str, tuple[dict[str, Any], str]] = {
 
 def test_the_arguments_as_they_are() -> None:
     own = encoder_arguments()
-    assert OPS.encoder_layer(**own).shape == (ROWS, C)
-    assert OPS.encoder_layer(**(own | selected())).shape == (3, C)
+    assert OPS.encoder_layers(**own).shape == (ROWS, C)
+    assert OPS.encoder_layers(**(own | selected())).shape == (3, C)
+    assert OPS.encoder_layers(**(own | two_layers())).shape == (ROWS, C)
     assert OPS.decoder_layer(**decoder_arguments()).shape == (2, C)
 
 
 @pytest.mark.parametrize("name", BAD_ENCODER)
-def test_encoder_layer_rejects(name: str) -> None:
+def test_encoder_layers_rejects(name: str) -> None:
     changes, message = BAD_ENCODER[name]
-    with pytest.raises(RuntimeError, match=f"encoder_layer: .*{message}"):
-        OPS.encoder_layer(**(encoder_arguments() | changes))
+    with pytest.raises(RuntimeError, match=f"encoder_layers: .*{message}"):
+        OPS.encoder_layers(**(encoder_arguments() | changes))
 
 
 @pytest.mark.parametrize("name", BAD_DECODER)

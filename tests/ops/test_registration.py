@@ -20,7 +20,7 @@ REGISTERED = {
     "cached_attention",
     "cpu_expert_linear",
     "decoder_layer",
-    "encoder_layer",
+    "encoder_layers",
     "expert_linear",
     "likeliest",
     "masked_linear_cross_entropy",
@@ -205,7 +205,7 @@ def test_cached_attention(dtype: torch.dtype) -> None:
 
 
 def layer_arguments(dtype: torch.dtype, width: int = 32, hidden: int = 64) -> list[Any]:
-    """The parameters of a layer with one expert, as encoder_layer and decoder_layer take them."""
+    """The parameters of a layer with one expert, as encoder_layers and decoder_layer take them."""
     shapes = [(width, width)] * 4 + [(hidden, width), (width, hidden)]
     packed = [OPS.pack_weight(draw(*shape, dtype=dtype)) for shape in shapes]
     biases = [draw(shape[0], dtype=dtype) for shape in shapes]
@@ -216,7 +216,7 @@ def layer_arguments(dtype: torch.dtype, width: int = 32, hidden: int = 64) -> li
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("selected", [False, True])
-def test_encoder_layer(dtype: torch.dtype, selected: bool) -> None:
+def test_encoder_layers(dtype: torch.dtype, selected: bool) -> None:
     import_module("beit3_fast.ops.whole_layer")._ops()
     layout = TokenLayout.from_lengths([5, 0], [2, 3])
     own: list[Tensor | None] = [None] * 4
@@ -228,7 +228,7 @@ def test_encoder_layer(dtype: torch.dtype, selected: bool) -> None:
     bounds = [[0, layout.num_rows], [0, asked], [0, asked]]
     x, cu = draw(layout.num_rows, 32, dtype=dtype), (layout.cu_vision, layout.cu_text)
     arguments = (x, *layer_arguments(dtype), *bounds, 2, "causal", *cu, *own)
-    torch.library.opcheck(OPS.encoder_layer.default, arguments)
+    torch.library.opcheck(OPS.encoder_layers.default, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
