@@ -16,6 +16,8 @@
 #include "attention_operands.h"
 #include "cpu/layer_rest.h"
 #include "linear_operands.h"
+#include "norm_operands.h"
+#include "passing_rows.h"
 
 namespace {
 
@@ -25,6 +27,7 @@ using beit3_fast::cpu::elements_on;
 using beit3_fast::cpu::Expert;
 using beit3_fast::cpu::ExpertLinear;
 using beit3_fast::cpu::kStrip;
+using beit3_fast::cpu::NormExpert;
 using beit3_fast::cpu::SharedAttention;
 using namespace beit3_fast::operands;
 using Bounds = std::vector<int64_t>;
@@ -51,17 +54,6 @@ struct Ranges {
 enum ProductName : std::size_t { kProject, kOut, kFirst, kSecond };
 constexpr std::size_t kProducts = 4;
 constexpr std::size_t kParts = 3;  // of kProject
-
-// Bytes of rows that are worth huge pages.
-constexpr int64_t kPassingFrom = beit3_fast::cpu::kHugePage / 2;
-
-Tensor rows_like(const Tensor& x, int64_t rows, int64_t columns) {
-  const int64_t shape[] = {rows, columns}, strides[] = {columns, 1};
-  const int64_t bytes = rows * columns * static_cast<int64_t>(x.element_size());
-  if (bytes < kPassingFrom) return torch::stable::new_empty(x, {shape, 2});
-  return torch::stable::from_blob(beit3_fast::cpu::take_passing(bytes), {shape, 2}, {strides, 2},
-                                  x.device(), x.scalar_type(), beit3_fast::cpu::give_passing);
-}
 
 std::size_t ranges(const Bounds& bounds) { return bounds.empty() ? 0 : bounds.size() - 1; }
 
@@ -324,8 +316,10 @@ Tensor attend(Layer& layer, const Tensor& x, const Tensor& queries, bool selecte
 Tensor encoder_layers(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> biases,
                       std::vector<Tensor> norm_weights, std::vector<Tensor> norm_biases,
                       std::vector<double> eps, Bounds bounds, Bounds own_bounds, Bounds ffn_bounds,
-                      int64_t num_heads, StringHandle mask_handle, Tensor cu_vision, Tensor cu_text,
-                      std::optional<Tensor> rows, std::optional<Tensor> cu_vision_q,
+                      int64_t num_heads, std::vector<Tensor> last_weights,
+                      std::vector<Tensor> last_biases, std::vector<double> last_eps,
+                      Bounds last_bounds, StringHandle mask_handle, Tensor cu_vision,
+                      Tensor cu_text, std::optional<Tensor> rows, std::optional<Tensor> cu_vision_q,
                       std::optional<Tensor> cu_text_q, std::optional<Tensor> positions_q) {
   constexpr const char* op = "encoder_layers";
   const std::string mask = take(mask_handle);
@@ -352,6 +346,10 @@ Tensor encoder_layers(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> 
   call.num_heads = num_heads;
   take_layout({cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q}, x.size(0), queries.size(0),
               false, op, call);
+  std::vector<NormExpert> last;
+  if (!last_weights.empty()) {
+    last = norm_experts(x, queries.size(0), {last_weights, last_biases, last_eps, last_bounds}, op);
+  }
   if (queries.size(0) == 0) return queries;
 
   Tensor y = queries;
@@ -360,7 +358,7 @@ Tensor encoder_layers(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> 
     const bool strips = layer.takes_strips(width / num_heads);
     y = layer.rest(attend(layer, from, y, selected, strips, call), strips, y);
   }
-  return y;
+  return last.empty() ? y : layer_norm(y, std::move(last), op);
 }
 
 // Rows [.., C] of projected queries, keys and values: those of sequence s, `count` of them, become
@@ -431,7 +429,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(beit3_fast, m) {
   m.def(
       "encoder_layers(Tensor x, Tensor[] packed, Tensor[] biases, Tensor[] norm_weights, "
       "Tensor[] norm_biases, float[] eps, int[] bounds, int[] own_bounds, int[] ffn_bounds, "
-      "int num_heads, str mask, Tensor cu_vision, Tensor cu_text, Tensor? rows=None, "
+      "int num_heads, Tensor[] last_weights, Tensor[] last_biases, float[] last_eps, "
+      "int[] last_bounds, str mask, Tensor cu_vision, Tensor cu_text, Tensor? rows=None, "
       "Tensor? cu_vision_q=None, Tensor? cu_text_q=None, Tensor? positions_q=None) -> Tensor");
   m.def(
       "decoder_layer(Tensor x, Tensor[] packed, Tensor[] biases, Tensor[] norm_weights, "

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -16,6 +17,7 @@
 #include "cpu/packed_weight.h"
 #include "cpu/patch_embedding.h"
 #include "linear_operands.h"
+#include "passing_rows.h"
 
 namespace {
 
@@ -235,9 +237,11 @@ int64_t product_loop(Tensor x, Tensor packed, int64_t repeats) {
   return beit3_fast::cpu::product_loop(torch_pool(), call, repeats);
 }
 
-Tensor patch_embedding(Tensor images, Tensor packed, std::optional<Tensor> bias, Tensor cls_token,
-                       Tensor mask_token, std::optional<Tensor> positions,
-                       std::optional<Tensor> masked, int64_t patch) {
+std::tuple<Tensor, Tensor> patch_embedding(Tensor images, Tensor packed, std::optional<Tensor> bias,
+                                           Tensor cls_token, Tensor mask_token,
+                                           std::optional<Tensor> positions,
+                                           std::optional<Tensor> masked, int64_t patch,
+                                           bool with_words) {
   constexpr const char* op = "patch_embedding";
   PatchEmbedding call;
   call.dtype = dtype_of(images, op, "images");
@@ -283,13 +287,15 @@ Tensor patch_embedding(Tensor images, Tensor packed, std::optional<Tensor> bias,
     call.masked = static_cast<const unsigned char*>(masked->const_data_ptr());
   }
 
-  const int64_t shape[] = {call.batch, patches + 1, out_features};
-  Tensor out = torch::stable::new_empty(images, {shape, 3});
-  if (call.batch == 0) return out;
+  const int64_t rows = call.batch * (patches + 1);
+  Tensor out = rows_like(images, rows, out_features);
+  Tensor words = rows_like(images, with_words ? rows : 0, out_features);
+  if (call.batch == 0) return {out, words};
   call.images = images.const_data_ptr();
   call.out = out.mutable_data_ptr();
+  if (with_words) call.words = words.mutable_data_ptr();
   beit3_fast::cpu::patch_embedding(torch_pool(), call);
-  return out;
+  return {out, words};
 }
 
 std::string cpu_isa() { return beit3_fast::cpu::isa_name(beit3_fast::cpu::isa()); }
@@ -309,7 +315,8 @@ STABLE_TORCH_LIBRARY(beit3_fast, m) {
       "float eps, str activation) -> Tensor");
   m.def(
       "patch_embedding(Tensor images, Tensor packed, Tensor? bias, Tensor cls_token, "
-      "Tensor mask_token, Tensor? positions, Tensor? masked, int patch) -> Tensor");
+      "Tensor mask_token, Tensor? positions, Tensor? masked, int patch, bool with_words=False) -> "
+      "(Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(beit3_fast, CPU, m) {

@@ -48,6 +48,7 @@ OPS_HELPERS = {
     "library",
     "operands",
     "packed_weight",
+    "rows",
     "triton_kernels",
     "whole_layer",
 }

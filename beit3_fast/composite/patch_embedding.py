@@ -14,11 +14,10 @@ def patch_embedding(
     bias: Tensor | None,
     cls_token: Tensor,
     mask_token: Tensor,
-    positions: Tensor | None,
     masked: Tensor | None,
     product: Callable[[Tensor, Tensor | None], Tensor],
 ) -> Tensor:
-    """Arguments and result as in ``beit3_fast.reference.patch_embedding``; obeys autocast and autograd.
+    """As ``beit3_fast.reference.patch_embedding`` without positions; obeys autocast and autograd.
 
     ``product``: patches [M, K * P * P] and bias -> [M, C], the product with the weight.
     """
@@ -32,5 +31,4 @@ def patch_embedding(
     if masked is not None:
         x = torch.where(masked.unsqueeze(-1), mask_token, x)
     # Under autocast x is of lower precision: the sum of all layers starts in the parameters' dtype.
-    x = torch.cat([cls_token.expand(batch, 1, -1), x], dim=1)
-    return x if positions is None else x + positions
+    return torch.cat([cls_token.expand(batch, 1, -1), x], dim=1)

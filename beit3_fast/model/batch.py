@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from beit3_fast.errors import ConfigError, ShapeError
 from beit3_fast.layout import TokenLayout
 from beit3_fast.model.embedding import POSITION_OFFSET, text_rows, vision_positions
+from beit3_fast.ops import unpack_rows
 from beit3_fast.padded_layout import PaddedLayout, shapes_are_fixed
 
 
@@ -37,8 +38,8 @@ class Embedded:
             return self.layout.unpack(rows)
         if self.source is None:
             return rows.view(batch, tokens, rows.shape[1])
-        padded = rows.new_zeros(batch * tokens, rows.shape[1])
-        return padded.index_copy(0, self.source, rows).view(batch, tokens, rows.shape[1])
+        padded = unpack_rows(rows, self.source, batch * tokens)
+        return padded.view(batch, tokens, rows.shape[1])
 
 
 def embed_padded(
@@ -84,8 +85,11 @@ def embed_padded(
     if image is not None:
         own = sorted_samples(image), sorted_samples(masked_position)
         if keep_words:
-            words.append(branch(model, "vision_embed")(*own, model.impl).flatten(0, 1))
-        parts.append(_vision_rows(model, *own))
+            placed, plain = _vision_rows_and_words(model, *own)
+            parts.append(placed)
+            words.append(plain)
+        else:
+            parts.append(_vision_rows(model, *own))
     if text is not None:
         places = torch.arange(num_text, device=device)[None]
         if positions is not None:
@@ -239,12 +243,26 @@ def branch(model: nn.Module, name: str) -> Any:
 
 
 def _vision_rows(model: Any, images: Tensor, masked_position: Tensor | None) -> Tensor:
+    positions = _positions_of(model, images, masked_position)
     embed = branch(model, "vision_embed")
-    table = model.encoder.embed_positions.A.weight
-    positions = vision_positions(table, model.config.grid_size, embed.grid_size(images))
-    _check_masked(masked_position)
     rows: Tensor = embed(images, masked_position, model.impl, positions)
     return rows.flatten(0, 1)
+
+
+def _vision_rows_and_words(
+    model: Any, images: Tensor, masked_position: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    positions = _positions_of(model, images, masked_position)
+    embed = branch(model, "vision_embed")
+    rows, words = embed.with_words(images, masked_position, model.impl, positions)
+    return rows.flatten(0, 1), words.flatten(0, 1)
+
+
+def _positions_of(model: Any, images: Tensor, masked_position: Tensor | None) -> Tensor:
+    table = model.encoder.embed_positions.A.weight
+    grid = branch(model, "vision_embed").grid_size(images)
+    _check_masked(masked_position)
+    return vision_positions(table, model.config.grid_size, grid)
 
 
 def _text_rows(model: Any, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:

@@ -189,7 +189,7 @@ class CaptionDecoder:
         x = self._layer(-1, x, shape, layout, place, seen[:, width:])
         asking = x.rows
         if self.encoder.layer_norm is not None:
-            asking = layer_norm(self.encoder.layer_norm, asking, layout)
+            asking = layer_norm(self.encoder.layer_norm, asking, layout, self.impl)
         return asking.unflatten(0, (batch, width))
 
     def _layer(

@@ -16,7 +16,7 @@ from beit3_fast.config import BEiT3Config
 from beit3_fast.derived import derived, needs_grad, taken
 from beit3_fast.errors import ShapeError
 from beit3_fast.locks import fork_safe_lock
-from beit3_fast.ops.patch_embedding import grid_of, patch_embedding
+from beit3_fast.ops.patch_embedding import grid_of, patch_embedding, patch_embedding_and_words
 
 POSITION_OFFSET = 2
 MOST_GRIDS = 16  # whose interpolated positions a model keeps
@@ -54,6 +54,16 @@ class VisionEmbedding(nn.Module):
         proj = self.proj
         tokens = self.cls_token[0, 0], self.mask_token[0, 0]
         return patch_embedding(
+            images, proj.weight, proj.bias, *tokens, positions, masked_position, impl=impl
+        )
+
+    def with_words(
+        self, images: Tensor, masked_position: Tensor | None, impl: str, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What ``forward`` gives with ``positions`` [Nv, C] and what it gives without them."""
+        proj = self.proj
+        tokens = self.cls_token[0, 0], self.mask_token[0, 0]
+        return patch_embedding_and_words(
             images, proj.weight, proj.bias, *tokens, positions, masked_position, impl=impl
         )
 

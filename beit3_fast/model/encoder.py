@@ -9,23 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from beit3_fast.composite._layer_norm import layer_norm as _norm_rows
 from beit3_fast.derived import needs_grad
 from beit3_fast.float8 import BLOCK
 from beit3_fast.layout import Part, Selection, TokenLayout
 from beit3_fast.model.drop_path import Draws, Kept, draw, touch
-from beit3_fast.model.experts import norm_of, route
+from beit3_fast.model.experts import expert_norm, norm_of, route
 from beit3_fast.model.one_call import is_watched, layers_in_one_call
 from beit3_fast.model.stack import computed
 from beit3_fast.ops import (
     Measured,
     Norm,
+    expert_layer_norm,
     measured,
     measured_expert_linear,
     measured_shared_attention,
@@ -271,15 +270,9 @@ def _norm(norm: nn.Module, layout: TokenLayout) -> Norm:
     return norm_of(route(norm, layout).modules)
 
 
-def layer_norm(norm: nn.Module, x: Tensor, layout: TokenLayout) -> Tensor:
+def layer_norm(norm: nn.Module, x: Tensor, layout: TokenLayout, impl: str) -> Tensor:
     """LayerNorm of every row by its own expert, [R, C] -> [R, C]."""
-    experts = route(norm, layout)
-    parts = [
-        _norm_rows(x[start:stop], module.weight, module.bias, module.eps)
-        for module, (start, stop) in zip(experts.modules, pairwise(experts.bounds), strict=True)
-        if stop > start
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else x
+    return expert_layer_norm(x, expert_norm(norm, layout), impl=impl)
 
 
 def encode_rows(
@@ -322,7 +315,10 @@ def encode_rows(
     if hidden_states is None and not kept:
         together = layers if read is None else layers[:-1]
         if len(together) > 1 and not any(is_watched(layer, Layer) for layer in together):
-            whole = layers_in_one_call(together, x, layout, mask, None, impl)
+            norm = encoder.layer_norm if read is None else None
+            whole = layers_in_one_call(together, x, layout, mask, None, impl, norm)
+            if whole is not None and read is None:
+                return whole
             if whole is not None:
                 state, begin = Measured(whole), len(together)
     for index, layer in enumerate(layers[begin:], begin):
@@ -343,7 +339,7 @@ def encode_rows(
     if read is not None and x.shape[0] != read.layout.num_rows:
         x = x[read.rows]
     own = layout if read is None else read.layout
-    return x if encoder.layer_norm is None else layer_norm(encoder.layer_norm, x, own)
+    return x if encoder.layer_norm is None else layer_norm(encoder.layer_norm, x, own, impl)
 
 
 def _encode_in_parts(

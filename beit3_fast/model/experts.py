@@ -9,7 +9,7 @@ from torch import nn
 
 from beit3_fast.errors import ConfigError, ShapeError
 from beit3_fast.layout import TokenLayout
-from beit3_fast.ops import Norm
+from beit3_fast.ops import ExpertNorm, Norm
 from beit3_fast.ops.whole_layer import LayerOperands
 
 
@@ -47,6 +47,13 @@ def norm_of(modules: Sequence[Any]) -> Norm:
             f"the LayerNorms of a product's experts must have one eps, got {[n.eps for n in modules]}"
         )
     return Norm([n.weight for n in modules], [n.bias for n in modules], modules[0].eps)
+
+
+def expert_norm(module: nn.Module, layout: TokenLayout) -> ExpertNorm:
+    """A LayerNorm behind the layers, each expert with an epsilon of its own."""
+    experts, bounds = route(module, layout)
+    weights, biases, eps = zip(*((own.weight, own.bias, own.eps) for own in experts), strict=True)
+    return ExpertNorm(weights, biases, eps, bounds)
 
 
 def layer_operands(layer: Any, layout: TokenLayout, own: TokenLayout) -> LayerOperands | None:

@@ -67,7 +67,7 @@ def encode_incremental(
             hidden_states.append(flat.view(batch, tokens, width))
     if encoder.layer_norm is not None:
         packed = flat if rows is None else flat[rows]
-        packed = layer_norm(encoder.layer_norm, packed, layout)
+        packed = layer_norm(encoder.layer_norm, packed, layout, impl)
         flat = packed if rows is None else torch.empty_like(packed).index_copy(0, rows, packed)
     return flat.view(batch, tokens, width)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from beit3_fast.layout import Selection, TokenLayout
-from beit3_fast.model.experts import layer_operands
+from beit3_fast.model.experts import expert_norm, layer_operands
 from beit3_fast.ops import whole_layer
 from beit3_fast.padded_layout import PaddedLayout
 
@@ -37,8 +37,10 @@ def layers_in_one_call(
     mask: str | Tensor,
     read: Selection | None,
     impl: str,
+    last: nn.Module | None = None,
 ) -> Tensor | None:
-    """Layers one after the other where the compiled library computes all of them, else None."""
+    """Layers one after the other, and the LayerNorm ``last`` behind them, where the compiled library computes all of them;
+    else None."""
     if x.device.type != "cpu" or isinstance(mask, Tensor) or isinstance(layout, PaddedLayout):
         return None
     own = layout if read is None else read.layout
@@ -48,4 +50,6 @@ def layers_in_one_call(
         if found is None:
             return None
         operands.append(found)
-    return whole_layer.encoder_layers(x, operands, layout, mask=mask, read=read, impl=impl)
+    norm = None if last is None else expert_norm(last, own)
+    how: dict[str, Any] = {"mask": mask, "read": read, "last": norm, "impl": impl}
+    return whole_layer.encoder_layers(x, operands, layout, **how)

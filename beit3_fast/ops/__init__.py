@@ -15,7 +15,8 @@ from beit3_fast.ops.expert_linear import expert_linear, measured_expert_linear
 from beit3_fast.ops.head_top_k import head_top_k
 from beit3_fast.ops.masked_linear_cross_entropy import masked_linear_cross_entropy
 from beit3_fast.ops.operands import Measured, Norm, measured, rounding
-from beit3_fast.ops.patch_embedding import patch_embedding
+from beit3_fast.ops.patch_embedding import patch_embedding, patch_embedding_and_words
+from beit3_fast.ops.rows import ExpertNorm, expert_layer_norm, unpack_rows
 from beit3_fast.ops.shared_attention import (
     MASKS,
     measured_shared_attention,
@@ -24,11 +25,13 @@ from beit3_fast.ops.shared_attention import (
 
 __all__ = [
     "MASKS",
+    "ExpertNorm",
     "Measured",
     "NewKeys",
     "Norm",
     "PackedKeys",
     "cached_attention",
+    "expert_layer_norm",
     "expert_linear",
     "head_top_k",
     "masked_linear_cross_entropy",
@@ -38,7 +41,9 @@ __all__ = [
     "measured_shared_attention",
     "pack_keys",
     "patch_embedding",
+    "patch_embedding_and_words",
     "reads_packed_keys",
     "rounding",
     "shared_attention",
+    "unpack_rows",
 ]

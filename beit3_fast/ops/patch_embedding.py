@@ -43,6 +43,40 @@ def patch_embedding(
     for ``expert_linear``, whose choice it follows. Raises ShapeError for operands that do not fit, ConfigError and
     KernelUnavailable for ``impl``.
     """
+    own = (images, weight, bias, cls_token, mask_token)
+    return _embed(*own, positions, masked, impl, with_words=False)[0]
+
+
+def patch_embedding_and_words(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cls_token: Tensor,
+    mask_token: Tensor,
+    positions: Tensor,
+    masked: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``patch_embedding`` with positions and without them, the "words" of images: two tensors [B, 1 + patches, C] by one product."""
+    own = (images, weight, bias, cls_token, mask_token)
+    rows, words = _embed(*own, positions, masked, impl, with_words=True)
+    if words is None:
+        words = _embed(*own, None, masked, impl, with_words=False)[0]
+    return rows, words
+
+
+def _embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cls_token: Tensor,
+    mask_token: Tensor,
+    positions: Tensor | None,
+    masked: Tensor | None,
+    impl: str,
+    with_words: bool,
+) -> tuple[Tensor, Tensor | None]:
     rows, columns = grid_of(images, weight)
     _check(images, weight, bias, cls_token, mask_token, positions, masked, rows * columns)
     if masked is not None:
@@ -52,15 +86,23 @@ def patch_embedding(
     at = dispatch.situation("expert_linear", tensors)
     choice = dispatch.choose(at, impl)
     if choice.impl == "reference":
-        return reference_impl(images, weight, bias, cls_token, mask_token, positions, masked)
+        own = (images, weight, bias, cls_token, mask_token, positions, masked)
+        return reference_impl(*own), None
     fused = choice.impl == "cpu" and all(tensor.dtype == images.dtype for tensor in tensors)
     if fused and not (at.needs_grad or at.autocast or at.compiling):
         whole = [None if t is None else t.contiguous() for t in (bias, cls_token, mask_token)]
         places = [None if t is None else t.contiguous() for t in (positions, masked)]
-        embedded: Tensor = _op()(
-            images.contiguous(), packed_form(weight), *whole, *places, weight.shape[-1]
+        found: tuple[Tensor, Tensor] = _op()(
+            images.contiguous(),
+            packed_form(weight),
+            *whole,
+            *places,
+            weight.shape[-1],
+            with_words,
         )
-        return embedded
+        shape = (images.shape[0], 1 + rows * columns, weight.shape[0])
+        embedded, words = found
+        return embedded.view(shape), words.view(shape) if with_words else None
     if needs_grad(weight) or isinstance(weight, PackedWeight):
         matrix = weight.flatten(1)
     else:
@@ -70,8 +112,8 @@ def patch_embedding(
         biases = None if bias is None else [bias]
         return expert_linear(patches, [matrix], biases, bounds=(0, patches.shape[0]), impl=impl)
 
-    own = (images, weight, bias, cls_token, mask_token, positions, masked)
-    return composite_impl(*own, product)
+    bare = composite_impl(images, weight, bias, cls_token, mask_token, masked, product)
+    return bare if positions is None else bare + positions, bare
 
 
 def grid_of(images: Tensor, weight: Tensor) -> tuple[int, int]:
@@ -135,10 +177,18 @@ def _op() -> Any:
 
     @torch.library.register_fake("beit3_fast::patch_embedding")
     def _(
-        images: Tensor, packed: Tensor, bias: Tensor | None, cls_token: Tensor, *rest: Any
-    ) -> Tensor:
-        patch = rest[-1]
+        images: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        cls_token: Tensor,
+        mask_token: Tensor,
+        positions: Tensor | None,
+        masked: Tensor | None,
+        patch: int,
+        with_words: bool = False,
+    ) -> tuple[Tensor, Tensor]:
         patches = (images.shape[2] // patch) * (images.shape[3] // patch)
-        return images.new_empty(images.shape[0], 1 + patches, cls_token.shape[0])
+        rows, width = images.shape[0] * (1 + patches), cls_token.shape[0]
+        return images.new_empty(rows, width), images.new_empty(rows if with_words else 0, width)
 
     return torch.ops.beit3_fast.patch_embedding.default

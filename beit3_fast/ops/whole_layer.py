@@ -19,6 +19,9 @@ from beit3_fast.ops.cached_attention import PackedKeys
 from beit3_fast.ops.expert_linear import packed_form
 from beit3_fast.ops.operands import rounding
 from beit3_fast.ops.packed_weight import PANEL, PackedWeight
+from beit3_fast.ops.rows import ExpertNorm, are_plain
+
+_NO_NORM = ExpertNorm((), (), (), ())
 
 
 class LayerOperands(NamedTuple):
@@ -52,26 +55,31 @@ def encoder_layers(
     *,
     mask: str = "bidirectional",
     read: Selection | None = None,
+    last: ExpertNorm | None = None,
     impl: str = "auto",
 ) -> Tensor | None:
-    """Layers of the encoder, one after the other, on rows x [R, C]: [R, C]. Only a single one may compute the rows that
-    ``read`` names: [Rq, C].
+    """Layers of the encoder, one after the other, on rows x [R, C], and what normalises the last one's: [R, C]. Only a single
+    layer may compute the rows that ``read`` names: [Rq, C].
 
     None where the ops of the layers are to be called one by one: the CPU kernels are not those that ``impl`` takes, or some
     operand is none that they read as it is. Those calls say what is wrong with it.
     """
-    if not _taken(x, layers, "shared_attention", impl):
+    behind = [] if last is None else last.tensors
+    if not _taken(x, layers, "shared_attention", impl, behind):
+        return None
+    if last is not None and not are_plain(last):
         return None
     asked: tuple[Tensor | None, ...] = ()
     if read is not None:
         asked = (read.rows, read.layout.cu_vision, read.layout.cu_text, read.layout.positions)
+    places = (mask, layout.cu_vision, layout.cu_text, *asked)
     y = dispatch.rows_in_memory(x)
     # One call for all layers whose experts have the same rows.
-    for shape, own in groupby(layers, _shape):
+    groups = [(shape, list(own)) for shape, own in groupby(layers, _shape)]
+    for index, (shape, own) in enumerate(groups, 1):
+        norm = last if last is not None and index == len(groups) else _NO_NORM
         try:
-            y = _ops().encoder_layers.default(
-                y, *_parameters(list(own)), *shape, mask, layout.cu_vision, layout.cu_text, *asked
-            )
+            y = _ops().encoder_layers.default(y, *_parameters(own), *shape, *norm, *places)
         except RuntimeError as error:
             if not _refused("encoder_layers", error):
                 raise
@@ -136,8 +144,16 @@ def _parameters(layers: Sequence[LayerOperands]) -> tuple[Any, ...]:
     return packed, biases, norm_weights, norm_biases, [eps for layer in layers for eps in layer.eps]
 
 
-def _taken(x: Tensor, layers: Sequence[LayerOperands], attention: str, impl: str) -> bool:
-    """Whether products and this attention take the CPU kernels, with weights that these read part by part."""
+def _taken(
+    x: Tensor,
+    layers: Sequence[LayerOperands],
+    attention: str,
+    impl: str,
+    others: Sequence[Tensor] = (),
+) -> bool:
+    """Whether products and this attention take the CPU kernels, with weights that these read part by part; ``others`` are
+    further operands of the call.
+    """
     if torch.compiler.is_compiling() or x.dim() != 2 or not len(x) or x.shape[1] % PANEL:
         return False
     weights = [weight for layer in layers for weight in layer.weights]
@@ -146,7 +162,7 @@ def _taken(x: Tensor, layers: Sequence[LayerOperands], attention: str, impl: str
     rounded = rounding(weights[0])
     at = dispatch.situation(
         "expert_linear",
-        [x, *(tensor for layer in layers for tensor in layer.tensors)],
+        [x, *others, *(tensor for layer in layers for tensor in layer.tensors)],
         int8=rounded == "int8",
         float8=rounded == "float8",
         packed=any(isinstance(weight, PackedWeight) for weight in weights),
@@ -171,7 +187,7 @@ def _register() -> None:
 
     @torch.library.register_fake("beit3_fast::encoder_layers")
     def _(x: Tensor, *operands: Any) -> Tensor:
-        rows = operands[12] if len(operands) > 12 else None
+        rows = operands[16] if len(operands) > 16 else None
         return x.new_empty(x.shape[0] if rows is None else rows.shape[0], x.shape[1])
 
     @torch.library.register_fake("beit3_fast::decoder_layer")

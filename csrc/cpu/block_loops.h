@@ -34,6 +34,20 @@ void pack_transposed(const void* x, int64_t stride, int64_t depth, int64_t colum
   }
 }
 
+template <class Arch>
+void layer_norm(const NormBlock& block) {
+  using T = typename Arch::T;
+  for (int64_t r = 0; r < block.count; ++r) {
+    const T* const x = static_cast<const T*>(block.x) + r * block.x_stride;
+    T* const out = static_cast<T*>(block.out) + r * block.out_stride;
+    const Norm norm = measure<Arch>(x, block.width, block.eps);
+    for (int64_t i = 0; i < block.width; i += 16) {
+      const Vec y = normal_values(x + i, i, block.width, norm, block.weight, block.bias);
+      store_some(out + i, y, block.width - i);
+    }
+  }
+}
+
 inline int64_t most_rows(int64_t) { return beit3_fast::cpu::kBlockRows; }
 
 struct TileLinear {
@@ -63,6 +77,7 @@ constexpr Kernels make_kernels(const char* isa) {
   own.pack_panel = pack_panel<Arch>;
   own.pack_transposed = pack_transposed<Arch>;
   own.likeliest = likeliest<Arch>;
+  own.layer_norm = layer_norm<Arch>;
   return own;
 }
 

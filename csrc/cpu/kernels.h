@@ -40,6 +40,7 @@ struct LinearBlock {
   void* out;
   int64_t out_stride;
   int64_t out_strip = kStrip;
+  void* bare;  // what lies in out before the residual is added, at the same places; or null
   const int64_t* rows;  // sorted row -> row of x, residual and out; null: the identity
   int64_t first;
   int64_t count;
@@ -56,6 +57,20 @@ struct LinearBlock {
   const float* norm_bias;
   float eps;
   Activation activation;
+};
+
+// Rows of `width` numbers to be normalised, all by one weight and bias (fp32, padded with zeros to
+// whole vectors of 16).
+struct NormBlock {
+  const void* x;
+  int64_t x_stride;
+  void* out;
+  int64_t out_stride;
+  int64_t count;
+  int64_t width;
+  const float* weight;
+  const float* bias;
+  float eps;
 };
 
 // Queries [begin, end) of one (sample, head). A sample's queries and keys are numbered vision
@@ -159,6 +174,7 @@ struct Kernels {
   void (*pack_transposed)(const void* x, int64_t stride, int64_t depth, int64_t columns,
                           int64_t from, uint32_t* panel);
   void (*likeliest)(const LogitsBlock& block, LogitsSummary* out);
+  void (*layer_norm)(const NormBlock& block);
 };
 
 // Null where the translation unit was built without the instruction set.

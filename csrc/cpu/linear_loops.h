@@ -87,12 +87,14 @@ inline void foresee(const LinearBlock& block, int64_t first, int64_t rows, int64
   }
 }
 
-// Bias, activation, residual and the store of one tile of products.
-template <class Arch, bool Gelu, bool Residual>
+// Bias, activation, residual and the store of one tile of products; with Bare also of what the
+// residual is added to.
+template <class Arch, bool Gelu, bool Residual, bool Bare = false>
 inline void finish(const LinearBlock& block, int64_t first, int64_t rows, int64_t column,
                    int64_t columns, const float* c, int64_t c_stride, const Scales& scales) {
   using T = typename Arch::T;
   T* const out = static_cast<T*>(block.out);
+  T* const bare = static_cast<T*>(block.bare);
   const T* const residual = static_cast<const T*>(block.residual);
   const int64_t out_place = place_of(column, block.out_strip);
   const int64_t residual_place = place_of(column, block.residual_strip);
@@ -105,6 +107,7 @@ inline void finish(const LinearBlock& block, int64_t first, int64_t rows, int64_
       Vec y = sums<Arch>(c, r, j, scales);
       if (block.bias != nullptr) y = v_add(y, v_load(block.bias + column + j));
       if (Gelu) y = v_gelu(y);
+      if (Bare) store_some(bare + row * block.out_stride + out_place + j, y, columns - j);
       if (Residual) {
         y = v_add(y, load_some(added + j, columns - j));
       }
@@ -120,6 +123,10 @@ template <class Arch>
 inline Finish finish_of(const LinearBlock& block) {
   if (block.activation == Activation::kGelu) {
     return block.residual != nullptr ? finish<Arch, true, true> : finish<Arch, true, false>;
+  }
+  if (block.bare != nullptr) {
+    return block.residual != nullptr ? finish<Arch, false, true, true>
+                                     : finish<Arch, false, false, true>;
   }
   return block.residual != nullptr ? finish<Arch, false, true> : finish<Arch, false, false>;
 }

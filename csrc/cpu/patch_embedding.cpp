@@ -33,6 +33,7 @@ void gather_patch(const PatchEmbedding& op, int64_t sample, int64_t patch, int64
 void put_token(const PatchEmbedding& op, const Parameter& token, int64_t place, int64_t row) {
   for (int64_t i = 0; i < op.out_features; ++i) {
     float value = load_element(token.dtype, token.data, i);
+    if (op.words != nullptr) store_element(op.dtype, op.words, row * op.out_features + i, value);
     if (op.positions != nullptr) {
       value += load_element(op.dtype, op.positions, place * op.out_features + i);
     }
@@ -87,6 +88,9 @@ void patch_embedding(const Pool& pool, const PatchEmbedding& op) {
       block.residual_stride = op.out_features;
     }
     block.out = static_cast<char*>(op.out) + row * op.out_features * bytes;
+    if (op.words != nullptr) {
+      block.bare = static_cast<char*>(op.words) + row * op.out_features * bytes;
+    }
     block.out_stride = op.out_features;
     block.rows = seen.data();
     block.count = static_cast<int64_t>(seen.size());

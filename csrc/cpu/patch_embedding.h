@@ -1,4 +1,5 @@
-// Images [B, K, H, W] -> rows: the class token and one product for each patch, positions added.
+// Images [B, K, H, W] -> rows: the class token and one product for each patch, positions added, and
+// if wanted the same without them.
 #pragma once
 
 #include "elements.h"
@@ -21,8 +22,9 @@ struct PatchEmbedding {
   Parameter mask_token;             // [C]
   const void* positions = nullptr;  // [1 + patches, C] of the op's dtype, or null
   const unsigned char* masked =
-      nullptr;          // [B, patches], not zero where the mask token stands; or null
-  void* out = nullptr;  // [B, 1 + patches, C]
+      nullptr;            // [B, patches], not zero where the mask token stands; or null
+  void* out = nullptr;    // [B, 1 + patches, C]
+  void* words = nullptr;  // the same without positions, or null
 };
 
 // Arguments are trusted: the binding layer has checked shapes and ranges.

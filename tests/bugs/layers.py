@@ -136,8 +136,22 @@ LAYERS_BUGS = (
     Bug(
         "layers-ranges-of-the-first-for-all",
         "beit3_fast/ops/whole_layer.py",
-        "for shape, own in groupby(layers, _shape):",
-        "for shape, own in [(_shape(layers[0]), layers)]:",
+        "[(shape, list(own)) for shape, own in groupby(layers, _shape)]",
+        "[(_shape(layers[0]), list(layers))]",
+        (WHOLE_LAYER,),
+    ),
+    Bug(
+        "last-norm-trained-in-one-call",
+        "beit3_fast/ops/whole_layer.py",
+        "[x, *others, *(tensor",
+        "[x, *(tensor",
+        (WHOLE_LAYER,),
+    ),
+    Bug(
+        "last-norm-left-out",
+        "csrc/layer_ops.cpp",
+        "return last.empty() ? y : layer_norm(y, std::move(last), op);",
+        "return y;",
         (WHOLE_LAYER,),
     ),
     Bug(

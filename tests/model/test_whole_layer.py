@@ -300,6 +300,44 @@ def test_all_layers_are_one_call(form: str, width: int, monkeypatch: pytest.Monk
         calls.clear()
 
 
+def test_the_last_norm_is_part_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = backbone()
+    for expert, eps in (("A", 0.1), ("B", 0.3)):
+        norm = getattr(model.encoder.layer_norm, expert)
+        norm.eps = eps
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    own = {"visual_tokens": images(2), "textual_tokens": texts(2, 4)}
+    run = lambda: model(**own)["encoder_out"]  # noqa: E731
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(encoder, "layer_norm", None)
+        patch.setattr(model, "impl", "cpu")
+        whole = run()
+    with torch.no_grad():
+        model.impl = "composite"
+        torch.testing.assert_close(whole, run(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_last_norm_alone_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = backbone().requires_grad_(False)
+    model.encoder.layer_norm.requires_grad_(True)
+    with watched(monkeypatch, whole=True) as seen:
+        model(textual_tokens=texts(2, 4))["encoder_out"].sum().backward()
+    assert model.encoder.layer_norm.B.weight.grad is not None
+    assert set(seen) == {False, True}  # layer by layer, as none of them is trained
+
+
+def test_a_last_norm_that_is_not_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, words = backbone(), texts(2, 4)
+    with torch.no_grad():
+        wanted = model(textual_tokens=words)["encoder_out"]
+        norm = model.encoder.layer_norm.B
+        norm.weight = nn.Parameter(torch.stack([norm.weight] * 2, 1)[:, 0])
+        assert not norm.weight.is_contiguous()
+        y = model(textual_tokens=words)["encoder_out"]
+    torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+
+
 def _hooked(model: Any, seen: list[int]) -> Any:
     note = lambda _, given, y: seen.append(len(y.rows))  # noqa: E731
     return model.encoder.layers[1].register_forward_hook(note)

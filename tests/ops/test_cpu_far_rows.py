@@ -103,6 +103,6 @@ def test_patches(far: Far) -> None:
 
     def run(images: Tensor, masked: Tensor | None) -> Tensor:
         tokens = (None, token, token, None)
-        return OPS.patch_embedding(images[None, None], packed, *tokens, masked, side)[0, -count:]
+        return OPS.patch_embedding(images[None, None], packed, *tokens, masked, side)[0][-count:]
 
     assert torch.equal(run(room, masked), run(seen, None))

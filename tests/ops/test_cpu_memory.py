@@ -28,6 +28,7 @@ def layer(x: Tensor, own: dict[str, Any]) -> Tensor:
         bounds,
         bounds,
         2,
+        *([], [], [], []),
         "bidirectional",
         layout.cu_vision,
         layout.cu_text,

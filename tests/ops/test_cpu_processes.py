@@ -158,10 +158,12 @@ cached = Cached(torch.float32, 300, 6, [0, 1], 2, 64)
 images, token = torch.zeros(2, 3, 96, 96), torch.zeros(70)
 packed = OPS.pack_weight(torch.zeros(70, 768))
 x, own = torch.zeros(9000, C), parameters(experts=1)
+vector, places = torch.zeros(C), torch.arange(9000)
 def work():
     linear.run(); linear.run(packed=[]); linear.run(packed=int8)
     attention.run("causal"); cached.run(); cached.pack(200); cached.run()
-    OPS.patch_embedding(images, packed, token, token, token, None, None, 16)
+    OPS.patch_embedding(images, packed, token, token, token, None, None, 16, True)
+    OPS.unpack_rows(OPS.expert_layer_norm(x, [vector], [vector], [1e-5], [0, 9000]), places, 9100)
     layer(x, own)
 count = ctypes.CDLL(None).large_allocations
 count.restype = ctypes.c_long

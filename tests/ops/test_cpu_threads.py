@@ -54,6 +54,6 @@ def test_patches() -> None:
         )
         packed = OPS.pack_weight(torch.randn(width, 3 * 16**2, generator=draw))
         tokens = (bias, token, token, None, None)
-        return lambda: OPS.patch_embedding(images, packed, *tokens, 16)
+        return lambda: OPS.patch_embedding(images, packed, *tokens, 16)[0]
 
     assert not wrong_calls([call(192, 150), call(160, 200), call(176, 170)], 100)

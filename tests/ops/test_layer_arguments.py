@@ -46,10 +46,20 @@ def encoder_arguments() -> dict[str, Any]:
         "own_bounds": [0, 3, ROWS],
         "ffn_bounds": [0, 3, ROWS],
         "num_heads": 2,
+        "last_weights": [],
+        "last_biases": [],
+        "last_eps": [],
+        "last_bounds": [],
         "mask": "bidirectional",
         "cu_vision": layout.cu_vision,
         "cu_text": layout.cu_text,
     }
+
+
+def normalised(rows: int = ROWS) -> dict[str, Any]:
+    own = [torch.randn(C), torch.randn(C)]
+    ends = {"last_eps": [1e-5, 0.1], "last_bounds": [0, 1, rows]}
+    return {"last_weights": own, "last_biases": own, **ends}
 
 
 def selected() -> dict[str, Any]:
@@ -137,6 +147,10 @@ BAD_ENCODER: dict[str, tuple[dict[str, Any], str]] = {
     "queries' offsets": (selected() | {"cu_text_q": torch.tensor([0, 1, 3]).int()}, "q has 3 rows"),
     "rows of two layers": (selected() | two_layers(), "rows are those that one layer computes"),
     "weights of one layer": ({"eps": [1e-5] * 8}, "4 eps for each layer, got 12, 12, 8, 8 and 8"),
+    "a last norm of other rows": (normalised(ROWS + 1), "end at 11 but there are 10"),
+    "a last norm of all rows": (selected() | normalised(), "end at 10 but there are 3"),
+    "a last norm's eps": (normalised() | {"last_eps": [1e-5, math.inf]}, "eps must be finite"),
+    "a last norm's bias": (normalised() | {"last_biases": [torch.randn(C)]}, "for each expert"),
     "rows alone": ({"rows": torch.tensor([0])}, "come together"),
     "queries' offsets alone": ({"cu_vision_q": torch.zeros(3).int()}, "come together"),
     "a row too far": (selected() | {"rows": torch.tensor([0, 3, ROWS])}, r"rows\[2\] is 10"),
@@ -177,6 +191,8 @@ def test_the_arguments_as_they_are() -> None:
     assert OPS.encoder_layers(**own).shape == (ROWS, C)
     assert OPS.encoder_layers(**(own | selected())).shape == (3, C)
     assert OPS.encoder_layers(**(own | two_layers())).shape == (ROWS, C)
+    assert OPS.encoder_layers(**(own | normalised())).shape == (ROWS, C)
+    assert OPS.encoder_layers(**(own | selected() | normalised(3))).shape == (3, C)
     assert OPS.decoder_layer(**decoder_arguments()).shape == (2, C)
 
 

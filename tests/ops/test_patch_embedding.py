@@ -11,7 +11,7 @@ from op_cases import DTYPES, IMPLS, TARGETS, assert_near, need, values
 from torch import Tensor
 
 from beit3_fast.errors import ShapeError
-from beit3_fast.ops.patch_embedding import patch_embedding
+from beit3_fast.ops.patch_embedding import patch_embedding, patch_embedding_and_words
 from beit3_fast.parity import op_parity
 
 SIZES = {  # batch, channels, rows and columns of patches, patch, width
@@ -122,6 +122,29 @@ def test_values(kind: str, impl: str, dtype: str) -> None:
     if dtype == "fp16" and kind == "outliers":
         pytest.skip("the products overflow fp16")
     check(operands("giant's patch", DTYPES[dtype], kind), impl)
+
+
+@pytest.mark.parametrize(("impl", "dtype"), TARGETS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("option", ["all", "no bias", "unmasked"])
+def test_rows_and_words(option: str, size: str, impl: str, dtype: str) -> None:
+    """Both are what two calls give, with positions and without them."""
+    need(impl)
+    own = operands(size, DTYPES[dtype], **OPTIONS[option])
+    assert own.positions is not None
+    rows, words = patch_embedding_and_words(*own, impl=impl)
+    assert torch.equal(rows, patch_embedding(*own, impl=impl))
+    assert torch.equal(words, patch_embedding(*own._replace(positions=None), impl=impl))
+
+
+def test_gradients_of_words() -> None:
+    own = operands("odd", torch.float64)
+    leaves = [t.requires_grad_() for t in own if t is not None and t.is_floating_point()]
+
+    def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return patch_embedding_and_words(*tensors, own.masked)
+
+    assert torch.autograd.gradcheck(run, leaves)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -21,6 +21,7 @@ REGISTERED = {
     "cpu_expert_linear",
     "decoder_layer",
     "encoder_layers",
+    "expert_layer_norm",
     "expert_linear",
     "likeliest",
     "masked_linear_cross_entropy",
@@ -32,6 +33,7 @@ REGISTERED = {
     "quantize_weight",
     "shared_attention",
     "shared_attention_gradients",
+    "unpack_rows",
     "unpack_weight",
 }
 
@@ -40,6 +42,7 @@ REGISTERED = {
 def _registered() -> None:
     for op in ("expert_linear", "head_top_k", "patch_embedding", "shared_attention"):
         import_module(f"beit3_fast.ops.{op}")._op()
+    import_module("beit3_fast.ops.rows")._ops()
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
@@ -143,10 +146,18 @@ def test_patch_embedding(least: bool, dtype: torch.dtype) -> None:
     tokens = [draw(24, dtype=dtype) for _ in range(3)]
     optional = [None, None] if least else [draw(7, 24, dtype=dtype), torch.rand(2, 6) < 0.5]
     tokens[0] = None if least else tokens[0]
-    torch.library.opcheck(
-        OPS.patch_embedding.default,
-        (draw(2, 3, 8, 12, dtype=dtype), packed, *tokens, *optional, 4),
-    )
+    arguments = (draw(2, 3, 8, 12, dtype=dtype), packed, *tokens, *optional, 4)
+    torch.library.opcheck(OPS.patch_embedding.default, arguments)
+    torch.library.opcheck(OPS.patch_embedding.default, (*arguments, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_behind_the_layers(dtype: torch.dtype) -> None:
+    norm = [[draw(12, dtype=dtype) for _ in range(2)] for _ in range(2)]
+    arguments = (draw(7, 12, dtype=dtype), *norm, [1e-5, 1e-3], [0, 3, 7])
+    torch.library.opcheck(OPS.expert_layer_norm.default, arguments)
+    places = torch.tensor([1, 0, 5])
+    torch.library.opcheck(OPS.unpack_rows.default, (draw(3, 12, dtype=dtype), places, 6))
 
 
 def attention_arguments(
@@ -227,7 +238,10 @@ def test_encoder_layers(dtype: torch.dtype, selected: bool) -> None:
         asked = len(rows)
     bounds = [[0, layout.num_rows], [0, asked], [0, asked]]
     x, cu = draw(layout.num_rows, 32, dtype=dtype), (layout.cu_vision, layout.cu_text)
-    arguments = (x, *layer_arguments(dtype), *bounds, 2, "causal", *cu, *own)
+    norm = [[draw(32, dtype=dtype)], [draw(32, dtype=dtype)], [1e-5], [0, asked]]
+    if selected:
+        norm = [[], [], [], []]
+    arguments = (x, *layer_arguments(dtype), *bounds, 2, *norm, "causal", *cu, *own)
     torch.library.opcheck(OPS.encoder_layers.default, arguments)
 
 

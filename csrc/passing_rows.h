@@ -1,0 +1,24 @@
+// Rows that operators return.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "cpu/huge_pages.h"
+
+namespace beit3_fast::operands {
+
+// Bytes of rows that are worth huge pages.
+constexpr int64_t kPassingFrom = cpu::kHugePage / 2;
+
+// [rows, columns] like x, where there are many in memory that earlier ones have left.
+inline torch::stable::Tensor rows_like(const torch::stable::Tensor& x, int64_t rows,
+                                       int64_t columns) {
+  const int64_t shape[] = {rows, columns}, strides[] = {columns, 1};
+  const int64_t bytes = rows * columns * static_cast<int64_t>(x.element_size());
+  if (bytes < kPassingFrom) return torch::stable::new_empty(x, {shape, 2});
+  return torch::stable::from_blob(cpu::take_passing(bytes), {shape, 2}, {strides, 2}, x.device(),
+                                  x.scalar_type(), cpu::give_passing);
+}
+
+}  // namespace beit3_fast::operands
