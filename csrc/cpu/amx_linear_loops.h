@@ -14,7 +14,7 @@ namespace {
 // little more room: a depth of no more than kWholeSlice is not sliced. They also cost more than
 // what of B finds none in L1: one of no more than kSlice is not cut into blocks either.
 constexpr int64_t kWholeSlice = 32, kSlice = 24, kBlockOfB = 16;
-constexpr int64_t kSliceBytes = int64_t{640} << 10;
+constexpr int64_t kSliceBytes = int64_t{800} << 10;
 // Panels whose sums wait in memory together, where A comes in slices.
 constexpr int64_t kGroup = 32;
 constexpr int64_t kSumWords = kAmxRows * kPanel;

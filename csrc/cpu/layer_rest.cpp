@@ -11,22 +11,43 @@ namespace {
 // Fewer rows on a thread than this read weights for longer than they multiply.
 constexpr int64_t kRowsPerThread = 256;
 
+// How many rows a thread multiplies in the time in which it reads the weights of another expert.
+constexpr int64_t kRowsOfReading = 64;
+
 // Rows [first, first + count), all of one expert in each product.
 struct Rows {
   int64_t first;
   int64_t count;
 };
 
-// As many blocks of a range of rows for every thread, of at most `most` rows.
-void cut(int64_t first, int64_t count, int64_t most, int64_t threads, int64_t grain,
-         std::vector<Rows>* tasks) {
-  const int64_t parts = ceil_div(ceil_div(count, most), threads) * threads;
-  const auto edge = [&](int64_t part) { return first_row(count, grain, part, parts); };
-  for (int64_t part = 0; part < parts; ++part) {
-    if (edge(part) < edge(part + 1)) {
-      tasks->push_back({first + edge(part), edge(part + 1) - edge(part)});
+// Shares of all rows that take the threads equally long, one behind the other: few of them reach
+// into the rows of two experts, so no more weights are read than must be. In each share blocks of
+// one expert, of at most `most` rows. `edges` are those of the experts, ascending.
+std::vector<std::vector<Rows>> cut(const std::vector<int64_t>& edges, int64_t most, int64_t threads,
+                                   int64_t grain) {
+  std::vector<std::vector<Rows>> shares(static_cast<std::size_t>(threads));
+  const auto experts = static_cast<int64_t>(edges.size()) - 1;
+  const int64_t reading = kRowsOfReading / grain * grain;
+  const int64_t total = edges.back() + (experts - 1) * reading;
+  for (int64_t thread = 0; thread < threads; ++thread) {
+    for (int64_t e = 0; e < experts; ++e) {
+      const auto inside = [&](int64_t part) {
+        return std::clamp(first_row(total, grain, part, threads) - e * reading,
+                          edges[static_cast<std::size_t>(e)],
+                          edges[static_cast<std::size_t>(e + 1)]);
+      };
+      const int64_t begin = inside(thread), count = inside(thread + 1) - begin;
+      const int64_t parts = ceil_div(count, most);
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t from = first_row(count, grain, part, parts);
+        const int64_t to = first_row(count, grain, part + 1, parts);
+        if (from < to) {
+          shares[static_cast<std::size_t>(thread)].push_back({begin + from, to - from});
+        }
+      }
     }
   }
+  return shares;
 }
 
 // Of the expert to which the rows belong.
@@ -80,20 +101,14 @@ void layer_rest(const Pool& pool, const LayerRest& op) {
     }
   }
   std::sort(edges.begin(), edges.end());
+  edges.erase(std::unique(edges.begin(), edges.end()), edges.end());
   const int64_t width = op.project.out_features, hidden = op.first.out_features;
   const int64_t most = std::min(level.most_rows(width), level.most_rows(hidden));
-  std::vector<Rows> tasks;
-  for (std::size_t i = 0; i + 1 < edges.size(); ++i) {
-    if (edges[i] == edges[i + 1]) continue;
-    cut(edges[i], edges[i + 1] - edges[i], most, pool.threads, level.tile_rows, &tasks);
-  }
-  std::stable_sort(tasks.begin(), tasks.end(),
-                   [](const Rows& a, const Rows& b) { return a.count > b.count; });
+  const std::vector<std::vector<Rows>> shares = cut(edges, most, pool.threads, level.tile_rows);
 
   const int64_t bytes = op.project.dtype == DType::kFloat32 ? 4 : 2;
-  share(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+  const auto compute = [&](const Rows& rows) {
     thread_local Scratch sums, between;
-    const Rows& rows = tasks[static_cast<std::size_t>(i)];
     const auto run = [&](const LinearBlock& block) {
       level.block(block, task_scratch().at_least(level.scratch(block)));
     };
@@ -131,6 +146,9 @@ void layer_rest(const Pool& pool, const LayerRest& op) {
     run(block);
     copy_rows(in_strips, {row_of(y, y_stride), y_stride * bytes, piece}, rows.count, width * bytes,
               piece);
+  };
+  share(pool, pool.threads, [&](int64_t i) {
+    for (const Rows& rows : shares[static_cast<std::size_t>(i)]) compute(rows);
   });
 }
 
