@@ -130,8 +130,10 @@ class Layer {
 
   // What follows attention o (in strips or not): its projection, added to the rows x, and the
   // feed-forward network. Takes o, whose memory is given back when it is read.
-  Tensor rest(Tensor o, bool in_strips, const Tensor& x) {
+  // `stays`: whether the result outlives the call.
+  Tensor rest(Tensor o, bool in_strips, const Tensor& x, bool stays) {
     const int64_t rows = o.size(0);
+    Tensor y = rows_like(x, rows, width_, stays ? kPassingFrom : kBetweenFrom);
     ExpertLinear &out = out_, &first = first_product_, &second = second_;
     read_from(o, out);
     if (in_strips) {
@@ -141,22 +143,20 @@ class Layer {
     add(x, out);
     const Pool pool = torch_pool();
     if (beit3_fast::cpu::wants_layer_rest(pool, out, rows)) {
-      Tensor y = rows_like(x, rows, width_);
       write_to(y, second);
       beit3_fast::cpu::layer_rest(pool, {std::move(out), std::move(first), std::move(second)});
       return y;
     }
-    const Tensor attended = rows_like(x, rows, width_);
+    const Tensor attended = rows_between(x, rows, width_);
     write_to(attended, out);
     {
       const Tensor read = std::move(o);
       beit3_fast::cpu::expert_linear(pool, out);
     }
-    const Tensor hidden = rows_like(x, rows, first.out_features);
+    const Tensor hidden = rows_between(x, rows, first.out_features);
     read_from(attended, first);
     write_to(hidden, first);
     beit3_fast::cpu::expert_linear(pool, first);
-    Tensor y = rows_like(x, rows, width_);
     read_from(hidden, second);
     add(attended, second);
     write_to(y, second);
@@ -166,7 +166,7 @@ class Layer {
 
  private:
   static Tensor project_by(ExpertLinear& call, const Tensor& x, bool in_strips) {
-    const Tensor y = rows_like(x, x.size(0), call.out_features);
+    const Tensor y = rows_between(x, x.size(0), call.out_features);
     read_from(x, call);
     write_to(y, call);
     if (in_strips) {
@@ -291,7 +291,7 @@ Tensor attend(Layer& layer, const Tensor& x, const Tensor& queries, bool selecte
   // Queries in front of keys and values where all are of the same rows.
   const Tensor projected = layer.project(x, in_strips);
   const Tensor q = selected ? layer.project_queries(queries, in_strips) : projected;
-  Tensor o = rows_like(x, queries.size(0), width);
+  Tensor o = rows_between(x, queries.size(0), width);
   const int64_t part = in_strips ? width * x.size(0) : width;
   const int64_t keys_at = selected ? 0 : part;
   call.q = q.const_data_ptr();
@@ -356,7 +356,8 @@ Tensor encoder_layers(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> 
   for (Layer& layer : layers) {
     const Tensor& from = selected ? x : y;
     const bool strips = layer.takes_strips(width / num_heads);
-    y = layer.rest(attend(layer, from, y, selected, strips, call), strips, y);
+    const bool stays = last.empty() && &layer == &layers.back();
+    y = layer.rest(attend(layer, from, y, selected, strips, call), strips, y, stays);
   }
   return last.empty() ? y : layer_norm(y, std::move(last), op);
 }
@@ -413,14 +414,14 @@ Tensor decoder_layer(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> b
   const Tensor projected = layer.project(x);
   write_rows(projected, width, each, call.samples, call.sequences, place, k);
   write_rows(projected, 2 * width, each, call.samples, call.sequences, place, v);
-  const Tensor o = rows_like(x, asked, width);
+  const Tensor o = rows_between(x, asked, width);
   call.q_stride = projected.stride(0);
   call.q_sequence = each * call.q_stride;
   call.q = elements_on(projected.const_data_ptr(), skipped * call.q_stride, call.dtype);
   call.out = o.mutable_data_ptr();
   beit3_fast::cpu::cached_attention(torch_pool(), call);
   const Tensor queries = skipped > 0 ? last_rows(x, call.sequences, call.queries) : x;
-  return layer.rest(o, false, queries);
+  return layer.rest(o, false, queries, true);
 }
 
 }  // namespace

@@ -116,12 +116,12 @@ void give_lasting(void* data) {
 void* take_passing(int64_t bytes) {
   Memory& all = Memory::memory();
   const std::lock_guard<std::mutex> lock(all.mutex);
+  Idle taken{nullptr, static_cast<int64_t>(whole_pages(bytes))};
   auto best = all.idle.end();
   for (auto it = all.idle.begin(); it != all.idle.end(); ++it) {
-    const bool fits = it->bytes >= bytes && it->bytes <= 2 * bytes;
+    const bool fits = it->bytes >= taken.bytes && it->bytes <= 2 * taken.bytes;
     if (fits && (best == all.idle.end() || it->bytes < best->bytes)) best = it;
   }
-  Idle taken{nullptr, static_cast<int64_t>(whole_pages(bytes))};
   if (best != all.idle.end()) {
     taken = *best;
     all.idle.erase(best);

@@ -127,9 +127,16 @@ NATIVE_MEMORY_BUGS = (
     Bug(
         "passing-memory-of-fewer-bytes",
         "csrc/cpu/huge_pages.cpp",
-        "it->bytes >= bytes && ",
+        "it->bytes >= taken.bytes && ",
         "",
         (f"{MEMORY}::test_results_are_not_overwritten",),
+    ),
+    Bug(
+        "small-results-in-huge-pages",
+        "csrc/layer_ops.cpp",
+        "stays ? kPassingFrom : kBetweenFrom",
+        "kBetweenFrom",
+        (f"{MEMORY}::test_small_results_that_are_kept_take_no_huge_pages",),
     ),
     Bug(
         "passing-memory-never-given-back",

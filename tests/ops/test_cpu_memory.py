@@ -98,6 +98,26 @@ def test_results_are_not_overwritten() -> None:
         torch.testing.assert_close(result, expected)
 
 
+def test_small_results_that_are_kept_take_no_huge_pages() -> None:
+    """MiB of address space that 60 results of 250 KB take."""
+    printed = in_a_process(
+        """
+import re, torch
+from pathlib import Path
+from test_cpu_memory import C, layer, parameters
+def size():
+    return int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+torch.set_num_threads(1)
+own, x = parameters(experts=1), torch.zeros(2000, C)
+layer(x, own)
+before = size()
+kept = [layer(x, own) for _ in range(60)]
+print((size() - before) >> 10)
+"""
+    )
+    assert int(printed) <= 40
+
+
 def test_idle_memory_has_a_limit() -> None:
     """MiB that stay of calls that never want the same again, 600 in all."""
     printed = in_a_process(
