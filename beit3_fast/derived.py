@@ -87,6 +87,11 @@ def is_transformed() -> bool:
     )
 
 
+def is_kept(source: Tensor) -> bool:
+    """Whether ``derived`` keeps what is made of this tensor."""
+    return not (source.is_inference() or (source.device.type == "cpu" and source.is_shared()))
+
+
 def derived(kind: str, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
     """``make()``, or what it returned before for these very sources in their present state.
 
@@ -110,7 +115,7 @@ def derived(kind: str, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
         if entry is None or not entry.holds(sources, stamp):
             with torch.inference_mode(False), torch.no_grad():
                 value = make()
-            if any(source.is_shared() for source in sources if source.device.type == "cpu"):
+            if not all(map(is_kept, sources)):
                 return taken(value)
             entry = _Entry(
                 stamp,

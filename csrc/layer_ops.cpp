@@ -1,5 +1,5 @@
-// Whole layers on LibTorch's stable ABI, see ops.cpp: the four products and the attention of one in
-// a single call. With few rows, a call from Python costs as much as what it computes.
+// Whole layers on LibTorch's stable ABI, see ops.cpp: the products and the attention of all layers
+// of an encoder in a single call, or those of one layer in a step of decoding.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -347,8 +347,11 @@ Tensor encoder_layers(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> 
   take_layout({cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q}, x.size(0), queries.size(0),
               false, op, call);
   std::vector<NormExpert> last;
-  if (!last_weights.empty()) {
-    last = norm_experts(x, queries.size(0), {last_weights, last_biases, last_eps, last_bounds}, op);
+  if (!last_weights.empty() || !last_biases.empty() || !last_eps.empty() || !last_bounds.empty()) {
+    last = norm_experts(x, queries.size(0),
+                        {last_weights, last_biases, last_eps, last_bounds, "last_weights",
+                         "last_biases", "last_bounds"},
+                        op);
   }
   if (queries.size(0) == 0) return queries;
 

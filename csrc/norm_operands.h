@@ -16,6 +16,10 @@ struct NormParameters {
   const std::vector<Tensor>& biases;
   const std::vector<double>& eps;
   const std::vector<int64_t>& bounds;
+  // The names of these lists.
+  const char* weights_name = "weights";
+  const char* biases_name = "biases";
+  const char* bounds_name = "bounds";
 };
 
 // The experts of `rows` rows like x [.., C].
@@ -26,13 +30,13 @@ inline std::vector<cpu::NormExpert> norm_experts(const Tensor& x, int64_t rows,
           ": expected a weight, a bias and an eps for each expert of a LayerNorm, got ", count,
           ", ", own.biases.size(), " and ", own.eps.size());
   require_bounds(own.bounds, count, op);
-  require(own.bounds[count] == rows, op, ": bounds end at ", own.bounds[count], " but there are ",
+  require(own.bounds[count] == rows, op, ": ", own.bounds_name, " end at ", own.bounds[count], " but there are ",
           rows, " rows");
   std::vector<cpu::NormExpert> experts(count);
   for (std::size_t e = 0; e < count; ++e) {
     cpu::NormExpert& expert = experts[e];
-    expert.weight = parameter_of(own.weights[e], x.size(1), op, Entry{"weights", e});
-    expert.bias = parameter_of(own.biases[e], x.size(1), op, Entry{"biases", e});
+    expert.weight = parameter_of(own.weights[e], x.size(1), op, Entry{own.weights_name, e});
+    expert.bias = parameter_of(own.biases[e], x.size(1), op, Entry{own.biases_name, e});
     require(std::isfinite(own.eps[e]) && own.eps[e] >= 0.0, op,
             ": eps must be finite and not negative, got ", own.eps[e]);
     expert.eps = static_cast<float>(own.eps[e]);

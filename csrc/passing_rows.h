@@ -1,4 +1,4 @@
-// Rows that operators return.
+// Memory of the rows that operators return, and of those between their kernels.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from beit3_fast.errors import ConfigError, ShapeError
 from beit3_fast.layout import TokenLayout
-from beit3_fast.model.embedding import POSITION_OFFSET, text_rows, vision_positions
+from beit3_fast.model.embedding import (
+    POSITION_OFFSET,
+    VisionEmbedding,
+    text_rows,
+    vision_positions,
+)
+from beit3_fast.model.one_call import is_watched
 from beit3_fast.ops import unpack_rows
 from beit3_fast.padded_layout import PaddedLayout, shapes_are_fixed
 
@@ -254,7 +260,11 @@ def _vision_rows_and_words(
 ) -> tuple[Tensor, Tensor]:
     positions = _positions_of(model, images, masked_position)
     embed = branch(model, "vision_embed")
-    rows, words = embed.with_words(images, masked_position, model.impl, positions)
+    if isinstance(embed, VisionEmbedding) and not is_watched(embed, VisionEmbedding):
+        rows, words = embed.with_words(images, masked_position, model.impl, positions)
+    else:
+        words = embed(images, masked_position, model.impl)
+        rows = embed(images, masked_position, model.impl, positions)
     return rows.flatten(0, 1), words.flatten(0, 1)
 
 

@@ -16,14 +16,14 @@ from beit3_fast.padded_layout import PaddedLayout
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def is_watched(layer: Any, called: type[nn.Module]) -> bool:
-    """Whether somebody hooks into the calls of a layer as a module, or computes it in another way than its class ``called``
-    does. Layers of other classes are not called as modules.
+def is_watched(module: Any, called: type[nn.Module]) -> bool:
+    """Whether somebody hooks into the calls of a module, or computes it in another way than its class ``called`` does.
+    Layers of other classes are not called as modules.
     """
-    if not isinstance(layer, called):
+    if not isinstance(module, called):
         return False
-    own = layer.__dict__
-    if type(layer).forward is not called.forward or "forward" in own:
+    own = module.__dict__
+    if type(module).forward is not called.forward or "forward" in own:
         return True
     if own.get("_compiled_call_impl") is not None or _has_any_global_hook():
         return True

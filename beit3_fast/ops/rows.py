@@ -30,18 +30,18 @@ class ExpertNorm(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All parameters."""
-        return [*self.weights, *self.biases]
+        """All parameters; an expert may lack some."""
+        return [own for own in (*self.weights, *self.biases) if own is not None]
 
 
 def expert_layer_norm(x: Tensor, norm: ExpertNorm, *, impl: str = "auto") -> Tensor:
-    """LayerNorm of every row of x [R, C] by its expert: [R, C] in x's dtype.
+    """LayerNorm of every row of x [R, C] by its expert: [R, C] in x's dtype, or what autocast makes of it.
 
     Differentiable. ``impl`` as for ``expert_linear``, whose choice it follows.
     """
     at = dispatch.situation("expert_linear", [x, *norm.tensors])
     plain = not (at.needs_grad or at.autocast or at.compiling) and are_plain(norm)
-    if plain and dispatch.choose(at, impl).impl == "cpu":
+    if at.device == "cpu" and plain and dispatch.choose(at, impl).impl == "cpu":
         y: Tensor = _ops().expert_layer_norm.default(dispatch.rows_in_memory(x), *norm)
         return y
     each = zip(norm.weights, norm.biases, norm.eps, pairwise(norm.bounds), strict=True)
@@ -55,7 +55,10 @@ def expert_layer_norm(x: Tensor, norm: ExpertNorm, *, impl: str = "auto") -> Ten
 
 def are_plain(norm: ExpertNorm) -> bool:
     """Whether the CPU kernels read these parameters as they are."""
-    return all(vector.dtype in _FLOATS and vector.is_contiguous() for vector in norm.tensors)
+    vectors = norm.tensors
+    if len(vectors) < len(norm.weights) + len(norm.biases):
+        return False
+    return all(vector.dtype in _FLOATS and vector.is_contiguous() for vector in vectors)
 
 
 def unpack_rows(x: Tensor, places: Tensor, count: int) -> Tensor:

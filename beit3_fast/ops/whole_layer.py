@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from beit3_fast.derived import is_kept
 from beit3_fast.layout import Selection, TokenLayout
 from beit3_fast.ops import dispatch, library
 from beit3_fast.ops.cached_attention import PackedKeys
@@ -67,6 +68,8 @@ def encoder_layers(
     behind = [] if last is None else last.tensors
     if not _taken(x, layers, "shared_attention", impl, behind):
         return None
+    if len(layers) > 1 and not all(_stays_packed(w) for layer in layers for w in layer.weights):
+        return None
     if last is not None and not are_plain(last):
         return None
     asked: tuple[Tensor | None, ...] = ()
@@ -102,7 +105,7 @@ def decoder_layer(
     """A layer on the new rows x [S * m, C] of S sequences, as ``cached_attention`` attends: [S * n, C], their last n rows each.
 
     k and v [B, N, C]: the cache, in which sample ``samples[s]`` takes the keys and values of sequence s from ``place`` on;
-    ``seen`` bool [S, n, N]. None as in ``encoder_layer``; the cache may have been written then.
+    ``seen`` bool [S, n, N]. None as in ``encoder_layers``.
     """
     if not _taken(x, [operands], "cached_attention", impl):
         return None
@@ -129,6 +132,11 @@ def decoder_layer(
 def _refused(op: str, error: RuntimeError) -> bool:
     """Whether the op refused an operand, which it says in its own name: any other error is a failure."""
     return str(error).startswith(f"{op}: ")
+
+
+def _stays_packed(weight: Tensor) -> bool:
+    """Whether the weight is not packed for a single call: so many at once would be a second model."""
+    return isinstance(weight, PackedWeight) or is_kept(weight)
 
 
 def _shape(layer: LayerOperands) -> tuple[Any, ...]:

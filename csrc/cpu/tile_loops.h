@@ -42,7 +42,6 @@ using beit3_fast::cpu::LogitsBlock;
 using beit3_fast::cpu::LogitsSummary;
 using beit3_fast::cpu::Mask;
 using beit3_fast::cpu::NormBlock;
-using beit3_fast::cpu::NormBlock;
 
 constexpr int64_t kCacheLine = 64;
 

@@ -141,6 +141,20 @@ LAYERS_BUGS = (
         (WHOLE_LAYER,),
     ),
     Bug(
+        "layers-packed-all-at-once-though-nothing-is-kept",
+        "beit3_fast/ops/whole_layer.py",
+        "return isinstance(weight, PackedWeight) or is_kept(weight)",
+        "return True",
+        (WHOLE_LAYER,),
+    ),
+    Bug(
+        "images-embedded-whoever-watches",
+        "beit3_fast/model/batch.py",
+        "and not is_watched(embed, VisionEmbedding)",
+        "",
+        ("tests/model/test_embedding_calls.py",),
+    ),
+    Bug(
         "last-norm-trained-in-one-call",
         "beit3_fast/ops/whole_layer.py",
         "[x, *others, *(tensor",

@@ -397,6 +397,31 @@ def test_whoever_watches_a_layer_sees_its_call(watch: Callable[[Any, list[int]],
     assert seen == [8]
 
 
+@pytest.mark.parametrize(
+    "unkept", [lambda: torch.inference_mode(), lambda: torch.no_grad()], ids=["inference", "shared"]
+)
+def test_weights_of_which_nothing_is_kept_are_packed_a_layer_at_a_time(
+    unkept: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with unkept():
+        model = backbone()
+    if not model.text_embed.weight.is_inference():
+        model.share_memory()
+    calls: list[int] = []
+    real = whole_layer._ops().encoder_layers.default
+
+    def note(x: Tensor, packed: list[Tensor], *given: Any) -> Tensor:
+        calls.append(len(packed))
+        y: Tensor = real(x, packed, *given)
+        return y
+
+    own = SimpleNamespace(encoder_layers=SimpleNamespace(default=note))
+    monkeypatch.setattr(whole_layer, "_ops", lambda: own)
+    with torch.no_grad():
+        model(textual_tokens=texts(2, 4))
+    assert calls == [6] * TINY.num_layers  # the weights of a layer with one expert
+
+
 def test_a_weight_that_does_not_fit_is_named() -> None:
     model = backbone()
     layer = model.encoder.layers[1]

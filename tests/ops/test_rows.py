@@ -88,9 +88,12 @@ def test_results_in_used_memory_do_not_depend_on_what_it_held() -> None:
     places = torch.arange(0, 3000, 2)
     unpacked = unpack_rows(x, places, 3000).clone()
     for spoilt in (torch.nan, torch.inf):
-        for make in (lambda: expert_layer_norm(x, norm), lambda: unpack_rows(x, places, 3000)):
+        for make in (
+            lambda: expert_layer_norm(x, norm, impl="cpu"),
+            lambda: unpack_rows(x, places, 3000),
+        ):
             make().fill_(spoilt)
-        assert torch.equal(expert_layer_norm(x, norm), wanted)
+        assert torch.equal(expert_layer_norm(x, norm, impl="cpu"), wanted)
         assert torch.equal(unpack_rows(x, places, 3000), unpacked)
 
 
@@ -129,6 +132,14 @@ def test_gradients() -> None:
     x32 = torch.randn(9, 6, requires_grad=True)
     y = expert_layer_norm(x32, norm_of(bounds, 6, torch.float32))
     assert y.requires_grad
+
+
+def test_a_norm_without_bias_is_pytorchs() -> None:
+    x, norm = rows_of("two", torch.float32), norm_of(*BOUNDS["two"], torch.float32)
+    without: Any = norm._replace(biases=[norm.biases[0], None])
+    y = expert_layer_norm(x, without)
+    assert torch.equal(y[70:], F.layer_norm(x[70:], (64,), norm.weights[1], None, norm.eps[1]))
+    assert torch.equal(y[:70], F.layer_norm(x[:70], (64,), norm.weights[0], norm.biases[0], 1e-5))
 
 
 def test_under_autocast_it_is_pytorchs() -> None:
