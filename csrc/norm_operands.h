@@ -30,8 +30,8 @@ inline std::vector<cpu::NormExpert> norm_experts(const Tensor& x, int64_t rows,
           ": expected a weight, a bias and an eps for each expert of a LayerNorm, got ", count,
           ", ", own.biases.size(), " and ", own.eps.size());
   require_bounds(own.bounds, count, op);
-  require(own.bounds[count] == rows, op, ": ", own.bounds_name, " end at ", own.bounds[count], " but there are ",
-          rows, " rows");
+  require(own.bounds[count] == rows, op, ": ", own.bounds_name, " end at ", own.bounds[count],
+          " but there are ", rows, " rows");
   std::vector<cpu::NormExpert> experts(count);
   for (std::size_t e = 0; e < count; ++e) {
     cpu::NormExpert& expert = experts[e];

@@ -178,7 +178,7 @@ LAYERS_BUGS = (
     Bug(
         "layers-in-one-call-whatever-their-code",
         "beit3_fast/model/one_call.py",
-        'if type(layer).forward is not called.forward or "forward" in own:',
+        'if type(module).forward is not called.forward or "forward" in own:',
         "if False:",
         (WHOLE_LAYER,),
     ),
