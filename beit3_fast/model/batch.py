@@ -90,12 +90,9 @@ def embed_padded(
     parts, words = [], []
     if image is not None:
         own = sorted_samples(image), sorted_samples(masked_position)
-        if keep_words:
-            placed, plain = _vision_rows_and_words(model, *own)
-            parts.append(placed)
-            words.append(plain)
-        else:
-            parts.append(_vision_rows(model, *own))
+        placed, plain = _embed_images(model, *own, keep_words)
+        parts.append(placed)
+        words.append(plain)
     if text is not None:
         places = torch.arange(num_text, device=device)[None]
         if positions is not None:
@@ -249,30 +246,25 @@ def branch(model: nn.Module, name: str) -> Any:
 
 
 def _vision_rows(model: Any, images: Tensor, masked_position: Tensor | None) -> Tensor:
-    positions = _positions_of(model, images, masked_position)
-    embed = branch(model, "vision_embed")
-    rows: Tensor = embed(images, masked_position, model.impl, positions)
-    return rows.flatten(0, 1)
+    return _embed_images(model, images, masked_position, keep_words=False)[0]
 
 
-def _vision_rows_and_words(
-    model: Any, images: Tensor, masked_position: Tensor | None
+def _embed_images(
+    model: Any, images: Tensor, masked_position: Tensor | None, keep_words: bool
 ) -> tuple[Tensor, Tensor]:
-    positions = _positions_of(model, images, masked_position)
+    """Rows with positions, and the same without them; without ``keep_words`` both are the rows."""
     embed = branch(model, "vision_embed")
-    if isinstance(embed, VisionEmbedding) and not is_watched(embed, VisionEmbedding):
-        rows, words = embed.with_words(images, masked_position, model.impl, positions)
-    else:
-        words = embed(images, masked_position, model.impl)
-        rows = embed(images, masked_position, model.impl, positions)
-    return rows.flatten(0, 1), words.flatten(0, 1)
-
-
-def _positions_of(model: Any, images: Tensor, masked_position: Tensor | None) -> Tensor:
     table = model.encoder.embed_positions.A.weight
-    grid = branch(model, "vision_embed").grid_size(images)
+    positions = vision_positions(table, model.config.grid_size, embed.grid_size(images))
     _check_masked(masked_position)
-    return vision_positions(table, model.config.grid_size, grid)
+    own = (images, masked_position, model.impl)
+    plain = isinstance(embed, VisionEmbedding) and not is_watched(embed, VisionEmbedding)
+    if keep_words and plain:
+        rows, words = embed.with_words(*own, positions)
+    else:
+        rows = embed(*own, positions)
+        words = embed(*own) if keep_words else rows
+    return rows.flatten(0, 1), words.flatten(0, 1)
 
 
 def _text_rows(model: Any, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:

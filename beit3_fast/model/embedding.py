@@ -51,21 +51,17 @@ class VisionEmbedding(nn.Module):
         ``masked_position`` [B, Nv - 1], bool or 0/1: patches that the mask token replaces. ``positions`` [Nv, C]
         are added where they are given.
         """
-        proj = self.proj
-        tokens = self.cls_token[0, 0], self.mask_token[0, 0]
-        return patch_embedding(
-            images, proj.weight, proj.bias, *tokens, positions, masked_position, impl=impl
-        )
+        return patch_embedding(images, *self._operands(), positions, masked_position, impl=impl)
 
     def with_words(
         self, images: Tensor, masked_position: Tensor | None, impl: str, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
         """What ``forward`` gives with ``positions`` [Nv, C] and what it gives without them."""
-        proj = self.proj
-        tokens = self.cls_token[0, 0], self.mask_token[0, 0]
-        return patch_embedding_and_words(
-            images, proj.weight, proj.bias, *tokens, positions, masked_position, impl=impl
-        )
+        own = self._operands()
+        return patch_embedding_and_words(images, *own, positions, masked_position, impl=impl)
+
+    def _operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        return self.proj.weight, self.proj.bias, self.cls_token[0, 0], self.mask_token[0, 0]
 
 
 def vision_positions(table: Tensor, trained_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:

@@ -74,14 +74,9 @@ def unpack_rows(x: Tensor, places: Tensor, count: int) -> Tensor:
     return x.new_zeros(count, x.shape[1]).index_copy(0, places, x)
 
 
-def _ops() -> Any:
-    """The compiled ops, with their shape functions registered."""
-    _register()
-    return torch.ops.beit3_fast
-
-
 @library.once
-def _register() -> None:
+def _ops() -> Any:
+    """The compiled ops, with their shape functions registered once."""
     library.load()
 
     @torch.library.register_fake("beit3_fast::expert_layer_norm")
@@ -91,3 +86,5 @@ def _register() -> None:
     @torch.library.register_fake("beit3_fast::unpack_rows")
     def _(x: Tensor, places: Tensor, count: int) -> Tensor:
         return x.new_empty(count, x.shape[1])
+
+    return torch.ops.beit3_fast

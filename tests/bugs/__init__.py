@@ -22,6 +22,7 @@ from bugs.native_memory import NATIVE_MEMORY_BUGS
 from bugs.ops import OPS_BUGS
 from bugs.pretraining import PRETRAINING_BUGS
 from bugs.product import PRODUCT_BUGS
+from bugs.rows import ROWS_BUGS
 from bugs.runs import RUNS_BUGS
 from bugs.visual_tokens import VISUAL_TOKENS_BUGS
 
@@ -44,6 +45,7 @@ BUGS = (
     *NATIVE_BUGS,
     *NATIVE_LEVELS_BUGS,
     *NATIVE_MEMORY_BUGS,
+    *ROWS_BUGS,
     *CUDA_BUGS,
     *CUDA_LINEAR_BUGS,
     *CUDA_ATTENTION_BUGS,

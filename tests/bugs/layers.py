@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bugs.bug import LAYER_ARGUMENTS, WHOLE_LAYER, Bug
+from bugs.bug import LAYER_ARGUMENTS, LAYERS_IN_ONE_CALL, WHOLE_LAYER, Bug
 
 LAYERS_BUGS = (
     # csrc/layer_ops.cpp
@@ -32,28 +32,28 @@ LAYERS_BUGS = (
         "csrc/layer_ops.cpp",
         "eps_ = index * kProducts;",
         "eps_ = 0;",
-        (WHOLE_LAYER,),
+        (LAYERS_IN_ONE_CALL,),
     ),
     Bug(
         "layers-norms-of-the-first-for-all",
         "csrc/layer_ops.cpp",
         ", norm = index * norms;",
         ", norm = 0 * norms;",
-        (WHOLE_LAYER,),
+        (LAYERS_IN_ONE_CALL,),
     ),
     Bug(
         "layers-weights-of-the-first-for-all",
         "csrc/layer_ops.cpp",
         "weight = index * (norms",
         "weight = 0 * (norms",
-        (WHOLE_LAYER,),
+        (LAYERS_IN_ONE_CALL,),
     ),
     Bug(
         "layers-each-of-the-first-rows",
         "csrc/layer_ops.cpp",
         "const Tensor& from = selected ? x : y;",
         "const Tensor& from = x;",
-        (WHOLE_LAYER,),
+        (LAYERS_IN_ONE_CALL,),
     ),
     Bug(
         "layer-values-are-the-keys",
@@ -145,7 +145,7 @@ LAYERS_BUGS = (
         "beit3_fast/ops/whole_layer.py",
         "return isinstance(weight, PackedWeight) or is_kept(weight)",
         "return True",
-        (WHOLE_LAYER,),
+        (LAYERS_IN_ONE_CALL,),
     ),
     Bug(
         "images-embedded-whoever-watches",
@@ -159,28 +159,28 @@ LAYERS_BUGS = (
         "beit3_fast/ops/whole_layer.py",
         "[x, *others, *(tensor",
         "[x, *(tensor",
-        (WHOLE_LAYER,),
+        (LAYERS_IN_ONE_CALL,),
     ),
     Bug(
         "last-norm-left-out",
         "csrc/layer_ops.cpp",
         "return last.empty() ? y : layer_norm(y, std::move(last), op);",
         "return y;",
-        (WHOLE_LAYER,),
+        (LAYERS_IN_ONE_CALL,),
     ),
     Bug(
         "layers-in-one-call-whoever-watches",
         "beit3_fast/model/one_call.py",
         "return any(own[hooks] for hooks in _HOOKS)",
         "return False",
-        (WHOLE_LAYER,),
+        (LAYERS_IN_ONE_CALL,),
     ),
     Bug(
         "layers-in-one-call-whatever-their-code",
         "beit3_fast/model/one_call.py",
         'if type(module).forward is not called.forward or "forward" in own:',
         "if False:",
-        (WHOLE_LAYER,),
+        (LAYERS_IN_ONE_CALL,),
     ),
     Bug(
         "layers-in-one-call-leave-drop-path-out",

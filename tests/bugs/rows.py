@@ -1,0 +1,61 @@
+"""Mistakes in what happens to rows in front of the layers and behind them."""
+
+from __future__ import annotations
+
+from bugs.bug import Bug
+
+ROWS_BUGS = (
+    Bug(
+        "words-with-positions",
+        "csrc/cpu/linear_loops.h",
+        "if (Bare) store_some(bare + row * block.out_stride + out_place + j, y, columns - j);\n"
+        "      if (Residual) {\n"
+        "        y = v_add(y, load_some(added + j, columns - j));\n"
+        "      }",
+        "if (Residual) y = v_add(y, load_some(added + j, columns - j));\n"
+        "      if (Bare) store_some(bare + row * block.out_stride + out_place + j, y, columns - j);",
+        ("tests/ops/test_patch_embedding.py",),
+    ),
+    Bug(
+        "words-of-tokens-with-positions",
+        "csrc/cpu/patch_embedding.cpp",
+        "if (op.words != nullptr) store_element(op.dtype, op.words, row * op.out_features + i, value);",
+        "",
+        ("tests/ops/test_patch_embedding.py",),
+    ),
+    Bug(
+        "rows-normalised-by-the-first-expert",
+        "csrc/cpu/rows.cpp",
+        "    block.bias = at + padded;\n",
+        "    block.bias = at + padded;\n    block.weight = tasks.empty() ? block.weight : tasks[0].weight;\n",
+        ("tests/ops/test_rows.py",),
+    ),
+    Bug(
+        "rows-of-one-task-too-many",
+        "csrc/cpu/rows.cpp",
+        "block.count = std::min(kTaskRows, expert.end - row);",
+        "block.count = expert.end - expert.begin < kTaskRows ? expert.end - row : kTaskRows - 1;",
+        ("tests/ops/test_rows.py",),
+    ),
+    Bug(
+        "rows-apart-normalised-as-dense",
+        "csrc/cpu/rows.cpp",
+        "elements_on(op.x, row * op.x_stride, op.dtype)",
+        "elements_on(op.x, row * op.width, op.dtype)",
+        ("tests/ops/test_rows.py",),
+    ),
+    Bug(
+        "unpacked-padding-is-what-memory-held",
+        "csrc/cpu/rows.cpp",
+        "std::memset(to, 0, bytes);",
+        "",
+        ("tests/ops/test_rows.py",),
+    ),
+    Bug(
+        "unpacked-rows-beyond-the-result",
+        "csrc/row_ops.cpp",
+        "call.places[r] >= 0 && call.places[r] < count",
+        "call.places[r] >= 0 && call.places[r] <= count",
+        ("tests/ops/test_rows.py",),
+    ),
+)
