@@ -81,6 +81,13 @@ NATIVE_LEVELS_BUGS = (
     ),
     # csrc/cpu/layer_rest.cpp, csrc/layer_ops.cpp: what lies between in strips
     Bug(
+        "shares-of-rows-that-leave-some-out",
+        "csrc/cpu/layer_rest.cpp",
+        "push_back({begin + from, to - from});",
+        "push_back({from, to - from});",
+        (AMX, WHOLE_LAYER),
+    ),
+    Bug(
         "rest-of-a-layer-by-the-experts-of-attention-alone",
         "csrc/cpu/layer_rest.cpp",
         "for (const auto* experts : {&project, &first})",
