@@ -10,24 +10,23 @@
 
 namespace {
 
-// In chunks: of A in L2 and of B in L1. Sums that wait in memory cost more than rows that take a
-// little more room: a depth of no more than kWholeSlice is not sliced. They also cost more than
-// what of B finds none in L1: one of no more than kSlice is not cut into blocks either.
-constexpr int64_t kWholeSlice = 32, kSlice = 24, kBlockOfB = 16;
-constexpr int64_t kSliceBytes = int64_t{800} << 10;
 // Panels whose sums wait in memory together, where A comes in slices.
 constexpr int64_t kGroup = 32;
-constexpr int64_t kSumWords = kAmxRows * kPanel;
+// How far ahead of what is converted memory is asked for, and how much a step converts beside so
+// few tiles of rows that this helps.
+constexpr int64_t kAskedWords = 2048, kShareOfTiles = 2;
+constexpr int64_t kSumWords = kAmxRows * kPanel, kLineWords = kCacheLine / 4;
 
+template <class Arch>
 inline int64_t slices_of(int64_t chunks) {
-  return chunks <= kWholeSlice ? 1 : ceil_div(chunks, kSlice);
+  return chunks <= Arch::kWholeSlice ? 1 : ceil_div(chunks, Arch::kSlice);
 }
 
 template <class Arch>
 int64_t amx_most_rows(int64_t in_features) {
   const int64_t chunks = chunks_of<Arch>(in_features);
-  const int64_t row = ceil_div(chunks, slices_of(chunks)) * kCacheLine;
-  return min_of(512, kSliceBytes / (row * kAmxRows) * kAmxRows);
+  const int64_t row = ceil_div(chunks, slices_of<Arch>(chunks)) * Arch::kRowWords * 4;
+  return min_of(Arch::kMostRows, Arch::kSliceBytes / (row * kAmxRows) * kAmxRows);
 }
 
 struct AmxScratch {
@@ -35,14 +34,15 @@ struct AmxScratch {
   Norm* norms;
   float* scales;
   float* inverses;
-  float* sums;  // of tiles of a panel, or of all panels of a group
-  float* done;  // two tiles: one is finished while the other is multiplied
+  float* sums;     // of tiles of a panel, or of all panels of a group
+  float* done;     // two tiles: one is finished while the other is multiplied
+  uint32_t* b[2];  // converted blocks of B: one is made while the other is multiplied
 };
 
 template <class Arch>
 inline AmxScratch carve_amx(const LinearBlock& block, Carver& carver) {
   const int64_t chunks = chunks_of<Arch>(block.in_features);
-  const int64_t slices = slices_of(chunks), tiles = ceil_div(block.count, kAmxRows);
+  const int64_t slices = slices_of<Arch>(chunks), tiles = ceil_div(block.count, kAmxRows);
   const int64_t panels = slices == 1 ? 1 : min_of(kGroup, block.panel_end - block.panel_begin);
   AmxScratch out;
   out.a = carver.take<uint32_t>(block.count * ceil_div(chunks, slices) * Arch::kRowWords);
@@ -51,6 +51,9 @@ inline AmxScratch carve_amx(const LinearBlock& block, Carver& carver) {
   out.inverses = carver.take<float>(Arch::kInt8 ? block.count : 0);
   out.sums = carver.take<float>(panels * tiles * kSumWords);
   out.done = carver.take<float>(2 * kSumWords);
+  for (uint32_t*& b : out.b) {
+    b = carver.take<uint32_t>(Arch::kConverts ? Arch::kBlockOfB * Arch::kChunkWords : 0);
+  }
   return out;
 }
 
@@ -61,31 +64,55 @@ int64_t amx_linear_scratch(const LinearBlock& block) {
   return carver.used();
 }
 
+// A block of B as it lies in memory, from a chunk of a panel on; null: none.
+struct SourceOfB {
+  const uint32_t* panel;
+  int64_t units;  // of the whole panel
+  int64_t from;   // chunks of A
+  int64_t to;
+};
+
+// What is multiplied in a chunk of A, in units of B.
+template <class Arch>
+constexpr int64_t kChunkUnits = kChunk * Arch::kPerUnit / Arch::kPerPackedUnit;
+
 // What happens beside the products of a tile, a share of it with each chunk of their depth.
 template <class Arch>
 class Meanwhile {
  public:
   explicit Meanwhile(const LinearBlock& block) : block_(block), finish_(finish_of<Arch>(block)) {}
 
-  // Lines of B to ask for, so many with each of `steps` chunks.
-  void ask_for(const uint32_t* b, int64_t words, int64_t steps) {
-    next_b_ = reinterpret_cast<const char*>(b);
-    b_lines_ = b == nullptr ? 0 : words * 4 / kCacheLine;
-    b_share_ = ceil_div(b_lines_, steps);
+  // The block of B that comes next, asked for or made in `to` during `steps` chunks.
+  void prepare(const SourceOfB& b, uint32_t* to, int64_t steps) {
+    const int64_t begin = b.from * kChunkUnits<Arch>;
+    const uint32_t* const units = b.panel == nullptr ? nullptr : b.panel + begin * kPanel;
+    next_b_ = units;
+    if constexpr (Arch::kConverts) {
+      to_ = to;
+      made_ = 0;
+      there_ = units == nullptr ? 0 : min_of(b.to * kChunkUnits<Arch>, b.units) - begin;
+      b_left_ = units == nullptr ? 0 : (b.to - b.from) * kChunkUnits<Arch>;
+    } else {
+      b_left_ = units == nullptr ? 0 : (b.to - b.from) * kChunkUnits<Arch> * kPanel / kLineWords;
+    }
+    b_share_ = ceil_div(b_left_, steps);
+    from_memory_ = b_share_ > kShareOfTiles;
   }
+
+  // All that is left of that block.
+  void make_all() { prepare_some(b_left_); }
 
   // The chunks of the tile that comes now; `sums` are those that the one after it adds to.
   void begin_tile(int64_t chunks, const float* sums) {
-    row_share_ = ceil_div(rows_left_, chunks);
+    const int64_t steps = chunks * Arch::kSteps;
+    row_share_ = ceil_div(rows_left_, steps);
     sums_ = reinterpret_cast<const char*>(sums);
     sum_lines_ = sums == nullptr ? 0 : kSumWords * 4 / kCacheLine;
-    sum_share_ = ceil_div(sum_lines_, chunks);
+    sum_share_ = ceil_div(sum_lines_, steps);
   }
 
-  void chunk() {
-    for (int64_t i = min_of(b_share_, b_lines_); i > 0; --i, --b_lines_, next_b_ += kCacheLine) {
-      __builtin_prefetch(next_b_, 0, 2);
-    }
+  void step() {
+    prepare_some(min_of(b_share_, b_left_));
     for (int64_t i = min_of(sum_share_, sum_lines_); i > 0; --i, --sum_lines_) {
       __builtin_prefetch(sums_, 0, 3);
       sums_ += kCacheLine;
@@ -98,7 +125,7 @@ class Meanwhile {
   }
 
   // The tile of sums `c` is complete. Whatever was left of the one before is done by now.
-  void hand_over(int64_t first, int64_t rows, int64_t column, int64_t columns, const float* c,
+  void hand_over(int64_t first, int64_t rows, int64_t column, int64_t columns, float* c,
                  const Scales& scales) {
     foresee<Arch>(block_, first, rows, column, columns);
     first_ = first;
@@ -110,7 +137,31 @@ class Meanwhile {
   }
 
  private:
+  void prepare_some(int64_t count) {
+    b_left_ -= count;
+    if constexpr (Arch::kConverts) {
+      for (; count > 0; --count, ++made_) {
+        // Half of two units at a time. Behind the panel follow zeros, as behind the rows.
+        const int64_t pair = made_ / 2, column = made_ % 2 * 16;
+        if (from_memory_) {
+          // Few products hide little of the way from memory.
+          const uint32_t* const ahead = next_b_ + kAskedWords + 2 * (pair * kPanel + column);
+          for (int64_t i = 0; i < 2; ++i) __builtin_prefetch(ahead + i * kLineWords, 0, 2);
+        }
+        Arch::convert(made_ < there_ ? next_b_ + 2 * pair * kPanel + column : nullptr,
+                      to_ + pair / kChunk * Arch::kChunkWords + pair % kChunk * kPanel + column);
+      }
+    } else {
+      for (; count > 0; --count, next_b_ += kLineWords) __builtin_prefetch(next_b_, 0, 2);
+    }
+  }
+
   void finish_rows(int64_t rows) {
+    if constexpr (Arch::kConverts) {
+      for (int64_t r = 0; r < rows; ++r) {
+        if (is_spoilt(c_ + r * kPanel)) sum_plainly(first_ + r, c_ + r * kPanel);
+      }
+    }
     finish_(block_, first_, rows, column_, columns_, c_, kPanel, scales_);
     first_ += rows;
     rows_left_ -= rows;
@@ -118,14 +169,47 @@ class Meanwhile {
     if (Arch::kInt8) scales_.rows += rows;
   }
 
+  // Whether one of a row's sums is infinite or not a number.
+  static bool is_spoilt(const float* c) {
+    const Vec poison = v_fma(v_load(c), v_zero(), v_mul(v_load(c + 16), v_zero()));
+    return _mm512_cmp_ps_mask(poison, poison, _CMP_UNORD_Q) != 0;
+  }
+
+  // The sums of one row and this panel without parts: what is infinite has none, nor has what is
+  // nearly so.
+  void sum_plainly(int64_t sorted, float* c) const {
+    using T = typename Arch::T;
+    const int64_t depth = block_.in_features, panel = column_ / kPanel;
+    const int64_t units = ceil_div(depth, kChunk * Arch::kPerPackedUnit) * kChunk;
+    const auto* b = reinterpret_cast<const float*>(block_.parts[panel / block_.part_panels] +
+                                                   panel % block_.part_panels * units * kPanel);
+    const StripRow<T> row{
+        static_cast<const T*>(block_.x) + row_of(block_, sorted) * block_.x_stride, block_.x_strip};
+    Norm norm{};
+    if (block_.norm_weight != nullptr) norm = measure<Arch>(row, depth, block_.eps);
+    Vec sum[2] = {v_zero(), v_zero()};
+    for (int64_t from = 0; from < depth; from += 16) {
+      float values[16];
+      v_store(values, normal_values(at(row, from), from, depth, norm, block_.norm_weight,
+                                    block_.norm_bias));
+      for (int64_t k = 0; k < min_of(16, depth - from); ++k, b += kPanel) {
+        for (int j = 0; j < 2; ++j) sum[j] = v_fma(v_set(values[k]), v_load(b + 16 * j), sum[j]);
+      }
+    }
+    for (int j = 0; j < 2; ++j) v_store(c + 16 * j, sum[j]);
+  }
+
   const LinearBlock& block_;
   const Finish finish_;
-  const char* next_b_ = nullptr;
-  int64_t b_lines_ = 0, b_share_ = 0;
+  const uint32_t* next_b_ = nullptr;
+  bool from_memory_ = false;
+  int64_t b_left_ = 0, b_share_ = 0;  // lines, or halves of units to be made
+  uint32_t* to_ = nullptr;
+  int64_t made_ = 0, there_ = 0;
   const char* sums_ = nullptr;
   int64_t sum_lines_ = 0, sum_share_ = 0;
   int64_t first_ = 0, rows_left_ = 0, row_share_ = 0, column_ = 0, columns_ = 0;
-  const float* c_ = nullptr;
+  float* c_ = nullptr;
   Scales scales_{};
 };
 
@@ -134,8 +218,9 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
   using T = typename Arch::T;
   Carver carver(scratch);
   const AmxScratch own = carve_amx<Arch>(block, carver);
-  const int64_t chunks = chunks_of<Arch>(block.in_features), slices = slices_of(chunks);
-  const int64_t panel_words = chunks * kChunk * kPanel;
+  const int64_t chunks = chunks_of<Arch>(block.in_features), slices = slices_of<Arch>(chunks);
+  const int64_t panel_units = ceil_div(block.in_features, kChunk * Arch::kPerPackedUnit) * kChunk;
+  const int64_t panel_words = panel_units * kPanel;
   const int64_t tiles = ceil_div(block.count, kAmxRows);
   const auto row = [&](int64_t r) {
     return StripRow<T>{
@@ -176,7 +261,7 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
     return block.parts[panel / block.part_panels] + panel % block.part_panels * panel_words;
   };
   Tiles state;
-  int64_t turn = 0;
+  int64_t turn = 0, b_turn = 0;
   for (int64_t group = block.panel_begin; group < block.panel_end;) {
     const int64_t group_end =
         slices == 1 ? block.panel_end : min_of(block.panel_end, group + kGroup);
@@ -184,7 +269,8 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
       const int64_t slice_begin = chunks * slice / slices;
       const int64_t slice_end = chunks * (slice + 1) / slices;
       pack_slice(slice_begin, slice_end);
-      const int64_t depths = chunks <= kSlice ? 1 : ceil_div(slice_end - slice_begin, kBlockOfB);
+      const int64_t depths =
+          chunks <= Arch::kUncut ? 1 : ceil_div(slice_end - slice_begin, Arch::kBlockOfB);
       const auto depth_at = [&](int64_t d) {
         return slice_begin + (slice_end - slice_begin) * d / depths;
       };
@@ -195,15 +281,23 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
         float* const sums = own.sums + (slices == 1 ? 0 : (panel - group) * tiles * kSumWords);
         for (int64_t d = 0; d < depths; ++d) {
           const int64_t from = depth_at(d), to = depth_at(d + 1);
-          const uint32_t* const b = panel_at(panel) + from * kChunk * kPanel;
           const bool first = from == 0, last = to == chunks;
-          const uint32_t* next = nullptr;  // the block of B that comes next
-          if (d + 1 < depths) {
-            next = panel_at(panel) + to * kChunk * kPanel;
-          } else if (panel + 1 < group_end) {
-            next = panel_at(panel + 1) + slice_begin * kChunk * kPanel;
+          const uint32_t* b = panel_at(panel) + from * kChunkUnits<Arch> * kPanel;
+          if constexpr (Arch::kConverts) {
+            b = own.b[b_turn % 2];
+            if (panel == group && d == 0) {
+              meanwhile.prepare({panel_at(panel), panel_units, from, to}, own.b[b_turn % 2], 1);
+              meanwhile.make_all();
+            }
+            ++b_turn;
           }
-          meanwhile.ask_for(next, (to - from) * kChunk * kPanel, tiles * (to - from));
+          SourceOfB next{nullptr, panel_units, 0, 0};
+          if (d + 1 < depths) {
+            next = {panel_at(panel), panel_units, to, depth_at(d + 2)};
+          } else if (panel + 1 < group_end) {
+            next = {panel_at(panel + 1), panel_units, slice_begin, depth_at(1)};
+          }
+          meanwhile.prepare(next, own.b[b_turn % 2], tiles * (to - from) * Arch::kSteps);
           for (int64_t t = 0; t < tiles; ++t) {
             const int64_t begin = t * kAmxRows, rows = min_of(kAmxRows, block.count - begin);
             const uint32_t* const a =
@@ -214,8 +308,8 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
             const bool far_sums = slices > 1 && !first && t + 1 < tiles;
             meanwhile.begin_tile(to - from, far_sums ? kept + kSumWords : nullptr);
             Arch::template multiply<true>(state, rows, ceil_div(columns, 16), a, b, to - from,
-                                          kBlockOfB, first ? nullptr : kept, result, kPanel,
-                                          [&] { meanwhile.chunk(); });
+                                          Arch::kBlockOfB, first ? nullptr : kept, result, kPanel,
+                                          [&] { meanwhile.step(); });
             if (last) {
               scales.rows = own.scales + begin;
               meanwhile.hand_over(block.first + begin, rows, column, columns, result, scales);
@@ -227,6 +321,34 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
     group = group_end;
   }
   meanwhile.finish_all();
+}
+
+// product_loop (kernels.h) where B is converted: a block of it at a time, outside the loop.
+template <class Arch>
+int64_t converted_product_loop(const LinearBlock& block, int64_t repeats, void* scratch) {
+  LinearBlock tile = block;
+  tile.count = min_of(block.count, kAmxRows);
+  Carver carver(scratch);
+  const AmxScratch own = carve_amx<Arch>(tile, carver);
+  const int64_t units = ceil_div(block.in_features, kChunk * Arch::kPerPackedUnit) * kChunk;
+  const int64_t columns = min_of(kPanel, block.out_features);
+  Meanwhile<Arch> meanwhile(tile);
+  Tiles state;
+  for (int64_t from = 0, to = 0; from < chunks_of<Arch>(block.in_features); from = to) {
+    to = min_of(from + Arch::kBlockOfB, chunks_of<Arch>(block.in_features));
+    for (int64_t r = 0; r < tile.count; ++r) {
+      put_row<Arch>(static_cast<const typename Arch::T*>(block.x) + r * block.x_stride,
+                    block.in_features, from, to, Norm{}, nullptr, nullptr,
+                    own.a + r * Arch::kRowWords, tile.count * Arch::kRowWords);
+    }
+    meanwhile.prepare({block.parts[0], units, from, to}, own.b[0], 1);
+    meanwhile.make_all();
+    for (int64_t i = 0; i < repeats; ++i) {
+      Arch::template multiply<false>(state, tile.count, ceil_div(columns, 16), own.a, own.b[0],
+                                     to - from, to - from, nullptr, own.done, kPanel, [] {});
+    }
+  }
+  return tile.count * ceil_div(columns, 16) * 16;
 }
 
 struct AmxLinear {

@@ -46,12 +46,103 @@ class Tiles {
   int64_t rows_ = 0;
 };
 
-// The rest of an Arch (tile_loops.h) whose units are multiplied by tiles; Dot::add<I>() adds to sum
-// I the product of its A and B.
-template <class Base, class Dot>
+template <int M, int N>
+inline void load_sums(const float* c, int64_t c_stride) {
+  const int64_t row = c_stride * 4, lower = 16 * c_stride;
+  _tile_loadd(0, c, row);
+  if (N == 2) _tile_loadd(1, c + 16, row);
+  if (M == 2) _tile_loadd(2, c + lower, row);
+  if (M == 2 && N == 2) _tile_loadd(3, c + lower + 16, row);
+}
+
+template <int M, int N>
+inline void zero_sums() {
+  _tile_zero(0);
+  if (N == 2) _tile_zero(1);
+  if (M == 2) _tile_zero(2);
+  if (M == 2 && N == 2) _tile_zero(3);
+}
+
+template <int M, int N>
+inline void store_sums(float* c, int64_t c_stride) {
+  const int64_t row = c_stride * 4, lower = 16 * c_stride;
+  _tile_stored(0, c, row);
+  if (N == 2) _tile_stored(1, c + 16, row);
+  if (M == 2) _tile_stored(2, c + lower, row);
+  if (M == 2 && N == 2) _tile_stored(3, c + lower + 16, row);
+}
+
+// Of A the upper tile or the lower one, of B the left one or the right one; past L1 with `past`.
+template <bool kLower>
+inline void load_a(const uint32_t* a, int64_t row, bool past) {
+  if (kLower) {
+    if (past) {
+      _tile_stream_loadd(5, a, row);
+    } else {
+      _tile_loadd(5, a, row);
+    }
+  } else if (past) {
+    _tile_stream_loadd(4, a, row);
+  } else {
+    _tile_loadd(4, a, row);
+  }
+}
+template <bool kRight>
+inline void load_b(const uint32_t* b, bool past) {
+  constexpr int64_t row = kPanel * 4;
+  if (kRight) {
+    if (past) {
+      _tile_stream_loadd(7, b, row);
+    } else {
+      _tile_loadd(7, b, row);
+    }
+  } else if (past) {
+    _tile_stream_loadd(6, b, row);
+  } else {
+    _tile_loadd(6, b, row);
+  }
+}
+
+// A chunk of A, kRowWords words a row, times kChunkWords words of B; Dot::add<I>() adds to sum I
+// the product of its A and B.
+template <class Dot>
+struct OneProduct {
+  static constexpr int kRowWords = 16;
+  static constexpr int64_t kChunkWords = kChunk * kPanel, kSteps = 1;
+
+  template <int M, int N, class Beside>
+  static void add(const uint32_t* a, const uint32_t* b, bool a_past, bool b_past,
+                  const Beside& beside) {
+    constexpr int64_t a_row = kRowWords * 4;
+    load_a<false>(a, a_row, a_past);
+    load_b<false>(b, b_past);
+    Dot::template add<0>();
+    if (N == 2) {
+      load_b<true>(b + 16, b_past);
+      Dot::template add<1>();
+    }
+    if (M == 2) {
+      load_a<true>(a + 16 * kRowWords, a_row, a_past);
+      Dot::template add<2>();
+      if (N == 2) Dot::template add<3>();
+    }
+    beside();
+  }
+};
+
+// The rest of an Arch (tile_loops.h) whose chunks are multiplied by tiles, and what of them stays
+// in L1 and L2 (amx_linear_loops.h): the most rows of a block and bytes of their slice, chunks of a
+// depth that is not sliced, of a slice, and of a block of B.
+template <class Base, class Product>
 struct OfAmx : Base {
   static constexpr int kTileRows = kAmxRows;
+  static constexpr int kRowWords = Product::kRowWords;
+  static constexpr int64_t kChunkWords = Product::kChunkWords, kSteps = Product::kSteps;
   static constexpr bool kEven = false;
+  static constexpr int kPerPackedUnit = Base::kPerUnit;
+  static constexpr bool kConverts = false;
+  static constexpr int64_t kMostRows = 512, kSliceBytes = int64_t{800} << 10;
+  static constexpr int64_t kWholeSlice = 32, kSlice = 24, kBlockOfB = 16, kUncut = 24;
   using State = Tiles;
 
   static int64_t vectors_at_once(int64_t, int64_t columns) { return columns <= 16 ? 1 : 2; }
@@ -65,8 +156,8 @@ struct OfAmx : Base {
   }
 
   // Rows of A times so many vectors of B, added to `before` where that is not null; beside() is
-  // called with every chunk. With kPast the loads of A go past L1, which then keeps the first
-  // `near` chunks of B; those of the others go past it as well.
+  // called kSteps times with every chunk. With kPast the loads of A go past L1, which then keeps
+  // the first `near` chunks of B; those of the others go past it as well.
   template <bool kPast, class Beside>
   static void multiply(Tiles& tiles, int64_t rows, int64_t vectors, const uint32_t* a,
                        const uint32_t* b, int64_t chunks, int64_t near, const float* before,
@@ -84,56 +175,16 @@ struct OfAmx : Base {
   static void multiply_tiles(int64_t rows, const uint32_t* a, const uint32_t* b, int64_t chunks,
                              int64_t near, const float* before, float* c, int64_t c_stride,
                              const Beside& beside) {
-    constexpr int64_t kRowWords = Base::kRowWords, kARow = kRowWords * 4, kBRow = kPanel * 4;
-    const int64_t c_row = c_stride * 4, lower = 16 * c_stride;
     memory_is_read();
     if (before != nullptr) {
-      _tile_loadd(0, before, c_row);
-      if (N == 2) _tile_loadd(1, before + 16, c_row);
-      if (M == 2) _tile_loadd(2, before + lower, c_row);
-      if (M == 2 && N == 2) _tile_loadd(3, before + lower + 16, c_row);
+      load_sums<M, N>(before, c_stride);
     } else {
-      _tile_zero(0);
-      if (N == 2) _tile_zero(1);
-      if (M == 2) _tile_zero(2);
-      if (M == 2 && N == 2) _tile_zero(3);
+      zero_sums<M, N>();
     }
-    for (int64_t k = 0; k < chunks; ++k, a += rows * kRowWords, b += kChunk * kPanel) {
-      const bool b_past = kPast && k >= near;
-      if (kPast) {
-        _tile_stream_loadd(4, a, kARow);
-      } else {
-        _tile_loadd(4, a, kARow);
-      }
-      if (b_past) {
-        _tile_stream_loadd(6, b, kBRow);
-      } else {
-        _tile_loadd(6, b, kBRow);
-      }
-      Dot::template add<0>();
-      if (N == 2) {
-        if (b_past) {
-          _tile_stream_loadd(7, b + 16, kBRow);
-        } else {
-          _tile_loadd(7, b + 16, kBRow);
-        }
-        Dot::template add<1>();
-      }
-      if (M == 2) {
-        if (kPast) {
-          _tile_stream_loadd(5, a + 16 * kRowWords, kARow);
-        } else {
-          _tile_loadd(5, a + 16 * kRowWords, kARow);
-        }
-        Dot::template add<2>();
-        if (N == 2) Dot::template add<3>();
-      }
-      beside();
+    for (int64_t k = 0; k < chunks; ++k, a += rows * kRowWords, b += kChunkWords) {
+      Product::template add<M, N>(a, b, kPast, kPast && k >= near, beside);
     }
-    _tile_stored(0, c, c_row);
-    if (N == 2) _tile_stored(1, c + 16, c_row);
-    if (M == 2) _tile_stored(2, c + lower, c_row);
-    if (M == 2 && N == 2) _tile_stored(3, c + lower + 16, c_row);
+    store_sums<M, N>(c, c_stride);
     memory_is_read();
   }
 };

@@ -28,9 +28,9 @@ struct Bytes {
 };
 
 constexpr Kernels kFloat32 =
-    make_int8_kernels<OfAmx<Int8<float, Bytes>, Int8Tiles>, AmxLinear>("amx_bf16");
+    make_int8_kernels<OfAmx<Int8<float, Bytes>, OneProduct<Int8Tiles>>, AmxLinear>("amx_bf16");
 constexpr Kernels kBFloat16 =
-    make_int8_kernels<OfAmx<Int8<uint16_t, Bytes>, Int8Tiles>, AmxLinear>("amx_bf16");
+    make_int8_kernels<OfAmx<Int8<uint16_t, Bytes>, OneProduct<Int8Tiles>>, AmxLinear>("amx_bf16");
 
 }  // namespace
 

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "elements.h"
 #include "packed_weight.h"
 #include "parallel.h"
 
@@ -88,26 +89,29 @@ bool supported(Isa isa) {
   return false;
 }
 
-// y = x W^T for bf16 numbers of no pattern, in odd sizes; the weight is bf16 or int8.
-std::vector<float> product(const Kernels& level, bool int8) {
+// y = x W^T for numbers of no pattern, in odd sizes; the weight is of the rows' dtype or int8.
+std::vector<float> product(const Kernels& level, DType dtype, bool int8) {
   constexpr int64_t rows = 37, depth = 1093, columns = 45;
   uint32_t state = 1;
   const auto numbers = [&](int64_t count) {
-    std::vector<uint16_t> out(static_cast<std::size_t>(count));
-    for (uint16_t& x : out) {
+    std::vector<float> out(static_cast<std::size_t>(count));  // room for either dtype
+    for (int64_t i = 0; i < count; ++i) {
       state = state * 1664525u + 1013904223u;
-      x = static_cast<uint16_t>(0x3f00u | (state >> 16 & 0x80ffu));  // 0.5 to 2, both signs
+      const uint32_t bits = 0x3f000000u | (state & 0x80ffffffu);  // 0.5 to 2, both signs
+      float value;
+      std::memcpy(&value, &bits, sizeof(value));
+      store_element(dtype, out.data(), i, value);
     }
     return out;
   };
   const auto x = numbers(rows * depth), weight = numbers(columns * depth);
   const Pool alone{1, nullptr};
   Scratch packed, scratch;
-  const DType form = int8 ? DType::kInt8 : DType::kBFloat16;
+  const DType form = int8 ? DType::kInt8 : dtype;
   void* const b = packed.at_least(packed_bytes(form, columns, depth));
   const auto pack = int8 ? quantize_weight : pack_weight_portably;
-  pack(alone, DType::kBFloat16, weight.data(), depth, columns, depth, b);
-  std::vector<uint16_t> y(static_cast<std::size_t>(rows * columns));
+  pack(alone, dtype, weight.data(), depth, columns, depth, b);
+  std::vector<float> y(static_cast<std::size_t>(rows * columns));
   LinearBlock block{};
   block.x = x.data();
   block.x_stride = depth;
@@ -121,11 +125,8 @@ std::vector<float> product(const Kernels& level, bool int8) {
   block.part_panels = block.panel_end = panel_count(columns);
   level.linear.block(block, scratch.at_least(level.linear.scratch(block)));
   std::vector<float> out;
-  for (const uint16_t bits : y) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof(value));
-    out.push_back(value);
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    out.push_back(load_element(dtype, y.data(), i));
   }
   return out;
 }
@@ -133,14 +134,13 @@ std::vector<float> product(const Kernels& level, bool int8) {
 // Whether tile products on this processor are what the portable ones are. Tried once a process,
 // since most machines that these kernels are tested on lack the unit.
 bool amx_agrees() {
-  for (const bool int8 : {false, true}) {
-    const auto* const portable =
-        (int8 ? portable_int8_kernels : portable_kernels)(DType::kBFloat16);
-    const auto* const level = (int8 ? amx_int8_kernels : amx_kernels)(DType::kBFloat16);
-    const auto expected = product(*portable, int8);
-    const auto found = product(*level, int8);
+  const auto agree = [](DType dtype, bool int8, float relative, float absolute) {
+    const auto* const portable = (int8 ? portable_int8_kernels : portable_kernels)(dtype);
+    const auto* const level = (int8 ? amx_int8_kernels : amx_kernels)(dtype);
+    const auto expected = product(*portable, dtype, int8);
+    const auto found = product(*level, dtype, int8);
     for (std::size_t i = 0; i < expected.size(); ++i) {
-      if (!(std::fabs(found[i] - expected[i]) <= 0.02f * std::fabs(expected[i]) + 0.5f)) {
+      if (!(std::fabs(found[i] - expected[i]) <= relative * std::fabs(expected[i]) + absolute)) {
         std::fprintf(
             stderr,
             "beit3_fast: the AMX kernels gave a wrong product on this processor and are left "
@@ -148,8 +148,10 @@ bool amx_agrees() {
         return false;
       }
     }
-  }
-  return true;
+    return true;
+  };
+  return agree(DType::kBFloat16, false, 0.02f, 0.5f) &&
+         agree(DType::kBFloat16, true, 0.02f, 0.5f) && agree(DType::kFloat32, false, 1e-4f, 1e-3f);
 }
 
 // The level that BEIT3_FAST_CPU_ISA names, in any case and with spaces around it; the highest where

@@ -1,4 +1,4 @@
-// AMX tile products of bf16, with AVX-512 BF16 for everything around them.
+// AMX tile products of bf16 and of fp32 in parts, with AVX-512 BF16 for everything around them.
 #include "kernels.h"
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && \
@@ -6,6 +6,7 @@
 
 #include "arch_avx512bf16.h"
 //
+#include "amx_float32.h"
 #include "amx_linear_loops.h"
 
 namespace {
@@ -20,12 +21,24 @@ struct BFloat16Tiles {
   }
 };
 
-constexpr Kernels kBFloat16 = make_kernels<OfAmx<BFloat16, BFloat16Tiles>, AmxLinear>("amx_bf16");
+constexpr Kernels kBFloat16 =
+    make_kernels<OfAmx<BFloat16, OneProduct<BFloat16Tiles>>, AmxLinear>("amx_bf16");
+
+// Products of fp32 by tiles; attention and the rest as with AVX-512.
+constexpr Kernels make_float32() {
+  Kernels own = make_kernels<Float32>("amx_bf16");
+  own.linear = AmxLinear::of<Float32InParts>();
+  own.product_scratch = amx_linear_scratch<Float32InParts>;
+  own.product_loop = converted_product_loop<Float32InParts>;
+  return own;
+}
+
+constexpr Kernels kFloat32 = make_float32();
 
 }  // namespace
 
 const beit3_fast::cpu::Kernels* beit3_fast::cpu::amx_kernels(DType dtype) {
-  return dtype == DType::kBFloat16 ? &::kBFloat16 : nullptr;
+  return dtype == DType::kBFloat16 ? &::kBFloat16 : &::kFloat32;
 }
 
 #else

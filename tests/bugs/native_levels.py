@@ -11,21 +11,21 @@ NATIVE_LEVELS_BUGS = (
     Bug(
         "amx-second-half-of-the-panel-again-the-first",
         "csrc/cpu/amx_tiles.h",
-        "_tile_loadd(7, b + 16, kBRow);",
-        "_tile_loadd(7, b, kBRow);",
+        "load_b<true>(b + 16, b_past);",
+        "load_b<true>(b, b_past);",
         (EMULATED,),
     ),
     Bug(
         "amx-lower-rows-forgotten-with-one-half",
         "csrc/cpu/amx_tiles.h",
-        "if (M == 2) _tile_stored(2, c + lower, c_row);",
-        "if (M == 2 && N == 2) _tile_stored(2, c + lower, c_row);",
+        "if (M == 2) _tile_stored(2, c + lower, row);",
+        "if (M == 2 && N == 2) _tile_stored(2, c + lower, row);",
         (EMULATED,),
     ),
     Bug(
         "amx-sums-of-earlier-depth-dropped",
         "csrc/cpu/amx_tiles.h",
-        "_tile_loadd(0, before, c_row);",
+        "_tile_loadd(0, c, row);",
         "_tile_zero(0);",
         (EMULATED,),
     ),
@@ -78,6 +78,42 @@ NATIVE_LEVELS_BUGS = (
         "                      a, rows * Arch::kRowWords);",
         "                      a, from == 0 ? rows * Arch::kRowWords : 0);",
         (AMX, BLOCKS),
+    ),
+    # csrc/cpu/amx_float32.h, and what it needs of the loops
+    Bug(
+        "amx-float32-without-a-product-of-small-parts",
+        "csrc/cpu/amx_float32.h",
+        "columns<N>(b_low, b_past);",
+        "columns<N>(b_middle, b_past);",
+        (AMX,),
+    ),
+    Bug(
+        "amx-float32-odd-units-in-low-parts-of-even-ones",
+        "csrc/cpu/amx_float32.h",
+        "pair_up(even.low, odd.low)",
+        "pair_up(odd.low, even.low)",
+        (AMX,),
+    ),
+    Bug(
+        "amx-float32-spoilt-sums-stay",
+        "csrc/cpu/amx_linear_loops.h",
+        "if (is_spoilt(c_ + r * kPanel))",
+        "if (r < 0)",
+        (AMX,),
+    ),
+    Bug(
+        "amx-float32-spoilt-sums-of-the-first-panel",
+        "csrc/cpu/amx_linear_loops.h",
+        "panel % block_.part_panels * units * kPanel);",
+        "0);",
+        (AMX,),
+    ),
+    Bug(
+        "amx-float32-one-place-for-the-block-that-is-made",
+        "csrc/cpu/amx_linear_loops.h",
+        "++b_turn;",
+        "b_turn += 2;",
+        (AMX,),
     ),
     # csrc/cpu/layer_rest.cpp, csrc/layer_ops.cpp: what lies between in strips
     Bug(
@@ -177,7 +213,7 @@ NATIVE_LEVELS_BUGS = (
     ),
     Bug(
         "avx512-sums-of-earlier-blocks-dropped",
-        "csrc/cpu/kernels_avx512.cpp",
+        "csrc/cpu/arch_avx512.h",
         "      more = true;\n",
         "",
         (f"{KERNELS}::test_expert_linear_sizes", EMULATED),

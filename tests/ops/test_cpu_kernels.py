@@ -130,6 +130,51 @@ def test_a_bad_row_spoils_no_other() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("depth", [40, 80, 144])
+def test_a_bad_channel_spoils_no_other(depth: int, dtype: str) -> None:
+    """Nor does what lies behind a panel whose depth ends inside a chunk."""
+    x, weight = (torch.randn(rows, depth, dtype=DTYPES[dtype]) for rows in (45, 96))
+    clean = OPS.expert_linear(x, [weight], [], [], [], [], None, None, [0, 45], EPS, "none")
+    weight[32:64] = math.nan
+    spoilt = OPS.expert_linear(x, [weight], [], [], [], [], None, None, [0, 45], EPS, "none")
+    assert spoilt[:, 32:64].isnan().all()
+    keep = torch.arange(96) // 32 != 1
+    assert torch.equal(spoilt[:, keep], clean[:, keep])
+
+
+@pytest.mark.parametrize("depth", [32, 800])
+def test_fp32_products_keep_the_last_digits(depth: int) -> None:
+    """Errors of 2^-18 of a factor, which a level that multiplies parts of numbers could make, are five times as large."""
+    generator = torch.Generator().manual_seed(depth)
+    x, weight = (torch.randn(rows, depth, generator=generator) for rows in (64, 96))
+    y = OPS.expert_linear(x, [weight], [], [], [], [], None, None, [0, 64], EPS, "none")
+    truth = x.double() @ weight.double().T
+    error, allowed = ((z - truth).norm().item() for z in (y, F.linear(x, weight)))
+    assert error <= 2 * allowed
+
+
+@pytest.mark.parametrize("depth", [70, 800])
+def test_fp32_products_at_the_ends_of_its_range(depth: int) -> None:
+    """What a level that multiplies parts of numbers cannot take apart is what it is for the others."""
+    generator = torch.Generator().manual_seed(depth)
+    x = torch.randn(50, depth, generator=generator)
+    weight = torch.randn(40, depth, generator=generator) / 20
+    weight[4] = 0
+    weight[8, 3] = math.inf
+    weight[9, 1] = -math.inf
+    x[3, 5] = math.inf
+    x[7, 1], x[7, 2] = -math.inf, math.inf
+    x[11, 0], x[13, depth - 1] = 3.4e38, -torch.finfo(torch.float32).max
+    x[17] *= 1e-30
+    truth = F.linear(x, weight)
+    y = OPS.expert_linear(x, [weight], [], [], [], [], None, None, [0, 50], EPS, "none")
+    assert y[11].isfinite().sum() == y[13].isfinite().sum() == 38
+    assert y[3].isinf().sum() > 30
+    torch.testing.assert_close(y, truth, rtol=2e-5, atol=2e-5, equal_nan=True)
+    torch.testing.assert_close(y[17] * 1e30, truth[17] * 1e30, rtol=2e-5, atol=2e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_layer_norm_of_rows_too_large_for_fp32_is_not_a_number(dtype: str) -> None:
     """Finite numbers whose squares are not: their variance is unknown, and zeros would hide it."""
     case = Linear(DTYPES[dtype], (6, 130, 40))

@@ -36,6 +36,7 @@ LEVELS = {
     "amx_bf16": (
         *("test_cpu_kernels.py", "test_cpu_blocks.py", "test_attention_gradients.py"),
         "../model/test_whole_layer.py::test_a_layer_of_many_rows[heads of 64-packed, bf16-2]",
+        "../model/test_whole_layer.py::test_a_layer_of_many_rows[heads of 64-packed, fp32-2]",
         *("test_cpu_int8.py", "-k", "int8 or not fp32"),
     ),
 }
