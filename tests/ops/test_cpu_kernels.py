@@ -144,7 +144,7 @@ def test_a_bad_channel_spoils_no_other(depth: int, dtype: str) -> None:
 
 @pytest.mark.parametrize("depth", [32, 800])
 def test_fp32_products_keep_the_last_digits(depth: int) -> None:
-    """Errors of 2^-18 of a factor, which a level that multiplies parts of numbers could make, are five times as large."""
+    """Errors of 2^-18 of a factor, which a level that multiplies parts of numbers could make, are a dozen times as large."""
     generator = torch.Generator().manual_seed(depth)
     x, weight = (torch.randn(rows, depth, generator=generator) for rows in (64, 96))
     y = OPS.expert_linear(x, [weight], [], [], [], [], None, None, [0, 64], EPS, "none")
