@@ -169,9 +169,11 @@ class Meanwhile {
     if (Arch::kInt8) scales_.rows += rows;
   }
 
-  // Whether one of a row's sums is infinite or not a number.
-  static bool is_spoilt(const float* c) {
-    const Vec poison = v_fma(v_load(c), v_zero(), v_mul(v_load(c + 16), v_zero()));
+  // Whether one of a row's sums is infinite or not a number. The right half of a panel without
+  // columns there is not written.
+  bool is_spoilt(const float* c) const {
+    Vec poison = v_mul(v_load(c), v_zero());
+    if (columns_ > 16) poison = v_fma(v_load(c + 16), v_zero(), poison);
     return _mm512_cmp_ps_mask(poison, poison, _CMP_UNORD_Q) != 0;
   }
 

@@ -102,6 +102,13 @@ NATIVE_LEVELS_BUGS = (
         (AMX,),
     ),
     Bug(
+        "amx-float32-sums-of-columns-that-are-not-there",
+        "csrc/cpu/amx_linear_loops.h",
+        "if (columns_ > 16) poison",
+        "poison",
+        (AMX,),
+    ),
+    Bug(
         "amx-float32-spoilt-sums-of-the-first-panel",
         "csrc/cpu/amx_linear_loops.h",
         "panel % block_.part_panels * units * kPanel);",

@@ -130,6 +130,15 @@ def test_a_bad_row_spoils_no_other() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_narrow_product_does_not_look_at_what_a_wide_one_left(dtype: str) -> None:
+    wide, narrow = (Linear(DTYPES[dtype], (70, 70, columns)) for columns in (96, 5))
+    wide.run()
+    clean = narrow.run()
+    wide.run(x=torch.full_like(wide.x, math.nan))
+    assert torch.equal(narrow.run(), clean)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("depth", [40, 80, 144])
 def test_a_bad_channel_spoils_no_other(depth: int, dtype: str) -> None:
     """Nor does what lies behind a panel whose depth ends inside a chunk."""
