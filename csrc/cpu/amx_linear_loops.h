@@ -1,8 +1,10 @@
 // The loops of expert_linear over one block on AMX. A pair of tiles of rows and one of columns take
-// 64 cycles a chunk, in which little but L1 and L2 can keep up, and other units stand idle:
+// 64 cycles a chunk (of fp32, six products, 384), in which little but L1 and L2 can keep up, and
+// other units stand idle:
 //   - A slice of A's depth stays in L2 for all panels; sums of the slices before lie in memory.
 //   - A block of B stays in L1 for all tiles of rows, which A's loads go past.
-//   - While one tile is multiplied, the one before is finished and the next block of B asked for.
+//   - While one tile is multiplied, the one before is finished and the next block of B asked for,
+//     or made, where it is converted (Arch::kConverts).
 #pragma once
 
 #include "amx_tiles.h"
@@ -12,8 +14,8 @@ namespace {
 
 // Panels whose sums wait in memory together, where A comes in slices.
 constexpr int64_t kGroup = 32;
-// How far ahead of what is converted memory is asked for, and how much a step converts beside so
-// few tiles of rows that this helps.
+// How far ahead of what is converted memory is asked for, in words, and the share of a step up to
+// which products hide the way from there: that of three tiles of rows.
 constexpr int64_t kAskedWords = 2048, kShareOfTiles = 2;
 constexpr int64_t kSumWords = kAmxRows * kPanel, kLineWords = kCacheLine / 4;
 
@@ -76,13 +78,13 @@ struct SourceOfB {
 template <class Arch>
 constexpr int64_t kChunkUnits = kChunk * Arch::kPerUnit / Arch::kPerPackedUnit;
 
-// What happens beside the products of a tile, a share of it with each chunk of their depth.
+// What happens beside the products of a tile, a share of it with each step of them.
 template <class Arch>
 class Meanwhile {
  public:
   explicit Meanwhile(const LinearBlock& block) : block_(block), finish_(finish_of<Arch>(block)) {}
 
-  // The block of B that comes next, asked for or made in `to` during `steps` chunks.
+  // The block of B that comes next, asked for or made in `to` during `steps` steps.
   void prepare(const SourceOfB& b, uint32_t* to, int64_t steps) {
     const int64_t begin = b.from * kChunkUnits<Arch>;
     const uint32_t* const units = b.panel == nullptr ? nullptr : b.panel + begin * kPanel;
@@ -141,7 +143,7 @@ class Meanwhile {
     b_left_ -= count;
     if constexpr (Arch::kConverts) {
       for (; count > 0; --count, ++made_) {
-        // Half of two units at a time. Behind the panel follow zeros, as behind the rows.
+        // Half of a pair of units at a time. Behind the panel follow zeros, as behind the rows.
         const int64_t pair = made_ / 2, column = made_ % 2 * 16;
         if (from_memory_) {
           // Few products hide little of the way from memory.
@@ -177,8 +179,16 @@ class Meanwhile {
     return _mm512_cmp_ps_mask(poison, poison, _CMP_UNORD_Q) != 0;
   }
 
-  // The sums of one row and this panel without parts: what is infinite has none, nor has what is
-  // nearly so.
+  static bool holds_nan(const StripRow<typename Arch::T>& row, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) {
+      const Vec x = load_some(at(row, i), n - i);
+      if (_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0) return true;
+    }
+    return false;
+  }
+
+  // Those of the sums of one row and this panel that are not finite, once more without parts: what
+  // is infinite has none, nor has what is nearly so.
   void sum_plainly(int64_t sorted, float* c) const {
     using T = typename Arch::T;
     const int64_t depth = block_.in_features, panel = column_ / kPanel;
@@ -187,6 +197,7 @@ class Meanwhile {
                                                    panel % block_.part_panels * units * kPanel);
     const StripRow<T> row{
         static_cast<const T*>(block_.x) + row_of(block_, sorted) * block_.x_stride, block_.x_strip};
+    if (holds_nan(row, depth)) return;
     Norm norm{};
     if (block_.norm_weight != nullptr) norm = measure<Arch>(row, depth, block_.eps);
     Vec sum[2] = {v_zero(), v_zero()};
@@ -198,14 +209,17 @@ class Meanwhile {
         for (int j = 0; j < 2; ++j) sum[j] = v_fma(v_set(values[k]), v_load(b + 16 * j), sum[j]);
       }
     }
-    for (int j = 0; j < 2; ++j) v_store(c + 16 * j, sum[j]);
+    for (int j = 0; j < 2; ++j) {
+      const Vec poison = v_mul(v_load(c + 16 * j), v_zero());
+      _mm512_mask_storeu_ps(c + 16 * j, _mm512_cmp_ps_mask(poison, poison, _CMP_UNORD_Q), sum[j]);
+    }
   }
 
   const LinearBlock& block_;
   const Finish finish_;
   const uint32_t* next_b_ = nullptr;
   bool from_memory_ = false;
-  int64_t b_left_ = 0, b_share_ = 0;  // lines, or halves of units to be made
+  int64_t b_left_ = 0, b_share_ = 0;  // lines, or halves of pairs of units to be made
   uint32_t* to_ = nullptr;
   int64_t made_ = 0, there_ = 0;
   const char* sums_ = nullptr;

@@ -132,7 +132,10 @@ struct OneProduct {
 
 // The rest of an Arch (tile_loops.h) whose chunks are multiplied by tiles, and what of them stays
 // in L1 and L2 (amx_linear_loops.h): the most rows of a block and bytes of their slice, chunks of a
-// depth that is not sliced, of a slice, and of a block of B.
+// depth that is not sliced, of a slice, of a block of B, and of a slice that is not cut into
+// blocks. Sums that wait in memory cost more than rows that take a little more room, or than what
+// of B finds none in L1. kConverts: whether B, kPerPackedUnit elements a unit, is converted by
+// convert() before it is multiplied.
 template <class Base, class Product>
 struct OfAmx : Base {
   static constexpr int kTileRows = kAmxRows;

@@ -15,7 +15,8 @@ enum class Mask : int32_t { kBidirectional, kSeq2Seq, kCausal };
 // Matrix operands are cut along their depth into 4-byte units: one fp32, two neighbouring bf16 or
 // four int8.
 //   B (packed weights, keys, values): panels of kPanel columns, [units][kPanel] words each.
-//   A (rows): tiles of some rows (Arch::kTileRows at most), [chunks][rows][kChunk units].
+//   A (rows): tiles of some rows (Arch::kTileRows at most), [chunks][rows][kChunk units], or three
+//             times as much where an fp32 number is taken apart (amx_float32.h).
 // The depth is padded with zeros to whole chunks.
 // An int8 weight is q[o, i] = round(w[o, i] * (127 / max |w[o, :]|)), to nearest even, and s[o] =
 // max |w[o, :]| / 127. Behind its last panel follow s and 128 times the sums of the columns of B
@@ -31,7 +32,7 @@ constexpr int64_t kStrip = 64;
 // Rows [first, first + count) of the sorted rows, all of one expert, against panels
 // [panel_begin, panel_end) of its weight.
 struct LinearBlock {
-  const void* x;
+  const void* x;  // overlaps neither out nor bare: it may be read when they are written
   int64_t x_stride;
   int64_t x_strip = kStrip;  // elements from strip to strip
   const void* residual;      // may be null

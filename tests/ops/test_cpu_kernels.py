@@ -149,6 +149,9 @@ def test_a_bad_channel_spoils_no_other(depth: int, dtype: str) -> None:
     assert spoilt[:, 32:64].isnan().all()
     keep = torch.arange(96) // 32 != 1
     assert torch.equal(spoilt[:, keep], clean[:, keep])
+    weight[33:64] = weight[65:96]
+    spoilt = OPS.expert_linear(x, [weight], [], [], [], [], None, None, [0, 45], EPS, "none")
+    assert torch.equal(spoilt[:, 33:64], clean[:, 65:96])
 
 
 @pytest.mark.parametrize("depth", [32, 800])
