@@ -79,48 +79,48 @@ NATIVE_LEVELS_BUGS = (
         "                      a, from == 0 ? rows * Arch::kRowWords : 0);",
         (AMX, BLOCKS),
     ),
-    # csrc/cpu/amx_float32.h, and what it needs of the loops
+    # csrc/cpu/amx_float32.h, and what it needs of the loops; caught on a processor with AMX
     Bug(
         "amx-float32-without-a-product-of-small-parts",
         "csrc/cpu/amx_float32.h",
         "columns<N>(b_low, b_past);",
         "columns<N>(b_middle, b_past);",
-        (AMX,),
+        (KERNELS,),
     ),
     Bug(
         "amx-float32-odd-units-in-low-parts-of-even-ones",
         "csrc/cpu/amx_float32.h",
         "pair_up(even.low, odd.low)",
         "pair_up(odd.low, even.low)",
-        (AMX,),
+        (KERNELS,),
     ),
     Bug(
         "amx-float32-spoilt-sums-stay",
         "csrc/cpu/amx_linear_loops.h",
         "if (is_spoilt(c_ + r * kPanel))",
         "if (r < 0)",
-        (AMX,),
+        (KERNELS,),
     ),
     Bug(
         "amx-float32-sums-of-columns-that-are-not-there",
         "csrc/cpu/amx_linear_loops.h",
         "if (columns_ > 16) poison",
         "poison",
-        (AMX,),
+        (KERNELS,),
     ),
     Bug(
         "amx-float32-spoilt-sums-of-the-first-panel",
         "csrc/cpu/amx_linear_loops.h",
         "panel % block_.part_panels * units * kPanel);",
         "0);",
-        (AMX,),
+        (KERNELS,),
     ),
     Bug(
         "amx-float32-one-place-for-the-block-that-is-made",
         "csrc/cpu/amx_linear_loops.h",
         "++b_turn;",
         "b_turn += 2;",
-        (AMX,),
+        (KERNELS,),
     ),
     # csrc/cpu/layer_rest.cpp, csrc/layer_ops.cpp: what lies between in strips
     Bug(
