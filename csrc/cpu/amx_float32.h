@@ -12,8 +12,8 @@
 
 namespace {
 
-// Sixteen numbers, each part with nothing but zeros behind its upper half. Halves are rounded away
-// from zero: the part that follows has the opposite sign then.
+// Sixteen numbers, each part with nothing but zeros behind its upper half: the nearest bf16 to what
+// the parts before leave of a number.
 struct Parts {
   __m512i top, middle, low;
 };
@@ -39,6 +39,7 @@ inline __m512i pair_up(__m512i even, __m512i odd) {
   return _mm512_or_si512(_mm512_srli_epi32(even, 16), odd);
 }
 
+template <class Dot>
 struct SixProducts {
   static constexpr int kRowWords = 48;  // 16 of each part
   static constexpr int64_t kPartWords = kChunk * kPanel, kChunkWords = 3 * kPartWords;
@@ -50,45 +51,40 @@ struct SixProducts {
                   const Beside& beside) {
     const uint32_t *const a_middle = a + 16, *const a_low = a + 32;
     const uint32_t *const b_middle = b + kPartWords, *const b_low = b + 2 * kPartWords;
-    rows<M>(a_low, a_past);
-    columns<N>(b, b_past);
-    products<M, N>();
-    beside();
-    rows<M>(a_middle, a_past);
-    products<M, N>();
-    beside();
-    columns<N>(b_middle, b_past);
-    products<M, N>();
-    beside();
-    rows<M>(a, a_past);
-    products<M, N>();
-    beside();
-    columns<N>(b_low, b_past);
-    products<M, N>();
-    beside();
-    columns<N>(b, b_past);
-    products<M, N>();
-    beside();
+    load_rows<M>(a_low, a_past);
+    load_columns<N>(b, b_past);
+    products<M, N>(beside);
+    load_rows<M>(a_middle, a_past);
+    products<M, N>(beside);
+    load_columns<N>(b_middle, b_past);
+    products<M, N>(beside);
+    load_rows<M>(a, a_past);
+    products<M, N>(beside);
+    load_columns<N>(b_low, b_past);
+    products<M, N>(beside);
+    load_columns<N>(b, b_past);
+    products<M, N>(beside);
   }
 
  private:
   template <int M>
-  static void rows(const uint32_t* a, bool past) {
+  static void load_rows(const uint32_t* a, bool past) {
     constexpr int64_t row = kRowWords * 4;
     load_a<false>(a, row, past);
     if (M == 2) load_a<true>(a + 16 * kRowWords, row, past);
   }
   template <int N>
-  static void columns(const uint32_t* b, bool past) {
+  static void load_columns(const uint32_t* b, bool past) {
     load_b<false>(b, past);
     if (N == 2) load_b<true>(b + 16, past);
   }
-  template <int M, int N>
-  static void products() {
-    _tile_dpbf16ps(0, 4, 6);
-    if (N == 2) _tile_dpbf16ps(1, 4, 7);
-    if (M == 2) _tile_dpbf16ps(2, 5, 6);
-    if (M == 2 && N == 2) _tile_dpbf16ps(3, 5, 7);
+  template <int M, int N, class Beside>
+  static void products(const Beside& beside) {
+    Dot::template add<0>();
+    if (N == 2) Dot::template add<1>();
+    if (M == 2) Dot::template add<2>();
+    if (M == 2 && N == 2) Dot::template add<3>();
+    beside();
   }
 };
 
@@ -97,7 +93,6 @@ struct RowsInParts {
   static constexpr bool kInt8 = false;
   static constexpr int kPerUnit = 2;
 
-  static bool moments(const float*, int64_t, float*, float*) { return false; }
   template <class Row>
   static bool moments(const Row&, int64_t, float*, float*) {
     return false;
@@ -122,7 +117,8 @@ struct RowsInParts {
 
 // B lies in memory as fp32 and becomes three blocks of pairs, one behind the other, before it is
 // multiplied.
-struct Float32InParts : OfAmx<RowsInParts, SixProducts> {
+template <class Dot>
+struct Float32InParts : OfAmx<RowsInParts, SixProducts<Dot>> {
   static constexpr int kPerPackedUnit = 1;
   static constexpr bool kConverts = true;
   // Sums that wait in memory cost little beside six products, and weights are converted once a
@@ -132,11 +128,12 @@ struct Float32InParts : OfAmx<RowsInParts, SixProducts> {
 
   // Sixteen columns of two units of a panel; null: zeros.
   static void convert(const uint32_t* units, uint32_t* b) {
+    constexpr int64_t kPartWords = SixProducts<Dot>::kPartWords;
     const Parts even = units == nullptr ? Parts{} : parts_of(_mm512_loadu_ps(units));
     const Parts odd = units == nullptr ? Parts{} : parts_of(_mm512_loadu_ps(units + kPanel));
     _mm512_storeu_si512(b, pair_up(even.top, odd.top));
-    _mm512_storeu_si512(b + SixProducts::kPartWords, pair_up(even.middle, odd.middle));
-    _mm512_storeu_si512(b + 2 * SixProducts::kPartWords, pair_up(even.low, odd.low));
+    _mm512_storeu_si512(b + kPartWords, pair_up(even.middle, odd.middle));
+    _mm512_storeu_si512(b + 2 * kPartWords, pair_up(even.low, odd.low));
   }
 };
 

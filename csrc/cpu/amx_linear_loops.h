@@ -66,17 +66,26 @@ int64_t amx_linear_scratch(const LinearBlock& block) {
   return carver.used();
 }
 
-// A block of B as it lies in memory, from a chunk of a panel on; null: none.
-struct SourceOfB {
-  const uint32_t* panel;
-  int64_t units;  // of the whole panel
-  int64_t from;   // chunks of A
-  int64_t to;
-};
-
-// What is multiplied in a chunk of A, in units of B.
+// What is multiplied in a chunk of A, in units of B, and the units of a whole panel.
 template <class Arch>
 constexpr int64_t kChunkUnits = kChunk * Arch::kPerUnit / Arch::kPerPackedUnit;
+template <class Arch>
+inline int64_t panel_units(const LinearBlock& block) {
+  return ceil_div(block.in_features, kChunk * Arch::kPerPackedUnit) * kChunk;
+}
+
+template <class Arch>
+inline const uint32_t* panel_of(const LinearBlock& block, int64_t panel) {
+  return block.parts[panel / block.part_panels] +
+         panel % block.part_panels * panel_units<Arch>(block) * kPanel;
+}
+
+// A block of B as it lies in memory: chunks of A [from, to) of a panel; null: none.
+struct SourceOfB {
+  const uint32_t* panel;
+  int64_t from;
+  int64_t to;
+};
 
 // What happens beside the products of a tile, a share of it with each step of them.
 template <class Arch>
@@ -92,7 +101,9 @@ class Meanwhile {
     if constexpr (Arch::kConverts) {
       to_ = to;
       made_ = 0;
-      there_ = units == nullptr ? 0 : min_of(b.to * kChunkUnits<Arch>, b.units) - begin;
+      there_ = units == nullptr
+                   ? 0
+                   : min_of(b.to * kChunkUnits<Arch>, panel_units<Arch>(block_)) - begin;
       b_left_ = units == nullptr ? 0 : (b.to - b.from) * kChunkUnits<Arch>;
     } else {
       b_left_ = units == nullptr ? 0 : (b.to - b.from) * kChunkUnits<Arch> * kPanel / kLineWords;
@@ -161,7 +172,9 @@ class Meanwhile {
   void finish_rows(int64_t rows) {
     if constexpr (Arch::kConverts) {
       for (int64_t r = 0; r < rows; ++r) {
-        if (is_spoilt(c_ + r * kPanel)) sum_plainly(first_ + r, c_ + r * kPanel);
+        float* const c = c_ + r * kPanel;
+        // The right half of a panel without columns there is not written.
+        if (spoilt(c) != 0 || (columns_ > 16 && spoilt(c + 16) != 0)) sum_plainly(first_ + r, c);
       }
     }
     finish_(block_, first_, rows, column_, columns_, c_, kPanel, scales_);
@@ -171,12 +184,10 @@ class Meanwhile {
     if (Arch::kInt8) scales_.rows += rows;
   }
 
-  // Whether one of a row's sums is infinite or not a number. The right half of a panel without
-  // columns there is not written.
-  bool is_spoilt(const float* c) const {
-    Vec poison = v_mul(v_load(c), v_zero());
-    if (columns_ > 16) poison = v_fma(v_load(c + 16), v_zero(), poison);
-    return _mm512_cmp_ps_mask(poison, poison, _CMP_UNORD_Q) != 0;
+  // Which of sixteen sums are infinite or not a number.
+  static __mmask16 spoilt(const float* c) {
+    const Vec poison = v_mul(v_load(c), v_zero());
+    return _mm512_cmp_ps_mask(poison, poison, _CMP_UNORD_Q);
   }
 
   static bool holds_nan(const StripRow<typename Arch::T>& row, int64_t n) {
@@ -191,10 +202,8 @@ class Meanwhile {
   // is infinite has none, nor has what is nearly so.
   void sum_plainly(int64_t sorted, float* c) const {
     using T = typename Arch::T;
-    const int64_t depth = block_.in_features, panel = column_ / kPanel;
-    const int64_t units = ceil_div(depth, kChunk * Arch::kPerPackedUnit) * kChunk;
-    const auto* b = reinterpret_cast<const float*>(block_.parts[panel / block_.part_panels] +
-                                                   panel % block_.part_panels * units * kPanel);
+    const int64_t depth = block_.in_features;
+    const auto* b = reinterpret_cast<const float*>(panel_of<Arch>(block_, column_ / kPanel));
     const StripRow<T> row{
         static_cast<const T*>(block_.x) + row_of(block_, sorted) * block_.x_stride, block_.x_strip};
     if (holds_nan(row, depth)) return;
@@ -209,10 +218,7 @@ class Meanwhile {
         for (int j = 0; j < 2; ++j) sum[j] = v_fma(v_set(values[k]), v_load(b + 16 * j), sum[j]);
       }
     }
-    for (int j = 0; j < 2; ++j) {
-      const Vec poison = v_mul(v_load(c + 16 * j), v_zero());
-      _mm512_mask_storeu_ps(c + 16 * j, _mm512_cmp_ps_mask(poison, poison, _CMP_UNORD_Q), sum[j]);
-    }
+    for (int j = 0; j < 2; ++j) _mm512_mask_storeu_ps(c + 16 * j, spoilt(c + 16 * j), sum[j]);
   }
 
   const LinearBlock& block_;
@@ -235,8 +241,7 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
   Carver carver(scratch);
   const AmxScratch own = carve_amx<Arch>(block, carver);
   const int64_t chunks = chunks_of<Arch>(block.in_features), slices = slices_of<Arch>(chunks);
-  const int64_t panel_units = ceil_div(block.in_features, kChunk * Arch::kPerPackedUnit) * kChunk;
-  const int64_t panel_words = panel_units * kPanel;
+  const int64_t panel_words = panel_units<Arch>(block) * kPanel;
   const int64_t tiles = ceil_div(block.count, kAmxRows);
   const auto row = [&](int64_t r) {
     return StripRow<T>{
@@ -273,9 +278,6 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
   };
 
   Meanwhile<Arch> meanwhile(block);
-  const auto panel_at = [&](int64_t panel) {
-    return block.parts[panel / block.part_panels] + panel % block.part_panels * panel_words;
-  };
   Tiles state;
   int64_t turn = 0, b_turn = 0;
   for (int64_t group = block.panel_begin; group < block.panel_end;) {
@@ -298,20 +300,20 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
         for (int64_t d = 0; d < depths; ++d) {
           const int64_t from = depth_at(d), to = depth_at(d + 1);
           const bool first = from == 0, last = to == chunks;
-          const uint32_t* b = panel_at(panel) + from * kChunkUnits<Arch> * kPanel;
+          const uint32_t* b = panel_of<Arch>(block, panel) + from * kChunkUnits<Arch> * kPanel;
           if constexpr (Arch::kConverts) {
             b = own.b[b_turn % 2];
             if (panel == group && d == 0) {
-              meanwhile.prepare({panel_at(panel), panel_units, from, to}, own.b[b_turn % 2], 1);
+              meanwhile.prepare({panel_of<Arch>(block, panel), from, to}, own.b[b_turn % 2], 1);
               meanwhile.make_all();
             }
             ++b_turn;
           }
-          SourceOfB next{nullptr, panel_units, 0, 0};
+          SourceOfB next{nullptr, 0, 0};
           if (d + 1 < depths) {
-            next = {panel_at(panel), panel_units, to, depth_at(d + 2)};
+            next = {panel_of<Arch>(block, panel), to, depth_at(d + 2)};
           } else if (panel + 1 < group_end) {
-            next = {panel_at(panel + 1), panel_units, slice_begin, depth_at(1)};
+            next = {panel_of<Arch>(block, panel + 1), slice_begin, depth_at(1)};
           }
           meanwhile.prepare(next, own.b[b_turn % 2], tiles * (to - from) * Arch::kSteps);
           for (int64_t t = 0; t < tiles; ++t) {
@@ -346,7 +348,6 @@ int64_t converted_product_loop(const LinearBlock& block, int64_t repeats, void* 
   tile.count = min_of(block.count, kAmxRows);
   Carver carver(scratch);
   const AmxScratch own = carve_amx<Arch>(tile, carver);
-  const int64_t units = ceil_div(block.in_features, kChunk * Arch::kPerPackedUnit) * kChunk;
   const int64_t columns = min_of(kPanel, block.out_features);
   Meanwhile<Arch> meanwhile(tile);
   Tiles state;
@@ -357,7 +358,7 @@ int64_t converted_product_loop(const LinearBlock& block, int64_t repeats, void* 
                     block.in_features, from, to, Norm{}, nullptr, nullptr,
                     own.a + r * Arch::kRowWords, tile.count * Arch::kRowWords);
     }
-    meanwhile.prepare({block.parts[0], units, from, to}, own.b[0], 1);
+    meanwhile.prepare({block.parts[0], from, to}, own.b[0], 1);
     meanwhile.make_all();
     for (int64_t i = 0; i < repeats; ++i) {
       Arch::template multiply<false>(state, tile.count, ceil_div(columns, 16), own.a, own.b[0],

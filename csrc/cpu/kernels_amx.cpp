@@ -26,10 +26,11 @@ constexpr Kernels kBFloat16 =
 
 // Products of fp32 by tiles; attention and the rest as with AVX-512.
 constexpr Kernels make_float32() {
+  using Tiles = Float32InParts<BFloat16Tiles>;
   Kernels own = make_kernels<Float32>("amx_bf16");
-  own.linear = AmxLinear::of<Float32InParts>();
-  own.product_scratch = amx_linear_scratch<Float32InParts>;
-  own.product_loop = converted_product_loop<Float32InParts>;
+  own.linear = AmxLinear::of<Tiles>();
+  own.product_scratch = amx_linear_scratch<Tiles>;
+  own.product_loop = converted_product_loop<Tiles>;
   return own;
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bugs.bug import BLOCKS, CPU_LEVEL, EMULATED, INT8, KERNELS, WHOLE_LAYER, Bug
+from bugs.bug import BLOCKS, CPU_LEVEL, EMULATED, INT8, KERNELS, SPECIAL_VALUES, WHOLE_LAYER, Bug
 
 AMX = f"{EMULATED}::test_the_kernel_tests_hold_at_every_level[amx_bf16]"
 
@@ -13,21 +13,21 @@ NATIVE_LEVELS_BUGS = (
         "csrc/cpu/amx_tiles.h",
         "load_b<true>(b + 16, b_past);",
         "load_b<true>(b, b_past);",
-        (EMULATED,),
+        (KERNELS, EMULATED),
     ),
     Bug(
         "amx-lower-rows-forgotten-with-one-half",
         "csrc/cpu/amx_tiles.h",
         "if (M == 2) _tile_stored(2, c + lower, row);",
         "if (M == 2 && N == 2) _tile_stored(2, c + lower, row);",
-        (EMULATED,),
+        (KERNELS, EMULATED),
     ),
     Bug(
         "amx-sums-of-earlier-depth-dropped",
         "csrc/cpu/amx_tiles.h",
         "_tile_loadd(0, c, row);",
         "_tile_zero(0);",
-        (EMULATED,),
+        (KERNELS, EMULATED),
     ),
     # csrc/cpu/amx_linear_loops.h
     Bug(
@@ -79,48 +79,48 @@ NATIVE_LEVELS_BUGS = (
         "                      a, from == 0 ? rows * Arch::kRowWords : 0);",
         (AMX, BLOCKS),
     ),
-    # csrc/cpu/amx_float32.h, and what it needs of the loops; caught on a processor with AMX
+    # csrc/cpu/amx_float32.h, and what it needs of the loops
     Bug(
         "amx-float32-without-a-product-of-small-parts",
         "csrc/cpu/amx_float32.h",
-        "columns<N>(b_low, b_past);",
-        "columns<N>(b_middle, b_past);",
-        (KERNELS,),
+        "load_columns<N>(b_low, b_past);",
+        "load_columns<N>(b_middle, b_past);",
+        (SPECIAL_VALUES, AMX),
     ),
     Bug(
         "amx-float32-odd-units-in-low-parts-of-even-ones",
         "csrc/cpu/amx_float32.h",
         "pair_up(even.low, odd.low)",
         "pair_up(odd.low, even.low)",
-        (KERNELS,),
+        (SPECIAL_VALUES, AMX),
     ),
     Bug(
         "amx-float32-spoilt-sums-stay",
         "csrc/cpu/amx_linear_loops.h",
-        "if (is_spoilt(c_ + r * kPanel))",
+        "if (spoilt(c) != 0 || (columns_ > 16 && spoilt(c + 16) != 0))",
         "if (r < 0)",
-        (KERNELS,),
+        (SPECIAL_VALUES, AMX),
     ),
     Bug(
-        "amx-float32-sums-of-columns-that-are-not-there",
+        "amx-float32-sums-beside-spoilt-ones-also",
         "csrc/cpu/amx_linear_loops.h",
-        "if (columns_ > 16) poison",
-        "poison",
-        (KERNELS,),
+        "_mm512_mask_storeu_ps(c + 16 * j, spoilt(c + 16 * j), sum[j]);",
+        "v_store(c + 16 * j, sum[j]);",
+        (SPECIAL_VALUES, AMX),
     ),
     Bug(
         "amx-float32-spoilt-sums-of-the-first-panel",
         "csrc/cpu/amx_linear_loops.h",
-        "panel % block_.part_panels * units * kPanel);",
-        "0);",
-        (KERNELS,),
+        "panel_of<Arch>(block_, column_ / kPanel)",
+        "panel_of<Arch>(block_, 0)",
+        (SPECIAL_VALUES, AMX),
     ),
     Bug(
         "amx-float32-one-place-for-the-block-that-is-made",
         "csrc/cpu/amx_linear_loops.h",
         "++b_turn;",
         "b_turn += 2;",
-        (KERNELS,),
+        (SPECIAL_VALUES, AMX),
     ),
     # csrc/cpu/layer_rest.cpp, csrc/layer_ops.cpp: what lies between in strips
     Bug(
@@ -309,7 +309,7 @@ NATIVE_LEVELS_BUGS = (
         "bits + 0x7fffu + ((bits >> 16) & 1u)",
         "bits + 0x8000u",
         (
-            f"{KERNELS}::test_bfloat16_is_rounded_to_the_nearest_ties_to_even",
+            f"{SPECIAL_VALUES}::test_bfloat16_is_rounded_to_the_nearest_ties_to_even",
             f"{KERNELS}::test_lower_levels[portable]",
         ),
         isa=("portable",),

@@ -193,7 +193,22 @@ inline void tile_store(int t, void *base, int64_t stride) {
                 state.row_bytes[t]);
   }
 }
-template <class Sum, class Dot>
+// A tile's products of even and of odd elements are summed up apart and then
+// added to what is there: bit for bit what a processor with AMX gave for 20,000
+// tiles of random numbers.
+struct EvenAndOdd {
+  float even = 0, odd = 0;
+};
+inline EvenAndOdd dot_apart(EvenAndOdd sum, uint32_t a, uint32_t b) {
+  return {std::fma(widen(static_cast<uint16_t>(a)),
+                   widen(static_cast<uint16_t>(b)), sum.even),
+          std::fma(widen(static_cast<uint16_t>(a >> 16)),
+                   widen(static_cast<uint16_t>(b >> 16)), sum.odd)};
+}
+inline float whole(EvenAndOdd sum) { return sum.even + sum.odd; }
+inline int32_t whole(int32_t sum) { return sum; }
+
+template <class Sum, class Part, class Dot>
 inline void tile_dot(int c, int a, int b, Dot multiply) {
   Tiles &state = tiles();
   need(state.configured && state.rows[a] == state.rows[c] &&
@@ -202,22 +217,25 @@ inline void tile_dot(int c, int a, int b, Dot multiply) {
   for (int r = 0; r < state.rows[c]; ++r) {
     Sum sums[16];
     std::memcpy(sums, state.data[c][r], sizeof(sums));
+    Part parts[16] = {};
     for (int k = 0; k < state.rows[b]; ++k) {
       uint32_t left, right[16];
       std::memcpy(&left, state.data[a][r] + 4 * k, sizeof(left));
       std::memcpy(right, state.data[b][k], sizeof(right));
       for (int j = 0; j < state.row_bytes[c] / 4; ++j)
-        sums[j] = multiply(sums[j], left, right[j]);
+        parts[j] = multiply(parts[j], left, right[j]);
     }
+    for (int j = 0; j < state.row_bytes[c] / 4; ++j)
+      sums[j] += whole(parts[j]);
     std::memcpy(state.data[c][r], sums, sizeof(sums));
   }
 }
 
 inline void tile_dot_bf16(int c, int a, int b) {
-  tile_dot<float>(c, a, b, dot);
+  tile_dot<float, EvenAndOdd>(c, a, b, dot_apart);
 }
 inline void tile_dot_int8(int c, int a, int b) {
-  tile_dot<int32_t>(c, a, b, dot_fours<int8_t>);
+  tile_dot<int32_t, int32_t>(c, a, b, dot_fours<int8_t>);
 }
 
 } // namespace emulated

@@ -25,19 +25,19 @@ FOLDER = ROOT / "build" / "emulated"
 # Each level with the tests of what it does not share with the level before.
 LEVELS = {
     "avx512": (
-        *("test_cpu_kernels.py", "test_attention_gradients.py"),
+        *("test_cpu_kernels.py", "test_cpu_special_values.py", "test_attention_gradients.py"),
         *("test_cpu_int8.py", "test_likeliest.py"),
     ),
     "avx512_vnni": ("test_cpu_int8.py",),
     "avx512_bf16": (
-        *("test_cpu_kernels.py", "test_attention_gradients.py"),
+        *("test_cpu_kernels.py", "test_cpu_special_values.py", "test_attention_gradients.py"),
         *("test_likeliest.py", "-k", "not fp32"),
     ),
     "amx_bf16": (
-        *("test_cpu_kernels.py", "test_cpu_blocks.py", "test_attention_gradients.py"),
+        *("test_cpu_kernels.py", "test_cpu_special_values.py", "test_cpu_blocks.py"),
+        *("test_cpu_int8.py", "test_attention_gradients.py"),
         "../model/test_whole_layer.py::test_a_layer_of_many_rows[heads of 64-packed, bf16-2]",
         "../model/test_whole_layer.py::test_a_layer_of_many_rows[heads of 64-packed, fp32-2]",
-        *("test_cpu_int8.py", "-k", "int8 or not fp32"),
     ),
 }
 
