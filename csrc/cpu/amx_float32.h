@@ -46,27 +46,31 @@ struct SixProducts {
   static constexpr int64_t kSteps = 6;
 
   // The small ones first.
-  template <int M, int N, class Beside>
+  template <int M, int N>
+  static void load(const uint32_t* a, const uint32_t* b, bool a_past, bool b_past) {
+    load_rows<M>(a + kLow, a_past);
+    load_columns<N>(b, b_past);
+  }
+
+  template <int M, int N, class LoadNext, class Beside>
   static void add(const uint32_t* a, const uint32_t* b, bool a_past, bool b_past,
-                  const Beside& beside) {
-    const uint32_t *const a_middle = a + 16, *const a_low = a + 32;
-    const uint32_t *const b_middle = b + kPartWords, *const b_low = b + 2 * kPartWords;
-    load_rows<M>(a_low, a_past);
-    load_columns<N>(b, b_past);
-    products<M, N>(beside);
-    load_rows<M>(a_middle, a_past);
-    products<M, N>(beside);
-    load_columns<N>(b_middle, b_past);
-    products<M, N>(beside);
-    load_rows<M>(a, a_past);
-    products<M, N>(beside);
-    load_columns<N>(b_low, b_past);
-    products<M, N>(beside);
-    load_columns<N>(b, b_past);
-    products<M, N>(beside);
+                  const LoadNext& load_next, const Beside& beside) {
+    const auto products = [&](const auto& load_more) {
+      add_products<M, N, Dot>();
+      load_more();
+      beside();
+    };
+    products([&] { load_rows<M>(a + kMiddle, a_past); });
+    products([&] { load_columns<N>(b + kPartWords, b_past); });
+    products([&] { load_rows<M>(a, a_past); });
+    products([&] { load_columns<N>(b + 2 * kPartWords, b_past); });
+    products([&] { load_columns<N>(b, b_past); });
+    products(load_next);
   }
 
  private:
+  static constexpr int kMiddle = 16, kLow = 32;
+
   template <int M>
   static void load_rows(const uint32_t* a, bool past) {
     constexpr int64_t row = kRowWords * 4;
@@ -77,14 +81,6 @@ struct SixProducts {
   static void load_columns(const uint32_t* b, bool past) {
     load_b<false>(b, past);
     if (N == 2) load_b<true>(b + 16, past);
-  }
-  template <int M, int N, class Beside>
-  static void products(const Beside& beside) {
-    Dot::template add<0>();
-    if (N == 2) Dot::template add<1>();
-    if (M == 2) Dot::template add<2>();
-    if (M == 2 && N == 2) Dot::template add<3>();
-    beside();
   }
 };
 

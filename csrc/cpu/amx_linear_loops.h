@@ -90,6 +90,8 @@ struct SourceOfB {
 // What happens beside the products of a tile, a share of it with each step of them.
 template <class Arch>
 class Meanwhile {
+  using T = typename Arch::T;
+
  public:
   explicit Meanwhile(const LinearBlock& block) : block_(block), finish_(finish_of<Arch>(block)) {}
 
@@ -140,7 +142,17 @@ class Meanwhile {
   // The tile of sums `c` is complete. Whatever was left of the one before is done by now.
   void hand_over(int64_t first, int64_t rows, int64_t column, int64_t columns, float* c,
                  const Scales& scales) {
-    foresee<Arch>(block_, first, rows, column, columns);
+    plain_ = can_be_plain_ && columns == kPanel;
+    if (plain_) {
+      out_ = static_cast<T*>(block_.out) + first * block_.out_stride +
+             place_of(column, block_.out_strip);
+      if (block_.residual != nullptr) {
+        residual_ = static_cast<const T*>(block_.residual) + first * block_.residual_stride +
+                    place_of(column, block_.residual_strip);
+      }
+    } else {
+      foresee<Arch>(block_, first, rows, column, columns);
+    }
     first_ = first;
     rows_left_ = rows;
     column_ = column;
@@ -177,11 +189,39 @@ class Meanwhile {
         if (spoilt(c) != 0 || (columns_ > 16 && spoilt(c + 16) != 0)) sum_plainly(first_ + r, c);
       }
     }
-    finish_(block_, first_, rows, column_, columns_, c_, kPanel, scales_);
+    if (plain_) {
+      finish_plain(rows);
+    } else {
+      finish_(block_, first_, rows, column_, columns_, c_, kPanel, scales_);
+    }
     first_ += rows;
     rows_left_ -= rows;
     c_ += rows * kPanel;
     if (Arch::kInt8) scales_.rows += rows;
+  }
+
+  // What finish_() does with whole panels of rows one behind the other, inlined: for a row or two
+  // the call costs more than the work. Loads of tiles seem to wait until it is known where earlier
+  // stores go, so places are at hand and not computed from rows and columns (1.06).
+  void finish_plain(int64_t rows) {
+    const float* c = c_;
+    T* out = out_;
+    const T* residual = residual_;
+    const Vec bias[] = {v_load(block_.bias + column_), v_load(block_.bias + column_ + 16)};
+    for (int64_t r = 0; r < rows; ++r, c += kPanel, out += out_stride_) {
+      Vec y[2];
+      for (int64_t j = 0; j < 2; ++j) {
+        y[j] = v_add(sums<Arch>(c, r, 16 * j, scales_), bias[j]);
+        if (gelu_) y[j] = v_gelu<T>(y[j]);
+      }
+      if (residual != nullptr) {
+        for (int64_t j = 0; j < 2; ++j) y[j] = v_add(y[j], v_load(residual + 16 * j));
+        residual += residual_stride_;
+      }
+      for (int64_t j = 0; j < 2; ++j) v_store(out + 16 * j, y[j]);
+    }
+    out_ = out;
+    residual_ = residual;
   }
 
   // Which of sixteen sums are infinite or not a number.
@@ -190,7 +230,7 @@ class Meanwhile {
     return _mm512_cmp_ps_mask(poison, poison, _CMP_UNORD_Q);
   }
 
-  static bool holds_nan(const StripRow<typename Arch::T>& row, int64_t n) {
+  static bool holds_nan(const StripRow<T>& row, int64_t n) {
     for (int64_t i = 0; i < n; i += 16) {
       const Vec x = load_some(at(row, i), n - i);
       if (_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0) return true;
@@ -201,7 +241,6 @@ class Meanwhile {
   // Those of the sums of one row and this panel that are not finite, once more without parts: what
   // is infinite has none, nor has what is nearly so.
   void sum_plainly(int64_t sorted, float* c) const {
-    using T = typename Arch::T;
     const int64_t depth = block_.in_features;
     const auto* b = reinterpret_cast<const float*>(panel_of<Arch>(block_, column_ / kPanel));
     const StripRow<T> row{
@@ -233,6 +272,13 @@ class Meanwhile {
   int64_t first_ = 0, rows_left_ = 0, row_share_ = 0, column_ = 0, columns_ = 0;
   float* c_ = nullptr;
   Scales scales_{};
+  const bool can_be_plain_ =
+      block_.rows == nullptr && block_.bare == nullptr && block_.bias != nullptr;
+  const bool gelu_ = block_.activation == Activation::kGelu;
+  const int64_t out_stride_ = block_.out_stride, residual_stride_ = block_.residual_stride;
+  bool plain_ = false;
+  T* out_ = nullptr;
+  const T* residual_ = nullptr;
 };
 
 template <class Arch>
@@ -325,9 +371,11 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
             float* const result = last ? own.done + (turn++ % 2) * kSumWords : kept;
             const bool far_sums = slices > 1 && !first && t + 1 < tiles;
             meanwhile.begin_tile(to - from, far_sums ? kept + kSumWords : nullptr);
-            Arch::template multiply<true>(state, rows, ceil_div(columns, 16), a, b, to - from,
+            const Operands after{a + rows * (slice_end - slice_begin) * Arch::kRowWords, b};
+            const bool alike = block.count - begin >= 2 * kAmxRows;
+            Arch::template multiply<true>(state, rows, ceil_div(columns, 16), {a, b}, to - from,
                                           Arch::kBlockOfB, first ? nullptr : kept, result, kPanel,
-                                          [&] { meanwhile.step(); });
+                                          alike ? after : Operands{}, [&] { meanwhile.step(); });
             if (last) {
               scales.rows = own.scales + begin;
               meanwhile.hand_over(block.first + begin, rows, column, columns, result, scales);
@@ -361,8 +409,8 @@ int64_t converted_product_loop(const LinearBlock& block, int64_t repeats, void* 
     meanwhile.prepare({block.parts[0], from, to}, own.b[0], 1);
     meanwhile.make_all();
     for (int64_t i = 0; i < repeats; ++i) {
-      Arch::template multiply<false>(state, tile.count, ceil_div(columns, 16), own.a, own.b[0],
-                                     to - from, to - from, nullptr, own.done, kPanel, [] {});
+      Arch::template multiply<false>(state, tile.count, ceil_div(columns, 16), {own.a, own.b[0]},
+                                     to - from, to - from, nullptr, own.done, kPanel, {}, [] {});
     }
   }
   return tile.count * ceil_div(columns, 16) * 16;

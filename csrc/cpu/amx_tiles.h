@@ -42,8 +42,17 @@ class Tiles {
     rows_ = rows;
   }
 
+  // Whether the registers of A and B hold what the next products begin with.
+  bool loaded = false;
+
  private:
   int64_t rows_ = 0;
+};
+
+// A tile of rows and a panel.
+struct Operands {
+  const uint32_t* a = nullptr;
+  const uint32_t* b = nullptr;
 };
 
 template <int M, int N>
@@ -103,29 +112,36 @@ inline void load_b(const uint32_t* b, bool past) {
   }
 }
 
+template <int M, int N, class Dot>
+inline void add_products() {
+  Dot::template add<0>();
+  if (N == 2) Dot::template add<1>();
+  if (M == 2) Dot::template add<2>();
+  if (M == 2 && N == 2) Dot::template add<3>();
+}
+
 // A chunk of A, kRowWords words a row, times kChunkWords words of B; Dot::add<I>() adds to sum I
-// the product of its A and B.
+// the product of its A and B. load() is what comes before the first products of a chunk: it happens
+// as early as the registers allow, behind the last products of the chunk before, for L2 is far.
 template <class Dot>
 struct OneProduct {
   static constexpr int kRowWords = 16;
   static constexpr int64_t kChunkWords = kChunk * kPanel, kSteps = 1;
 
-  template <int M, int N, class Beside>
-  static void add(const uint32_t* a, const uint32_t* b, bool a_past, bool b_past,
-                  const Beside& beside) {
+  template <int M, int N>
+  static void load(const uint32_t* a, const uint32_t* b, bool a_past, bool b_past) {
     constexpr int64_t a_row = kRowWords * 4;
     load_a<false>(a, a_row, a_past);
     load_b<false>(b, b_past);
-    Dot::template add<0>();
-    if (N == 2) {
-      load_b<true>(b + 16, b_past);
-      Dot::template add<1>();
-    }
-    if (M == 2) {
-      load_a<true>(a + 16 * kRowWords, a_row, a_past);
-      Dot::template add<2>();
-      if (N == 2) Dot::template add<3>();
-    }
+    if (M == 2) load_a<true>(a + 16 * kRowWords, a_row, a_past);
+    if (N == 2) load_b<true>(b + 16, b_past);
+  }
+
+  template <int M, int N, class LoadNext, class Beside>
+  static void add(const uint32_t*, const uint32_t*, bool, bool, const LoadNext& load_next,
+                  const Beside& beside) {
+    add_products<M, N, Dot>();
+    load_next();
     beside();
   }
 };
@@ -154,39 +170,51 @@ struct OfAmx : Base {
                       const uint32_t* b, int64_t, int64_t units, float* c, int64_t c_stride,
                       bool more, Ahead) {
     const int64_t chunks = ceil_div(units, kChunk);
-    multiply<false>(tiles, rows, vectors, a, b, chunks, chunks, more ? c : nullptr, c, c_stride,
-                    [] {});
+    multiply<false>(tiles, rows, vectors, {a, b}, chunks, chunks, more ? c : nullptr, c, c_stride,
+                    {}, [] {});
   }
 
   // Rows of A times so many vectors of B, added to `before` where that is not null; beside() is
   // called kSteps times with every chunk. With kPast the loads of A go past L1, which then keeps
-  // the first `near` chunks of B; those of the others go past it as well.
+  // the first `near` chunks of B; those of the others go past it as well. The next call is for
+  // `next`, with as many rows and vectors, if that is not null.
   template <bool kPast, class Beside>
-  static void multiply(Tiles& tiles, int64_t rows, int64_t vectors, const uint32_t* a,
-                       const uint32_t* b, int64_t chunks, int64_t near, const float* before,
-                       float* c, int64_t c_stride, const Beside& beside) {
+  static void multiply(Tiles& tiles, int64_t rows, int64_t vectors, const Operands& own,
+                       int64_t chunks, int64_t near, const float* before, float* c,
+                       int64_t c_stride, const Operands& next, const Beside& beside) {
     tiles.set_rows(rows);
     const auto run = rows > 16 ? (vectors == 1 ? multiply_tiles<2, 1, kPast, Beside>
                                                : multiply_tiles<2, 2, kPast, Beside>)
                                : (vectors == 1 ? multiply_tiles<1, 1, kPast, Beside>
                                                : multiply_tiles<1, 2, kPast, Beside>);
-    run(rows, a, b, chunks, near, before, c, c_stride, beside);
+    run(tiles, rows, own, chunks, near, before, c, c_stride, next, beside);
   }
 
   // M tiles of rows and N of columns.
   template <int M, int N, bool kPast, class Beside>
-  static void multiply_tiles(int64_t rows, const uint32_t* a, const uint32_t* b, int64_t chunks,
+  static void multiply_tiles(Tiles& tiles, int64_t rows, const Operands& own, int64_t chunks,
                              int64_t near, const float* before, float* c, int64_t c_stride,
-                             const Beside& beside) {
+                             const Operands& next, const Beside& beside) {
     memory_is_read();
+    if (!tiles.loaded) Product::template load<M, N>(own.a, own.b, kPast, false);
+    tiles.loaded = next.a != nullptr;
     if (before != nullptr) {
       load_sums<M, N>(before, c_stride);
     } else {
       zero_sums<M, N>();
     }
-    for (int64_t k = 0; k < chunks; ++k, a += rows * kRowWords, b += kChunkWords) {
-      Product::template add<M, N>(a, b, kPast, kPast && k >= near, beside);
+    const uint32_t *a = own.a, *b = own.b;
+    for (int64_t k = 1; k < chunks; ++k, a += rows * kRowWords, b += kChunkWords) {
+      const auto load_next = [&] {
+        Product::template load<M, N>(a + rows * kRowWords, b + kChunkWords, kPast,
+                                     kPast && k >= near);
+      };
+      Product::template add<M, N>(a, b, kPast, kPast && k > near, load_next, beside);
     }
+    const auto load_next = [&] {
+      if (next.a != nullptr) Product::template load<M, N>(next.a, next.b, kPast, false);
+    };
+    Product::template add<M, N>(a, b, kPast, kPast && chunks > near, load_next, beside);
     store_sums<M, N>(c, c_stride);
     memory_is_read();
   }

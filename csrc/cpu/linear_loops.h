@@ -106,7 +106,7 @@ inline void finish(const LinearBlock& block, int64_t first, int64_t rows, int64_
     for (int64_t j = 0; j < columns; j += 16) {
       Vec y = sums<Arch>(c, r, j, scales);
       if (block.bias != nullptr) y = v_add(y, v_load(block.bias + column + j));
-      if (Gelu) y = v_gelu(y);
+      if (Gelu) y = v_gelu<T>(y);
       if (Bare) store_some(bare + row * block.out_stride + out_place + j, y, columns - j);
       if (Residual) {
         y = v_add(y, load_some(added + j, columns - j));

@@ -164,6 +164,7 @@ inline Vec v_exp2(Vec a) {
 }
 
 // Exact GELU: x Phi(x) = max(x, 0) - |x| Q(|x|), as in vec_avx512.h.
+template <class T>
 inline Vec v_gelu(Vec x) {
   return v_map([&](int h) {
     const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.half[h]);
@@ -175,12 +176,12 @@ inline Vec v_gelu(Vec x) {
     const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28));  // bit 3 as the sign
     const __m256 d = _mm256_fmsub_ps(a, per_piece, n);
     const auto coefficient = [&](int k) {
-      const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(kTail[k]), i);
-      const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(kTail[k] + 8), i);
+      const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(tail<T>(k)), i);
+      const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(tail<T>(k) + 8), i);
       return _mm256_blendv_ps(low, high, upper);
     };
-    __m256 q = coefficient(5);
-    for (int k = 4; k >= 0; --k) q = _mm256_fmadd_ps(q, d, coefficient(k));
+    __m256 q = coefficient(kTailDegree<T>);
+    for (int k = kTailDegree<T> - 1; k >= 0; --k) q = _mm256_fmadd_ps(q, d, coefficient(k));
     // In this order a NaN stays.
     return _mm256_fnmadd_ps(a, q, _mm256_max_ps(_mm256_setzero_ps(), x.half[h]));
   });

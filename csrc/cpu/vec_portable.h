@@ -97,6 +97,7 @@ template <int Degree>
 inline Vec v_exp2(const Vec& x) {
   return v_map([&](int i) { return std::exp2(x.lane[i]); });
 }
+template <class>
 inline Vec v_gelu(const Vec& x) {
   return v_map([&](int i) {
     const float a = x.lane[i];

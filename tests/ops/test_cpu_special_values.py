@@ -35,6 +35,18 @@ def test_gelu_of_special_values() -> None:
     assert y[8] == pytest.approx(5e-21)
 
 
+def test_gelu_of_every_bfloat16_up_to_its_tail() -> None:
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
+    x = x[x.isfinite() & (x > -5.5)][:, None]
+    weight = torch.ones(64, 1).bfloat16()
+    y = OPS.expert_linear(x, [weight], [], [], [], [], None, None, [0, len(x)], EPS, "gelu")
+    assert torch.equal(y, y[:, :1].expand_as(y))
+    values, truth = y[:, 0].double(), F.gelu(x[:, 0].double())
+    rounding = truth.abs() * 2**-8 + 1e-37
+    near = x[:, 0] > -3.6
+    assert ((values - truth).abs() <= rounding + truth.abs() * torch.where(near, 1e-3, 6e-3)).all()
+
+
 def test_a_bad_row_spoils_no_other() -> None:
     """Not a number in one row, and in the scratch memory that it leaves behind, stays in that row."""
     for dtype in DTYPES.values():
