@@ -196,7 +196,7 @@ struct OfAmx : Base {
                              int64_t near, const float* before, float* c, int64_t c_stride,
                              const Operands& next, const Beside& beside) {
     memory_is_read();
-    if (!tiles.loaded) Product::template load<M, N>(own.a, own.b, kPast, false);
+    if (!tiles.loaded && chunks > 0) Product::template load<M, N>(own.a, own.b, kPast, false);
     tiles.loaded = next.a != nullptr;
     if (before != nullptr) {
       load_sums<M, N>(before, c_stride);
@@ -214,7 +214,9 @@ struct OfAmx : Base {
     const auto load_next = [&] {
       if (next.a != nullptr) Product::template load<M, N>(next.a, next.b, kPast, false);
     };
-    Product::template add<M, N>(a, b, kPast, kPast && chunks > near, load_next, beside);
+    if (chunks > 0) {
+      Product::template add<M, N>(a, b, kPast, kPast && chunks > near, load_next, beside);
+    }
     store_sums<M, N>(c, c_stride);
     memory_is_read();
   }

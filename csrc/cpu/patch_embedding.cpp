@@ -57,7 +57,7 @@ void patch_embedding(const Pool& pool, const PatchEmbedding& op) {
     to_float(op.bias, op.out_features, padded, bias);
   }
   const int64_t parts = std::max(
-      ceil_div(patches, kBlockRows),
+      ceil_div(patches, level.linear.most_rows(depth)),
       std::min(ceil_div(pool.threads, op.batch), std::max<int64_t>(1, patches / kFewRows)));
   share(pool, op.batch * parts, [&](int64_t task) {
     thread_local Scratch gathered;
