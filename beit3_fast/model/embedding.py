@@ -88,8 +88,8 @@ def text_rows(
 ) -> tuple[Tensor, Tensor]:
     """Embed packed tokens: ids int64 [Rt] and their places in the sentence -> word rows, with positions.
 
-    Raises ShapeError for an id outside the vocabulary (checked on the CPU only) or a sentence longer than the
-    position table.
+    Raises ShapeError for an id outside the vocabulary or a place outside the position table (both checked on the CPU
+    only).
     """
     if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():
         low, high = int(tokens.min()), int(tokens.max())
@@ -97,15 +97,12 @@ def text_rows(
             raise ShapeError(
                 f"token ids must be in [0, {words.shape[0]}), got ids from {low} to {high}"
             )
-        if int(places.min()) + POSITION_OFFSET < 0:
+        first, last = (int(end) + POSITION_OFFSET for end in (places.min(), places.max()))
+        if first < 0 or last >= table.shape[0]:
             raise ShapeError(
-                f"positions must be rows of the text position table, at least 0, got "
-                f"{int(places.min()) + POSITION_OFFSET}"
-            )
-        if int(places.max()) + POSITION_OFFSET >= table.shape[0]:
-            raise ShapeError(
-                f"a text may have at most {table.shape[0] - POSITION_OFFSET} tokens, got one of "
-                f"{int(places.max()) + 1}; truncate it"
+                f"positions must be rows of the text position table, in [0, {table.shape[0]}), got "
+                f"{first} to {last}: a text may have at most {table.shape[0] - POSITION_OFFSET} "
+                "tokens; truncate it"
             )
     embedded = F.embedding(tokens, words)
     return embedded, embedded + F.embedding(places + POSITION_OFFSET, table)
