@@ -211,7 +211,7 @@ class Meanwhile {
     for (int64_t r = 0; r < rows; ++r, c += kPanel, out += out_stride_) {
       Vec y[2];
       for (int64_t j = 0; j < 2; ++j) {
-        y[j] = v_add(sums<Arch>(c, r, 16 * j, scales_), bias[j]);
+        y[j] = sums<Arch>(c, r, 16 * j, scales_, bias[j]);
         if (gelu_) y[j] = v_gelu<T>(y[j]);
       }
       if (residual != nullptr) {

@@ -47,14 +47,16 @@ struct Scales {
   const int32_t* offsets;
 };
 
+// Sums of a row and the bias. One rounding, also of scaled ones: whether a compiler makes one
+// instruction of a product and an addition must not depend on who calls.
 template <class Arch>
-inline Vec sums(const float* c, int64_t row, int64_t column, const Scales& scales) {
+inline Vec sums(const float* c, int64_t row, int64_t column, const Scales& scales, Vec bias) {
   if constexpr (Arch::kInt8) {
     const Vec whole = v_integers(reinterpret_cast<const int32_t*>(c + column),
                                  Arch::kUnsigned ? scales.offsets + column : nullptr);
-    return v_mul(whole, v_mul(v_load(scales.columns + column), v_set(scales.rows[row])));
+    return v_fma(whole, v_mul(v_load(scales.columns + column), v_set(scales.rows[row])), bias);
   } else {
-    return v_load(c + column);
+    return v_add(v_load(c + column), bias);
   }
 }
 
@@ -104,8 +106,8 @@ inline void finish(const LinearBlock& block, int64_t first, int64_t rows, int64_
     const T* const added =
         Residual ? residual + row * block.residual_stride + residual_place : nullptr;
     for (int64_t j = 0; j < columns; j += 16) {
-      Vec y = sums<Arch>(c, r, j, scales);
-      if (block.bias != nullptr) y = v_add(y, v_load(block.bias + column + j));
+      const Vec bias = block.bias == nullptr ? v_zero() : v_load(block.bias + column + j);
+      Vec y = sums<Arch>(c, r, j, scales, bias);
       if (Gelu) y = v_gelu<T>(y);
       if (Bare) store_some(bare + row * block.out_stride + out_place + j, y, columns - j);
       if (Residual) {

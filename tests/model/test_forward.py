@@ -292,18 +292,6 @@ def test_double_precision() -> None:
     torch.testing.assert_close(out.float(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_positions_are_rows_of_their_table() -> None:
-    model = backbone(TINY)
-    rows = model.encoder.embed_positions.B.weight.shape[0]
-    with torch.no_grad():
-        model(texts(2, 3), positions=torch.tensor([[0, 1, rows - 1]]))
-        for places, came in (([0, 1, rows], f"0 to {rows}"), ([-1, 1, 2], "-1 to 2")):
-            with pytest.raises(ShapeError, match=rf"in \[0, {rows}\), got {came}"):
-                model(texts(2, 3), positions=torch.tensor([places]))
-        with pytest.raises(ShapeError, match=f"may have at most {rows - 2} tokens; truncate"):
-            model(texts(1, rows - 1))
-
-
 def test_a_patch_is_masked_or_it_is_not() -> None:
     model, patches = backbone(TINY), Nv - 1
     for wrong in (torch.full((2, patches), 0.3), torch.full((2, patches), 2)):

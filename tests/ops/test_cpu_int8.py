@@ -141,6 +141,18 @@ def test_zero_rows_and_channels() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_result_does_not_depend_on_its_place(dtype: str) -> None:
+    """Rows that are named are those that lie one behind the other, and channels of a narrow panel those of a whole one."""
+    case = Int8Linear(DTYPES[dtype], (70, 64, 48))
+    case.weights[0][32:] = case.weights[0][:16]
+    case.biases[0][32:] = case.biases[0][:16]
+    case.packed = [OPS.quantize_weight(w) for w in case.weights]
+    y = case.run()
+    assert torch.equal(case.run(rows=torch.arange(70)), y)
+    assert torch.equal(y[:, 32:], y[:, :16])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_unpacked_weights(dtype: str) -> None:
     g = torch.Generator().manual_seed(0)
     for rows, columns in [(1, 1), (33, 65), (70, 200)]:
