@@ -38,9 +38,13 @@ def test_gelu_of_special_values() -> None:
 def test_gelu_of_every_bfloat16_up_to_its_tail() -> None:
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
     x = x[x.isfinite() & (x > -5.5)][:, None]
-    weight = torch.ones(64, 1).bfloat16()
-    y = OPS.expert_linear(x, [weight], [], [], [], [], None, None, [0, len(x)], EPS, "gelu")
+    weight, bias = torch.ones(72, 1).bfloat16(), torch.zeros(72).bfloat16()
+    y, plain = (
+        OPS.expert_linear(x, [weight], [], biases, [], [], None, None, [0, len(x)], EPS, "gelu")
+        for biases in ([bias], [])
+    )
     assert torch.equal(y, y[:, :1].expand_as(y))
+    assert torch.equal(y, plain)
     values, truth = y[:, 0].double(), F.gelu(x[:, 0].double())
     rounding = truth.abs() * 2**-8 + 1e-37
     near = x[:, 0] > -3.6
