@@ -59,13 +59,6 @@ NATIVE_LEVELS_BUGS = (
         (AMX, BLOCKS),
     ),
     Bug(
-        "amx-one-place-for-the-tile-before-and-this-one",
-        "csrc/cpu/amx_linear_loops.h",
-        "(turn++ % 2) * kSumWords",
-        "0",
-        (AMX, BLOCKS),
-    ),
-    Bug(
         "amx-int8-scales-of-the-first-rows-for-all",
         "csrc/cpu/amx_linear_loops.h",
         "if (Arch::kInt8) scales_.rows += rows;",
