@@ -37,7 +37,7 @@ struct AmxScratch {
   float* scales;
   float* inverses;
   float* sums;     // of tiles of a panel, or of all panels of a group
-  float* done;     // two tiles: one is finished while the other is multiplied
+  float* done;     // a tile, finished while the next is multiplied, before that is stored
   uint32_t* b[2];  // converted blocks of B: one is made while the other is multiplied
 };
 
@@ -52,7 +52,7 @@ inline AmxScratch carve_amx(const LinearBlock& block, Carver& carver) {
   out.scales = carver.take<float>(Arch::kInt8 ? block.count : 0);
   out.inverses = carver.take<float>(Arch::kInt8 ? block.count : 0);
   out.sums = carver.take<float>(panels * tiles * kSumWords);
-  out.done = carver.take<float>(2 * kSumWords);
+  out.done = carver.take<float>(kSumWords);
   for (uint32_t*& b : out.b) {
     b = carver.take<uint32_t>(Arch::kConverts ? Arch::kBlockOfB * Arch::kChunkWords : 0);
   }
@@ -325,7 +325,7 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
 
   Meanwhile<Arch> meanwhile(block);
   Tiles state;
-  int64_t turn = 0, b_turn = 0;
+  int64_t b_turn = 0;
   for (int64_t group = block.panel_begin; group < block.panel_end;) {
     const int64_t group_end =
         slices == 1 ? block.panel_end : min_of(block.panel_end, group + kGroup);
@@ -368,7 +368,7 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
                 own.a +
                 (begin * (slice_end - slice_begin) + (from - slice_begin) * rows) * Arch::kRowWords;
             float* const kept = sums + t * kSumWords;
-            float* const result = last ? own.done + (turn++ % 2) * kSumWords : kept;
+            float* const result = last ? own.done : kept;
             const bool far_sums = slices > 1 && !first && t + 1 < tiles;
             meanwhile.begin_tile(to - from, far_sums ? kept + kSumWords : nullptr);
             const Operands after{a + rows * (slice_end - slice_begin) * Arch::kRowWords, b};
