@@ -48,8 +48,7 @@ struct SixProducts {
   // The small ones first.
   template <int M, int N>
   static void load(const uint32_t* a, const uint32_t* b, bool a_past, bool b_past) {
-    load_rows<M>(a + kLow, a_past);
-    load_columns<N>(b, b_past);
+    load_operands<M, N>(a + kLow, kRowWords, b, a_past, b_past);
   }
 
   template <int M, int N, class LoadNext, class Beside>

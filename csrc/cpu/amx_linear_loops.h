@@ -204,21 +204,18 @@ class Meanwhile {
   // the call costs more than the work. Loads of tiles seem to wait until it is known where earlier
   // stores go, so places are at hand and not computed from rows and columns (1.06).
   void finish_plain(int64_t rows) {
+    const bool gelu = block_.activation == Activation::kGelu;
     const float* c = c_;
     T* out = out_;
     const T* residual = residual_;
     const Vec bias[] = {v_load(block_.bias + column_), v_load(block_.bias + column_ + 16)};
-    for (int64_t r = 0; r < rows; ++r, c += kPanel, out += out_stride_) {
-      Vec y[2];
+    for (int64_t r = 0; r < rows; ++r, c += kPanel, out += block_.out_stride) {
       for (int64_t j = 0; j < 2; ++j) {
-        y[j] = sums<Arch>(c, r, 16 * j, scales_, bias[j]);
-        if (gelu_) y[j] = v_gelu<T>(y[j]);
+        Vec y = activated<Arch>(c, r, 16 * j, scales_, bias[j], gelu);
+        if (residual != nullptr) y = v_add(y, v_load(residual + 16 * j));
+        v_store(out + 16 * j, y);
       }
-      if (residual != nullptr) {
-        for (int64_t j = 0; j < 2; ++j) y[j] = v_add(y[j], v_load(residual + 16 * j));
-        residual += residual_stride_;
-      }
-      for (int64_t j = 0; j < 2; ++j) v_store(out + 16 * j, y[j]);
+      if (residual != nullptr) residual += block_.residual_stride;
     }
     out_ = out;
     residual_ = residual;
@@ -274,8 +271,6 @@ class Meanwhile {
   Scales scales_{};
   const bool can_be_plain_ =
       block_.rows == nullptr && block_.bare == nullptr && block_.bias != nullptr;
-  const bool gelu_ = block_.activation == Activation::kGelu;
-  const int64_t out_stride_ = block_.out_stride, residual_stride_ = block_.residual_stride;
   bool plain_ = false;
   T* out_ = nullptr;
   const T* residual_ = nullptr;
@@ -371,11 +366,12 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
             float* const result = last ? own.done : kept;
             const bool far_sums = slices > 1 && !first && t + 1 < tiles;
             meanwhile.begin_tile(to - from, far_sums ? kept + kSumWords : nullptr);
-            const Operands after{a + rows * (slice_end - slice_begin) * Arch::kRowWords, b};
-            const bool alike = block.count - begin >= 2 * kAmxRows;
-            Arch::template multiply<true>(state, rows, ceil_div(columns, 16), {a, b}, to - from,
+            const bool next_is_whole = block.count - begin >= 2 * kAmxRows;
+            const uint32_t* const next_a =
+                next_is_whole ? a + rows * (slice_end - slice_begin) * Arch::kRowWords : nullptr;
+            Arch::template multiply<true>(state, rows, ceil_div(columns, 16), a, b, to - from,
                                           Arch::kBlockOfB, first ? nullptr : kept, result, kPanel,
-                                          alike ? after : Operands{}, [&] { meanwhile.step(); });
+                                          next_a, [&] { meanwhile.step(); });
             if (last) {
               scales.rows = own.scales + begin;
               meanwhile.hand_over(block.first + begin, rows, column, columns, result, scales);
@@ -409,8 +405,9 @@ int64_t converted_product_loop(const LinearBlock& block, int64_t repeats, void* 
     meanwhile.prepare({block.parts[0], from, to}, own.b[0], 1);
     meanwhile.make_all();
     for (int64_t i = 0; i < repeats; ++i) {
-      Arch::template multiply<false>(state, tile.count, ceil_div(columns, 16), {own.a, own.b[0]},
-                                     to - from, to - from, nullptr, own.done, kPanel, {}, [] {});
+      Arch::template multiply<false>(state, tile.count, ceil_div(columns, 16), own.a, own.b[0],
+                                     to - from, to - from, nullptr, own.done, kPanel, nullptr,
+                                     [] {});
     }
   }
   return tile.count * ceil_div(columns, 16) * 16;

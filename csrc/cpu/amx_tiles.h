@@ -40,19 +40,14 @@ class Tiles {
     memory_is_read();
     _tile_loadconfig(&config);
     rows_ = rows;
+    held_a = nullptr;
   }
 
-  // Whether the registers of A and B hold what the next products begin with.
-  bool loaded = false;
+  // The tile of A whose products can begin with what the registers of A and B hold; null: none.
+  const uint32_t* held_a = nullptr;
 
  private:
   int64_t rows_ = 0;
-};
-
-// A tile of rows and a panel.
-struct Operands {
-  const uint32_t* a = nullptr;
-  const uint32_t* b = nullptr;
 };
 
 template <int M, int N>
@@ -112,6 +107,16 @@ inline void load_b(const uint32_t* b, bool past) {
   }
 }
 
+// Those from L2 and from L1 in turn.
+template <int M, int N>
+inline void load_operands(const uint32_t* a, int row_words, const uint32_t* b, bool a_past,
+                          bool b_past) {
+  load_a<false>(a, row_words * 4, a_past);
+  load_b<false>(b, b_past);
+  if (M == 2) load_a<true>(a + 16 * row_words, row_words * 4, a_past);
+  if (N == 2) load_b<true>(b + 16, b_past);
+}
+
 template <int M, int N, class Dot>
 inline void add_products() {
   Dot::template add<0>();
@@ -130,11 +135,7 @@ struct OneProduct {
 
   template <int M, int N>
   static void load(const uint32_t* a, const uint32_t* b, bool a_past, bool b_past) {
-    constexpr int64_t a_row = kRowWords * 4;
-    load_a<false>(a, a_row, a_past);
-    load_b<false>(b, b_past);
-    if (M == 2) load_a<true>(a + 16 * kRowWords, a_row, a_past);
-    if (N == 2) load_b<true>(b + 16, b_past);
+    load_operands<M, N>(a, kRowWords, b, a_past, b_past);
   }
 
   template <int M, int N, class LoadNext, class Beside>
@@ -170,40 +171,40 @@ struct OfAmx : Base {
                       const uint32_t* b, int64_t, int64_t units, float* c, int64_t c_stride,
                       bool more, Ahead) {
     const int64_t chunks = ceil_div(units, kChunk);
-    multiply<false>(tiles, rows, vectors, {a, b}, chunks, chunks, more ? c : nullptr, c, c_stride,
-                    {}, [] {});
+    multiply<false>(tiles, rows, vectors, a, b, chunks, chunks, more ? c : nullptr, c, c_stride,
+                    nullptr, [] {});
   }
 
   // Rows of A times so many vectors of B, added to `before` where that is not null; beside() is
   // called kSteps times with every chunk. With kPast the loads of A go past L1, which then keeps
-  // the first `near` chunks of B; those of the others go past it as well. The next call is for
-  // `next`, with as many rows and vectors, if that is not null.
+  // the first `near` chunks of B; those of the others go past it as well. If `next_a` is not null,
+  // the next call is for it, with as many rows and the same B.
   template <bool kPast, class Beside>
-  static void multiply(Tiles& tiles, int64_t rows, int64_t vectors, const Operands& own,
-                       int64_t chunks, int64_t near, const float* before, float* c,
-                       int64_t c_stride, const Operands& next, const Beside& beside) {
+  static void multiply(Tiles& tiles, int64_t rows, int64_t vectors, const uint32_t* a,
+                       const uint32_t* b, int64_t chunks, int64_t near, const float* before,
+                       float* c, int64_t c_stride, const uint32_t* next_a, const Beside& beside) {
     tiles.set_rows(rows);
     const auto run = rows > 16 ? (vectors == 1 ? multiply_tiles<2, 1, kPast, Beside>
                                                : multiply_tiles<2, 2, kPast, Beside>)
                                : (vectors == 1 ? multiply_tiles<1, 1, kPast, Beside>
                                                : multiply_tiles<1, 2, kPast, Beside>);
-    run(tiles, rows, own, chunks, near, before, c, c_stride, next, beside);
+    run(tiles, rows, a, b, chunks, near, before, c, c_stride, next_a, beside);
   }
 
   // M tiles of rows and N of columns.
   template <int M, int N, bool kPast, class Beside>
-  static void multiply_tiles(Tiles& tiles, int64_t rows, const Operands& own, int64_t chunks,
-                             int64_t near, const float* before, float* c, int64_t c_stride,
-                             const Operands& next, const Beside& beside) {
+  static void multiply_tiles(Tiles& tiles, int64_t rows, const uint32_t* a, const uint32_t* b,
+                             int64_t chunks, int64_t near, const float* before, float* c,
+                             int64_t c_stride, const uint32_t* next_a, const Beside& beside) {
+    const uint32_t* const first_b = b;
     memory_is_read();
-    if (!tiles.loaded && chunks > 0) Product::template load<M, N>(own.a, own.b, kPast, false);
-    tiles.loaded = next.a != nullptr;
+    if (tiles.held_a != a && chunks > 0) Product::template load<M, N>(a, b, kPast, false);
+    tiles.held_a = next_a;
     if (before != nullptr) {
       load_sums<M, N>(before, c_stride);
     } else {
       zero_sums<M, N>();
     }
-    const uint32_t *a = own.a, *b = own.b;
     for (int64_t k = 1; k < chunks; ++k, a += rows * kRowWords, b += kChunkWords) {
       const auto load_next = [&] {
         Product::template load<M, N>(a + rows * kRowWords, b + kChunkWords, kPast,
@@ -212,7 +213,7 @@ struct OfAmx : Base {
       Product::template add<M, N>(a, b, kPast, kPast && k > near, load_next, beside);
     }
     const auto load_next = [&] {
-      if (next.a != nullptr) Product::template load<M, N>(next.a, next.b, kPast, false);
+      if (next_a != nullptr) Product::template load<M, N>(next_a, first_b, kPast, false);
     };
     if (chunks > 0) {
       Product::template add<M, N>(a, b, kPast, kPast && chunks > near, load_next, beside);

@@ -47,17 +47,21 @@ struct Scales {
   const int32_t* offsets;
 };
 
-// Sums of a row and the bias. One rounding, also of scaled ones: whether a compiler makes one
-// instruction of a product and an addition must not depend on who calls.
+// Sixteen sums of a row with bias and activation. Scaled ones and the bias are rounded once:
+// whether a compiler makes one instruction of a product and an addition must not depend on who
+// calls.
 template <class Arch>
-inline Vec sums(const float* c, int64_t row, int64_t column, const Scales& scales, Vec bias) {
+inline Vec activated(const float* c, int64_t row, int64_t column, const Scales& scales, Vec bias,
+                     bool gelu) {
+  Vec y;
   if constexpr (Arch::kInt8) {
     const Vec whole = v_integers(reinterpret_cast<const int32_t*>(c + column),
                                  Arch::kUnsigned ? scales.offsets + column : nullptr);
-    return v_fma(whole, v_mul(v_load(scales.columns + column), v_set(scales.rows[row])), bias);
+    y = v_fma(whole, v_mul(v_load(scales.columns + column), v_set(scales.rows[row])), bias);
   } else {
-    return v_add(v_load(c + column), bias);
+    y = v_add(v_load(c + column), bias);
   }
+  return gelu ? v_gelu<typename Arch::T>(y) : y;
 }
 
 // Where column `column` of a row lies behind its first one.
@@ -107,8 +111,7 @@ inline void finish(const LinearBlock& block, int64_t first, int64_t rows, int64_
         Residual ? residual + row * block.residual_stride + residual_place : nullptr;
     for (int64_t j = 0; j < columns; j += 16) {
       const Vec bias = block.bias == nullptr ? v_zero() : v_load(block.bias + column + j);
-      Vec y = sums<Arch>(c, r, j, scales, bias);
-      if (Gelu) y = v_gelu<T>(y);
+      Vec y = activated<Arch>(c, r, j, scales, bias, Gelu);
       if (Bare) store_some(bare + row * block.out_stride + out_place + j, y, columns - j);
       if (Residual) {
         y = v_add(y, load_some(added + j, columns - j));
