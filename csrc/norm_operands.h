@@ -22,6 +22,11 @@ struct NormParameters {
   const char* bounds_name = "bounds";
 };
 
+inline float eps_of(double eps, const char* op) {
+  require(std::isfinite(eps) && eps >= 0.0, op, ": eps must be finite and not negative, got ", eps);
+  return static_cast<float>(eps);
+}
+
 // The experts of `rows` rows like x [.., C].
 inline std::vector<cpu::NormExpert> norm_experts(const Tensor& x, int64_t rows,
                                                  const NormParameters& own, const char* op) {
@@ -37,9 +42,7 @@ inline std::vector<cpu::NormExpert> norm_experts(const Tensor& x, int64_t rows,
     cpu::NormExpert& expert = experts[e];
     expert.weight = parameter_of(own.weights[e], x.size(1), op, Entry{own.weights_name, e});
     expert.bias = parameter_of(own.biases[e], x.size(1), op, Entry{own.biases_name, e});
-    require(std::isfinite(own.eps[e]) && own.eps[e] >= 0.0, op,
-            ": eps must be finite and not negative, got ", own.eps[e]);
-    expert.eps = static_cast<float>(own.eps[e]);
+    expert.eps = eps_of(own.eps[e], op);
     expert.begin = own.bounds[e];
     expert.end = own.bounds[e + 1];
   }

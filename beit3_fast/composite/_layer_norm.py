@@ -29,6 +29,19 @@ def is_narrow(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
 
 
+def layer_norm_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x [M, D], weight and bias [D], given that of the result [M, D] and what native_layer_norm found."""
+    shape = list(x.shape[-1:])
+    plain = not is_narrow(x)
+    dx, *sums = torch.ops.aten.native_layer_norm_backward(
+        grad, x, shape, mean, rstd, weight, bias, [True, plain, plain]
+    )
+    dweight, dbias = sums if plain else parameter_gradients(grad, x, weight, bias, eps)
+    return dx, dweight, dbias
+
+
 def parameter_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:

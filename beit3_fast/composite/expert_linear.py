@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3_fast.composite._layer_norm import is_narrow, layer_norm, parameter_gradients
+from beit3_fast.composite._layer_norm import layer_norm, layer_norm_gradients
 from beit3_fast.derived import derived, needs_grad
 
 
@@ -100,14 +100,16 @@ def _prepacks(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-class Products(NamedTuple):
-    """The two products of a gradient: ``times(dy, w)`` = dy w, and ``outer(dy, x)`` = dy^T x."""
+class GradientSteps(NamedTuple):
+    """What the gradients are made of: ``times(dy, w)`` = dy w, ``outer(dy, x)`` = dy^T x, and ``layer_norm(dy, x, weight, bias,
+    mean, rstd, eps)``, the gradients of x, weight and bias."""
 
     times: Callable[[Tensor, Tensor], Tensor]
     outer: Callable[[Tensor, Tensor], Tensor]
+    layer_norm: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-PLAIN = Products(torch.mm, lambda dy, x: dy.T @ x)
+PLAIN = GradientSteps(torch.mm, lambda dy, x: dy.T @ x, layer_norm_gradients)
 
 
 def expert_linear_backward(
@@ -121,7 +123,7 @@ def expert_linear_backward(
     bounds: Sequence[int],
     eps: float,
     activation: str,
-    products: Products = PLAIN,
+    steps: GradientSteps = PLAIN,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Gradients of x, weights, biases, norm weights and norm biases, given that of the result [M, O].
 
@@ -147,23 +149,16 @@ def expert_linear_backward(
         if activation == "gelu":
             z = F.linear(_dense(normed), weight, biases[expert] if biases else None)
             dy = torch.ops.aten.gelu_backward(dy, z)
-        dweights.append(products.outer(dy, normed))
+        dweights.append(steps.outer(dy, normed))
         if biases:
             dbiases.append(dy.sum(0))
-        dnormed = products.times(dy, weight)
+        part = steps.times(dy, weight)
         if norm_weights:
-            narrow = is_narrow(operand)
-            if narrow:
-                dgamma, dbeta = parameter_gradients(dnormed, operand, gamma, beta, eps)
-            dnormed, *sums = torch.ops.aten.native_layer_norm_backward(
-                dnormed, operand, shape, mean, rstd, gamma, beta, [True, not narrow, not narrow]
-            )
-            if not narrow:
-                dgamma, dbeta = sums
+            part, dgamma, dbeta = steps.layer_norm(part, operand, gamma, beta, mean, rstd, eps)
             dgammas.append(dgamma)
             dbetas.append(dbeta)
-        dx_parts.append(dnormed)
-    dx = torch.cat(dx_parts)
+        dx_parts.append(part)
+    dx = dx_parts[0] if len(dx_parts) == 1 else torch.cat(dx_parts)
     if rows is not None:
         dx = torch.zeros_like(x).index_add(0, rows, dx)
     return dx, dweights, dbiases, dgammas, dbetas

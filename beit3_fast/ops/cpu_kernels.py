@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from beit3_fast.composite.expert_linear import Products
+from beit3_fast.composite.expert_linear import GradientSteps
 from beit3_fast.ops import library
 from beit3_fast.ops.dispatch import rows_in_memory
 
@@ -46,7 +46,7 @@ def _times(dy: Tensor, weight: Tensor) -> Tensor:
 
 
 def _outer(dy: Tensor, x: Tensor) -> Tensor:
-    return _product(dy.T.contiguous(), x) if len(x) else dy.new_zeros(dy.shape[1], x.shape[1])
+    return _product(torch.ops.beit3_fast.transposed(rows_in_memory(dy)), x) if len(x) else dy.new_zeros(dy.shape[1], x.shape[1])
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -60,4 +60,12 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return cast(Tensor, y)
 
 
-PRODUCTS = Products(_times, _outer)
+def _layer_norm(
+    grad: Tensor, x: Tensor, weight: Tensor, _bias: Tensor, _mean: Tensor, _rstd: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = torch.ops.beit3_fast.layer_norm_gradients
+    dx, dweight, dbias = gradients(rows_in_memory(grad), rows_in_memory(x), weight, eps)
+    return dx, dweight, dbias
+
+
+GRADIENTS = GradientSteps(_times, _outer, _layer_norm)

@@ -156,7 +156,7 @@ def _cpu_slower(at: Situation) -> str | None:
     if at.autocast and not at.needs_grad:
         return "would keep the weights a second time, in autocast's dtype"
     level = library.cpu_isa()
-    if at.needs_grad and at.op == "expert_linear" and at.dtype is not torch.bfloat16:
+    if at.needs_grad and at.op == "expert_linear" and not faster_gradients(at.dtype):
         return "recomputes in the backward pass what composite keeps"
     if at.needs_grad and at.op == "shared_attention" and not level.startswith(("avx512", "amx")):
         return "was not seen to be the faster one with gradients on a CPU without AVX-512"
@@ -169,6 +169,11 @@ def _cpu_slower(at: Situation) -> str | None:
         if at.dtype is torch.bfloat16 and amx and level != "amx_bf16":
             return f"is held at {level}, and oneDNN uses AMX"
     return None
+
+
+def faster_gradients(dtype: torch.dtype) -> bool:
+    """Whether the CPU kernels' products of this dtype are faster than PyTorch's, that of a gradient with its transposing, too."""
+    return dtype is torch.bfloat16 or library.cpu_isa() == "amx_bf16"
 
 
 def _cuda_obstacle(at: Situation) -> str | None:

@@ -246,7 +246,7 @@ def _cpu(
     ]
     residual, rows, bounds, eps, activation = tail
     residual = None if residual is None else ordered(residual)
-    if with_grad and activation == "gelu" and x.dtype is torch.bfloat16:
+    if with_grad and activation == "gelu":
         # In two steps, the first of which is kept: the op's own gradient would compute it again.
         y = F.gelu(op(ordered(x), stacked, packed, *vectors, None, rows, bounds, eps, "none"))
         if residual is None:
@@ -374,13 +374,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, rows, *parameters = ctx.saved_tensors
     weights, biases, norm_weights, norm_biases = triton_kernels.regrouped(parameters, ctx.sizes)
-    # PyTorch's fp32 products are the faster ones, its bf16 products on most CPUs are not; only its own have gradients.
-    ours = x.dtype is torch.bfloat16 and not torch.is_grad_enabled()
-    products = cpu_kernels.PRODUCTS if ours else PLAIN
+    ours = dispatch.faster_gradients(x.dtype) and not torch.is_grad_enabled()  # PyTorch's have some
+    steps = cpu_kernels.GRADIENTS if ours else PLAIN
     bounds, eps, activation = ctx.rest
     vectors = (biases, norm_weights, norm_biases)
     dx, *lists = expert_linear_backward(
-        grad, x, weights, *vectors, rows, bounds, eps, activation, products
+        grad, x, weights, *vectors, rows, bounds, eps, activation, steps
     )
     dresidual = residual_gradient(grad, rows) if ctx.has_residual else None
     dweights, dbiases, dgammas, dbetas = lists

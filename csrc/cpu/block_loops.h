@@ -48,6 +48,70 @@ void layer_norm(const NormBlock& block) {
   }
 }
 
+// With n = (x - mean) / sqrt(var + eps) and g = grad * weight: (g - mean(g) - n mean(g n)) / sqrt(var
+// + eps), and the sums of grad * n and of grad.
+template <class Arch>
+void layer_norm_gradients(const NormGradientsBlock& block) {
+  using T = typename Arch::T;
+  const int64_t width = block.width;
+  for (int64_t i = 0; i < width; i += 16) {
+    v_store(block.weight_grad + i, v_zero());
+    v_store(block.bias_grad + i, v_zero());
+  }
+  const float share = 1.0f / static_cast<float>(width);
+  for (int64_t r = 0; r < block.count; ++r) {
+    const T* const x = static_cast<const T*>(block.x) + r * block.x_stride;
+    const T* const grad = static_cast<const T*>(block.grad) + r * block.grad_stride;
+    T* const out = static_cast<T*>(block.x_grad) + r * block.x_grad_stride;
+    const Norm norm = measure<Arch>(x, width, block.eps);
+    Vec sum = v_zero(), met = v_zero();
+    for (int64_t i = 0; i < width; i += 16) {
+      const Vec n = centred(load_some(x + i, width - i), norm);
+      const Vec own = load_some(grad + i, width - i);
+      v_store(block.weight_grad + i, v_fma(own, n, v_load(block.weight_grad + i)));
+      v_store(block.bias_grad + i, v_add(own, v_load(block.bias_grad + i)));
+      const Vec g = v_mul(own, v_load(block.weight + i));
+      sum = v_add(sum, g);
+      met = v_fma(g, n, met);
+    }
+    const Vec mean = v_set(v_sum(sum) * share), slope = v_set(v_sum(met) * -share);
+    const Vec scale = v_set(norm.scale);
+    for (int64_t i = 0; i < width; i += 16) {
+      const Vec n = centred(load_some(x + i, width - i), norm);
+      const Vec g = v_mul(load_some(grad + i, width - i), v_load(block.weight + i));
+      store_some(out + i, v_mul(v_fma(n, slope, v_sub(g, mean)), scale), width - i);
+    }
+  }
+}
+
+template <class Arch>
+void transpose(const void* x, int64_t stride, int64_t rows, int64_t columns, int64_t from,
+               void* out, int64_t out_stride) {
+  using T = typename Arch::T;
+  // Pairs of bf16, or fp32, as units of a panel; those of a square of units change places.
+  constexpr int64_t side = kPanel * Arch::kPerUnit;
+  const int64_t width = min_of(kPanel, columns - from);
+  alignas(kCacheLine) uint32_t units[kPanel * kPanel], turned[kPanel * kPanel];
+  const float* lines[kPanel];
+  for (int64_t i = 0; i < kPanel; ++i) lines[i] = reinterpret_cast<const float*>(units) + i * kPanel;
+  for (int64_t first = 0; first < rows; first += side) {
+    const int64_t count = min_of(side, rows - first);
+    const auto row = [&](int64_t k) -> const T* {
+      return k < count ? static_cast<const T*>(x) + (first + k) * stride : nullptr;
+    };
+    for (int64_t unit = 0; unit < ceil_div(count, Arch::kPerUnit); ++unit) {
+      const int64_t k = unit * Arch::kPerUnit;
+      v_pack_rows(row(k), row(k + 1), from, columns, units + unit * kPanel);
+    }
+    v_pack_panel(lines, ceil_div(count, Arch::kPerUnit), kPanel, turned);
+    for (int64_t j = 0; j < width; ++j) {
+      const T* const values = reinterpret_cast<const T*>(turned + j * kPanel);
+      T* const to = static_cast<T*>(out) + (from + j) * out_stride + first;
+      for (int64_t i = 0; i < count; ++i) to[i] = values[i];
+    }
+  }
+}
+
 inline int64_t most_rows(int64_t) { return beit3_fast::cpu::kBlockRows; }
 
 struct TileLinear {
@@ -78,6 +142,8 @@ constexpr Kernels make_kernels(const char* isa) {
   own.pack_transposed = pack_transposed<Arch>;
   own.likeliest = likeliest<Arch>;
   own.layer_norm = layer_norm<Arch>;
+  own.layer_norm_gradients = layer_norm_gradients<Arch>;
+  own.transpose = transpose<Arch>;
   return own;
 }
 

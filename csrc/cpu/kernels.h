@@ -74,6 +74,23 @@ struct NormBlock {
   float eps;
 };
 
+// The gradients of so many rows of LayerNorm, given those of its results.
+struct NormGradientsBlock {
+  const void* x;
+  int64_t x_stride;
+  const void* grad;
+  int64_t grad_stride;
+  void* x_grad;
+  int64_t x_grad_stride;
+  int64_t count;
+  int64_t width;
+  const float* weight;  // padded with zeros to whole vectors of 16, as are the sums
+  // What these rows give to the gradients of weight and bias.
+  float* weight_grad;
+  float* bias_grad;
+  float eps;
+};
+
 // Queries [begin, end) of one (sample, head). A sample's queries and keys are numbered vision
 // first.
 struct AttentionBlock {
@@ -176,6 +193,10 @@ struct Kernels {
                           int64_t from, uint32_t* panel);
   void (*likeliest)(const LogitsBlock& block, LogitsSummary* out);
   void (*layer_norm)(const NormBlock& block);
+  void (*layer_norm_gradients)(const NormGradientsBlock& block);
+  // Columns [from, from + kPanel) of `rows` rows of x, those below `columns`, as rows of out.
+  void (*transpose)(const void* x, int64_t stride, int64_t rows, int64_t columns, int64_t from,
+                    void* out, int64_t out_stride);
 };
 
 // Null where the translation unit was built without the instruction set.

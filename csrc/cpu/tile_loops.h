@@ -42,6 +42,7 @@ using beit3_fast::cpu::LogitsBlock;
 using beit3_fast::cpu::LogitsSummary;
 using beit3_fast::cpu::Mask;
 using beit3_fast::cpu::NormBlock;
+using beit3_fast::cpu::NormGradientsBlock;
 
 constexpr int64_t kCacheLine = 64;
 
@@ -290,14 +291,17 @@ inline Norm measure(const Row& x, int64_t n, float eps) {
   return {pivot, -offset * scale, scale};
 }
 
+inline Vec centred(Vec values, const Norm& norm) {
+  return v_fma(v_sub(values, v_set(norm.pivot)), v_set(norm.scale), v_set(norm.shift));
+}
+
 // Values [from, from + 16) of a row, which lie at x, normalised where norm_weight is given.
 template <class T>
 inline Vec normal_values(const T* x, int64_t from, int64_t depth, const Norm& norm,
                          const float* norm_weight, const float* norm_bias) {
   const Vec values = load_some(x, depth - from);
   if (norm_weight == nullptr) return values;
-  const Vec y = v_fma(v_sub(values, v_set(norm.pivot)), v_set(norm.scale), v_set(norm.shift));
-  return v_fma(y, v_load(norm_weight + from), v_load(norm_bias + from));
+  return v_fma(centred(values, norm), v_load(norm_weight + from), v_load(norm_bias + from));
 }
 
 // How a row that meets int8 weights is rounded: 127 parts of its largest number, normalised where
