@@ -46,7 +46,11 @@ def _times(dy: Tensor, weight: Tensor) -> Tensor:
 
 
 def _outer(dy: Tensor, x: Tensor) -> Tensor:
-    return _product(torch.ops.beit3_fast.transposed(rows_in_memory(dy)), x) if len(x) else dy.new_zeros(dy.shape[1], x.shape[1])
+    return (
+        _product(torch.ops.beit3_fast.transposed(rows_in_memory(dy)), x)
+        if len(x)
+        else dy.new_zeros(dy.shape[1], x.shape[1])
+    )
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

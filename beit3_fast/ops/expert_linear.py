@@ -350,6 +350,14 @@ def _register() -> None:
     def _(x: Tensor) -> Tensor:
         return x.new_empty(packed_size(x.T.shape, x.element_size()))
 
+    @torch.library.register_fake("beit3_fast::transposed")
+    def _(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape[1], x.shape[0])
+
+    @torch.library.register_fake("beit3_fast::layer_norm_gradients")
+    def _(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
     @torch.library.register_fake("beit3_fast::unpack_weight")
     def _(packed: Tensor, out_features: int, in_features: int) -> Tensor:
         dtype = torch.float32 if packed.dtype is torch.int8 else packed.dtype

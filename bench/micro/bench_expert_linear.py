@@ -1,12 +1,13 @@
 """expert_linear alone: python -m pytest bench/micro/bench_expert_linear.py
 
 The four products of a layer of base on eight images of 224 pixels with a caption of 20 tokens each, as
-the encoder calls them, and the same by plain PyTorch calls on split tensors, as torchscale makes them.
+the encoder calls them, and the same by plain PyTorch calls on split tensors, as torchscale makes them;
+alone, and with the gradients of all operands.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -98,3 +99,29 @@ def test_expert_linear(timed: Timed, dtype: str, product: str, impl: str) -> Non
             impl=impl.removesuffix(" int8"),
         ),
     )
+
+
+@pytest.mark.parametrize("impl", ["auto", "cpu", "composite", "plain PyTorch"])
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients(timed: Timed, dtype: str, product: str, impl: str) -> None:
+    """Forward and backward."""
+    o = operands(product, DTYPES[dtype])
+    leaves = [o.x, *o.weights, *o.biases, *o.norm.weights, *o.norm.biases]
+    for leaf in leaves if o.residual is None else [*leaves, o.residual]:
+        leaf.requires_grad_()
+    seed = torch.randn(BOUNDS[-1], PRODUCTS[product][1]).to(o.x.dtype)
+
+    def forward() -> Tensor:
+        if impl == "plain PyTorch":
+            return by_plain_calls(o)
+        vectors: dict[str, Any] = {"norm": o.norm, "activation": o.activation}
+        vectors["residual"] = o.residual
+        return expert_linear(o.x, o.weights, o.biases, bounds=BOUNDS, impl=impl, **vectors)
+
+    def step() -> Tensor:
+        with torch.inference_mode(False):
+            return torch.autograd.grad(forward(), leaves, seed)[0]
+
+    flops = 6.0 * BOUNDS[-1] * o.weights[0].numel()
+    timed(f"gradients {product} {dtype}", flops, step)

@@ -27,7 +27,8 @@ struct LayerNorm {
   void* out = nullptr;  // dense
 };
 
-// Gradients of rows [R, C], of their LayerNorm's weight and of its bias, given those of its results.
+// Gradients of rows [R, C], of their LayerNorm's weight and of its bias, given those of its
+// results.
 struct LayerNormGradients {
   DType dtype = DType::kFloat32;  // of rows and gradients
   const void* x = nullptr;

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from bugs.bug import Bug
 
+STEPS = "tests/ops/test_gradient_steps.py"
+
 ROWS_BUGS = (
     Bug(
         "words-with-positions",
@@ -57,5 +59,40 @@ ROWS_BUGS = (
         "call.places[r] >= 0 && call.places[r] < count",
         "call.places[r] >= 0 && call.places[r] <= count",
         ("tests/ops/test_rows.py",),
+    ),
+    Bug(
+        "gradients-of-rows-along-themselves",
+        "csrc/cpu/block_loops.h",
+        "v_mul(v_fma(n, slope, v_sub(g, mean)), scale)",
+        "v_mul(v_sub(g, mean), scale)",
+        (STEPS,),
+    ),
+    Bug(
+        "sums-of-gradients-from-the-last-rows-alone",
+        "csrc/cpu/rows.cpp",
+        "whole[0] += sums[2 * task * padded + i];",
+        "whole[0] = sums[2 * task * padded + i];",
+        (STEPS,),
+    ),
+    Bug(
+        "gradients-of-rows-apart-as-if-dense",
+        "csrc/cpu/rows.cpp",
+        "block.grad = elements_on(op.grad, first * op.grad_stride, op.dtype);",
+        "block.grad = elements_on(op.grad, first * op.width, op.dtype);",
+        (STEPS,),
+    ),
+    Bug(
+        "sums-of-gradients-upon-what-memory-held",
+        "csrc/cpu/block_loops.h",
+        "    v_store(block.bias_grad + i, v_zero());\n",
+        "",
+        (STEPS,),
+    ),
+    Bug(
+        "the-last-row-left-out-when-transposed",
+        "csrc/cpu/block_loops.h",
+        "for (int64_t unit = 0; unit < ceil_div(count, Arch::kPerUnit); ++unit) {",
+        "for (int64_t unit = 0; unit < max_of(1, count / Arch::kPerUnit); ++unit) {",
+        (STEPS,),
     ),
 )

@@ -102,6 +102,16 @@ class LinearOperands(NamedTuple):
             named["residual"] = self.residual
         return named
 
+    def in_order(self, columns: Tensor) -> LinearOperands:
+        """The same call with the columns of x in another order."""
+        norm = self.norm and Norm(
+            [g[columns] for g in self.norm.weights],
+            [b[columns] for b in self.norm.biases],
+            self.norm.eps,
+        )
+        weights = [w[:, columns] for w in self.weights]
+        return self._replace(x=self.x[:, columns], weights=weights, norm=norm)
+
     def on(self, device: str) -> LinearOperands:
         """The same call on a device."""
         rows = None if self.rows is None else self.rows.to(device)

@@ -26,12 +26,12 @@ FOLDER = ROOT / "build" / "emulated"
 LEVELS = {
     "avx512": (
         *("test_cpu_kernels.py", "test_cpu_special_values.py", "test_attention_gradients.py"),
-        *("test_cpu_int8.py", "test_likeliest.py"),
+        *("test_cpu_int8.py", "test_likeliest.py", "test_gradient_steps.py"),
     ),
     "avx512_vnni": ("test_cpu_int8.py",),
     "avx512_bf16": (
         *("test_cpu_kernels.py", "test_cpu_special_values.py", "test_attention_gradients.py"),
-        *("test_likeliest.py", "-k", "not fp32"),
+        *("test_likeliest.py", "test_gradient_steps.py", "-k", "not fp32"),
     ),
     "amx_bf16": (
         *("test_cpu_kernels.py", "test_cpu_special_values.py", "test_cpu_blocks.py"),

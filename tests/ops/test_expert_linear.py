@@ -69,7 +69,10 @@ def test_gradients(case: LinearCase) -> None:
         return {name: leaf.grad for name, leaf in own.leaves().items()}
 
     ours = gradients(lambda t: t, lambda own: run_linear(own, case, case.impl))
-    plain = gradients(lambda t: t, lambda own: plain_linear(own, case.gelu))
+    plains = [
+        gradients(lambda t: t, lambda own, by=by: plain_linear(own.in_order(by), case.gelu))
+        for by in orders(SHAPES[case.shape][1], case.dtype)
+    ]
     truth = gradients(Tensor.double, lambda own: run_linear(own, case, "reference"))
     bounds = operands.bounds
     for name, expected in truth.items():
@@ -79,8 +82,18 @@ def test_gradients(case: LinearCase) -> None:
             assert ours[name] is None
             continue
         assert ours[name] is not None, name
-        parity = op_parity(ours[name], plain[name], expected, gradient=True)
+        worst = max(plains, key=lambda own: float((own[name].double() - expected).abs().max()))
+        parity = op_parity(ours[name], worst[name], expected, gradient=True)
         assert_near(parity, f"gradient of {name}")
+
+
+def orders(columns: int, dtype: str) -> list[Tensor]:
+    """Orders of the sums of plain PyTorch. In fp32 the largest error of a gradient is often that of one sum, which nearly cancels
+    where GELU bends: the luck of an order decides it."""
+    count = 4 if dtype == "fp32" else 1
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randperm(columns, generator=generator) for _ in range(count - 1)]
+    return [torch.arange(columns), *drawn]
 
 
 def test_every_factor_meets_every_implementation() -> None:

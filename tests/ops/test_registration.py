@@ -23,6 +23,7 @@ REGISTERED = {
     "encoder_layers",
     "expert_layer_norm",
     "expert_linear",
+    "layer_norm_gradients",
     "likeliest",
     "masked_linear_cross_entropy",
     "masked_linear_cross_entropy_backward",
@@ -33,6 +34,7 @@ REGISTERED = {
     "quantize_weight",
     "shared_attention",
     "shared_attention_gradients",
+    "transposed",
     "unpack_rows",
     "unpack_weight",
 }
@@ -158,6 +160,13 @@ def test_rows_behind_the_layers(dtype: torch.dtype) -> None:
     torch.library.opcheck(OPS.expert_layer_norm.default, arguments)
     places = torch.tensor([1, 0, 5])
     torch.library.opcheck(OPS.unpack_rows.default, (draw(3, 12, dtype=dtype), places, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_of_gradients(dtype: torch.dtype) -> None:
+    rows = [draw(7, 12, dtype=dtype) for _ in range(2)]
+    torch.library.opcheck(OPS.layer_norm_gradients.default, (*rows, draw(12, dtype=dtype), 1e-5))
+    torch.library.opcheck(OPS.transposed.default, (rows[0],))
 
 
 def attention_arguments(
