@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
-#include <cmath>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -71,10 +70,7 @@ std::size_t layers_of(const char* op, const Parameters& own, const Ranges& bound
           " weights and biases, ", 2 * (experts + ffn_experts),
           " norms and 4 eps for each layer, got ", own.packed.size(), ", ", own.biases.size(), ", ",
           own.norm_weights.size(), ", ", own.norm_biases.size(), " and ", own.eps.size());
-  for (const double eps : own.eps) {
-    require(std::isfinite(eps) && eps >= 0.0, op, ": eps must be finite and not negative, got ",
-            eps);
-  }
+  for (const double eps : own.eps) eps_of(eps, op);  // before anything runs
   return layers;
 }
 

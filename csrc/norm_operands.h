@@ -1,7 +1,6 @@
 // What the bindings do with a LayerNorm of rows behind the layers.
 #pragma once
 
-#include <cmath>
 #include <vector>
 
 #include "cpu/rows.h"
@@ -21,11 +20,6 @@ struct NormParameters {
   const char* biases_name = "biases";
   const char* bounds_name = "bounds";
 };
-
-inline float eps_of(double eps, const char* op) {
-  require(std::isfinite(eps) && eps >= 0.0, op, ": eps must be finite and not negative, got ", eps);
-  return static_cast<float>(eps);
-}
 
 // The experts of `rows` rows like x [.., C].
 inline std::vector<cpu::NormExpert> norm_experts(const Tensor& x, int64_t rows,

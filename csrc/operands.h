@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -90,6 +91,11 @@ inline void require_matrix(const Tensor& t, const char* op, const char* name) {
 inline void require_same_type(const Tensor& t, const Tensor& x, const char* op, const char* name) {
   require(t.is_cpu() && t.scalar_type() == x.scalar_type(), op, ": ", name,
           " must be a CPU tensor of the same dtype as the first argument");
+}
+
+inline float eps_of(double eps, const char* op) {
+  require(std::isfinite(eps) && eps >= 0.0, op, ": eps must be finite and not negative, got ", eps);
+  return static_cast<float>(eps);
 }
 
 }  // namespace beit3_fast::operands

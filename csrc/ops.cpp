@@ -151,7 +151,7 @@ Tensor expert_linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> 
           " entries but norm_biases ", norm_biases.size());
   require(activation == "none" || activation == "gelu", op,
           ": activation must be 'none' or 'gelu', got '", activation, "'");
-  require(std::isfinite(eps) && eps >= 0.0, op, ": eps must be finite and not negative, got ", eps);
+  call.eps = eps_of(eps, op);
   require(weights[0].dim() == 2, op, ": weights must be [O, I], got shape ", shape_of(weights[0]));
   const int64_t rows_in = x.size(0);
   const int64_t in_features = x.size(1), out_features = weights[0].size(0);
@@ -208,7 +208,6 @@ Tensor expert_linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> 
   call.out_stride = out_features;
   call.in_features = in_features;
   call.out_features = out_features;
-  call.eps = static_cast<float>(eps);
   call.activation = activation == "gelu" ? Activation::kGelu : Activation::kNone;
   beit3_fast::cpu::expert_linear(torch_pool(), call);
   return out;
