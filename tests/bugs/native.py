@@ -62,7 +62,7 @@ NATIVE_BUGS = (
     Bug(
         "ops-cpp-eps-fixed",
         "csrc/ops.cpp",
-        "call.eps = static_cast<float>(eps);",
+        "call.eps = eps_of(eps, op);",
         "call.eps = 1e-5f;",
         (f"{LINEAR}::test_forward",),
     ),

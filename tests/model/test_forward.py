@@ -14,7 +14,7 @@ from model_cases import FORMS, TINY, backbone, images, need, padding, task_model
 import beit3_fast.model.encoder as encoder_module
 from beit3_fast.errors import ConfigError, KernelUnavailable, ShapeError
 from beit3_fast.model.embedding import MOST_GRIDS, vision_positions
-from beit3_fast.ops import dispatch
+from beit3_fast.ops import dispatch, library
 
 Nv = TINY.num_vision_tokens
 
@@ -71,8 +71,9 @@ def test_the_environment_replaces_auto_and_nothing_else(monkeypatch: pytest.Monk
 
 
 @torch.no_grad()
-def test_auto_follows_the_situation() -> None:
-    """Products in training, autocast and half precision have no compiled kernel behind "auto"."""
+def test_auto_follows_the_situation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in fp32 training, autocast and half precision have no compiled kernel behind "auto" on a CPU without AMX."""
+    monkeypatch.setattr(library, "cpu_isa", lambda: "avx512")
 
     def choice(op: str = "shared_attention", **changes: Any) -> dispatch.Choice:
         at = dispatch.Situation(op, "cpu", torch.float32, False, False, False, False)
@@ -91,6 +92,11 @@ def test_auto_follows_the_situation() -> None:
         reasons = dict(made.rejected)
         assert word in reasons["cpu"], (changes, reasons)
         assert set(reasons) == set(dispatch.IMPLEMENTATIONS) - {"composite"}
+    training = {"op": "expert_linear", "needs_grad": True}
+    available = "cpu" if library.available() else "composite"
+    assert choice(**training, dtype=torch.bfloat16).impl == available
+    monkeypatch.setattr(library, "cpu_isa", lambda: "amx_bf16")
+    assert choice(**training).impl == available
 
 
 @pytest.mark.parametrize(
