@@ -20,7 +20,7 @@ from beit3_fast.model.work import Product, Work
 from beit3_fast.ops import expert_linear, library
 from beit3_fast.ops.operands import Norm
 from beit3_fast.ops.packed_weight import quantize
-from beit3_fast.timing import Effort
+from beit3_fast.timing import Effort, interleave, quantiles, speed_ups
 from bench.events import timed_rounds
 
 # (rows, in, out): eight images of 197 tokens through the projections of base and large, and one
@@ -56,7 +56,7 @@ def measure_ceilings(
     """The JSON contract's "ceilings": TFLOP/s for each dtype, copied GB/s (read plus written), tile loops.
 
     int8 has products on CPUs alone: ours, which round the rows on the way, and oneDNN's on rows that are rounded already.
-    Beside the ceilings, expert_linear as the model calls it for fc1, as a fraction of the tile loop.
+    Beside the ceilings, expert_linear as the model calls it for fc1, as a fraction of the tile loop in turn with it.
     Each shape runs for about `seconds`; the fastest call of the fastest shape counts, since whatever
     else runs on the machine only ever slows a call down.
     """
@@ -64,14 +64,10 @@ def measure_ceilings(
     for dtype in dtypes:
         if device.type == "cpu":
             name = str(dtype).removeprefix("torch.")
-            tile_loop[name] = loop = measure_tile_loop(dtype, seconds)
+            loop = tile_loop_of(dtype)
+            tile_loop[name] = loop and measure_tile_loop(loop, seconds)
             if loop:
-                took = _fastest(_fc1(dtype), seconds, device)
-                rate = 2 * math.prod(_FC1_SHAPE) / took / 1e12
-                fc1[name] = {
-                    "tflops": float(f"{rate:.4g}"),
-                    "tile_loop_fraction": float(f"{rate / loop:.4g}"),
-                }
+                fc1[name] = measure_fc1(dtype, loop, seconds)
         best = 0.0
         for rows, width, out in GPU_MATMUL_SHAPES if device.type == "cuda" else MATMUL_SHAPES:
             for product in _products(rows, width, out, dtype, device):
@@ -150,8 +146,12 @@ def _fastest(call: Callable[[], object], seconds: float, device: torch.device) -
     return min(samples)
 
 
-def measure_tile_loop(dtype: torch.dtype, seconds: float) -> float | None:
-    """TFLOP/s of the innermost loop of our CPU kernels alone, on random data in the nearest cache, on all threads.
+TileLoop = Callable[[int], int]
+
+
+def tile_loop_of(dtype: torch.dtype) -> TileLoop | None:
+    """The innermost loop of our CPU kernels alone, on random data in the nearest cache, on all threads: so many repeats of it,
+    which return how many operations they were.
 
     None without the compiled library, or for a dtype that it does not take.
     """
@@ -163,15 +163,36 @@ def measure_tile_loop(dtype: torch.dtype, seconds: float) -> float | None:
     rows_dtype = torch.float32 if dtype is torch.int8 else dtype
     x, weight = (torch.randn(rows, depth).to(rows_dtype) for rows in (32, 64))
     packed = ops.quantize_weight(weight) if dtype is torch.int8 else ops.pack_weight(weight)
+    return partial(ops.product_loop, x, packed)
+
+
+def measure_tile_loop(loop: TileLoop, seconds: float) -> float:
+    """TFLOP/s of its fastest call."""
     repeats, best, start = 100, 0.0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         before = time.perf_counter()
-        done = ops.product_loop(x, packed, repeats)
+        done = loop(repeats)
         took = time.perf_counter() - before
         best = max(best, done / took)
         if took < 0.005:
             repeats *= 2
     return float(f"{best / 1e12:.4g}")
+
+
+def measure_fc1(dtype: torch.dtype, loop: TileLoop, seconds: float) -> dict[str, float]:
+    """expert_linear as fc1 and as many operations of the tile loop in turn: TFLOP/s, and the fraction of the loop's; medians."""
+    operations = 2 * math.prod(_FC1_SHAPE)
+    repeats = max(1, round(100 * operations / loop(100)))
+    calls: dict[str, Callable[[], object]] = {"fc1": _fc1(dtype), "loop": partial(loop, repeats)}
+    with torch.inference_mode():
+        samples = interleave(calls, Effort(warmup=2, rounds=5, seconds=2 * seconds, most=500))
+    share = loop(repeats) / operations
+    return {
+        "tflops": float(f"{operations / quantiles(samples['fc1']).p50 / 1e12:.4g}"),
+        "tile_loop_fraction": float(
+            f"{speed_ups(samples['fc1'], samples['loop']).p50 / share:.4g}"
+        ),
+    }
 
 
 class BareProducts(nn.Module):

@@ -214,7 +214,7 @@ void gradients_block(const AttentionGradientsBlock& block, void* scratch) {
       const int64_t query = begin + r;
       float* const scores = s.scores + r * places;
       if (block.seen != nullptr &&
-          !hide_unseen(block, query, query_row(block, query), s.visible[query], scores)) {
+          !hide_unseen(block, query, query_row(block, query), {0, s.visible[query]}, scores)) {
         s.visible[query] = 0;
       }
       uint32_t* const a = s.changes + r * Arch::kRowWords;

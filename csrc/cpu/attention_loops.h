@@ -5,15 +5,44 @@
 
 namespace {
 
+// Keys that all queries meet before any meets the next: packed, they and the scores of a tile of
+// queries stay in the L2 cache.
+template <class Arch>
+constexpr int64_t kKeysAtOnce = 1024 * Arch::kPerUnit;
+
 struct AttentionScratch {
   uint32_t* keys;    // panels of kPanel keys, depth head_dim
   uint32_t* values;  // panels of kPanel columns, depth keys
   uint32_t* q;       // a tile of A
   uint32_t* p;       // a tile of A, depth places
   float* scores;     // [kTileRows, places]: packed keys and the others, both padded
-  float* out;        // [kTileRows, padded head_dim]
+  // Of each query: its highest score so far, the sum of its weights and that of the values by them,
+  // both relative to the highest; the last of one tile where all keys are met at once.
+  float* tops;
+  float* sums;
+  float* out;  // [queries or kTileRows, padded head_dim]
+  int64_t places;
   int64_t used;
 };
+
+// Keys [begin, begin + count) of a block, which are met together.
+struct KeyRange {
+  int64_t begin;
+  int64_t count;
+};
+
+template <class Arch>
+inline int64_t key_ranges(const AttentionBlock& block) {
+  return max_of(1, ceil_div(block.vision_keys + block.text_keys, kKeysAtOnce<Arch>));
+}
+
+template <class Arch>
+inline KeyRange key_range(const AttentionBlock& block, int64_t i) {
+  const int64_t keys = block.vision_keys + block.text_keys;
+  const int64_t panels = ceil_div(keys, kPanel), ranges = key_ranges<Arch>(block);
+  const int64_t begin = panels * i / ranges * kPanel;
+  return {begin, min_of(keys, panels * (i + 1) / ranges * kPanel) - begin};
+}
 
 // Places of the packed keys in a row of scores: whole panels, which are whole chunks of A.
 inline int64_t places_in_front(const AttentionBlock& block) {
@@ -23,17 +52,23 @@ inline int64_t places_in_front(const AttentionBlock& block) {
 template <class Arch>
 inline AttentionScratch carve_attention(const AttentionBlock& block, void* base) {
   Carver carver(base);
-  const int64_t keys = ceil_div(block.vision_keys + block.text_keys, kPanel) * kPanel;
+  const int64_t panels = ceil_div(block.vision_keys + block.text_keys, kPanel);
+  const int64_t ranges = key_ranges<Arch>(block);
+  const int64_t keys = ceil_div(panels, ranges) * kPanel;
   const int64_t places = places_in_front(block) + keys;
   const int64_t columns = ceil_div(block.head_dim, kPanel) * kPanel;
   const int64_t units = chunks_of<Arch>(block.head_dim) * kChunk;
+  const int64_t queries = block.end - block.begin;
   AttentionScratch s;
+  s.places = places;
   s.keys = carver.take<uint32_t>(keys * units);
   s.values = carver.take<uint32_t>(chunks_of<Arch>(keys) * kChunk * columns);
   s.q = carver.take<uint32_t>(Arch::kTileRows * chunks_of<Arch>(block.head_dim) * Arch::kRowWords);
   s.p = carver.take<uint32_t>(Arch::kTileRows * chunks_of<Arch>(places) * Arch::kRowWords);
   s.scores = carver.take<float>(Arch::kTileRows * places);
-  s.out = carver.take<float>(Arch::kTileRows * columns);
+  s.tops = carver.take<float>(queries);
+  s.sums = carver.take<float>(queries);
+  s.out = carver.take<float>((ranges > 1 ? queries : Arch::kTileRows) * columns);
   s.used = carver.used();
   return s;
 }
@@ -81,14 +116,15 @@ inline void pack_as_depth(const Row& row, int64_t count, int64_t columns, int64_
 }
 
 template <class Arch>
-inline void pack_keys_values(const AttentionBlock& block, const AttentionScratch& s) {
+inline void pack_keys_values(const AttentionBlock& block, KeyRange range,
+                             const AttentionScratch& s) {
   using T = typename Arch::T;
-  const int64_t keys = block.vision_keys + block.text_keys;
+  const int64_t keys = range.count;
   const auto k = [&](int64_t key) {
-    return static_cast<const T*>(block.k) + key_row(block, key) * block.k_stride;
+    return static_cast<const T*>(block.k) + key_row(block, range.begin + key) * block.k_stride;
   };
   const auto v = [&](int64_t key) {
-    return static_cast<const T*>(block.v) + key_row(block, key) * block.v_stride;
+    return static_cast<const T*>(block.v) + key_row(block, range.begin + key) * block.v_stride;
   };
   pack_as_columns<Arch>(k, keys, block.head_dim, s.keys, [&](int64_t key) {
     if (key + kPanel < keys) foresee_row(k(key + kPanel), block.head_dim);
@@ -101,13 +137,13 @@ inline void pack_keys_values(const AttentionBlock& block, const AttentionScratch
 // Scores of the packed keys, scaled like the others; those of the padding behind them are -inf.
 template <class Arch>
 inline void score_packed(const AttentionBlock& block, typename Arch::State& state, int64_t rows,
-                         const AttentionScratch& s, int64_t stride) {
+                         const AttentionScratch& s) {
   const int64_t panel = chunks_of<Arch>(block.head_dim) * kChunk * kPanel;
   multiply<Arch>(state, rows, s.q, block.packed_keys, block.packed_count, panel,
-                 ceil_div(block.head_dim, Arch::kPerUnit), s.scores, stride);
+                 ceil_div(block.head_dim, Arch::kPerUnit), s.scores, s.places);
   const int64_t front = places_in_front(block);
   for (int64_t r = 0; r < rows; ++r) {
-    float* const scores = s.scores + r * stride;
+    float* const scores = s.scores + r * s.places;
     for (int64_t key = 0; key < block.packed_count; ++key) scores[key] *= block.scale;
     for (int64_t key = block.packed_count; key < front; ++key) scores[key] = -__builtin_inff();
   }
@@ -201,26 +237,43 @@ inline bool hide(float* scores, const unsigned char* seen, int64_t keys, float s
   return any != 0;
 }
 
-// The same for the first `visible` keys of a query.
-inline bool hide_unseen(const AttentionBlock& block, int64_t query, int64_t row, int64_t visible,
+// The same for a range of the keys of a query.
+inline bool hide_unseen(const AttentionBlock& block, int64_t query, int64_t row, KeyRange range,
                         float* scores) {
   const int64_t first = query < block.vision_queries ? 0 : block.seen_text;
   const unsigned char* const seen =
       block.seen + (first + position_of(block, query, row)) * block.seen_stride;
-  const int64_t vision = min_of(visible, block.vision_keys);
-  const bool any = hide(scores, seen, vision, block.scale);
-  return hide(scores + vision, seen + block.seen_text, visible - vision, block.scale) || any;
+  const int64_t vision = min_of(max_of(block.vision_keys - range.begin, 0), range.count);
+  const int64_t text = block.seen_text + max_of(range.begin - block.vision_keys, 0);
+  const bool any = hide(scores, seen + range.begin, vision, block.scale);
+  return hide(scores + vision, seen + text, range.count - vision, block.scale) || any;
 }
 
+// What a query has met so far, relative to a top that its next scores may raise.
 template <class Arch>
-void attention_block(const AttentionBlock& block, void* scratch) {
-  using T = typename Arch::T;
-  const AttentionScratch s = carve_attention<Arch>(block, scratch);
-  pack_keys_values<Arch>(block, s);
+inline void raise_top(float next, float factor, int64_t columns, float& top, float& sum,
+                      float* out) {
+  const float before = top;
+  top = next > top ? next : top;
+  if (sum == 0.0f) {  // nothing yet, whatever hidden values have left
+    for (int64_t j = 0; j < columns; j += 16) v_store(out + j, v_zero());
+  } else if (top != before) {
+    const Vec share = v_exp2<Arch::kExpDegree>(v_set((before - top) * factor));
+    for (int64_t j = 0; j < columns; j += 16) v_store(out + j, v_mul(v_load(out + j), share));
+    float lanes[16];
+    v_store(lanes, share);
+    sum *= lanes[0];
+  }
+}
 
-  const int64_t all_keys = block.vision_keys + block.text_keys;
-  const int64_t keys = ceil_div(all_keys, kPanel) * kPanel;
-  const int64_t front = places_in_front(block), places = front + keys;
+// The queries of a block against a range of its keys; behind the last range their results are
+// stored.
+template <class Arch>
+inline void attend(const AttentionBlock& block, typename Arch::State& state, KeyRange range,
+                   bool is_first, bool is_last, const AttentionScratch& s) {
+  using T = typename Arch::T;
+  const int64_t keys = ceil_div(range.count, kPanel) * kPanel;
+  const int64_t front = is_first ? places_in_front(block) : 0;
   const int64_t depth_units = ceil_div(block.head_dim, Arch::kPerUnit);
   const int64_t key_panel_words = chunks_of<Arch>(block.head_dim) * kChunk * kPanel;
   const int64_t value_panel_words = chunks_of<Arch>(keys) * kChunk * kPanel;
@@ -229,65 +282,92 @@ void attention_block(const AttentionBlock& block, void* scratch) {
 
   const int64_t queries = block.end - block.begin;
   const int64_t tiles = ceil_div(queries, Arch::kTileRows);
-  typename Arch::State state;
   for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t begin = block.begin + tile_begin<Arch>(queries, tiles, t);
-    const int64_t rows = block.begin + tile_begin<Arch>(queries, tiles, t + 1) - begin;
+    const int64_t first = tile_begin<Arch>(queries, tiles, t);
+    const int64_t rows = tile_begin<Arch>(queries, tiles, t + 1) - first;
+    const int64_t begin = block.begin + first;
     const int64_t chunk_words = rows * Arch::kRowWords;
+    float* const tops = s.tops + first;
+    float* const sums = s.sums + first;
+    float* const met = s.out + (is_first && is_last ? 0 : first * columns);
     int64_t at[Arch::kTileRows];
     int64_t visible[Arch::kTileRows];
     int64_t most = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t query = begin + r;
       at[r] = query_row(block, query);
-      visible[r] = visible_keys(block, query, at[r]);
+      const int64_t own = visible_keys(block, query, at[r]) - range.begin;
+      visible[r] = max_of(min_of(own, range.count), 0);
       most = max_of(most, visible[r]);
-    }
-    const auto row = [&](int64_t r) {
-      return static_cast<const T*>(block.q) + at[r] * block.q_stride;
-    };
-    pack_tile<Arch>(row, rows, block.head_dim, nullptr, nullptr, 0.0f, s.q);
-    for (int64_t r = 0; r < rows && begin + rows + r < block.end; ++r) {
-      const int64_t query = begin + rows + r;
-      foresee_row(static_cast<const T*>(block.q) + query_row(block, query) * block.q_stride,
-                  block.head_dim);
-    }
-    multiply<Arch>(state, rows, s.q, s.keys, most, key_panel_words, depth_units, s.scores + front,
-                   places);
-    if (front > 0) score_packed<Arch>(block, state, rows, s, places);
-    float tops[Arch::kTileRows], sums[Arch::kTileRows];
-    for (int64_t r = 0; r < rows; ++r) {
-      float* const scores = s.scores + r * places;
-      if (block.seen != nullptr &&
-          !hide_unseen(block, begin + r, at[r], visible[r], scores + front)) {
-        visible[r] = 0;
+      if (is_first) {
+        tops[r] = -__builtin_inff();
+        sums[r] = 0.0f;
       }
-      visible[r] += front;
-      tops[r] = largest(scores, visible[r]);
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      sums[r] = soften<Arch>(s.scores + r * places, visible[r], front + most, tops[r], factor,
-                             s.p + r * Arch::kRowWords, chunk_words);
+    if (front + most > 0) {
+      const auto row = [&](int64_t r) {
+        return static_cast<const T*>(block.q) + at[r] * block.q_stride;
+      };
+      pack_tile<Arch>(row, rows, block.head_dim, nullptr, nullptr, 0.0f, s.q);
+      for (int64_t r = 0; r < rows && begin + rows + r < block.end; ++r) {
+        const int64_t query = begin + rows + r;
+        foresee_row(static_cast<const T*>(block.q) + query_row(block, query) * block.q_stride,
+                    block.head_dim);
+      }
+      multiply<Arch>(state, rows, s.q, s.keys, most, key_panel_words, depth_units, s.scores + front,
+                     s.places);
+      if (front > 0) score_packed<Arch>(block, state, rows, s);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* const scores = s.scores + r * s.places;
+        if (block.seen != nullptr &&
+            !hide_unseen(block, begin + r, at[r], {range.begin, visible[r]}, scores + front)) {
+          visible[r] = 0;
+        }
+        visible[r] += front;
+        const float top = largest(scores, visible[r]);
+        if (is_first) {
+          tops[r] = top;
+        } else {
+          raise_top<Arch>(top, factor, columns, tops[r], sums[r], met + r * columns);
+        }
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        sums[r] += soften<Arch>(s.scores + r * s.places, visible[r], front + most, tops[r], factor,
+                                s.p + r * Arch::kRowWords, chunk_words);
+      }
+      if (front > 0) {
+        multiply<Arch>(state, rows, s.p, block.packed_values, block.head_dim,
+                       chunks_of<Arch>(block.packed_count) * kChunk * kPanel,
+                       ceil_div(block.packed_count, Arch::kPerUnit), met, columns);
+      }
+      if (most > 0) {
+        multiply<Arch>(state, rows, s.p + chunks_of<Arch>(front) * chunk_words, s.values,
+                       block.head_dim, value_panel_words, ceil_div(most, Arch::kPerUnit), met,
+                       columns, front > 0 || !is_first);
+      }
     }
-    if (front > 0) {
-      multiply<Arch>(state, rows, s.p, block.packed_values, block.head_dim,
-                     chunks_of<Arch>(block.packed_count) * kChunk * kPanel,
-                     ceil_div(block.packed_count, Arch::kPerUnit), s.out, columns);
-    }
-    if (most > 0) {
-      multiply<Arch>(state, rows, s.p + chunks_of<Arch>(front) * chunk_words, s.values,
-                     block.head_dim, value_panel_words, ceil_div(most, Arch::kPerUnit), s.out,
-                     columns, front > 0);
-    }
+    if (!is_last) continue;
     for (int64_t r = 0; r < rows; ++r) {
       T* const out = static_cast<T*>(block.out) + at[r] * block.out_stride;
-      const Vec share = v_set(visible[r] > 0 ? 1.0f / sums[r] : 0.0f);
+      const Vec share = v_set(sums[r] != 0.0f ? 1.0f / sums[r] : 0.0f);
       for (int64_t j = 0; j < block.head_dim; j += 16) {
         // Nothing visible is zero, also where an invisible value is not finite.
-        const Vec y = visible[r] > 0 ? v_mul(v_load(s.out + r * columns + j), share) : v_zero();
+        const Vec y = sums[r] != 0.0f ? v_mul(v_load(met + r * columns + j), share) : v_zero();
         store_some(out + j, y, block.head_dim - j);
       }
     }
+  }
+}
+
+template <class Arch>
+void attention_block(const AttentionBlock& block, void* scratch) {
+  const AttentionScratch s = carve_attention<Arch>(block, scratch);
+  const int64_t ranges = key_ranges<Arch>(block);
+  typename Arch::State state;
+  for (int64_t i = 0; i < ranges; ++i) {
+    const KeyRange range = key_range<Arch>(block, i);
+    pack_keys_values<Arch>(block, range, s);
+    attend<Arch>(block, state, range, i == 0, i + 1 == ranges, s);
   }
 }
 

@@ -11,6 +11,8 @@ namespace {
 // Each block of queries packs the keys and values anew; below this many it is not worth it.
 constexpr int64_t kFewQueries = 192;
 constexpr int64_t kTasksPerThread = 4;
+// What a thread keeps of each query while it goes through many keys is that of so many at most.
+constexpr int64_t kMostQueries = 4096;
 
 // Sample s and the columns of a head, with all queries.
 void take_head(const SharedAttention& op, int64_t s, int64_t head, AttentionBlock& block) {
@@ -53,9 +55,10 @@ void shared_attention(const Pool& pool, const SharedAttention& op) {
   const int64_t pairs = op.batch * op.num_heads;
   if (pairs == 0 || longest == 0) return;
   const int64_t wanted = (pool.threads * kTasksPerThread + pairs - 1) / pairs;
-  const int64_t parts =
+  const int64_t shared =
       pool.threads > 1 ? std::clamp<int64_t>(longest / kFewQueries, 1, std::max<int64_t>(wanted, 1))
                        : 1;
+  const int64_t parts = std::max(shared, ceil_div(longest, kMostQueries));
 
   share(pool, pairs * parts, [&](int64_t task) {
     const int64_t part = task % parts;

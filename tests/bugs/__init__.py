@@ -18,6 +18,7 @@ from bugs.measuring import MEASURING_BUGS
 from bugs.model import MODEL_BUGS
 from bugs.native import NATIVE_BUGS
 from bugs.native_levels import NATIVE_LEVELS_BUGS
+from bugs.native_many_keys import NATIVE_MANY_KEYS_BUGS
 from bugs.native_memory import NATIVE_MEMORY_BUGS
 from bugs.ops import OPS_BUGS
 from bugs.pretraining import PRETRAINING_BUGS
@@ -44,6 +45,7 @@ BUGS = (
     *LAYERS_BUGS,
     *NATIVE_BUGS,
     *NATIVE_LEVELS_BUGS,
+    *NATIVE_MANY_KEYS_BUGS,
     *NATIVE_MEMORY_BUGS,
     *ROWS_BUGS,
     *CUDA_BUGS,

@@ -111,8 +111,8 @@ NATIVE_BUGS = (
     Bug(
         "attention-mask-of-text-from-the-first-place",
         "csrc/cpu/attention_loops.h",
-        "hide(scores + vision, seen + block.seen_text, visible",
-        "hide(scores + vision, seen + block.vision_keys, visible",
+        "const int64_t text = block.seen_text + max_of",
+        "const int64_t text = block.vision_keys + max_of",
         (f"{KERNELS}::test_shared_attention_by_a_mask_tensor",),
     ),
     Bug(
@@ -153,8 +153,8 @@ NATIVE_BUGS = (
     Bug(
         "packed-values-replace-the-others",
         "csrc/cpu/attention_loops.h",
-        "columns, front > 0);",
-        "columns, false);",
+        "columns, front > 0 || !is_first);",
+        "columns, !is_first);",
         (f"{KERNELS}::test_cached_attention_with_packed_keys",),
     ),
     Bug(

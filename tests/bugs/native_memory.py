@@ -29,8 +29,8 @@ NATIVE_MEMORY_BUGS = (
     Bug(
         "attention-keys-at-int32-offsets",
         "csrc/cpu/attention_loops.h",
-        "static_cast<const T*>(block.k) + key_row(block, key) * block.k_stride;",
-        "static_cast<const T*>(block.k) + static_cast<int32_t>(key_row(block, key) * block.k_stride);",
+        "key_row(block, range.begin + key) * block.k_stride;",
+        "static_cast<int32_t>(key_row(block, range.begin + key) * block.k_stride);",
         (f"{FAR_ROWS}::test_shared_attention",),
     ),
     Bug(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -70,10 +71,24 @@ def test_the_environment_replaces_auto_and_nothing_else(monkeypatch: pytest.Monk
         backbone(TINY)(texts(2, 3))
 
 
+@pytest.fixture
+def at_level(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """``at_level(name)``: choices as on a processor whose highest level that is."""
+
+    def pretend(level: str) -> None:
+        monkeypatch.setattr(library, "cpu_isa", lambda: level)
+        monkeypatch.setattr(library, "cpu_features", lambda: {"amx_bf16": level == "amx_bf16"})
+        dispatch.reset()
+
+    yield pretend
+    monkeypatch.undo()
+    dispatch.reset()
+
+
 @torch.no_grad()
-def test_auto_follows_the_situation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_follows_the_situation(at_level: Callable[[str], None]) -> None:
     """Products in fp32 training, autocast and half precision have no compiled kernel behind "auto" on a CPU without AMX."""
-    monkeypatch.setattr(library, "cpu_isa", lambda: "avx512")
+    at_level("avx512")
 
     def choice(op: str = "shared_attention", **changes: Any) -> dispatch.Choice:
         at = dispatch.Situation(op, "cpu", torch.float32, False, False, False, False)
@@ -95,7 +110,7 @@ def test_auto_follows_the_situation(monkeypatch: pytest.MonkeyPatch) -> None:
     training = {"op": "expert_linear", "needs_grad": True}
     available = "cpu" if library.available() else "composite"
     assert choice(**training, dtype=torch.bfloat16).impl == available
-    monkeypatch.setattr(library, "cpu_isa", lambda: "amx_bf16")
+    at_level("amx_bf16")
     assert choice(**training).impl == available
 
 
