@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "attention_operands.h"
+#include "passing_rows.h"
 
 namespace {
 
@@ -68,11 +69,6 @@ void take_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Lay
   call.scale = static_cast<float>(scale);
 }
 
-Tensor rows_like(const Tensor& t) {
-  const int64_t shape[] = {t.size(0), t.size(1)};
-  return torch::stable::new_empty(t, {shape, 2});
-}
-
 Tensor shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor cu_text,
                         std::optional<Tensor> cu_vision_q, std::optional<Tensor> cu_text_q,
                         std::optional<Tensor> positions_q, int64_t num_heads, double scale,
@@ -80,7 +76,7 @@ Tensor shared_attention(Tensor q, Tensor k, Tensor v, Tensor cu_vision, Tensor c
   SharedAttention call;
   take_attention(q, k, v, {cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q}, num_heads,
                  scale, mask, seen, "shared_attention", call);
-  Tensor out = rows_like(q);
+  Tensor out = rows_like(q, q.size(0), q.size(1));
   if (q.size(0) == 0) return out;
   call.out = out.mutable_data_ptr();
   call.out_stride = q.size(1);
@@ -97,11 +93,13 @@ std::tuple<Tensor, Tensor, Tensor> shared_attention_gradients(
   SharedAttentionGradients call;
   take_attention(q, k, v, {cu_vision, cu_text, cu_vision_q, cu_text_q, positions_q}, num_heads,
                  scale, mask, seen, op, call);
+  const int64_t width = q.size(1);
   require_same_type(grad, q, op, "grad");
   require_matrix(grad, op, "grad");
   require(grad.size(0) == q.size(0) && grad.size(1) == q.size(1), op,
           ": grad must have the shape of q, got ", shape_of(grad));
-  Tensor q_grad = rows_like(q), k_grad = rows_like(k), v_grad = rows_like(v);
+  Tensor q_grad = rows_like(q, q.size(0), width), k_grad = rows_like(k, k.size(0), width);
+  Tensor v_grad = rows_like(v, v.size(0), width);
   call.grad = grad.const_data_ptr();
   call.grad_stride = grad.stride(0);
   call.q_grad = q_grad.mutable_data_ptr();

@@ -198,8 +198,7 @@ Tensor expert_linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> 
     call.residual_stride = residual->stride(0);
   }
 
-  const int64_t shape[] = {rows_in, out_features};
-  Tensor out = torch::stable::new_empty(x, {shape, 2});
+  Tensor out = rows_like(x, rows_in, out_features);
   if (rows.has_value()) call.rows = take_rows(*rows, sorted, out);
   if (sorted == 0) return out;
   call.x = x.const_data_ptr();

@@ -1,8 +1,8 @@
 """shared_attention alone: python -m pytest bench/micro/bench_shared_attention.py
 
 One layer's attention of base at 224 pixels, batch 8, as the encoder calls it, and PyTorch's own attention
-on padded tensors with a key mask, which is what a runtime without packed rows can do at best. With its gradients, beside
-torchscale's two batched products with a softmax in fp32 between them.
+on padded tensors with a key mask, which is what a runtime without packed rows can do at best; and one sample of more tokens
+than any cache near a core holds. With its gradients, beside torchscale's two batched products with a softmax in fp32 between them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ BATCHES = {
     "pair": ([197] * 8, CAPTIONS, "bidirectional"),
     "caption": ([197] * 8, CAPTIONS, "seq2seq"),
     "text": ([0] * 8, CAPTIONS, "bidirectional"),
+    "long": ([5000], [0], "bidirectional"),
 }
 
 

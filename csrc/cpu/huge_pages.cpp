@@ -72,7 +72,10 @@ void* allocate_huge(int64_t bytes) {
   const std::size_t front = (page - reinterpret_cast<std::uintptr_t>(begin) % page) % page;
   if (front > 0) munmap(begin, front);
   munmap(begin + front + size, page - front);
-  madvise(begin + front, size, MADV_HUGEPAGE);  // a wish: small pages serve as well
+  // A wish: small pages serve as well, and less than half of a huge one behind others is no waste.
+  const auto half = static_cast<std::size_t>(kHugePage / 2);
+  const std::size_t near = (static_cast<std::size_t>(bytes) + half) / page * page;
+  madvise(begin + front, near > page ? near : page, MADV_HUGEPAGE);
   return begin + front;
 }
 
@@ -127,7 +130,7 @@ void* take_passing(int64_t bytes) {
     all.idle.erase(best);
     all.idle_bytes -= taken.bytes;
   } else {
-    taken.data = allocate_huge(taken.bytes);
+    taken.data = allocate_huge(bytes);
   }
   all.passing.emplace(taken.data, taken.bytes);
   return taken.data;
