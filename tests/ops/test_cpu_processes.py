@@ -182,6 +182,7 @@ def test_want_of_memory_is_said_as_such(threads: int) -> None:
         + f"torch.set_num_threads({threads})"
         + """
 import resource
+from cpu_cases import OPS
 linear, keys = Linear(torch.float32, (500, 64, 64)), torch.randn(900_000, 2)
 offsets = [torch.tensor([0, n]).int() for n in (len(keys), 0, 1, 0)]
 def gradients():  # which keep the keys of a head; a call without them meets a few at a time
