@@ -382,7 +382,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, rows, *parameters = ctx.saved_tensors
     weights, biases, norm_weights, norm_biases = triton_kernels.regrouped(parameters, ctx.sizes)
-    ours = dispatch.faster_gradients(x.dtype) and not torch.is_grad_enabled()  # PyTorch's have some
+    # Second derivatives come from PyTorch's steps alone.
+    ours = dispatch.faster_gradients(x.dtype) and not torch.is_grad_enabled()
     steps = cpu_kernels.GRADIENTS if ours else PLAIN
     bounds, eps, activation = ctx.rest
     vectors = (biases, norm_weights, norm_biases)
