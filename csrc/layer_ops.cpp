@@ -129,7 +129,7 @@ class Layer {
   // `stays`: whether the result outlives the call.
   Tensor rest(Tensor o, bool in_strips, const Tensor& x, bool stays) {
     const int64_t rows = o.size(0);
-    Tensor y = rows_like(x, rows, width_, stays ? kPassingFrom : kBetweenFrom);
+    Tensor y = stays ? rows_like(x, rows, width_) : rows_between(x, rows, width_);
     ExpertLinear &out = out_, &first = first_product_, &second = second_;
     read_from(o, out);
     if (in_strips) {

@@ -31,14 +31,12 @@ using namespace beit3_fast::operands;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// So many numbers on the CPU in memory of huge_pages.h: kept for long, or for a call.
-Tensor packed_empty(int64_t count, int64_t bytes, ScalarType dtype, bool lasts) {
-  using namespace beit3_fast::cpu;
+// So many numbers that are kept for long, on the CPU (huge_pages.h).
+Tensor lasting_empty(int64_t count, int64_t bytes, ScalarType dtype) {
   const int64_t shape[] = {count}, strides[] = {1};
-  return torch::stable::from_blob(lasts ? take_lasting(bytes) : take_passing(bytes), {shape, 1},
-                                  {strides, 1},
+  return torch::stable::from_blob(beit3_fast::cpu::take_lasting(bytes), {shape, 1}, {strides, 1},
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
-                                  lasts ? give_lasting : give_passing);
+                                  beit3_fast::cpu::give_lasting);
 }
 
 // A matrix as packed weight [out, in], or as the one that it is the transpose of.
@@ -48,8 +46,9 @@ Tensor packed_from(const Tensor& x, bool transposed, const char* op, const char*
   const int64_t out = x.size(transposed ? 1 : 0), in = x.size(transposed ? 0 : 1);
   require(out > 0 && in > 0, op, ": ", name, " must not be empty, got shape ", shape_of(x));
   const int64_t bytes = beit3_fast::cpu::packed_bytes(dtype, out, in);
-  Tensor packed = packed_empty(bytes / static_cast<int64_t>(x.element_size()), bytes,
-                               x.scalar_type(), !transposed);
+  const int64_t count = bytes / static_cast<int64_t>(x.element_size());
+  Tensor packed = transposed ? passing_like(x, {count}, kBetweenFrom)
+                             : lasting_empty(count, bytes, x.scalar_type());
   const auto pack = transposed ? beit3_fast::cpu::pack_transposed : beit3_fast::cpu::pack_weight;
   pack(torch_pool(), dtype, x.const_data_ptr(), x.stride(0), out, in, packed.mutable_data_ptr());
   return packed;
@@ -68,7 +67,7 @@ Tensor quantize_weight(Tensor weight) {
   require(columns <= 1 << 17, "quantize_weight: int32 holds sums of at most ", 1 << 17,
           " products, got ", columns, " in-features");
   const int64_t bytes = beit3_fast::cpu::packed_bytes(DType::kInt8, rows, columns);
-  Tensor packed = packed_empty(bytes, bytes, ScalarType::Char, true);
+  Tensor packed = lasting_empty(bytes, bytes, ScalarType::Char);
   beit3_fast::cpu::quantize_weight(torch_pool(), dtype, weight.const_data_ptr(), weight.stride(0),
                                    rows, columns, packed.mutable_data_ptr());
   return packed;

@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstddef>
+
 #include "cpu/huge_pages.h"
 
 namespace beit3_fast::operands {
@@ -13,21 +15,30 @@ namespace beit3_fast::operands {
 constexpr int64_t kPassingFrom = cpu::kHugePage / 2;
 constexpr int64_t kBetweenFrom = cpu::kHugePage / 32;
 
-// [rows, columns] like x, where there are at least `from` bytes in memory that earlier ones have
+// A dense tensor like x, where there are at least `from` bytes in memory that earlier ones have
 // left.
-inline torch::stable::Tensor rows_like(const torch::stable::Tensor& x, int64_t rows,
-                                       int64_t columns, int64_t from = kPassingFrom) {
-  const int64_t shape[] = {rows, columns}, strides[] = {columns, 1};
-  const int64_t bytes = rows * columns * static_cast<int64_t>(x.element_size());
-  if (bytes < from) return torch::stable::new_empty(x, {shape, 2});
-  return torch::stable::from_blob(cpu::take_passing(bytes), {shape, 2}, {strides, 2}, x.device(),
+template <std::size_t N>
+torch::stable::Tensor passing_like(const torch::stable::Tensor& x, const int64_t (&shape)[N],
+                                   int64_t from) {
+  int64_t strides[N];
+  int64_t count = 1;
+  for (std::size_t i = N; i-- > 0; count *= shape[i]) strides[i] = count;
+  const int64_t bytes = count * static_cast<int64_t>(x.element_size());
+  if (bytes < from) return torch::stable::new_empty(x, {shape, N});
+  return torch::stable::from_blob(cpu::take_passing(bytes), {shape, N}, {strides, N}, x.device(),
                                   x.scalar_type(), cpu::give_passing);
+}
+
+// A result of rows.
+inline torch::stable::Tensor rows_like(const torch::stable::Tensor& x, int64_t rows,
+                                       int64_t columns) {
+  return passing_like(x, {rows, columns}, kPassingFrom);
 }
 
 // The same for rows between two kernels of a call.
 inline torch::stable::Tensor rows_between(const torch::stable::Tensor& x, int64_t rows,
                                           int64_t columns) {
-  return rows_like(x, rows, columns, kBetweenFrom);
+  return passing_like(x, {rows, columns}, kBetweenFrom);
 }
 
 }  // namespace beit3_fast::operands

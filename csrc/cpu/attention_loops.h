@@ -260,9 +260,7 @@ inline void raise_top(float next, float factor, int64_t columns, float& top, flo
   } else if (top != before) {
     const Vec share = v_exp2<Arch::kExpDegree>(v_set((before - top) * factor));
     for (int64_t j = 0; j < columns; j += 16) v_store(out + j, v_mul(v_load(out + j), share));
-    float lanes[16];
-    v_store(lanes, share);
-    sum *= lanes[0];
+    sum *= v_top(share);  // all the same
   }
 }
 
@@ -324,12 +322,8 @@ inline void attend(const AttentionBlock& block, typename Arch::State& state, Key
           visible[r] = 0;
         }
         visible[r] += front;
-        const float top = largest(scores, visible[r]);
-        if (is_first) {
-          tops[r] = top;
-        } else {
-          raise_top<Arch>(top, factor, columns, tops[r], sums[r], met + r * columns);
-        }
+        raise_top<Arch>(largest(scores, visible[r]), factor, columns, tops[r], sums[r],
+                        met + r * columns);
       }
       for (int64_t r = 0; r < rows; ++r) {
         sums[r] += soften<Arch>(s.scores + r * s.places, visible[r], front + most, tops[r], factor,

@@ -48,9 +48,8 @@ void layer_norm(const NormBlock& block) {
   }
 }
 
-// With n = (x - mean) / sqrt(var + eps) and g = grad * weight: (g - mean(g) - n mean(g n)) /
-// sqrt(var
-// + eps), and the sums of grad * n and of grad.
+// With d = sqrt(var + eps), n = (x - mean) / d and g = grad * weight: (g - mean(g) - n mean(g n)) /
+// d, and the sums of grad * n and of grad.
 template <class Arch>
 void layer_norm_gradients(const NormGradientsBlock& block) {
   using T = typename Arch::T;
@@ -94,8 +93,9 @@ void transpose(const void* x, int64_t stride, int64_t rows, int64_t columns, int
   const int64_t width = min_of(kPanel, columns - from);
   alignas(kCacheLine) uint32_t units[kPanel * kPanel], turned[kPanel * kPanel];
   const float* lines[kPanel];
-  for (int64_t i = 0; i < kPanel; ++i)
+  for (int64_t i = 0; i < kPanel; ++i) {
     lines[i] = reinterpret_cast<const float*>(units) + i * kPanel;
+  }
   for (int64_t first = 0; first < rows; first += side) {
     const int64_t count = min_of(side, rows - first);
     const auto row = [&](int64_t k) -> const T* {
@@ -107,9 +107,8 @@ void transpose(const void* x, int64_t stride, int64_t rows, int64_t columns, int
     }
     v_pack_panel(lines, ceil_div(count, Arch::kPerUnit), kPanel, turned);
     for (int64_t j = 0; j < width; ++j) {
-      const T* const values = reinterpret_cast<const T*>(turned + j * kPanel);
-      T* const to = static_cast<T*>(out) + (from + j) * out_stride + first;
-      for (int64_t i = 0; i < count; ++i) to[i] = values[i];
+      __builtin_memcpy(static_cast<T*>(out) + (from + j) * out_stride + first, turned + j * kPanel,
+                       static_cast<uint64_t>(count) * sizeof(T));
     }
   }
 }

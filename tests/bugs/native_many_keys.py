@@ -17,7 +17,7 @@ NATIVE_MANY_KEYS_BUGS = (
     Bug(
         "sums-of-weights-by-an-earlier-top",
         "csrc/cpu/attention_loops.h",
-        "    sum *= lanes[0];\n",
+        "    sum *= v_top(share);  // all the same\n",
         "",
         (MANY_KEYS,),
     ),

@@ -134,8 +134,8 @@ NATIVE_MEMORY_BUGS = (
     Bug(
         "small-results-in-huge-pages",
         "csrc/layer_ops.cpp",
-        "stays ? kPassingFrom : kBetweenFrom",
-        "kBetweenFrom",
+        "stays ? rows_like(x, rows, width_) : rows_between",
+        "stays ? rows_between(x, rows, width_) : rows_between",
         (f"{MEMORY}::test_small_results_that_are_kept_take_no_huge_pages",),
     ),
     Bug(
