@@ -80,11 +80,84 @@ inline const uint32_t* panel_of(const LinearBlock& block, int64_t panel) {
          panel % block.part_panels * panel_units<Arch>(block) * kPanel;
 }
 
-// A block of B as it lies in memory: chunks of A [from, to) of a panel; null: none.
-struct SourceOfB {
-  const uint32_t* panel;
+// Lines of memory that are asked for, in several streams in turn: at the beginning of every 4 KB
+// page the hardware's prefetching begins anew, and a stream waits.
+class Lines {
+ public:
+  Lines() = default;
+  Lines(const uint32_t* begin, int64_t count)
+      : begin_(begin), count_(count), each_(ceil_div(count, kStreams)) {}
+
+  void ask(int64_t count) {
+    for (; count > 0; --count) {
+      const int64_t line = stream_ * each_ + at_;
+      if (line < count_) __builtin_prefetch(begin_ + line * kLineWords, 0, 2);
+      if (++stream_ == kStreams) {
+        stream_ = 0;
+        ++at_;
+      }
+    }
+  }
+
+  // How many are to be asked for.
+  int64_t steps() const { return each_ * kStreams; }
+
+ private:
+  static constexpr int64_t kStreams = 8;
+  const uint32_t* begin_ = nullptr;
+  int64_t count_ = 0, each_ = 0, stream_ = 0, at_ = 0;
+};
+
+// A block of B: chunks of A [from, to) of a panel, as the part `depth` of a slice.
+struct BlockOfB {
+  int64_t group;
+  int64_t slice;
+  int64_t panel;
+  int64_t depth;
   int64_t from;
   int64_t to;
+};
+
+// The blocks of B as they are multiplied: by groups of panels, in each by slices, in each by
+// panels.
+template <class Arch>
+class BlocksOfB {
+ public:
+  explicit BlocksOfB(const LinearBlock& block) : end_(block.panel_end) {
+    chunks_ = chunks_of<Arch>(block.in_features);
+    slices_ = slices_of<Arch>(chunks_);
+  }
+
+  int64_t slices() const { return slices_; }
+  int64_t slice_begin(int64_t slice) const { return chunks_ * slice / slices_; }
+  bool has(const BlockOfB& b) const { return b.panel < end_; }
+  static bool opens_slice(const BlockOfB& b) { return b.panel == b.group && b.depth == 0; }
+
+  BlockOfB at(int64_t group, int64_t slice, int64_t panel, int64_t depth) const {
+    return {group, slice, panel, depth, edge(slice, depth), edge(slice, depth + 1)};
+  }
+
+  BlockOfB after(const BlockOfB& b) const {
+    const int64_t group_end = slices_ == 1 ? end_ : min_of(end_, b.group + kGroup);
+    if (b.depth + 1 < depths(b.slice)) return at(b.group, b.slice, b.panel, b.depth + 1);
+    if (b.panel + 1 < group_end) return at(b.group, b.slice, b.panel + 1, 0);
+    if (b.slice + 1 < slices_) return at(b.group, b.slice + 1, b.group, 0);
+    return at(group_end, 0, group_end, 0);
+  }
+
+ private:
+  int64_t depths(int64_t slice) const {
+    const int64_t chunks = slice_begin(slice + 1) - slice_begin(slice);
+    return chunks_ <= Arch::kUncut ? 1 : ceil_div(chunks, Arch::kBlockOfB);
+  }
+  int64_t edge(int64_t slice, int64_t depth) const {
+    const int64_t begin = slice_begin(slice);
+    return begin + (slice_begin(slice + 1) - begin) * depth / depths(slice);
+  }
+
+  int64_t end_;
+  int64_t chunks_;
+  int64_t slices_;
 };
 
 // What happens beside the products of a tile, a share of it with each step of them.
@@ -95,27 +168,27 @@ class Meanwhile {
  public:
   explicit Meanwhile(const LinearBlock& block) : block_(block), finish_(finish_of<Arch>(block)) {}
 
-  // The block of B that comes next, asked for or made in `to` during `steps` steps.
-  void prepare(const SourceOfB& b, uint32_t* to, int64_t steps) {
-    const int64_t begin = b.from * kChunkUnits<Arch>;
-    const uint32_t* const units = b.panel == nullptr ? nullptr : b.panel + begin * kPanel;
-    next_b_ = units;
+  // Chunks [from, to) of a panel of B, which come next, asked for or made in `made` during `steps`
+  // steps.
+  void prepare(const uint32_t* panel, int64_t from, int64_t to, uint32_t* made, int64_t steps) {
+    const int64_t begin = from * kChunkUnits<Arch>, units = (to - from) * kChunkUnits<Arch>;
     if constexpr (Arch::kConverts) {
-      to_ = to;
+      next_b_ = panel + begin * kPanel;
+      to_ = made;
       made_ = 0;
-      there_ = units == nullptr
-                   ? 0
-                   : min_of(b.to * kChunkUnits<Arch>, panel_units<Arch>(block_)) - begin;
-      b_left_ = units == nullptr ? 0 : (b.to - b.from) * kChunkUnits<Arch>;
+      there_ = min_of(begin + units, panel_units<Arch>(block_)) - begin;
+      b_left_ = units;
     } else {
-      b_left_ = units == nullptr ? 0 : (b.to - b.from) * kChunkUnits<Arch> * kPanel / kLineWords;
+      lines_ = Lines(panel + begin * kPanel, units * kPanel / kLineWords);
+      b_left_ = lines_.steps();
     }
     b_share_ = ceil_div(b_left_, steps);
     from_memory_ = b_share_ > kShareOfTiles;
   }
 
-  // All that is left of that block.
-  void make_all() { prepare_some(b_left_); }
+  // A share of that, or all that is left of it.
+  void prepare_step() { prepare_some(min_of(b_share_, b_left_)); }
+  void prepare_rest() { prepare_some(b_left_); }
 
   // The chunks of the tile that comes now; `sums` are those that the one after it adds to.
   void begin_tile(int64_t chunks, const float* sums) {
@@ -127,7 +200,7 @@ class Meanwhile {
   }
 
   void step() {
-    prepare_some(min_of(b_share_, b_left_));
+    prepare_step();
     for (int64_t i = min_of(sum_share_, sum_lines_); i > 0; --i, --sum_lines_) {
       __builtin_prefetch(sums_, 0, 3);
       sums_ += kCacheLine;
@@ -177,7 +250,7 @@ class Meanwhile {
                       to_ + pair / kChunk * Arch::kChunkWords + pair % kChunk * kPanel + column);
       }
     } else {
-      for (; count > 0; --count, next_b_ += kLineWords) __builtin_prefetch(next_b_, 0, 2);
+      lines_.ask(count);
     }
   }
 
@@ -259,6 +332,7 @@ class Meanwhile {
 
   const LinearBlock& block_;
   const Finish finish_;
+  Lines lines_;
   const uint32_t* next_b_ = nullptr;
   bool from_memory_ = false;
   int64_t b_left_ = 0, b_share_ = 0;  // lines, or halves of pairs of units to be made
@@ -281,7 +355,7 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
   using T = typename Arch::T;
   Carver carver(scratch);
   const AmxScratch own = carve_amx<Arch>(block, carver);
-  const int64_t chunks = chunks_of<Arch>(block.in_features), slices = slices_of<Arch>(chunks);
+  const int64_t chunks = chunks_of<Arch>(block.in_features);
   const int64_t panel_words = panel_units<Arch>(block) * kPanel;
   const int64_t tiles = ceil_div(block.count, kAmxRows);
   const auto row = [&](int64_t r) {
@@ -302,12 +376,14 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
       own.inverses[r] = rounding.inverse;
     }
   }
+  Meanwhile<Arch> meanwhile(block);
   const auto pack_slice = [&](int64_t from, int64_t to) {
     for (int64_t r = 0; r < block.count; ++r) {
       const int64_t begin = r / kAmxRows * kAmxRows;
       const int64_t rows = min_of(kAmxRows, block.count - begin);
       uint32_t* const a = own.a + (begin * (to - from) + r - begin) * Arch::kRowWords;
       const Norm norm = block.norm_weight == nullptr ? Norm{} : own.norms[r];
+      meanwhile.prepare_step();
       if constexpr (Arch::kInt8) {
         put_int8_row<Arch>(row(r), block.in_features, from, to, norm, block.norm_weight,
                            block.norm_bias, own.inverses[r], a, rows * Arch::kRowWords);
@@ -316,71 +392,54 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
                       a, rows * Arch::kRowWords);
       }
     }
+    meanwhile.prepare_rest();
   };
 
-  Meanwhile<Arch> meanwhile(block);
+  const BlocksOfB<Arch> blocks(block);
+  const bool sliced = blocks.slices() > 1;
   Tiles state;
-  int64_t b_turn = 0;
-  for (int64_t group = block.panel_begin; group < block.panel_end;) {
-    const int64_t group_end =
-        slices == 1 ? block.panel_end : min_of(block.panel_end, group + kGroup);
-    for (int64_t slice = 0; slice < slices; ++slice) {
-      const int64_t slice_begin = chunks * slice / slices;
-      const int64_t slice_end = chunks * (slice + 1) / slices;
-      pack_slice(slice_begin, slice_end);
-      const int64_t depths =
-          chunks <= Arch::kUncut ? 1 : ceil_div(slice_end - slice_begin, Arch::kBlockOfB);
-      const auto depth_at = [&](int64_t d) {
-        return slice_begin + (slice_end - slice_begin) * d / depths;
-      };
-      for (int64_t panel = group; panel < group_end; ++panel) {
-        Scales scales = scales_of(block, panel * kPanel, panel_words, own.scales);
-        const int64_t column = panel * kPanel;
-        const int64_t columns = min_of(kPanel, block.out_features - column);
-        float* const sums = own.sums + (slices == 1 ? 0 : (panel - group) * tiles * kSumWords);
-        for (int64_t d = 0; d < depths; ++d) {
-          const int64_t from = depth_at(d), to = depth_at(d + 1);
-          const bool first = from == 0, last = to == chunks;
-          const uint32_t* b = panel_of<Arch>(block, panel) + from * kChunkUnits<Arch> * kPanel;
-          if constexpr (Arch::kConverts) {
-            b = own.b[b_turn % 2];
-            if (panel == group && d == 0) {
-              meanwhile.prepare({panel_of<Arch>(block, panel), from, to}, own.b[b_turn % 2], 1);
-              meanwhile.make_all();
-            }
-            ++b_turn;
-          }
-          SourceOfB next{nullptr, 0, 0};
-          if (d + 1 < depths) {
-            next = {panel_of<Arch>(block, panel), to, depth_at(d + 2)};
-          } else if (panel + 1 < group_end) {
-            next = {panel_of<Arch>(block, panel + 1), slice_begin, depth_at(1)};
-          }
-          meanwhile.prepare(next, own.b[b_turn % 2], tiles * (to - from) * Arch::kSteps);
-          for (int64_t t = 0; t < tiles; ++t) {
-            const int64_t begin = t * kAmxRows, rows = min_of(kAmxRows, block.count - begin);
-            const uint32_t* const a =
-                own.a +
-                (begin * (slice_end - slice_begin) + (from - slice_begin) * rows) * Arch::kRowWords;
-            float* const kept = sums + t * kSumWords;
-            float* const result = last ? own.done : kept;
-            const bool far_sums = slices > 1 && !first && t + 1 < tiles;
-            meanwhile.begin_tile(to - from, far_sums ? kept + kSumWords : nullptr);
-            const bool next_is_whole = block.count - begin >= 2 * kAmxRows;
-            const uint32_t* const next_a =
-                next_is_whole ? a + rows * (slice_end - slice_begin) * Arch::kRowWords : nullptr;
-            Arch::template multiply<true>(state, rows, ceil_div(columns, 16), a, b, to - from,
-                                          Arch::kBlockOfB, first ? nullptr : kept, result, kPanel,
-                                          next_a, [&] { meanwhile.step(); });
-            if (last) {
-              scales.rows = own.scales + begin;
-              meanwhile.hand_over(block.first + begin, rows, column, columns, result, scales);
-            }
-          }
-        }
+  int64_t turn = 0;  // of the two converted blocks
+  const auto prepare = [&](const BlockOfB& b, int64_t steps) {
+    if (!blocks.has(b)) return;
+    meanwhile.prepare(panel_of<Arch>(block, b.panel), b.from, b.to, own.b[turn % 2], steps);
+  };
+  BlockOfB b = blocks.at(block.panel_begin, 0, block.panel_begin, 0);
+  prepare(b, block.count);
+  while (blocks.has(b)) {
+    const int64_t slice_begin = blocks.slice_begin(b.slice);
+    const int64_t width = blocks.slice_begin(b.slice + 1) - slice_begin;
+    if (BlocksOfB<Arch>::opens_slice(b)) pack_slice(slice_begin, slice_begin + width);
+    const uint32_t* const own_b =
+        Arch::kConverts ? own.b[turn % 2]
+                        : panel_of<Arch>(block, b.panel) + b.from * kChunkUnits<Arch> * kPanel;
+    ++turn;
+    const BlockOfB next = blocks.after(b);
+    prepare(next, tiles * (b.to - b.from) * Arch::kSteps);
+
+    const bool first = b.from == 0, last = b.to == chunks;
+    const int64_t column = b.panel * kPanel;
+    const int64_t columns = min_of(kPanel, block.out_features - column);
+    Scales scales = scales_of(block, column, panel_words, own.scales);
+    float* const sums = own.sums + (sliced ? (b.panel - b.group) * tiles * kSumWords : 0);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t begin = t * kAmxRows, rows = min_of(kAmxRows, block.count - begin);
+      const uint32_t* const a =
+          own.a + (begin * width + (b.from - slice_begin) * rows) * Arch::kRowWords;
+      float* const kept = sums + t * kSumWords;
+      float* const result = last ? own.done : kept;
+      const bool far_sums = sliced && !first && t + 1 < tiles;
+      meanwhile.begin_tile(b.to - b.from, far_sums ? kept + kSumWords : nullptr);
+      const bool next_is_whole = block.count - begin >= 2 * kAmxRows;
+      const uint32_t* const next_a = next_is_whole ? a + rows * width * Arch::kRowWords : nullptr;
+      Arch::template multiply<true>(state, rows, ceil_div(columns, 16), a, own_b, b.to - b.from,
+                                    Arch::kBlockOfB, first ? nullptr : kept, result, kPanel, next_a,
+                                    [&] { meanwhile.step(); });
+      if (last) {
+        scales.rows = own.scales + begin;
+        meanwhile.hand_over(block.first + begin, rows, column, columns, result, scales);
       }
     }
-    group = group_end;
+    b = next;
   }
   meanwhile.finish_all();
 }
@@ -402,8 +461,8 @@ int64_t converted_product_loop(const LinearBlock& block, int64_t repeats, void* 
                     block.in_features, from, to, Norm{}, nullptr, nullptr,
                     own.a + r * Arch::kRowWords, tile.count * Arch::kRowWords);
     }
-    meanwhile.prepare({block.parts[0], from, to}, own.b[0], 1);
-    meanwhile.make_all();
+    meanwhile.prepare(block.parts[0], from, to, own.b[0], 1);
+    meanwhile.prepare_rest();
     for (int64_t i = 0; i < repeats; ++i) {
       Arch::template multiply<false>(state, tile.count, ceil_div(columns, 16), own.a, own.b[0],
                                      to - from, to - from, nullptr, own.done, kPanel, nullptr,

@@ -9,7 +9,7 @@ namespace beit3_fast::cpu {
 namespace {
 
 // Fewer rows on a thread than this read weights for longer than they multiply.
-constexpr int64_t kRowsPerThread = 256;
+constexpr int64_t kRowsPerThread = 128;
 
 // How many rows a thread multiplies in the time in which it reads the weights of another expert.
 constexpr int64_t kRowsOfReading = 64;
