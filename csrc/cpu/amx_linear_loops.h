@@ -99,8 +99,8 @@ class Lines {
     }
   }
 
-  // How many are to be asked for.
-  int64_t steps() const { return each_ * kStreams; }
+  // What ask() wants in all.
+  int64_t count() const { return each_ * kStreams; }
 
  private:
   static constexpr int64_t kStreams = 8;
@@ -180,7 +180,7 @@ class Meanwhile {
       b_left_ = units;
     } else {
       lines_ = Lines(panel + begin * kPanel, units * kPanel / kLineWords);
-      b_left_ = lines_.steps();
+      b_left_ = lines_.count();
     }
     b_share_ = ceil_div(b_left_, steps);
     from_memory_ = b_share_ > kShareOfTiles;
