@@ -166,18 +166,12 @@ inline float largest(const T* scores, int64_t count) {
   return v_top(v_max(top[0], top[1]));
 }
 
-// Weights 2^((score - top) * factor) of the first `visible` scores of a row as a row of A; the rest
-// of `keys` is zero, to the end of its last chunk. Returns the sum of the rounded weights.
-template <class Arch>
-inline float soften(const float* scores, int64_t visible, int64_t keys, float top, float factor,
-                    uint32_t* a, int64_t chunk_words) {
+// weight_of(scores) of the first `visible` scores of a row as a row of A; the rest of `keys` is
+// zero, to the end of its last chunk. Returns the sum of the rounded weights.
+template <class Arch, class WeightOf>
+inline float put_weights(const WeightOf& weight_of, const float* scores, int64_t visible,
+                         int64_t keys, uint32_t* a, int64_t chunk_words) {
   const int64_t step = kChunk * Arch::kPerUnit;
-  const Vec highest = v_set(top), slope = v_set(factor), shift = v_set(-top * factor);
-  const auto weight_of = [&](Vec score) {
-    // The weight of the highest is 1 but for the error of exp2, which bf16 does not show.
-    if constexpr (Arch::kExpDegree == 4) return v_exp2<4>(v_fma(score, slope, shift));
-    return v_exp2<Arch::kExpDegree>(v_mul(v_sub(score, highest), slope));
-  };
   Vec sum = v_zero();
   Vec part[Arch::kPerUnit] = {};
   int64_t i = 0;
@@ -198,6 +192,24 @@ inline float soften(const float* scores, int64_t visible, int64_t keys, float to
     sum = Arch::put_sum(a, part, sum);
   }
   return v_sum(sum);
+}
+
+// The same with weights 2^((score - top) * factor).
+template <class Arch>
+inline float soften(const float* scores, int64_t visible, int64_t keys, float top, float factor,
+                    uint32_t* a, int64_t chunk_words) {
+  const float shift = -top * factor;
+  const Vec highest = v_set(top), slope = v_set(factor), shifts = v_set(shift);
+  // An operation less: the rounding of the shift is at most 2^-12 in the exponent, which bf16 does
+  // not show. Larger shifts may round to weights of infinity, or of zero alone.
+  if (Arch::kExpDegree == 4 && __builtin_fabsf(shift) < 4096.0f) {
+    const auto weight_of = [&](Vec score) { return v_exp2<4>(v_fma(score, slope, shifts)); };
+    return put_weights<Arch>(weight_of, scores, visible, keys, a, chunk_words);
+  }
+  const auto weight_of = [&](Vec score) {
+    return v_exp2<Arch::kExpDegree>(v_mul(v_sub(score, highest), slope));
+  };
+  return put_weights<Arch>(weight_of, scores, visible, keys, a, chunk_words);
 }
 
 inline int64_t query_row(const AttentionBlock& block, int64_t query) {

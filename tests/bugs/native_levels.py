@@ -150,6 +150,13 @@ NATIVE_LEVELS_BUGS = (
         "turn += 2;",
         (SPECIAL_VALUES, AMX),
     ),
+    Bug(
+        "bf16-scores-of-any-size-by-a-rounded-shift",
+        "csrc/cpu/attention_loops.h",
+        "if (Arch::kExpDegree == 4 && __builtin_fabsf(shift) < 4096.0f) {",
+        "if (Arch::kExpDegree == 4) {",
+        (f"{KERNELS}::test_scores_of_any_size_have_their_weights", EMULATED),
+    ),
     # csrc/cpu/layer_rest.cpp, csrc/layer_ops.cpp: what lies between in strips
     Bug(
         "shares-of-rows-that-leave-some-out",

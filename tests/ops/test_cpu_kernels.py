@@ -15,6 +15,15 @@ from fence import Fence
 from beit3_fast.parity import op_parity
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16")
+# Files beside this one, test_*.py, but for what takes longest.
+ALSO_AT_LOWER_LEVELS = (
+    *("attention_gradients", "cpu_special_values", "likeliest", "gradient_steps", "cpu_blocks"),
+    *("cpu_far_rows", "patch_embedding", "cached_attention"),
+)
+MANY_KEYS = (
+    "test_tops_that_rise_and_fall_from_range_to_range",
+    "test_a_mask_tensor_hides_whole_ranges",
+)
 SHAPES = [
     (40, 1, 1),
     (1, 64, 160),
@@ -243,6 +252,18 @@ def test_a_score_of_minus_infinity_has_no_weight() -> None:
         assert out.tolist() == [[2.0, 3.0]]
 
 
+def test_scores_of_any_size_have_their_weights() -> None:
+    """Sums that grow with the scores, as a shift that is rounded before the difference is taken, would end as zeros or NaN."""
+    k, v = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.5, 0.0], [1.0, 0.0]]), torch.eye(4)[:, :2]
+    for dtype in DTYPES.values():
+        for size in (1e3, 1e5, 1e9, 3e9, 1e10, 1e12, 1e15, 1e30):
+            q = torch.tensor([[size, 0.0], [-size, 0.0]])
+            offsets = (cumulative([4]), cumulative([0]), cumulative([2]), cumulative([0]))
+            operands = [t.to(dtype) for t in (q, k, v)]
+            out = OPS.shared_attention(*operands, *offsets, None, 1, 1.0, "bidirectional")
+            assert out.tolist() == [[0.5, 0.0], [0.0, 1.0]], (dtype, size)
+
+
 def test_shared_attention_ignores_threads() -> None:
     case = Attention(torch.bfloat16, [500, 3], [20, 450], 1, 64)
     whole = case.run("causal")
@@ -279,15 +300,14 @@ def test_nothing_is_read_outside_its_tensor(dtype: str, at_end: bool) -> None:
 @pytest.mark.skipif("BEIT3_FAST_CPU_ISA" in os.environ, reason="this is the inner run")
 @pytest.mark.parametrize("level", LEVELS[:-1])
 def test_lower_levels(level: str) -> None:
-    """All of the above, special values, attention's gradients and the choice of words, in a process that may use no more than this level."""
+    """All of the above and what else runs on these kernels, in a process that may use no more than this level."""
     if LEVELS.index(level) >= LEVELS.index(OPS.cpu_isa()):
         pytest.skip(f"this CPU's own level is {OPS.cpu_isa()}")
     environment = os.environ | {"BEIT3_FAST_CPU_ISA": level, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += [
-        __file__.replace("cpu_kernels", own)
-        for own in ("attention_gradients", "cpu_special_values", "likeliest")
-    ]
+    command += [__file__.replace("cpu_kernels", own) for own in ALSO_AT_LOWER_LEVELS]
+    many_keys = __file__.replace("cpu_kernels", "attention_many_keys")
+    command += [f"{many_keys}::{own}" for own in MANY_KEYS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
