@@ -1,8 +1,8 @@
 """expert_linear alone: python -m pytest bench/micro/bench_expert_linear.py
 
 The four products of a layer, as the encoder calls them, and the same by plain PyTorch calls on split tensors, as torchscale makes
-them; alone, and with the gradients of all operands. On eight images of 224 pixels with a caption of 20 tokens each, in all
-implementations; on the rows of other workloads in those that are used.
+them: on the rows of several workloads, and on eight images of 224 pixels with a caption of 20 tokens each ("pairs") with the
+gradients of all operands.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from beit3_fast.ops.packed_weight import quantize
 from .conftest import Timed
 
 # C, and where the rows of the two experts begin and end.
-PAIRS = (768, (0, 8 * 197, 8 * 217))
 WORKLOADS = {
+    "pairs": (768, (0, 8 * 197, 8 * 217)),
     "one image": (768, (0, 197, 197)),
     "vqa": (768, (0, 8 * 901, 8 * 914)),
     "sentences": (768, (0, 0, 256 * 14)),
@@ -51,11 +51,9 @@ class Operands(NamedTuple):
     activation: str | None
 
 
-def operands(
-    product: str, dtype: torch.dtype, workload: tuple[int, tuple[int, ...]] = PAIRS
-) -> Operands:
+def operands(product: str, dtype: torch.dtype, workload: str) -> Operands:
     """Random data at the sizes of one product."""
-    unit, bounds = workload
+    unit, bounds = WORKLOADS[workload]
     times, out_times, activation, has_residual = PRODUCTS[product]
     width, out = times * unit, out_times * unit
     gen = torch.Generator().manual_seed(0)
@@ -85,8 +83,13 @@ def by_plain_calls(o: Operands) -> Tensor:
     return y if o.residual is None else y + o.residual
 
 
-def time_forward(timed: Timed, group: str, o: Operands, impl: str) -> None:
-    """Times the op, or the plain calls, under the name of its group."""
+@pytest.mark.parametrize("impl", ["auto", "cpu", "cpu int8", "composite", "plain PyTorch"])
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_expert_linear(timed: Timed, dtype: str, workload: str, product: str, impl: str) -> None:
+    o = operands(product, DTYPES[dtype], workload)
+    group = f"expert_linear {workload} {product} {dtype}"
     flops = 2.0 * o.bounds[-1] * o.weights[0].numel()
     if impl == "plain PyTorch":
         timed(group, flops, lambda: by_plain_calls(o))
@@ -112,28 +115,12 @@ def time_forward(timed: Timed, group: str, o: Operands, impl: str) -> None:
     )
 
 
-@pytest.mark.parametrize("impl", ["auto", "cpu", "cpu int8", "composite", "plain PyTorch"])
-@pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_expert_linear(timed: Timed, dtype: str, product: str, impl: str) -> None:
-    time_forward(timed, f"expert_linear {product} {dtype}", operands(product, DTYPES[dtype]), impl)
-
-
-@pytest.mark.parametrize("impl", ["auto", "cpu int8", "plain PyTorch"])
-@pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("workload", WORKLOADS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_workloads(timed: Timed, dtype: str, workload: str, product: str, impl: str) -> None:
-    o = operands(product, DTYPES[dtype], WORKLOADS[workload])
-    time_forward(timed, f"expert_linear {workload} {product} {dtype}", o, impl)
-
-
 @pytest.mark.parametrize("impl", ["auto", "cpu", "composite", "plain PyTorch"])
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients(timed: Timed, dtype: str, product: str, impl: str) -> None:
     """Forward and backward."""
-    o = operands(product, DTYPES[dtype])
+    o = operands(product, DTYPES[dtype], "pairs")
     leaves = [o.x, *o.weights, *o.biases, *o.norm.weights, *o.norm.biases]
     for leaf in leaves if o.residual is None else [*leaves, o.residual]:
         leaf.requires_grad_()

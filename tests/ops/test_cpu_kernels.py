@@ -253,7 +253,7 @@ def test_a_score_of_minus_infinity_has_no_weight() -> None:
 
 
 def test_scores_of_any_size_have_their_weights() -> None:
-    """Sums that grow with the scores, as a shift that is rounded before the difference is taken, would end as zeros or NaN."""
+    """Exponents by a shift that is rounded before the difference is taken end as zeros or NaN."""
     k, v = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.5, 0.0], [1.0, 0.0]]), torch.eye(4)[:, :2]
     for dtype in DTYPES.values():
         for size in (1e3, 1e5, 1e9, 3e9, 1e10, 1e12, 1e15, 1e30):
