@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <optional>
@@ -27,6 +28,7 @@ using beit3_fast::cpu::Expert;
 using beit3_fast::cpu::ExpertLinear;
 using beit3_fast::cpu::kStrip;
 using beit3_fast::cpu::NormExpert;
+using beit3_fast::cpu::RowStatistics;
 using beit3_fast::cpu::SharedAttention;
 using namespace beit3_fast::operands;
 using Bounds = std::vector<int64_t>;
@@ -74,6 +76,26 @@ std::size_t layers_of(const char* op, const Parameters& own, const Ranges& bound
   return layers;
 }
 
+// Room for the statistics of rows that go from kernel to kernel.
+struct Statistics {
+  explicit Statistics(int64_t rows) {
+    constexpr std::size_t kKinds = 4;
+    thread_local beit3_fast::cpu::Scratch memory;
+    auto* at = static_cast<RowStatistics*>(
+        memory.at_least(static_cast<int64_t>(kKinds * sizeof(RowStatistics)) * rows));
+    for (RowStatistics** kind : {&passing, &attention, &attended, &hidden}) {
+      *kind = at;
+      at += rows;
+    }
+    std::fill_n(passing, rows, beit3_fast::cpu::kUnmeasured);
+  }
+
+  RowStatistics* passing;    // of what goes from layer to layer
+  RowStatistics* attention;  // of its result
+  RowStatistics* attended;   // of that, projected and added
+  RowStatistics* hidden;
+};
+
 // The products of one layer, prepared but for the rows that they read and write. All layers of a
 // call are prepared before the first is computed: between kernels, which leave nothing in the
 // caches, the same work takes ten times as long.
@@ -109,7 +131,8 @@ class Layer {
   // LayerNorm and queries, keys and values of x side by side, or keys and values where queries are
   // apart. In strips where `in_strips`: [columns / kStrip][rows][kStrip] in the memory of the
   // result.
-  Tensor project(const Tensor& x, bool in_strips = false) {
+  Tensor project(const Tensor& x, const RowStatistics* statistics, bool in_strips = false) {
+    projected_.x_statistics = statistics;
     return project_by(projected_, x, in_strips);
   }
 
@@ -124,10 +147,14 @@ class Layer {
     return head_dim == kStrip && beit3_fast::cpu::level_of(projected_).linear.high_blocks;
   }
 
+  // Whether attention measures rows as these products would: those of int8 have their own level of
+  // instructions, and with it another order of additions.
+  bool measures_attention() const { return form_ != DType::kInt8; }
+
   // What follows attention o (in strips or not): its projection, added to the rows x, and the
   // feed-forward network. Takes o, whose memory is given back when it is read.
   // `stays`: whether the result outlives the call.
-  Tensor rest(Tensor o, bool in_strips, const Tensor& x, bool stays) {
+  Tensor rest(Tensor o, bool in_strips, const Tensor& x, bool stays, const Statistics& statistics) {
     const int64_t rows = o.size(0);
     Tensor y = stays ? rows_like(x, rows, width_) : rows_between(x, rows, width_);
     ExpertLinear &out = out_, &first = first_product_, &second = second_;
@@ -137,6 +164,8 @@ class Layer {
       out.x_strip = kStrip * rows;
     }
     add(x, out);
+    if (measures_attention()) out.x_statistics = statistics.attention;
+    second.statistics = statistics.passing;
     const Pool pool = torch_pool();
     if (beit3_fast::cpu::wants_layer_rest(pool, out, rows)) {
       write_to(y, second);
@@ -145,6 +174,10 @@ class Layer {
     }
     const Tensor attended = rows_between(x, rows, width_);
     write_to(attended, out);
+    out.statistics = statistics.attended;
+    first.x_statistics = statistics.attended;
+    first.statistics = statistics.hidden;
+    second.x_statistics = statistics.hidden;
     {
       const Tensor read = std::move(o);
       beit3_fast::cpu::expert_linear(pool, out);
@@ -282,10 +315,10 @@ Tensor last_rows(const Tensor& x, int64_t sequences, int64_t count) {
 
 // The attention of the queries, which are all rows of x or `selected` ones, without its projection.
 Tensor attend(Layer& layer, const Tensor& x, const Tensor& queries, bool selected, bool in_strips,
-              SharedAttention& call) {
+              const Statistics& statistics, SharedAttention& call) {
   const int64_t width = layer.width();
   // Queries in front of keys and values where all are of the same rows.
-  const Tensor projected = layer.project(x, in_strips);
+  const Tensor projected = layer.project(x, selected ? nullptr : statistics.passing, in_strips);
   const Tensor q = selected ? layer.project_queries(queries, in_strips) : projected;
   Tensor o = rows_between(x, queries.size(0), width);
   const int64_t part = in_strips ? width * x.size(0) : width;
@@ -305,6 +338,7 @@ Tensor attend(Layer& layer, const Tensor& x, const Tensor& queries, bool selecte
     call.key_head = kStrip * x.size(0);
     call.out_head = kStrip * o.size(0);
   }
+  call.statistics = layer.measures_attention() ? statistics.attention : nullptr;
   beit3_fast::cpu::shared_attention(torch_pool(), call);
   return o;
 }
@@ -352,11 +386,13 @@ Tensor encoder_layers(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> 
   if (queries.size(0) == 0) return queries;
 
   Tensor y = queries;
+  const Statistics statistics(queries.size(0));
   for (Layer& layer : layers) {
     const Tensor& from = selected ? x : y;
     const bool strips = layer.takes_strips(width / num_heads);
     const bool stays = last.empty() && &layer == &layers.back();
-    y = layer.rest(attend(layer, from, y, selected, strips, call), strips, y, stays);
+    y = layer.rest(attend(layer, from, y, selected, strips, statistics, call), strips, y, stays,
+                   statistics);
   }
   return last.empty() ? y : layer_norm(y, std::move(last), op);
 }
@@ -410,7 +446,7 @@ Tensor decoder_layer(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> b
   require(count == 1, op, ": takes one layer, got ", count);
   Layer layer(op, x, own, 0, of_experts, rows, asked, false);
 
-  const Tensor projected = layer.project(x);
+  const Tensor projected = layer.project(x, nullptr);
   write_rows(projected, width, each, call.samples, call.sequences, place, k);
   write_rows(projected, 2 * width, each, call.samples, call.sequences, place, v);
   const Tensor o = rows_between(x, asked, width);
@@ -419,8 +455,10 @@ Tensor decoder_layer(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> b
   call.q = elements_on(projected.const_data_ptr(), skipped * call.q_stride, call.dtype);
   call.out = o.mutable_data_ptr();
   beit3_fast::cpu::cached_attention(torch_pool(), call);
+  const Statistics statistics(asked);
+  std::fill_n(statistics.attention, asked, beit3_fast::cpu::kUnmeasured);
   const Tensor queries = skipped > 0 ? last_rows(x, call.sequences, call.queries) : x;
-  return layer.rest(o, false, queries, true);
+  return layer.rest(o, false, queries, true, statistics);
 }
 
 }  // namespace

@@ -88,10 +88,8 @@ struct RowsInParts {
   static constexpr bool kInt8 = false;
   static constexpr int kPerUnit = 2;
 
-  template <class Row>
-  static bool moments(const Row&, int64_t, float*, float*) {
-    return false;
-  }
+  using Sums = LaneSums;
+
   static void put(uint32_t* a, const Vec* part) {
     const Parts first = parts_of(part[0]), second = parts_of(part[1]);
     store(a, first.top, second.top);

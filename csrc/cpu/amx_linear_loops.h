@@ -36,9 +36,10 @@ struct AmxScratch {
   Norm* norms;
   float* scales;
   float* inverses;
-  float* sums;     // of tiles of a panel, or of all panels of a group
-  float* done;     // a tile, finished while the next is multiplied, before that is stored
-  uint32_t* b[2];  // converted blocks of B: one is made while the other is multiplied
+  float* row_sums;  // for the statistics that the block leaves
+  float* sums;      // of tiles of a panel, or of all panels of a group
+  float* done;      // a tile, finished while the next is multiplied, before that is stored
+  uint32_t* b[2];   // converted blocks of B: one is made while the other is multiplied
 };
 
 template <class Arch>
@@ -51,6 +52,7 @@ inline AmxScratch carve_amx(const LinearBlock& block, Carver& carver) {
   out.norms = carver.take<Norm>(block.norm_weight == nullptr ? 0 : block.count);
   out.scales = carver.take<float>(Arch::kInt8 ? block.count : 0);
   out.inverses = carver.take<float>(Arch::kInt8 ? block.count : 0);
+  out.row_sums = take_row_sums<Arch>(block, carver);
   out.sums = carver.take<float>(panels * tiles * kSumWords);
   out.done = carver.take<float>(kSumWords);
   for (uint32_t*& b : out.b) {
@@ -160,13 +162,16 @@ class BlocksOfB {
   int64_t slices_;
 };
 
-// What happens beside the products of a tile, a share of it with each step of them.
-template <class Arch>
+// What happens beside the products of a tile, a share of it with each step of them. The compiler
+// knows what a block ends with: the branches cost the first product of a layer's network 2%.
+template <class Arch, bool kGelu, bool kResidual, bool kStatistics>
 class Meanwhile {
   using T = typename Arch::T;
+  using Sums = typename Arch::Sums;
 
  public:
-  explicit Meanwhile(const LinearBlock& block) : block_(block), finish_(finish_of<Arch>(block)) {}
+  Meanwhile(const LinearBlock& block, float* row_sums)
+      : block_(block), row_sums_(row_sums), finish_(finish_of<Arch>(block)) {}
 
   // Chunks [from, to) of a panel of B, which come next, asked for or made in `made` during `steps`
   // steps.
@@ -217,9 +222,10 @@ class Meanwhile {
                  const Scales& scales) {
     plain_ = can_be_plain_ && columns == kPanel;
     if (plain_) {
+      if (kStatistics) words_ = row_sums_ + (first - block_.first) * Sums::kWords;
       out_ = static_cast<T*>(block_.out) + first * block_.out_stride +
              place_of(column, block_.out_strip);
-      if (block_.residual != nullptr) {
+      if (kResidual) {
         residual_ = static_cast<const T*>(block_.residual) + first * block_.residual_stride +
                     place_of(column, block_.residual_strip);
       }
@@ -265,7 +271,7 @@ class Meanwhile {
     if (plain_) {
       finish_plain(rows);
     } else {
-      finish_(block_, first_, rows, column_, columns_, c_, kPanel, scales_);
+      finish_(block_, first_, rows, column_, columns_, c_, kPanel, scales_, row_sums_);
     }
     first_ += rows;
     rows_left_ -= rows;
@@ -277,21 +283,30 @@ class Meanwhile {
   // the call costs more than the work. Loads of tiles seem to wait until it is known where earlier
   // stores go, so places are at hand and not computed from rows and columns (1.06).
   void finish_plain(int64_t rows) {
-    const bool gelu = block_.activation == Activation::kGelu;
     const float* c = c_;
     T* out = out_;
     const T* residual = residual_;
+    float* words = words_;
     const Vec bias[] = {v_load(block_.bias + column_), v_load(block_.bias + column_ + 16)};
     for (int64_t r = 0; r < rows; ++r, c += kPanel, out += block_.out_stride) {
+      Vec y[2];
       for (int64_t j = 0; j < 2; ++j) {
-        Vec y = activated<Arch>(c, r, 16 * j, scales_, bias[j], gelu);
-        if (residual != nullptr) y = v_add(y, v_load(residual + 16 * j));
-        v_store(out + 16 * j, y);
+        y[j] = activated<Arch>(c, r, 16 * j, scales_, bias[j], kGelu);
+        if (kResidual) y[j] = v_add(y[j], v_load(residual + 16 * j));
+        if (!kStatistics) v_store(out + 16 * j, y[j]);
       }
-      if (residual != nullptr) residual += block_.residual_stride;
+      if (kStatistics) {
+        Sums sums;
+        sums.load(words);
+        sums.put(out, y, column_);
+        sums.store(words);
+        words += Sums::kWords;
+      }
+      if (kResidual) residual += block_.residual_stride;
     }
     out_ = out;
     residual_ = residual;
+    if (kStatistics) words_ = words;
   }
 
   // Which of sixteen sums are infinite or not a number.
@@ -317,7 +332,7 @@ class Meanwhile {
         static_cast<const T*>(block_.x) + row_of(block_, sorted) * block_.x_stride, block_.x_strip};
     if (holds_nan(row, depth)) return;
     Norm norm{};
-    if (block_.norm_weight != nullptr) norm = measure<Arch>(row, depth, block_.eps);
+    if (block_.norm_weight != nullptr) norm = norm_of_row<Arch>(block_, sorted, row);
     Vec sum[2] = {v_zero(), v_zero()};
     for (int64_t from = 0; from < depth; from += 16) {
       float values[16];
@@ -331,6 +346,7 @@ class Meanwhile {
   }
 
   const LinearBlock& block_;
+  float* const row_sums_;
   const Finish finish_;
   Lines lines_;
   const uint32_t* next_b_ = nullptr;
@@ -348,9 +364,10 @@ class Meanwhile {
   bool plain_ = false;
   T* out_ = nullptr;
   const T* residual_ = nullptr;
+  float* words_ = nullptr;
 };
 
-template <class Arch>
+template <class Arch, bool kGelu, bool kResidual, bool kStatistics>
 void amx_linear_block(const LinearBlock& block, void* scratch) {
   using T = typename Arch::T;
   Carver carver(scratch);
@@ -364,19 +381,17 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
         block.x_strip};
   };
 
-  for (int64_t r = 0; r < block.count; ++r) {
-    Norm norm{};
-    if (block.norm_weight != nullptr) {
-      norm = own.norms[r] = measure<Arch>(row(r), block.in_features, block.eps);
-    }
-    if constexpr (Arch::kInt8) {
+  if (block.norm_weight != nullptr) norms_of_rows<Arch>(block, row, own.norms);
+  if constexpr (Arch::kInt8) {
+    for (int64_t r = 0; r < block.count; ++r) {
+      const Norm norm = block.norm_weight == nullptr ? Norm{} : own.norms[r];
       const Rounding rounding =
           measure_rounding(row(r), block.in_features, norm, block.norm_weight, block.norm_bias);
       own.scales[r] = rounding.scale;
       own.inverses[r] = rounding.inverse;
     }
   }
-  Meanwhile<Arch> meanwhile(block);
+  Meanwhile<Arch, kGelu, kResidual, kStatistics> meanwhile(block, own.row_sums);
   const auto pack_slice = [&](int64_t from, int64_t to) {
     for (int64_t r = 0; r < block.count; ++r) {
       const int64_t begin = r / kAmxRows * kAmxRows;
@@ -442,6 +457,24 @@ void amx_linear_block(const LinearBlock& block, void* scratch) {
     b = next;
   }
   meanwhile.finish_all();
+  leave_statistics<Arch>(block, own.row_sums);
+}
+
+template <class Arch, bool kGelu, bool kResidual>
+void amx_linear_block(const LinearBlock& block, void* scratch) {
+  const auto run = block.statistics != nullptr ? amx_linear_block<Arch, kGelu, kResidual, true>
+                                               : amx_linear_block<Arch, kGelu, kResidual, false>;
+  run(block, scratch);
+}
+
+template <class Arch>
+void amx_linear_block(const LinearBlock& block, void* scratch) {
+  const bool residual = block.residual != nullptr;
+  const auto run =
+      block.activation == Activation::kGelu
+          ? (residual ? amx_linear_block<Arch, true, true> : amx_linear_block<Arch, true, false>)
+          : (residual ? amx_linear_block<Arch, false, true> : amx_linear_block<Arch, false, false>);
+  run(block, scratch);
 }
 
 // product_loop (kernels.h) where B is converted: a block of it at a time, outside the loop.
@@ -452,7 +485,7 @@ int64_t converted_product_loop(const LinearBlock& block, int64_t repeats, void* 
   Carver carver(scratch);
   const AmxScratch own = carve_amx<Arch>(tile, carver);
   const int64_t columns = min_of(kPanel, block.out_features);
-  Meanwhile<Arch> meanwhile(tile);
+  Meanwhile<Arch, false, false, false> meanwhile(tile, own.row_sums);
   Tiles state;
   for (int64_t from = 0, to = 0; from < chunks_of<Arch>(block.in_features); from = to) {
     to = min_of(from + Arch::kBlockOfB, chunks_of<Arch>(block.in_features));

@@ -16,7 +16,8 @@ struct Float32 : OfTiles<Float32> {
   static constexpr int kExpDegree = 6;
   static constexpr int64_t kBlock = 64;  // units of depth in one chain of additions
 
-  static bool moments(const float*, int64_t, float*, float*) { return false; }
+  using Sums = LaneSums;
+
   static void put(uint32_t* a, const Vec* part) { _mm512_storeu_ps(a, part[0]); }
   static void copy(uint32_t* a, const float* x, int64_t left) {
     _mm512_storeu_si512(a, v_units(x, 0, left));

@@ -11,6 +11,48 @@ inline Vec dot_pairs(Vec sum, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
 
+inline __m512i narrow(const Vec* part) { return (__m512i)_mm512_cvtne2ps_pbh(part[1], part[0]); }
+
+constexpr int kOnes = 0x3f803f80;  // a pair of bf16 ones
+
+// Sums (row_statistics.h) of x and x^2 by pair products, exact but for fp32 accumulation. Their
+// difference keeps enough digits for bf16 operands unless the mean is far above the deviation. Both
+// halved and in one vector: what waits between panels takes L1 from the products.
+struct PairSums {
+  static constexpr int64_t kWords = 16;
+  Vec both;  // eight lanes of x, eight of x^2
+
+  void load(const float* words) { both = v_load(words); }
+  void store(float* words) const { v_store(words, both); }
+
+  void add(const uint16_t* x, int64_t column, int64_t left) {
+    add_pairs(v_units(x, 0, left), column);
+  }
+
+  void put(uint16_t* x, const Vec* y, int64_t column) {
+    const __m512i pairs = narrow(y);
+    _mm512_storeu_si512(x, pairs);
+    add_pairs(pairs, column);
+  }
+
+  __attribute__((noinline)) static RowStatistics end(const PairSums& s, int64_t n) {
+    const float total = static_cast<float>(n);
+    const float mean = _mm512_mask_reduce_add_ps(0x00ff, s.both) / total;
+    const float square = _mm512_mask_reduce_add_ps(0xff00, s.both) / total;
+    const float variance = square - mean * mean;
+    return {mean, 0.0f, mean * mean <= 64.0f * variance ? variance : -1.0f};
+  }
+
+ private:
+  void add_pairs(__m512i pairs, int64_t column) {
+    const Vec sum = dot_pairs(v_zero(), pairs, _mm512_set1_epi32(kOnes));
+    const Vec square = dot_pairs(v_zero(), pairs, pairs);
+    const Vec next =
+        v_add(_mm512_shuffle_f32x4(sum, square, 0x44), _mm512_shuffle_f32x4(sum, square, 0xee));
+    both = column == 0 ? next : v_add(both, next);
+  }
+};
+
 struct BFloat16 : OfTiles<BFloat16> {
   using T = uint16_t;
   static constexpr int kPerUnit = 2;
@@ -21,34 +63,8 @@ struct BFloat16 : OfTiles<BFloat16> {
   static constexpr int64_t kDepthUnits = 256;
   static constexpr bool kAsksAhead = true;
   static constexpr int kExpDegree = 4;
-  static constexpr int kOnes = 0x3f803f80;  // a pair of bf16 ones
 
-  static __m512i narrow(const Vec* part) { return (__m512i)_mm512_cvtne2ps_pbh(part[1], part[0]); }
-  // Sums of x and x^2 by pair products, exact but for fp32 accumulation. Their difference keeps
-  // enough digits for bf16 operands unless the mean is far above the deviation.
-  template <class Row>
-  static bool moments(const Row& x, int64_t n, float* mean, float* variance) {
-    const __m512i ones = _mm512_set1_epi32(kOnes);
-    Vec sum[2] = {v_zero(), v_zero()}, square[2] = {v_zero(), v_zero()};
-    int64_t i = 0;
-    for (; i + 64 <= n; i += 64) {
-      const uint16_t* const from = at(x, i);
-      for (int j = 0; j < 2; ++j) {
-        const __m512i pairs = _mm512_loadu_si512(from + 32 * j);
-        sum[j] = dot_pairs(sum[j], pairs, ones);
-        square[j] = dot_pairs(square[j], pairs, pairs);
-      }
-    }
-    for (; i < n; i += 32) {
-      const __m512i pairs = v_units(at(x, i), 0, n - i);
-      sum[0] = dot_pairs(sum[0], pairs, ones);
-      square[0] = dot_pairs(square[0], pairs, pairs);
-    }
-    const float count = static_cast<float>(n);
-    *mean = v_sum(v_add(sum[0], sum[1])) / count;
-    *variance = v_sum(v_add(square[0], square[1])) / count - *mean * *mean;
-    return *mean * *mean <= 64.0f * *variance;
-  }
+  using Sums = PairSums;
 
   static void put(uint32_t* a, const Vec* part) { _mm512_storeu_si512(a, narrow(part)); }
   static void copy(uint32_t* a, const uint16_t* x, int64_t left) {

@@ -205,8 +205,8 @@ void gradients_block(const AttentionGradientsBlock& block, void* scratch) {
     const auto from = [&](const auto& of) {
       return [&, begin](int64_t r) { return of(begin + r); };
     };
-    pack_tile<Arch>(from(q), rows, width, nullptr, nullptr, 0.0f, s.rows);
-    pack_tile<Arch>(from(grad), rows, width, nullptr, nullptr, 0.0f, s.other_rows);
+    pack_tile<Arch>(from(q), rows, width, nullptr, nullptr, no_norm, s.rows);
+    pack_tile<Arch>(from(grad), rows, width, nullptr, nullptr, no_norm, s.other_rows);
     multiply<Arch>(state, rows, s.rows, s.keys, most, deep_words, deep_units, s.scores, places);
     multiply<Arch>(state, rows, s.other_rows, s.values, most, deep_words, deep_units, s.slopes,
                    places);
@@ -249,8 +249,8 @@ void gradients_block(const AttentionGradientsBlock& block, void* scratch) {
     const auto from = [&](const auto& of) {
       return [&, begin](int64_t r) { return of(begin + r); };
     };
-    pack_tile<Arch>(from(k), rows, width, nullptr, nullptr, 0.0f, s.rows);
-    pack_tile<Arch>(from(v), rows, width, nullptr, nullptr, 0.0f, s.other_rows);
+    pack_tile<Arch>(from(k), rows, width, nullptr, nullptr, no_norm, s.rows);
+    pack_tile<Arch>(from(v), rows, width, nullptr, nullptr, no_norm, s.other_rows);
     multiply<Arch>(state, rows, s.rows, s.queries, queries, deep_words, deep_units, s.scores,
                    places);
     multiply<Arch>(state, rows, s.other_rows, s.grads, queries, deep_words, deep_units, s.slopes,

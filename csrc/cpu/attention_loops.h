@@ -212,6 +212,8 @@ inline float soften(const float* scores, int64_t visible, int64_t keys, float to
   return put_weights<Arch>(weight_of, scores, visible, keys, a, chunk_words);
 }
 
+inline Norm no_norm(int64_t) { return {}; }
+
 inline int64_t query_row(const AttentionBlock& block, int64_t query) {
   return query < block.vision_queries ? block.query_vision_row + query
                                       : block.query_text_row + query - block.vision_queries;
@@ -318,7 +320,7 @@ inline void attend(const AttentionBlock& block, typename Arch::State& state, Key
       const auto row = [&](int64_t r) {
         return static_cast<const T*>(block.q) + at[r] * block.q_stride;
       };
-      pack_tile<Arch>(row, rows, block.head_dim, nullptr, nullptr, 0.0f, s.q);
+      pack_tile<Arch>(row, rows, block.head_dim, nullptr, nullptr, no_norm, s.q);
       for (int64_t r = 0; r < rows && begin + rows + r < block.end; ++r) {
         const int64_t query = begin + rows + r;
         foresee_row(static_cast<const T*>(block.q) + query_row(block, query) * block.q_stride,

@@ -35,12 +35,21 @@ void pack_transposed(const void* x, int64_t stride, int64_t depth, int64_t colum
 }
 
 template <class Arch>
+void row_statistics(const StatisticsBlock& block) {
+  using T = typename Arch::T;
+  const auto row = [&](int64_t r) {
+    return StripRow<T>{static_cast<const T*>(block.x) + r * block.x_stride, block.x_strip};
+  };
+  measure_rows<Arch>(row, block.count, block.width, block.out);
+}
+
+template <class Arch>
 void layer_norm(const NormBlock& block) {
   using T = typename Arch::T;
   for (int64_t r = 0; r < block.count; ++r) {
     const T* const x = static_cast<const T*>(block.x) + r * block.x_stride;
     T* const out = static_cast<T*>(block.out) + r * block.out_stride;
-    const Norm norm = measure<Arch>(x, block.width, block.eps);
+    const Norm norm = norm_of(measure<Arch>(x, block.width), block.eps);
     for (int64_t i = 0; i < block.width; i += 16) {
       const Vec y = normal_values(x + i, i, block.width, norm, block.weight, block.bias);
       store_some(out + i, y, block.width - i);
@@ -63,7 +72,7 @@ void layer_norm_gradients(const NormGradientsBlock& block) {
     const T* const x = static_cast<const T*>(block.x) + r * block.x_stride;
     const T* const grad = static_cast<const T*>(block.grad) + r * block.grad_stride;
     T* const out = static_cast<T*>(block.x_grad) + r * block.x_grad_stride;
-    const Norm norm = measure<Arch>(x, width, block.eps);
+    const Norm norm = norm_of(measure<Arch>(x, width), block.eps);
     Vec sum = v_zero(), met = v_zero();
     for (int64_t i = 0; i < width; i += 16) {
       const Vec n = centred(load_some(x + i, width - i), norm);
@@ -142,6 +151,7 @@ constexpr Kernels make_kernels(const char* isa) {
   own.pack_panel = pack_panel<Arch>;
   own.pack_transposed = pack_transposed<Arch>;
   own.likeliest = likeliest<Arch>;
+  own.row_statistics = row_statistics<Arch>;
   own.layer_norm = layer_norm<Arch>;
   own.layer_norm_gradients = layer_norm_gradients<Arch>;
   own.transpose = transpose<Arch>;

@@ -106,6 +106,14 @@ void plan(const Pool& pool, const LinearKernels& level, const ExpertLinear& op,
   }
   sort_by_size(tasks);
   share_the_rest(pool.threads, tasks);
+  if (op.statistics == nullptr) return;
+  for (LinearBlock& task : *tasks) {
+    if (task.panel_begin == 0 && task.panel_end == panels) continue;
+    task.statistics = nullptr;
+    for (int64_t r = task.first; r < task.first + task.count; ++r) {
+      op.statistics[op.rows == nullptr ? r : op.rows[r]] = kUnmeasured;
+    }
+  }
 }
 
 }  // namespace
@@ -147,6 +155,8 @@ std::vector<LinearBlock> whole_blocks(const Pool& pool, const ExpertLinear& op,
     block.out_stride = op.out_stride;
     block.out_strip = op.out_strip;
     block.rows = op.rows;
+    block.x_statistics = op.x_statistics;
+    block.statistics = op.statistics;
     block.first = expert.begin;
     block.count = expert.end - expert.begin;
     block.in_features = op.in_features;

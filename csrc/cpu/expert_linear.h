@@ -37,6 +37,10 @@ struct ExpertLinear {
   int64_t out_stride = 0;
   int64_t out_strip = kStrip;
   const int64_t* rows = nullptr;
+  // By row of x and of out; of the rows of out those are left as unmeasured whose columns several
+  // threads take. Null: none.
+  const RowStatistics* x_statistics = nullptr;
+  RowStatistics* statistics = nullptr;
   int64_t in_features = 0;
   int64_t out_features = 0;
   float eps = 0.0f;

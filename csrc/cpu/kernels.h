@@ -29,6 +29,15 @@ constexpr int64_t kChunk = 16;
 // of a matrix that is not cut are such strips with a distance of kStrip between them.
 constexpr int64_t kStrip = 64;
 
+// Of the numbers of a row: their mean, which is centre + offset, and their variance, which is
+// negative where nobody has measured them.
+struct RowStatistics {
+  float centre;
+  float offset;
+  float variance;
+};
+constexpr RowStatistics kUnmeasured = {0.0f, 0.0f, -1.0f};
+
 // Rows [first, first + count) of the sorted rows, all of one expert, against panels
 // [panel_begin, panel_end) of its weight.
 struct LinearBlock {
@@ -43,6 +52,10 @@ struct LinearBlock {
   int64_t out_strip = kStrip;
   void* bare;  // what lies in out before the residual is added, at the same places; or null
   const int64_t* rows;  // sorted row -> row of x, residual and out; null: the identity
+  // Of the rows of x, by those that wrote them, and where those of out go, which are left only
+  // where all panels are taken; null: none.
+  const RowStatistics* x_statistics;
+  RowStatistics* statistics;
   int64_t first;
   int64_t count;
   int64_t in_features;
@@ -72,6 +85,16 @@ struct NormBlock {
   const float* weight;
   const float* bias;
   float eps;
+};
+
+// Rows of `width` numbers, in strips or not, and where their statistics go.
+struct StatisticsBlock {
+  const void* x;
+  int64_t x_stride;
+  int64_t x_strip = kStrip;
+  int64_t count;
+  int64_t width;
+  RowStatistics* out;
 };
 
 // The gradients of so many rows of LayerNorm, given those of its results.
@@ -192,6 +215,7 @@ struct Kernels {
   void (*pack_transposed)(const void* x, int64_t stride, int64_t depth, int64_t columns,
                           int64_t from, uint32_t* panel);
   void (*likeliest)(const LogitsBlock& block, LogitsSummary* out);
+  void (*row_statistics)(const StatisticsBlock& block);
   void (*layer_norm)(const NormBlock& block);
   void (*layer_norm_gradients)(const NormGradientsBlock& block);
   // Columns [from, from + kPanel) of `rows` rows of x, those below `columns`, as rows of out.

@@ -20,7 +20,8 @@ struct Avx2 : OfParts<Avx2<Element>> {
   // kernels_avx512.cpp.
   static constexpr int64_t kBlock = kPerUnit == 1 ? 2 * kChunk : int64_t{1} << 40;
 
-  static bool moments(const T*, int64_t, float*, float*) { return false; }
+  using Sums = LaneSums;
+
   static void put(uint32_t* a, const Vec* part) { put_sum(a, part, v_zero()); }
   static void copy(uint32_t* a, const T* x, int64_t left) {
     for (int j = 0; j < kPerUnit; ++j) {

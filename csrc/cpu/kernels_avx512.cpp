@@ -16,7 +16,8 @@ struct WidenedBFloat16 : OfTiles<WidenedBFloat16> {
   static constexpr int64_t kDepthUnits = 768;
   static constexpr int kExpDegree = 5;
 
-  static bool moments(const uint16_t*, int64_t, float*, float*) { return false; }
+  using Sums = LaneSums;
+
   static void put(uint32_t* a, const Vec* part) { put_sum(a, part, v_zero()); }
   static void copy(uint32_t* a, const uint16_t* x, int64_t left) {
     for (int j = 0; j < 2; ++j) {

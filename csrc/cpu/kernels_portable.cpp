@@ -15,7 +15,8 @@ struct Portable : OfTiles<Portable<Element>> {
   static constexpr int64_t kDepthUnits = 512 / kPerUnit;
   static constexpr int kExpDegree = 6;
 
-  static bool moments(const T*, int64_t, float*, float*) { return false; }
+  using Sums = LaneSums;
+
   static void put(uint32_t* a, const Vec* part) { put_sum(a, part, v_zero()); }
   static void copy(uint32_t* a, const T* x, int64_t left) {
     for (int j = 0; j < kPerUnit; ++j) {

@@ -108,7 +108,9 @@ void layer_rest(const Pool& pool, const LayerRest& op) {
 
   const int64_t bytes = op.project.dtype == DType::kFloat32 ? 4 : 2;
   const auto compute = [&](const Rows& rows) {
-    thread_local Scratch sums, between;
+    thread_local Scratch sums, between, statistics;
+    auto* const measured = static_cast<RowStatistics*>(
+        statistics.at_least(2 * rows.count * static_cast<int64_t>(sizeof(RowStatistics))));
     const auto run = [&](const LinearBlock& block) {
       level.block(block, task_scratch().at_least(level.scratch(block)));
     };
@@ -127,10 +129,14 @@ void layer_rest(const Pool& pool, const LayerRest& op) {
     block.residual = block.out = a;
     block.residual_stride = block.out_stride = kStrip;
     block.residual_strip = block.out_strip = strip;
+    if (block.x_statistics != nullptr) block.x_statistics += rows.first;
+    block.statistics = measured;
     run(block);
 
     block = block_of(first, rows);
     block.x = a;
+    block.x_statistics = measured;
+    block.statistics = measured + rows.count;
     void* const h = block.out = between.at_least(ceil_div(hidden, kStrip) * strip * bytes);
     block.x_stride = block.out_stride = kStrip;
     block.x_strip = block.out_strip = strip;
@@ -140,6 +146,8 @@ void layer_rest(const Pool& pool, const LayerRest& op) {
     void* const y = block.out;
     const int64_t y_stride = block.out_stride;
     block.x = h;
+    block.x_statistics = measured + rows.count;
+    if (block.statistics != nullptr) block.statistics += rows.first;
     block.residual = block.out = a;
     block.x_stride = block.residual_stride = block.out_stride = kStrip;
     block.x_strip = block.residual_strip = block.out_strip = strip;

@@ -5,10 +5,63 @@
 
 namespace {
 
+inline int64_t row_of(const LinearBlock& block, int64_t sorted) {
+  return block.rows == nullptr ? sorted : block.rows[sorted];
+}
+
+// The norm of one of the sorted rows, which is `row` of x.
+template <class Arch, class Row>
+inline Norm norm_of_row(const LinearBlock& block, int64_t sorted, const Row& row) {
+  if (block.x_statistics != nullptr) {
+    const RowStatistics& known = block.x_statistics[row_of(block, sorted)];
+    if (!(known.variance < 0.0f)) return norm_of(known, block.eps);
+  }
+  return norm_of(measure<Arch>(row, block.in_features), block.eps);
+}
+
+// The norms of all rows of a block, row(i).
+template <class Arch, class Row>
+inline void norms_of_rows(const LinearBlock& block, const Row& row, Norm* norms) {
+  constexpr int64_t kTogether = 16;
+  RowStatistics own[kTogether];
+  for (int64_t r = 0; r < block.count; r += kTogether) {
+    const int64_t rows = min_of(kTogether, block.count - r);
+    bool known = block.x_statistics != nullptr;
+    for (int64_t i = 0; known && i < rows; ++i) {
+      own[i] = block.x_statistics[row_of(block, block.first + r + i)];
+      known = !(own[i].variance < 0.0f);
+    }
+    if (!known) {
+      measure_rows<Arch>([&](int64_t i) { return row(r + i); }, rows, block.in_features, own);
+    }
+    for (int64_t i = 0; i < rows; ++i) norms[r + i] = norm_of(own[i], block.eps);
+  }
+}
+
+// The sums of all rows of a block that leaves statistics.
+template <class Arch>
+inline float* take_row_sums(const LinearBlock& block, Carver& carver) {
+  return carver.take<float>(block.statistics == nullptr ? 0 : block.count * Arch::Sums::kWords);
+}
+
+// Leaves the statistics of all rows of a block, whose sums are complete.
+template <class Arch>
+inline void leave_statistics(const LinearBlock& block, const float* row_sums) {
+  using T = typename Arch::T;
+  if (block.statistics == nullptr) return;
+  for (int64_t r = 0; r < block.count; ++r, row_sums += Arch::Sums::kWords) {
+    const int64_t row = row_of(block, block.first + r);
+    const StripRow<T> out{static_cast<const T*>(block.out) + row * block.out_stride,
+                          block.out_strip};
+    block.statistics[row] = measured<Arch>(row_sums, out, block.out_features);
+  }
+}
+
 struct LinearScratch {
   uint32_t* a;
   float* c;
   float* row_scales;
+  float* row_sums;  // for the statistics that the block leaves
 };
 
 template <class Arch>
@@ -17,6 +70,7 @@ inline LinearScratch carve_linear(const LinearBlock& block, Carver& carver) {
   out.a = carver.take<uint32_t>(block.count * chunks_of<Arch>(block.in_features) * Arch::kRowWords);
   out.c = carver.take<float>(max_of(block.count, 4) * kPanel * 4);
   out.row_scales = carver.take<float>(Arch::kInt8 ? block.count : 0);
+  out.row_sums = take_row_sums<Arch>(block, carver);
   return out;
 }
 
@@ -27,15 +81,16 @@ int64_t linear_scratch(const LinearBlock& block) {
   return carver.used();
 }
 
-// Rows of a tile of A, and their scales where they are rounded to int8.
+// Rows of a tile of A, from sorted row `first` on, and their scales where they are rounded to int8.
 template <class Arch, class Row>
-inline void pack_rows(const Row& row, int64_t rows, const LinearBlock& block, uint32_t* a,
-                      float* scales) {
+inline void pack_rows(const Row& row, int64_t first, int64_t rows, const LinearBlock& block,
+                      uint32_t* a, float* scales) {
+  const auto norm = [&](int64_t r) { return norm_of_row<Arch>(block, first + r, row(r)); };
   if constexpr (Arch::kInt8) {
-    pack_int8_tile<Arch>(row, rows, block.in_features, block.norm_weight, block.norm_bias,
-                         block.eps, a, scales);
+    pack_int8_tile<Arch>(row, rows, block.in_features, block.norm_weight, block.norm_bias, norm, a,
+                         scales);
   } else {
-    pack_tile<Arch>(row, rows, block.in_features, block.norm_weight, block.norm_bias, block.eps, a);
+    pack_tile<Arch>(row, rows, block.in_features, block.norm_weight, block.norm_bias, norm, a);
   }
 }
 
@@ -64,16 +119,6 @@ inline Vec activated(const float* c, int64_t row, int64_t column, const Scales& 
   return gelu ? v_gelu<typename Arch::T>(y) : y;
 }
 
-// Where column `column` of a row lies behind its first one.
-inline int64_t place_of(int64_t column, int64_t strip) {
-  constexpr int64_t width = beit3_fast::cpu::kStrip;
-  return column / width * strip + column % width;
-}
-
-inline int64_t row_of(const LinearBlock& block, int64_t sorted) {
-  return block.rows == nullptr ? sorted : block.rows[sorted];
-}
-
 // Asks for the memory that `finish` will touch, to arrive while the products run: the pieces of
 // rows are too short for the hardware to foresee.
 template <class Arch>
@@ -94,46 +139,66 @@ inline void foresee(const LinearBlock& block, int64_t first, int64_t rows, int64
 }
 
 // Bias, activation, residual and the store of one tile of products; with Bare also of what the
-// residual is added to.
-template <class Arch, bool Gelu, bool Residual, bool Bare = false>
+// residual is added to, and with Summed the sums of what is stored, for statistics.
+template <class Arch, bool Gelu, bool Residual, bool Bare, bool Summed>
 inline void finish(const LinearBlock& block, int64_t first, int64_t rows, int64_t column,
-                   int64_t columns, const float* c, int64_t c_stride, const Scales& scales) {
+                   int64_t columns, const float* c, int64_t c_stride, const Scales& scales,
+                   float* row_sums) {
   using T = typename Arch::T;
+  using Sums = typename Arch::Sums;
   T* const out = static_cast<T*>(block.out);
   T* const bare = static_cast<T*>(block.bare);
   const T* const residual = static_cast<const T*>(block.residual);
   const int64_t out_place = place_of(column, block.out_strip);
   const int64_t residual_place = place_of(column, block.residual_strip);
-  for (int64_t r = 0; r < rows; ++r, c += c_stride) {
+  float* words = row_sums + (first - block.first) * Sums::kWords;
+  for (int64_t r = 0; r < rows; ++r, c += c_stride, words += Sums::kWords) {
     const int64_t row = row_of(block, first + r);
     T* const to = out + row * block.out_stride + out_place;
     const T* const added =
         Residual ? residual + row * block.residual_stride + residual_place : nullptr;
-    for (int64_t j = 0; j < columns; j += 16) {
-      const Vec bias = block.bias == nullptr ? v_zero() : v_load(block.bias + column + j);
-      Vec y = activated<Arch>(c, r, j, scales, bias, Gelu);
-      if (Bare) store_some(bare + row * block.out_stride + out_place + j, y, columns - j);
-      if (Residual) {
-        y = v_add(y, load_some(added + j, columns - j));
+    Sums sums{};
+    if (Summed) sums.load(words);
+    for (int64_t j = 0; j < columns; j += kPanel) {
+      const int64_t left = columns - j;
+      Vec y[2];
+      for (int64_t i = 0; i < (left > 16 ? 2 : 1); ++i) {
+        const int64_t k = j + 16 * i;
+        const Vec bias = block.bias == nullptr ? v_zero() : v_load(block.bias + column + k);
+        y[i] = activated<Arch>(c, r, k, scales, bias, Gelu);
+        if (Bare) store_some(bare + row * block.out_stride + out_place + k, y[i], columns - k);
+        if (Residual) y[i] = v_add(y[i], load_some(added + k, columns - k));
+        if (!Summed || left < kPanel) store_some(to + k, y[i], columns - k);
       }
-      store_some(to + j, y, columns - j);
+      if (Summed && left >= kPanel) sums.put(to + j, y, column + j);
+      if (Summed && left < kPanel) sums.add(to + j, column + j, left);
     }
+    if (Summed) sums.store(words);
   }
 }
 
 using Finish = void (*)(const LinearBlock& block, int64_t first, int64_t rows, int64_t column,
-                        int64_t columns, const float* c, int64_t c_stride, const Scales& scales);
+                        int64_t columns, const float* c, int64_t c_stride, const Scales& scales,
+                        float* row_sums);
 
+template <class Arch, bool Gelu, bool Residual, bool Bare>
+inline Finish finish_of(const LinearBlock& block) {
+  return block.statistics != nullptr ? finish<Arch, Gelu, Residual, Bare, true>
+                                     : finish<Arch, Gelu, Residual, Bare, false>;
+}
 template <class Arch>
 inline Finish finish_of(const LinearBlock& block) {
+  const bool residual = block.residual != nullptr;
   if (block.activation == Activation::kGelu) {
-    return block.residual != nullptr ? finish<Arch, true, true> : finish<Arch, true, false>;
+    return residual ? finish_of<Arch, true, true, false>(block)
+                    : finish_of<Arch, true, false, false>(block);
   }
   if (block.bare != nullptr) {
-    return block.residual != nullptr ? finish<Arch, false, true, true>
-                                     : finish<Arch, false, false, true>;
+    return residual ? finish_of<Arch, false, true, true>(block)
+                    : finish_of<Arch, false, false, true>(block);
   }
-  return block.residual != nullptr ? finish<Arch, false, true> : finish<Arch, false, false>;
+  return residual ? finish_of<Arch, false, true, false>(block)
+                  : finish_of<Arch, false, false, false>(block);
 }
 
 // Scales of so many rows and of the columns from `column` on, which lie behind the panels of their
@@ -184,7 +249,8 @@ void linear_block(const LinearBlock& block, void* scratch) {
       return static_cast<const T*>(block.x) +
              row_of(block, block.first + begin + r) * block.x_stride;
     };
-    pack_rows<Arch>(row, end - begin, block, own.a + begin * row_words, own.row_scales + begin);
+    pack_rows<Arch>(row, block.first + begin, end - begin, block, own.a + begin * row_words,
+                    own.row_scales + begin);
   }
 
   const Finish end_tile = finish_of<Arch>(block);
@@ -220,12 +286,14 @@ void linear_block(const LinearBlock& block, void* scratch) {
                       depth, c, c_stride, d > 0, ahead);
         if (d + 1 == depths) {
           scales.rows = own.row_scales + begin;
-          end_tile(block, block.first + begin, rows, column, columns, c, c_stride, scales);
+          end_tile(block, block.first + begin, rows, column, columns, c, c_stride, scales,
+                   own.row_sums);
         }
       }
     }
     column += vectors * 16;
   }
+  leave_statistics<Arch>(block, own.row_sums);
 }
 
 template <class Arch>
@@ -235,7 +303,7 @@ int64_t product_loop(const LinearBlock& block, int64_t repeats, void* scratch) {
   const LinearScratch own = carve_linear<Arch>(block, carver);
   const int64_t rows = min_of(block.count, Arch::kTileRows);
   const auto row = [&](int64_t r) { return static_cast<const T*>(block.x) + r * block.x_stride; };
-  pack_rows<Arch>(row, rows, block, own.a, own.row_scales);
+  pack_rows<Arch>(row, 0, rows, block, own.a, own.row_scales);
   const int64_t units = ceil_div(block.in_features, Arch::kPerUnit);
   const int64_t panel_words = chunks_of<Arch>(block.in_features) * kChunk * kPanel;
   const int64_t vectors = Arch::vectors_at_once(rows, block.out_features);

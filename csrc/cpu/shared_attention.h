@@ -36,6 +36,9 @@ struct SharedAttention {
   int64_t seen_text = 0;
   float scale = 1.0f;
   Mask mask = Mask::kBidirectional;
+  // Where the statistics of the rows of out go, by query; those whose heads several threads take
+  // are left as unmeasured. Null: none.
+  RowStatistics* statistics = nullptr;
 };
 
 // `out` is not written; the gradients of q, k and v are contiguous.

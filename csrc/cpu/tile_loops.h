@@ -9,7 +9,7 @@
 //   kAsksAhead   whether products ask for the block of B that comes next as they run
 //   kDepthUnits  most units of depth of a block of B, which should stay in the nearest cache
 //   kExpDegree   degree of the polynomial in exp2
-//   moments      mean and variance in one pass over a row, or false where that would be inexact
+//   Sums         the sums that statistics of a row are made of (row_statistics.h)
 //   put          converts one row chunk of A from fp32
 //   copy         one row chunk of A from memory, of which `left` elements are there
 //   put_sum      the same, and returns sum + the lanes of the rounded values
@@ -27,6 +27,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "row_statistics.h"
 
 namespace {
 
@@ -35,7 +36,6 @@ using beit3_fast::cpu::AttentionBlock;
 using beit3_fast::cpu::AttentionGradientsBlock;
 using beit3_fast::cpu::kChunk;
 using beit3_fast::cpu::Kernels;
-using beit3_fast::cpu::kPanel;
 using beit3_fast::cpu::LinearBlock;
 using beit3_fast::cpu::LinearKernels;
 using beit3_fast::cpu::LogitsBlock;
@@ -43,12 +43,9 @@ using beit3_fast::cpu::LogitsSummary;
 using beit3_fast::cpu::Mask;
 using beit3_fast::cpu::NormBlock;
 using beit3_fast::cpu::NormGradientsBlock;
+using beit3_fast::cpu::StatisticsBlock;
 
 constexpr int64_t kCacheLine = 64;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class Arch>
 inline int64_t chunks_of(int64_t depth) {
@@ -72,19 +69,6 @@ class Carver {
   uintptr_t base_;
   uintptr_t at_;
 };
-
-template <class T>
-inline Vec load_some(const T* p, int64_t left) {
-  return left >= 16 ? v_load(p) : left > 0 ? v_load_n(p, left) : v_zero();
-}
-template <class T>
-inline void store_some(T* p, Vec a, int64_t left) {
-  if (left >= 16) {
-    v_store(p, a);
-  } else {
-    v_store_n(p, a, left);
-  }
-}
 
 // Memory to ask for while products run: so many lines for every kAskUnits units of their depth.
 constexpr int64_t kAskUnits = 4;
@@ -199,10 +183,7 @@ struct OfInt8 : Base {
   static constexpr bool kUnsigned = false;
   static constexpr int kPerUnit = 4;
   static constexpr int kTileRows = 12;
-  template <class Row>
-  static bool moments(const Row&, int64_t, float*, float*) {
-    return false;
-  }
+  using Sums = LaneSums;
 };
 
 // First row of tile t of the `tiles` tiles of `count` rows.
@@ -211,84 +192,12 @@ inline int64_t tile_begin(int64_t count, int64_t tiles, int64_t t) {
   return Arch::kEven ? count * t / tiles : min_of(count, t * Arch::kTileRows);
 }
 
-// A row of elements that lie in strips, and element i of a row in either form; up to the next
-// multiple of kStrip the others lie behind it.
-template <class T>
-struct StripRow {
-  const T* data;
-  int64_t strip;
-};
-template <class T>
-inline const T* at(const T* row, int64_t i) {
-  return row + i;
-}
-template <class T>
-inline const T* at(const StripRow<T>& row, int64_t i) {
-  constexpr uint64_t width = beit3_fast::cpu::kStrip;
-  const auto place = static_cast<uint64_t>(i);
-  return row.data + static_cast<int64_t>(place / width) * row.strip + place % width;
-}
-
 template <class T>
 inline void foresee_row(const T* row, int64_t n) {
   if (row == nullptr) return;
   constexpr int64_t line = kCacheLine / static_cast<int64_t>(sizeof(T));
   for (int64_t j = 0; j < n; j += line) __builtin_prefetch(row + j, 0);
   __builtin_prefetch(row + n - 1, 0);
-}
-
-// Mean and reciprocal standard deviation of a row as (pivot, shift, scale):
-// (x - mean) / sqrt(var + eps) = (x - pivot) * scale + shift. The second pass measures the rounding
-// of the mean found by the first, so that a mean far above the deviation costs no digits.
-struct Norm {
-  float pivot;
-  float shift;
-  float scale;
-};
-
-// NaN for a variance that fp32 does not hold, as numbers of 1e20 have: 0 would make zeros of them.
-inline float inverse_deviation(float variance, float eps) {
-  const float beyond = variance * 0.0f;
-  return 1.0f / __builtin_sqrtf((variance > 0.0f ? variance : 0.0f) + eps) + beyond;
-}
-
-template <class Arch, class Row>
-inline Norm measure(const Row& x, int64_t n, float eps) {
-  float mean, quick;
-  if (Arch::moments(x, n, &mean, &quick)) return {mean, 0.0f, inverse_deviation(quick, eps)};
-  Vec sum[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
-  int64_t i = 0;
-  for (; i + 64 <= n; i += 64) {
-    const auto* const from = at(x, i);
-    for (int j = 0; j < 4; ++j) sum[j] = v_add(sum[j], v_load(from + 16 * j));
-  }
-  for (; i < n; i += 16) sum[0] = v_add(sum[0], load_some(at(x, i), n - i));
-  const float count = static_cast<float>(n);
-  const float pivot = v_sum(v_add(v_add(sum[0], sum[1]), v_add(sum[2], sum[3]))) / count;
-
-  const Vec centre = v_set(pivot);
-  Vec first[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
-  Vec second[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
-  for (i = 0; i + 64 <= n; i += 64) {
-    const auto* const from = at(x, i);
-    for (int j = 0; j < 4; ++j) {
-      const Vec d = v_sub(v_load(from + 16 * j), centre);
-      first[j] = v_add(first[j], d);
-      second[j] = v_fma(d, d, second[j]);
-    }
-  }
-  for (; i < n; i += 16) {
-    const int64_t left = n - i;
-    Vec d = v_sub(load_some(at(x, i), left), centre);
-    if (left < 16) d = v_keep(d, left, 0.0f);
-    first[0] = v_add(first[0], d);
-    second[0] = v_fma(d, d, second[0]);
-  }
-  const float offset = v_sum(v_add(v_add(first[0], first[1]), v_add(first[2], first[3]))) / count;
-  const float square =
-      v_sum(v_add(v_add(second[0], second[1]), v_add(second[2], second[3]))) / count;
-  const float scale = inverse_deviation(square - offset * offset, eps);
-  return {pivot, -offset * scale, scale};
 }
 
 inline Vec centred(Vec values, const Norm& norm) {
@@ -369,14 +278,14 @@ inline void put_row(const Row& x, int64_t depth, int64_t begin, int64_t end, con
   }
 }
 
-// Rows of a tile of A.
-template <class Arch, class Row>
+// Rows of a tile of A, normalised by norm(r) where norm_weight is given.
+template <class Arch, class Row, class NormOf>
 inline void pack_tile(const Row& row, int64_t rows, int64_t depth, const float* norm_weight,
-                      const float* norm_bias, float eps, uint32_t* a) {
+                      const float* norm_bias, const NormOf& norm, uint32_t* a) {
   Norm norms[Arch::kTileRows] = {};
   if (norm_weight != nullptr) {
     // First of all rows, so that the latencies at the end of one hide behind the loads of the next.
-    for (int64_t r = 0; r < rows; ++r) norms[r] = measure<Arch>(row(r), depth, eps);
+    for (int64_t r = 0; r < rows; ++r) norms[r] = norm(r);
   }
   for (int64_t r = 0; r < rows; ++r) {
     put_row<Arch>(row(r), depth, 0, chunks_of<Arch>(depth), norms[r], norm_weight, norm_bias,
@@ -385,16 +294,15 @@ inline void pack_tile(const Row& row, int64_t rows, int64_t depth, const float* 
 }
 
 // The same rounded to int8, and the scales of the rows.
-template <class Arch, class Row>
+template <class Arch, class Row, class NormOf>
 inline void pack_int8_tile(const Row& row, int64_t rows, int64_t depth, const float* norm_weight,
-                           const float* norm_bias, float eps, uint32_t* a, float* scales) {
+                           const float* norm_bias, const NormOf& norm, uint32_t* a, float* scales) {
   for (int64_t r = 0; r < rows; ++r) {
     const typename Arch::T* const x = row(r);
-    Norm norm{};
-    if (norm_weight != nullptr) norm = measure<Arch>(x, depth, eps);
-    const Rounding rounding = measure_rounding(x, depth, norm, norm_weight, norm_bias);
+    const Norm own = norm_weight == nullptr ? Norm{} : norm(r);
+    const Rounding rounding = measure_rounding(x, depth, own, norm_weight, norm_bias);
     scales[r] = rounding.scale;
-    put_int8_row<Arch>(x, depth, 0, chunks_of<Arch>(depth), norm, norm_weight, norm_bias,
+    put_int8_row<Arch>(x, depth, 0, chunks_of<Arch>(depth), own, norm_weight, norm_bias,
                        rounding.inverse, a + r * Arch::kRowWords, rows * Arch::kRowWords);
   }
 }

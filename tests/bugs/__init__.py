@@ -20,6 +20,7 @@ from bugs.native import NATIVE_BUGS
 from bugs.native_levels import NATIVE_LEVELS_BUGS
 from bugs.native_many_keys import NATIVE_MANY_KEYS_BUGS
 from bugs.native_memory import NATIVE_MEMORY_BUGS
+from bugs.native_statistics import NATIVE_STATISTICS_BUGS
 from bugs.ops import OPS_BUGS
 from bugs.pretraining import PRETRAINING_BUGS
 from bugs.product import PRODUCT_BUGS
@@ -47,6 +48,7 @@ BUGS = (
     *NATIVE_LEVELS_BUGS,
     *NATIVE_MANY_KEYS_BUGS,
     *NATIVE_MEMORY_BUGS,
+    *NATIVE_STATISTICS_BUGS,
     *ROWS_BUGS,
     *CUDA_BUGS,
     *CUDA_LINEAR_BUGS,

@@ -10,12 +10,10 @@ ROWS_BUGS = (
     Bug(
         "words-with-positions",
         "csrc/cpu/linear_loops.h",
-        "if (Bare) store_some(bare + row * block.out_stride + out_place + j, y, columns - j);\n"
-        "      if (Residual) {\n"
-        "        y = v_add(y, load_some(added + j, columns - j));\n"
-        "      }",
-        "if (Residual) y = v_add(y, load_some(added + j, columns - j));\n"
-        "      if (Bare) store_some(bare + row * block.out_stride + out_place + j, y, columns - j);",
+        "        if (Bare) store_some(bare + row * block.out_stride + out_place + k, y[i], columns - k);\n"
+        "        if (Residual) y[i] = v_add(y[i], load_some(added + k, columns - k));\n",
+        "        if (Residual) y[i] = v_add(y[i], load_some(added + k, columns - k));\n"
+        "        if (Bare) store_some(bare + row * block.out_stride + out_place + k, y[i], columns - k);\n",
         ("tests/ops/test_patch_embedding.py",),
     ),
     Bug(

@@ -18,7 +18,7 @@ LEVELS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16"
 # Files beside this one, test_*.py, but for what takes longest.
 ALSO_AT_LOWER_LEVELS = (
     *("attention_gradients", "cpu_special_values", "likeliest", "gradient_steps", "cpu_blocks"),
-    *("cpu_far_rows", "patch_embedding", "cached_attention"),
+    *("cpu_far_rows", "patch_embedding", "cached_attention", "row_statistics"),
 )
 MANY_KEYS = (
     "test_tops_that_rise_and_fall_from_range_to_range",
