@@ -15,9 +15,9 @@ inline __m512i narrow(const Vec* part) { return (__m512i)_mm512_cvtne2ps_pbh(par
 
 constexpr int kOnes = 0x3f803f80;  // a pair of bf16 ones
 
-// Sums (row_statistics.h) of x and x^2 by pair products, exact but for fp32 accumulation. Their
-// difference keeps enough digits for bf16 operands unless the mean is far above the deviation. Both
-// halved and in one vector: what waits between panels takes L1 from the products.
+// Sums (row_statistics.h) of x and x^2. Their difference keeps enough digits for bf16 operands
+// unless the mean is far above the deviation. Both halved and in one vector: what waits between
+// panels takes L1 from the products.
 struct PairSums {
   static constexpr int64_t kWords = 16;
   Vec both;  // eight lanes of x, eight of x^2
@@ -45,8 +45,10 @@ struct PairSums {
 
  private:
   void add_pairs(__m512i pairs, int64_t column) {
-    const Vec sum = dot_pairs(v_zero(), pairs, _mm512_set1_epi32(kOnes));
-    const Vec square = dot_pairs(v_zero(), pairs, pairs);
+    const Vec even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    const __m512i upper_half = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    const Vec odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, upper_half));
+    const Vec sum = v_add(even, odd), square = v_fma(even, even, v_mul(odd, odd));
     const Vec next =
         v_add(_mm512_shuffle_f32x4(sum, square, 0x44), _mm512_shuffle_f32x4(sum, square, 0xee));
     both = column == 0 ? next : v_add(both, next);

@@ -135,9 +135,11 @@ template <class Sums, int R, class Row>
 inline void sum_up(const Row* x, int64_t n, RowStatistics* out) {
   Sums sums[R];
   for (int r = 0; r < R; ++r) sums[r].add(at(x[r], 0), 0, n);
-  for (int64_t i = kPanel; i < n; i += kPanel) {
-    for (int r = 0; r < R; ++r) sums[r].add(at(x[r], i), i, n - i);
+  int64_t i = kPanel;
+  for (; i + kPanel <= n; i += kPanel) {
+    for (int r = 0; r < R; ++r) sums[r].add(at(x[r], i), i, kPanel);
   }
+  for (int r = 0; i < n && r < R; ++r) sums[r].add(at(x[r], i), i, n - i);
   for (int r = 0; r < R; ++r) out[r] = Sums::end(sums[r], n);
 }
 template <class Arch, int R, class Row>
