@@ -37,8 +37,9 @@ struct PairSums {
 
   __attribute__((noinline)) static RowStatistics end(const PairSums& s, int64_t n) {
     const float total = static_cast<float>(n);
-    const float mean = _mm512_mask_reduce_add_ps(0x00ff, s.both) / total;
-    const float square = _mm512_mask_reduce_add_ps(0xff00, s.both) / total;
+    const Vec upper = _mm512_shuffle_f32x4(s.both, s.both, 0xee);
+    const float mean = v_sum(v_keep(s.both, 8, 0.0f)) / total;
+    const float square = v_sum(v_keep(upper, 8, 0.0f)) / total;
     const float variance = square - mean * mean;
     return {mean, 0.0f, mean * mean <= 64.0f * variance ? variance : -1.0f};
   }

@@ -423,6 +423,10 @@ inline __m512i unpackhi_epi64(__m512i a, __m512i b) {
 inline __m512i shuffle_i32x4(__m512i a, __m512i b, int control) {
   return shuffle_quarters(a, b, control);
 }
+inline __m512 shuffle_f32x4(__m512 a, __m512 b, int control) {
+  return bits<__m512>(
+      shuffle_quarters(bits<__m512i>(a), bits<__m512i>(b), control));
+}
 
 inline __m256i cvtneps_pbh(__m512 a) {
   uint16_t out[16];
@@ -550,6 +554,8 @@ inline void half_mask_storeu_epi16(void *p, __mmask16 mask, __m256i a) {
 #define _mm512_unpacklo_epi64 emulated::unpacklo_epi64
 #undef _mm512_unpackhi_epi64
 #define _mm512_unpackhi_epi64 emulated::unpackhi_epi64
+#undef _mm512_shuffle_f32x4
+#define _mm512_shuffle_f32x4 emulated::shuffle_f32x4
 #undef _mm512_shuffle_i32x4
 #define _mm512_shuffle_i32x4 emulated::shuffle_i32x4
 #undef _mm512_cvtneps_pbh

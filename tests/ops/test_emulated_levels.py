@@ -32,11 +32,12 @@ LEVELS = {
     "avx512_vnni": ("test_cpu_int8.py",),
     "avx512_bf16": (
         *("test_cpu_kernels.py", "test_cpu_special_values.py", "test_attention_gradients.py"),
-        *("test_likeliest.py", "test_gradient_steps.py", "-k", "not fp32"),
+        *("test_likeliest.py", "test_gradient_steps.py", "test_row_statistics.py"),
+        *("-k", "not fp32"),
     ),
     "amx_bf16": (
         *("test_cpu_kernels.py", "test_cpu_special_values.py", "test_cpu_blocks.py"),
-        *("test_cpu_int8.py", "test_attention_gradients.py"),
+        *("test_cpu_int8.py", "test_attention_gradients.py", "test_row_statistics.py"),
         "test_attention_many_keys.py::test_a_mask_tensor_hides_whole_ranges",
         "../model/test_whole_layer.py::test_a_layer_of_many_rows[heads of 64-packed, bf16-2]",
         "../model/test_whole_layer.py::test_a_layer_of_many_rows[heads of 64-packed, fp32-2]",
