@@ -13,7 +13,7 @@ NATIVE_STATISTICS_BUGS = (
         "csrc/cpu/row_statistics.h",
         "return {centre, offset, variance",
         "return {centre, 0.0f, variance",
-        (STATISTICS,),
+        (f"{KERNELS}::test_expert_linear_values", STATISTICS),
     ),
     Bug(
         "statistics-without-what-pairs-differ-by",
@@ -104,13 +104,6 @@ NATIVE_STATISTICS_BUGS = (
         "csrc/cpu/shared_attention.cpp",
         "    std::fill_n(op.statistics, queries, kUnmeasured);\n",
         "    (void)queries;\n",
-        (STATISTICS,),
-    ),
-    Bug(
-        "int8-by-statistics-of-another-level",
-        "csrc/layer_ops.cpp",
-        "return form_ != DType::kInt8;",
-        "return true;",
         (STATISTICS,),
     ),
     Bug(
