@@ -16,8 +16,8 @@ inline __m512i narrow(const Vec* part) { return (__m512i)_mm512_cvtne2ps_pbh(par
 constexpr int kOnes = 0x3f803f80;  // a pair of bf16 ones
 
 // Sums (row_statistics.h) of x and x^2. Their difference keeps enough digits for bf16 operands
-// unless the mean is far above the deviation. Both halved and in one vector: what waits between
-// panels takes L1 from the products.
+// unless the mean is far above the deviation or squares overflow. Both halved and in one vector:
+// what waits between panels takes L1 from the products.
 struct PairSums {
   static constexpr int64_t kWords = 16;
   Vec both;  // eight lanes of x, eight of x^2
@@ -41,7 +41,8 @@ struct PairSums {
     const float mean = v_sum(v_keep(s.both, 8, 0.0f)) / total;
     const float square = v_sum(v_keep(upper, 8, 0.0f)) / total;
     const float variance = square - mean * mean;
-    return {mean, 0.0f, mean * mean <= 64.0f * variance ? variance : -1.0f};
+    const bool exact = square < __builtin_inff() && mean * mean <= 64.0f * variance;
+    return {mean, 0.0f, exact ? variance : -1.0f};
   }
 
  private:

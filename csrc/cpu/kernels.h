@@ -230,7 +230,7 @@ const Kernels* avx512_kernels(DType dtype);
 const Kernels* avx512bf16_kernels(DType dtype);
 const Kernels* amx_kernels(DType dtype);
 
-// For int8 weights and rows of a dtype: only linear_* and product_loop.
+// For int8 weights and rows of a dtype: only `linear`, product_scratch and product_loop.
 const Kernels* portable_int8_kernels(DType rows);
 const Kernels* avx2_int8_kernels(DType rows);
 const Kernels* avx512_int8_kernels(DType rows);

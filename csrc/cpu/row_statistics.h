@@ -185,7 +185,8 @@ struct Norm {
   float scale;
 };
 
-// NaN for a variance that fp32 does not hold, as numbers of 1e20 have: 0 would make zeros of them.
+// NaN where fp32 does not hold n times the variance, as of numbers of 1e20: 0 would make zeros of
+// them.
 inline Norm norm_of(const RowStatistics& row, float eps) {
   const float beyond = row.variance * 0.0f;
   const float scale = 1.0f / __builtin_sqrtf(row.variance + eps) + beyond;

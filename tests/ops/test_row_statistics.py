@@ -32,6 +32,7 @@ HARD_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "a last number of 10,000": lambda x: torch.cat([x[:, :-1], x[:, -1:] + 1e4], 1),
     "small": lambda x: x * 1e-3,
     "large": lambda x: x * 1e15,
+    "squares beyond fp32, not so the deviations": lambda x: 1e18 * (1 + 0.01 * x),
 }
 
 
