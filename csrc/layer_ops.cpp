@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "attention_operands.h"
-#include "cpu/layer_rest.h"
+#include "cpu/sample_blocks.h"
 #include "linear_operands.h"
 #include "norm_operands.h"
 #include "passing_rows.h"
@@ -27,6 +27,9 @@ using beit3_fast::cpu::elements_on;
 using beit3_fast::cpu::Expert;
 using beit3_fast::cpu::ExpertLinear;
 using beit3_fast::cpu::kStrip;
+using beit3_fast::cpu::LayerProducts;
+using beit3_fast::cpu::LayersBySample;
+using beit3_fast::cpu::level_of;
 using beit3_fast::cpu::NormExpert;
 using beit3_fast::cpu::RowStatistics;
 using beit3_fast::cpu::SharedAttention;
@@ -118,22 +121,25 @@ class Layer {
     const Tensor& bias = own.biases[first_[kFirst]];
     require(bias.dim() == 1 && bias.size(0) > 0, op, ": a bias must be [F], got ", shape_of(bias));
     const int64_t hidden = bias.size(0);
-    projected_ = product(kProject, width_, width_, bounds.all, rows, apart ? 1 : 0, kParts);
+    products_.project = product(kProject, width_, width_, bounds.all, rows, apart ? 1 : 0, kParts);
     if (apart) queries_ = product(kProject, width_, width_, bounds.own, asked, 0, 1);
-    out_ = product(kOut, width_, width_, bounds.own, asked);
-    first_product_ = product(kFirst, width_, hidden, bounds.ffn, asked);
-    first_product_.activation = Activation::kGelu;
-    second_ = product(kSecond, hidden, width_, bounds.ffn, asked);
+    products_.rest.project = product(kOut, width_, width_, bounds.own, asked);
+    products_.rest.first = product(kFirst, width_, hidden, bounds.ffn, asked);
+    products_.rest.first.activation = Activation::kGelu;
+    products_.rest.second = product(kSecond, hidden, width_, bounds.ffn, asked);
   }
 
   int64_t width() const { return width_; }
+
+  // Without queries that are apart.
+  const LayerProducts& products() const { return products_; }
 
   // LayerNorm and queries, keys and values of x side by side, or keys and values where queries are
   // apart. In strips where `in_strips`: [columns / kStrip][rows][kStrip] in the memory of the
   // result.
   Tensor project(const Tensor& x, const RowStatistics* statistics, bool in_strips = false) {
-    projected_.x_statistics = statistics;
-    return project_by(projected_, x, in_strips);
+    products_.project.x_statistics = statistics;
+    return project_by(products_.project, x, in_strips);
   }
 
   // Queries that are apart.
@@ -144,7 +150,7 @@ class Layer {
   // Whether nothing but kernels that read strips meets queries, keys, values and the result of
   // attention, and a head is a strip of them.
   bool takes_strips(int64_t head_dim) const {
-    return head_dim == kStrip && beit3_fast::cpu::level_of(projected_).linear.high_blocks;
+    return head_dim == kStrip && level_of(products_.project).linear.high_blocks;
   }
 
   // Whether attention measures rows as these products would: those of int8 have their own level of
@@ -157,7 +163,7 @@ class Layer {
   Tensor rest(Tensor o, bool in_strips, const Tensor& x, bool stays, const Statistics& statistics) {
     const int64_t rows = o.size(0);
     Tensor y = stays ? rows_like(x, rows, width_) : rows_between(x, rows, width_);
-    ExpertLinear &out = out_, &first = first_product_, &second = second_;
+    auto& [out, first, second] = products_.rest;
     read_from(o, out);
     if (in_strips) {
       out.x_stride = kStrip;
@@ -167,9 +173,9 @@ class Layer {
     if (measures_attention()) out.x_statistics = statistics.attention;
     second.statistics = statistics.passing;
     const Pool pool = torch_pool();
-    if (beit3_fast::cpu::wants_layer_rest(pool, out, rows)) {
+    if (beit3_fast::cpu::wants_layer_rest(pool, level_of(out).linear, rows)) {
       write_to(y, second);
-      beit3_fast::cpu::layer_rest(pool, {std::move(out), std::move(first), std::move(second)});
+      beit3_fast::cpu::layer_rest(pool, products_.rest);
       return y;
     }
     const Tensor attended = rows_between(x, rows, width_);
@@ -268,8 +274,39 @@ class Layer {
   std::array<std::size_t, kProducts> first_;
   std::array<std::size_t, kProducts> norm_;
   std::size_t eps_;
-  ExpertLinear projected_, queries_, out_, first_product_, second_;
+  LayerProducts products_;
+  ExpertLinear queries_;
 };
+
+bool of_one_expert(const Bounds& bounds) {
+  std::size_t found = 0;
+  for (std::size_t e = 0; e < ranges(bounds); ++e) found += bounds[e + 1] > bounds[e] ? 1 : 0;
+  return found == 1;
+}
+
+// All layers by samples, where that is the faster way. `stays`: whether the result outlives the
+// call.
+std::optional<Tensor> by_sample(const Tensor& x, const std::vector<Layer>& layers,
+                                const SharedAttention& layout, bool stays) {
+  const Pool pool = torch_pool();
+  const LayerProducts& like = layers[0].products();
+  const int64_t rows = x.size(0), width = x.size(1);
+  const auto blocks = beit3_fast::cpu::sample_blocks(pool, level_of(like.project).linear, layout,
+                                                     width, like.rest.first.out_features);
+  if (blocks.empty()) return std::nullopt;
+  const Tensor between = rows_between(x, rows, width);
+  Tensor y = stays ? rows_like(x, rows, width) : rows_between(x, rows, width);
+  LayersBySample call;
+  for (const Layer& layer : layers) call.layers.push_back(&layer.products());
+  call.layout = layout;
+  call.x = x.const_data_ptr();
+  call.x_stride = x.stride(0);
+  call.between = between.mutable_data_ptr();
+  call.out = y.mutable_data_ptr();
+  call.out_stride = width;
+  beit3_fast::cpu::layers_by_sample(pool, blocks, call);
+  return y;
+}
 
 // As the ops scale by default.
 double scale_of(int64_t head_dim) { return std::pow(static_cast<double>(head_dim), -0.5); }
@@ -331,7 +368,6 @@ Tensor attend(Layer& layer, const Tensor& x, const Tensor& queries, bool selecte
   call.k_stride = call.v_stride = projected.stride(0);
   call.out_stride = width;
   call.head_dim = call.q_head = call.key_head = call.out_head = width / call.num_heads;
-  call.scale = static_cast<float>(scale_of(call.head_dim));
   if (in_strips) {
     call.q_stride = call.k_stride = call.v_stride = call.out_stride = kStrip;
     call.q_head = kStrip * q.size(0);
@@ -350,7 +386,8 @@ Tensor encoder_layers(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> 
                       std::vector<Tensor> last_biases, std::vector<double> last_eps,
                       Bounds last_bounds, StringHandle mask_handle, Tensor cu_vision,
                       Tensor cu_text, std::optional<Tensor> rows, std::optional<Tensor> cu_vision_q,
-                      std::optional<Tensor> cu_text_q, std::optional<Tensor> positions_q) {
+                      std::optional<Tensor> cu_text_q, std::optional<Tensor> positions_q,
+                      std::optional<int64_t> most_rows) {
   constexpr const char* op = "encoder_layers";
   const std::string mask = take(mask_handle);
   require_rows(x, op);
@@ -384,6 +421,15 @@ Tensor encoder_layers(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> 
                         op);
   }
   if (queries.size(0) == 0) return queries;
+  call.scale = static_cast<float>(scale_of(width / num_heads));
+  if (!selected && of_one_expert(of_experts.all) && of_one_expert(of_experts.ffn)) {
+    if (std::optional<Tensor> y = by_sample(x, layers, call, last.empty())) {
+      return last.empty() ? *y : layer_norm(*y, std::move(last), op);
+    }
+  }
+  // What lies between kernels grows with the rows, but for rows that are taken by samples.
+  require(!most_rows.has_value() || x.size(0) <= *most_rows, op, ": at most ",
+          most_rows.value_or(0), " rows at once, got ", x.size(0));
 
   Tensor y = queries;
   const Statistics statistics(queries.size(0));
@@ -469,7 +515,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(beit3_fast, m) {
       "Tensor[] norm_biases, float[] eps, int[] bounds, int[] own_bounds, int[] ffn_bounds, "
       "int num_heads, Tensor[] last_weights, Tensor[] last_biases, float[] last_eps, "
       "int[] last_bounds, str mask, Tensor cu_vision, Tensor cu_text, Tensor? rows=None, "
-      "Tensor? cu_vision_q=None, Tensor? cu_text_q=None, Tensor? positions_q=None) -> Tensor");
+      "Tensor? cu_vision_q=None, Tensor? cu_text_q=None, Tensor? positions_q=None, "
+      "int? most_rows=None) -> Tensor");
   m.def(
       "decoder_layer(Tensor x, Tensor[] packed, Tensor[] biases, Tensor[] norm_weights, "
       "Tensor[] norm_biases, float[] eps, int num_heads, Tensor(a!) k, Tensor(b!) v, int place, "

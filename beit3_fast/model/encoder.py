@@ -293,17 +293,15 @@ def encode_rows(
     ``hidden_states`` collects x and every layer's output (all rows). ``drop_path_rates`` has one rate a layer;
     empty means none (evaluation). ``recompute`` says of each layer what ``run_layer`` computes again; empty means nothing.
     """
-    if (
+    in_parts = (
         hidden_states is None
         and not isinstance(layout, PaddedLayout)
         and layout.num_rows > _ROWS_AT_ONCE
         and layout.batch_size > 1
-        and isinstance(mask, str)
         and x.device.type == "cpu"
         and not needs_grad(x)
         and not drop_path_rates
-    ):
-        return _encode_in_parts(encoder, x, layout, mask, read, impl)
+    )
     layers = list(encoder.layers)
     last = len(layers) - 1
     rigid = isinstance(layout, PaddedLayout) or torch.compiler.is_compiling()
@@ -316,11 +314,14 @@ def encode_rows(
         together = layers if read is None else layers[:-1]
         if len(together) > 1 and not any(is_watched(layer, Layer) for layer in together):
             norm = encoder.layer_norm if read is None else None
-            whole = layers_in_one_call(together, x, layout, mask, None, impl, norm)
+            most = _ROWS_AT_ONCE if in_parts else None
+            whole = layers_in_one_call(together, x, layout, mask, None, impl, norm, most)
             if whole is not None and read is None:
                 return whole
             if whole is not None:
                 state, begin = Measured(whole), len(together)
+    if in_parts and begin == 0 and isinstance(mask, str):
+        return _encode_in_parts(encoder, x, layout, mask, read, impl)
     for index, layer in enumerate(layers[begin:], begin):
         early = read if index == last and hidden_states is None else None
         options: dict[str, Any] = {

@@ -38,9 +38,10 @@ def layers_in_one_call(
     read: Selection | None,
     impl: str,
     last: nn.Module | None = None,
+    most_rows: int | None = None,
 ) -> Tensor | None:
-    """Layers one after the other, and the LayerNorm ``last`` behind them, where the compiled library computes all of them;
-    else None."""
+    """Layers one after the other, and the LayerNorm ``last`` behind them, where the compiled library computes all of them, and
+    of more than ``most_rows`` rows keeps no more than of few; else None."""
     if x.device.type != "cpu" or isinstance(mask, Tensor) or isinstance(layout, PaddedLayout):
         return None
     own = layout if read is None else read.layout
@@ -52,4 +53,4 @@ def layers_in_one_call(
         operands.append(found)
     norm = None if last is None else expert_norm(last, own)
     how: dict[str, Any] = {"mask": mask, "read": read, "last": norm, "impl": impl}
-    return whole_layer.encoder_layers(x, operands, layout, **how)
+    return whole_layer.encoder_layers(x, operands, layout, most_rows=most_rows, **how)

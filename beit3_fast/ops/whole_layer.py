@@ -57,13 +57,15 @@ def encoder_layers(
     mask: str = "bidirectional",
     read: Selection | None = None,
     last: ExpertNorm | None = None,
+    most_rows: int | None = None,
     impl: str = "auto",
 ) -> Tensor | None:
     """Layers of the encoder, one after the other, on rows x [R, C], and what normalises the last one's: [R, C]. Only a single
     layer may compute the rows that ``read`` names: [Rq, C].
 
     None where the ops of the layers are to be called one by one: the CPU kernels are not those that ``impl`` takes, or some
-    operand is none that they read as it is. Those calls say what is wrong with it.
+    operand is none that they read as it is. Those calls say what is wrong with it. None as well for more than ``most_rows``
+    rows, unless threads take samples through all layers by themselves: what lies between kernels does not grow then.
     """
     behind = [] if last is None else last.tensors
     if not _taken(x, layers, "shared_attention", impl, behind):
@@ -81,8 +83,11 @@ def encoder_layers(
     groups = [(shape, list(own)) for shape, own in groupby(layers, _shape)]
     for index, (shape, own) in enumerate(groups, 1):
         norm = last if last is not None and index == len(groups) else _NO_NORM
+        parameters = _parameters(own)
         try:
-            y = _ops().encoder_layers.default(y, *_parameters(own), *shape, *norm, *places)
+            y = _ops().encoder_layers.default(
+                y, *parameters, *shape, *norm, *places, most_rows=most_rows
+            )
         except RuntimeError as error:
             if not _refused("encoder_layers", error):
                 raise

@@ -14,8 +14,12 @@ struct Parameter {
   DType dtype = DType::kFloat32;
 };
 
+inline int64_t bytes_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kBFloat16 ? 2 : 1;
+}
+
 inline const void* elements_on(const void* data, int64_t count, DType dtype) {
-  return static_cast<const char*>(data) + count * (dtype == DType::kBFloat16 ? 2 : 4);
+  return static_cast<const char*>(data) + count * bytes_of(dtype);
 }
 
 inline float load_element(DType dtype, const void* data, int64_t i) {

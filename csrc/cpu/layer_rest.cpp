@@ -82,8 +82,61 @@ void copy_rows(const Place& from, const Place& to, int64_t count, int64_t width,
 
 }  // namespace
 
-bool wants_layer_rest(const Pool& pool, const ExpertLinear& op, int64_t rows) {
-  return level_of(op).linear.high_blocks && rows >= kRowsPerThread * pool.threads;
+void rows_to_strips(DType dtype, const void* rows, int64_t stride, int64_t count, int64_t width,
+                    const Strips& strips) {
+  const int64_t size = bytes_of(dtype), piece = kStrip * size;
+  copy_rows({const_cast<void*>(rows), stride * size, piece},
+            {strips.data, piece, strips.apart * size}, count, width * size, piece);
+}
+
+void strips_to_rows(DType dtype, const Strips& strips, int64_t count, int64_t width, void* rows,
+                    int64_t stride) {
+  const int64_t size = bytes_of(dtype), piece = kStrip * size;
+  copy_rows({strips.data, piece, strips.apart * size}, {rows, stride * size, piece}, count,
+            width * size, piece);
+}
+
+void rest_of_block(const LinearKernels& level, DType dtype, LinearBlock project, LinearBlock first,
+                   LinearBlock second, const Strips& a, RowStatistics* statistics) {
+  thread_local Scratch between, measured;
+  const int64_t rows = project.count;
+  auto* const attended = static_cast<RowStatistics*>(
+      measured.at_least(2 * rows * static_cast<int64_t>(sizeof(RowStatistics))));
+  RowStatistics* const hidden = attended + rows;
+  const int64_t strip = kStrip * rows;
+  void* const h = between.at_least(ceil_div(first.out_features, kStrip) * strip * bytes_of(dtype));
+  const auto run = [&](const LinearBlock& block) {
+    level.block(block, task_scratch().at_least(level.scratch(block)));
+  };
+  // Both results are added to the residual where it lies.
+  for (LinearBlock* block : {&project, &second}) {
+    block->residual = block->out = a.data;
+    block->residual_stride = block->out_stride = kStrip;
+    block->residual_strip = block->out_strip = a.apart;
+  }
+  project.statistics = attended;
+  run(project);
+
+  first.x = a.data;
+  first.x_stride = kStrip;
+  first.x_strip = a.apart;
+  first.x_statistics = attended;
+  first.out = h;
+  first.out_stride = kStrip;
+  first.out_strip = strip;
+  first.statistics = hidden;
+  run(first);
+
+  second.x = h;
+  second.x_stride = kStrip;
+  second.x_strip = strip;
+  second.x_statistics = hidden;
+  second.statistics = statistics;
+  run(second);
+}
+
+bool wants_layer_rest(const Pool& pool, const LinearKernels& level, int64_t rows) {
+  return level.high_blocks && rows >= kRowsPerThread * pool.threads;
 }
 
 void layer_rest(const Pool& pool, const LayerRest& op) {
@@ -106,54 +159,25 @@ void layer_rest(const Pool& pool, const LayerRest& op) {
   const int64_t most = std::min(level.most_rows(width), level.most_rows(hidden));
   const std::vector<std::vector<Rows>> shares = cut(edges, most, pool.threads, level.tile_rows);
 
-  const int64_t bytes = op.project.dtype == DType::kFloat32 ? 4 : 2;
   const auto compute = [&](const Rows& rows) {
-    thread_local Scratch sums, between, statistics;
-    auto* const measured = static_cast<RowStatistics*>(
-        statistics.at_least(2 * rows.count * static_cast<int64_t>(sizeof(RowStatistics))));
-    const auto run = [&](const LinearBlock& block) {
-      level.block(block, task_scratch().at_least(level.scratch(block)));
-    };
-    const auto row_of = [&](const void* data, int64_t stride) {
-      return const_cast<void*>(elements_on(data, rows.first * stride, op.project.dtype));
-    };
-    const int64_t strip = kStrip * rows.count;
-    // The residual, to which both results are added where it lies.
-    void* const a = sums.at_least(ceil_div(width, kStrip) * strip * bytes);
+    thread_local Scratch sums;
     LinearBlock block = block_of(project, rows);
-    const int64_t piece = kStrip * bytes;
-    const Place in_strips{a, piece, strip * bytes};
-    copy_rows({row_of(block.residual, block.residual_stride), block.residual_stride * bytes, piece},
-              in_strips, rows.count, width * bytes, piece);
-    block.x = row_of(block.x, block.x_stride);
-    block.residual = block.out = a;
-    block.residual_stride = block.out_stride = kStrip;
-    block.residual_strip = block.out_strip = strip;
+    void* const y = second[0].out;
+    const DType dtype = op.project.dtype;
+    const auto from_first = [&](const void* data, int64_t stride) {
+      return const_cast<void*>(elements_on(data, rows.first * stride, dtype));
+    };
+    const Strips a{sums.at_least(ceil_div(width, kStrip) * kStrip * rows.count * bytes_of(dtype)),
+                   kStrip * rows.count};
+    rows_to_strips(dtype, from_first(block.residual, block.residual_stride), block.residual_stride,
+                   rows.count, width, a);
+    block.x = from_first(block.x, block.x_stride);
     if (block.x_statistics != nullptr) block.x_statistics += rows.first;
-    block.statistics = measured;
-    run(block);
-
-    block = block_of(first, rows);
-    block.x = a;
-    block.x_statistics = measured;
-    block.statistics = measured + rows.count;
-    void* const h = block.out = between.at_least(ceil_div(hidden, kStrip) * strip * bytes);
-    block.x_stride = block.out_stride = kStrip;
-    block.x_strip = block.out_strip = strip;
-    run(block);
-
-    block = block_of(second, rows);
-    void* const y = block.out;
-    const int64_t y_stride = block.out_stride;
-    block.x = h;
-    block.x_statistics = measured + rows.count;
-    if (block.statistics != nullptr) block.statistics += rows.first;
-    block.residual = block.out = a;
-    block.x_stride = block.residual_stride = block.out_stride = kStrip;
-    block.x_strip = block.residual_strip = block.out_strip = strip;
-    run(block);
-    copy_rows(in_strips, {row_of(y, y_stride), y_stride * bytes, piece}, rows.count, width * bytes,
-              piece);
+    RowStatistics* const left = second[0].statistics;
+    rest_of_block(level, dtype, block, block_of(first, rows), block_of(second, rows), a,
+                  left == nullptr ? nullptr : left + rows.first);
+    const int64_t y_stride = second[0].out_stride;
+    strips_to_rows(dtype, a, rows.count, width, from_first(y, y_stride), y_stride);
   };
   share(pool, pool.threads, [&](int64_t i) {
     for (const Rows& rows : shares[static_cast<std::size_t>(i)]) compute(rows);

@@ -28,10 +28,6 @@ struct Header {
 };
 static_assert(sizeof(Header) == kHeaderBytes, "the header is one cache line");
 
-int64_t bytes_of(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : dtype == DType::kBFloat16 ? 2 : 1;
-}
-
 // Asks for huge pages: the panels of a model outgrow what the processor knows of small ones, and
 // every product walks through all of them. Memory is not touched; a refusal costs speed only.
 void ask_for_huge_pages(void* data, int64_t bytes) {

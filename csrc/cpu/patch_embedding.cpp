@@ -45,7 +45,7 @@ void put_token(const PatchEmbedding& op, const Parameter& token, int64_t place, 
 
 void patch_embedding(const Pool& pool, const PatchEmbedding& op) {
   const Kernels& level = kernels(op.dtype);
-  const int64_t bytes = op.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t bytes = bytes_of(op.dtype);
   const int64_t patches = (op.height / op.patch) * (op.width / op.patch);
   const int64_t depth = op.channels * op.patch * op.patch;
   const int64_t padded = panel_count(op.out_features) * kPanel;

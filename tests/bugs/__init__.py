@@ -26,6 +26,7 @@ from bugs.pretraining import PRETRAINING_BUGS
 from bugs.product import PRODUCT_BUGS
 from bugs.rows import ROWS_BUGS
 from bugs.runs import RUNS_BUGS
+from bugs.sample_blocks import SAMPLE_BLOCKS_BUGS
 from bugs.visual_tokens import VISUAL_TOKENS_BUGS
 
 __all__ = ["BUGS", "Bug"]
@@ -49,6 +50,7 @@ BUGS = (
     *NATIVE_MANY_KEYS_BUGS,
     *NATIVE_MEMORY_BUGS,
     *NATIVE_STATISTICS_BUGS,
+    *SAMPLE_BLOCKS_BUGS,
     *ROWS_BUGS,
     *CUDA_BUGS,
     *CUDA_LINEAR_BUGS,

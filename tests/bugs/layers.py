@@ -16,7 +16,7 @@ LAYERS_BUGS = (
     Bug(
         "layer-without-gelu",
         "csrc/layer_ops.cpp",
-        "first_product_.activation = Activation::kGelu;",
+        "    products_.rest.first.activation = Activation::kGelu;\n",
         "",
         (WHOLE_LAYER,),
     ),
@@ -72,8 +72,8 @@ LAYERS_BUGS = (
     Bug(
         "layer-of-rows-apart-read-as-dense",
         "csrc/layer_ops.cpp",
-        "call.x_stride = x.stride(0);",
-        "call.x_stride = in_features;",
+        "\n    call.x_stride = x.stride(0);",
+        "\n    call.x_stride = call.in_features;",
         (WHOLE_LAYER,),
     ),
     Bug(

@@ -182,15 +182,15 @@ NATIVE_LEVELS_BUGS = (
     Bug(
         "rest-of-a-layer-residual-of-the-first-rows-for-all",
         "csrc/cpu/layer_rest.cpp",
-        "copy_rows({row_of(block.residual, block.residual_stride),",
-        "copy_rows({const_cast<void*>(block.residual),",
+        "rows_to_strips(dtype, from_first(block.residual, block.residual_stride),",
+        "rows_to_strips(dtype, block.residual,",
         (AMX, WHOLE_LAYER),
     ),
     Bug(
         "rest-of-a-layer-adds-nothing-in-the-end",
         "csrc/cpu/layer_rest.cpp",
-        "    block.residual = block.out = a;\n    block.x_stride",
-        "    block.residual = nullptr;\n    block.out = a;\n    block.x_stride",
+        "  second.x = h;\n",
+        "  second.x = h;\n  second.residual = nullptr;\n",
         (AMX, WHOLE_LAYER),
     ),
     Bug(

@@ -74,8 +74,8 @@ NATIVE_STATISTICS_BUGS = (
     Bug(
         "rest-of-a-layer-leaves-statistics-at-other-rows",
         "csrc/cpu/layer_rest.cpp",
-        "    if (block.statistics != nullptr) block.statistics += rows.first;\n",
-        "",
+        "left == nullptr ? nullptr : left + rows.first);",
+        "left);",
         (STATISTICS,),
     ),
     Bug(

@@ -160,9 +160,9 @@ def test_weights_of_which_nothing_is_kept_are_packed_a_layer_at_a_time(
     calls: list[int] = []
     real = whole_layer._ops().encoder_layers.default
 
-    def note(x: Tensor, packed: list[Tensor], *given: Any) -> Tensor:
+    def note(x: Tensor, packed: list[Tensor], *given: Any, **named: Any) -> Tensor:
         calls.append(len(packed))
-        y: Tensor = real(x, packed, *given)
+        y: Tensor = real(x, packed, *given, **named)
         return y
 
     own = SimpleNamespace(encoder_layers=SimpleNamespace(default=note))

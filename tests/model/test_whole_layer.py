@@ -255,7 +255,7 @@ def test_drop_path_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_failure_is_not_taken_for_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> Tensor:
+    def fail(*_: Any, **__: Any) -> Tensor:
         raise RuntimeError("no memory, in the midst of a call")
 
     broken = SimpleNamespace(default=fail)

@@ -22,6 +22,7 @@ from beit3_fast.ops import library
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 FOLDER = ROOT / "build" / "emulated"
+ALONE = "tests/ops/test_sample_blocks.py::test_samples_alone"
 # Each level with the tests of what it does not share with the level before.
 LEVELS = {
     "avx512": (
@@ -38,7 +39,9 @@ LEVELS = {
     "amx_bf16": (
         *("test_cpu_kernels.py", "test_cpu_special_values.py", "test_cpu_blocks.py"),
         *("test_cpu_int8.py", "test_attention_gradients.py", "test_row_statistics.py"),
+        *("test_sample_blocks.py", f"--deselect={ALONE}[fp32-image", f"--deselect={ALONE}[fp32-an"),
         "test_attention_many_keys.py::test_a_mask_tensor_hides_whole_ranges",
+        "../model/test_encode_in_parts.py::test_many_sentences_are_encoded_at_once",
         "../model/test_whole_layer.py::test_a_layer_of_many_rows[heads of 64-packed, bf16-2]",
         "../model/test_whole_layer.py::test_a_layer_of_many_rows[heads of 64-packed, fp32-2]",
     ),

@@ -90,13 +90,13 @@ class Layers(NamedTuple):
         assert y is not None
         return y
 
-    def one_by_one(self) -> Tensor:
+    def one_by_one(self, mask: str = "bidirectional") -> Tensor:
         """Each op measures the rows that it reads."""
-        x = self.x
+        x, heads = self.x, self.operands[0].num_heads
         for own in self.operands:
             projected = product(own, x, 0, 3)
             q, k, v = projected.chunk(3, 1)
-            o = shared_attention(q, k, v, self.layout, num_heads=own.num_heads, impl="cpu")
+            o = shared_attention(q, k, v, self.layout, num_heads=heads, mask=mask, impl="cpu")
             a = product(own, o, 6, residual=x)
             h = product(own, a, 8, activation="gelu")
             x = product(own, h, 10, residual=a)
