@@ -40,8 +40,8 @@ def layers_in_one_call(
     last: nn.Module | None = None,
     most_rows: int | None = None,
 ) -> Tensor | None:
-    """Layers one after the other, and the LayerNorm ``last`` behind them, where the compiled library computes all of them, and
-    of more than ``most_rows`` rows keeps no more than of few; else None."""
+    """Layers one after the other, and the LayerNorm ``last`` behind them, where the compiled library computes all of them; else
+    None. None for more than ``most_rows`` rows as well, unless the library takes samples through all layers one by one."""
     if x.device.type != "cpu" or isinstance(mask, Tensor) or isinstance(layout, PaddedLayout):
         return None
     own = layout if read is None else read.layout

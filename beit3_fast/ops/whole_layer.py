@@ -65,7 +65,7 @@ def encoder_layers(
 
     None where the ops of the layers are to be called one by one: the CPU kernels are not those that ``impl`` takes, or some
     operand is none that they read as it is. Those calls say what is wrong with it. None as well for more than ``most_rows``
-    rows, unless threads take samples through all layers by themselves: what lies between kernels does not grow then.
+    rows, unless each thread takes its own samples through all layers: little between kernels grows with their number then.
     """
     behind = [] if last is None else last.tensors
     if not _taken(x, layers, "shared_attention", impl, behind):

@@ -81,10 +81,13 @@ def test_rows_of_several_experts() -> None:
     assert (y is not None) == has_tiles()
 
 
+@pytest.mark.parametrize(
+    "samples", [([0] * 22, SENTENCES), ([71] * 2, [0] * 2)], ids=["text", "vision"]
+)
 @pytest.mark.parametrize("mask", MASKS)
-def test_masks(mask: str) -> None:
+def test_masks(mask: str, samples: tuple[list[int], list[int]]) -> None:
     torch.set_num_threads(1)
-    case = Layers.random("bf16", 128, 2, [0] * 22, SENTENCES)
+    case = Layers.random("bf16", 128, 2, *samples)
     y = alone(case, mask)
     assert (y is not None) == has_tiles()
     assert y is None or torch.equal(y, case.one_by_one(mask))
