@@ -65,7 +65,7 @@ struct BFloat16 : OfTiles<BFloat16> {
   // A block of B stays in the nearest cache: what is asked of memory meanwhile takes all ways to
   // the next one.
   static constexpr int64_t kDepthUnits = 256;
-  static constexpr bool kAsksAhead = true;
+  static constexpr Asks kAsks = Asks::kByDepth;
   static constexpr int kExpDegree = 4;
 
   using Sums = PairSums;

@@ -35,7 +35,7 @@ struct Int8 : OfInt8<Element, OfParts<Int8<Element>>> {
 
   template <int M, int V>
   static void part(const uint32_t* a, int64_t chunk_words, const uint32_t* b, int64_t panel_words,
-                   int64_t units, float* c, int64_t c_stride, bool more) {
+                   int64_t units, float* c, int64_t c_stride, bool more, Ahead& ahead) {
     constexpr int W = 2 * V;
     __m256i sum[M][W];
     for (int i = 0; i < M; ++i) {
@@ -62,6 +62,7 @@ struct Int8 : OfInt8<Element, OfParts<Int8<Element>>> {
       }
     };
     for (; units >= kChunk; units -= kChunk, a += chunk_words, b += kChunk * kPanel) {
+      ahead.ask();
 #pragma GCC unroll 2
       for (int64_t k = 0; k < kChunk; ++k) step(k);
     }

@@ -39,7 +39,7 @@ struct Avx2 : OfParts<Avx2<Element>> {
 
   template <int M, int V>
   static void part(const uint32_t* a, int64_t chunk_words, const uint32_t* b, int64_t panel_words,
-                   int64_t units, float* c, int64_t c_stride, bool more) {
+                   int64_t units, float* c, int64_t c_stride, bool more, Ahead& ahead) {
     // Eights of columns. Arrays of registers, not of Vec: those the compiler would keep in memory.
     constexpr int W = 2 * V;
     const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
@@ -68,6 +68,7 @@ struct Avx2 : OfParts<Avx2<Element>> {
       int64_t block = min_of(units, kBlock);
       units -= block;
       for (; block >= kChunk; block -= kChunk, a += chunk_words, b += kChunk * kPanel) {
+        ahead.ask();
 #pragma GCC unroll 2
         for (int64_t k = 0; k < kChunk; ++k) step(k);
       }

@@ -213,23 +213,29 @@ inline Scales scales_of(const LinearBlock& block, int64_t column, int64_t panel_
 }
 
 // A tile's share of the block of B that comes next and lies behind the present one: the first tile
-// would wait for each line of it. Between tiles it is asked for at once, if they are so many that
-// each has time to hide its share.
+// would wait for each line of it. It is asked for at once between tiles, if they are so many that
+// each has time to hide its share, or in the course of one. In the latter case only by the last
+// quarter of many tiles: when all rows have passed through a small L2, what came before is gone.
 template <class Arch>
 inline Ahead next_weights(const uint32_t* b, int64_t units, int64_t tile, int64_t tiles) {
-  constexpr int64_t line = kCacheLine / static_cast<int64_t>(sizeof(uint32_t));
+  constexpr int64_t line = kCacheLine / static_cast<int64_t>(sizeof(uint32_t)), few = 4;
   Ahead ahead;
-  if constexpr (Arch::kAsksAhead) {
+  if constexpr (Arch::kAsks == Asks::kByDepth) {
     ahead.lines = ceil_div(kAskUnits * kPanel / line, tiles);
     ahead.at = b + units / kAskUnits * ahead.lines * line * tile;
     return ahead;
   }
-  if (tiles < 4) return ahead;
-  const int64_t words = units * kPanel;
-  ahead.at = b + words * tile / tiles;
-  ahead.lines = ceil_div(words * (tile + 1) / tiles - words * tile / tiles, line);
-  ahead.ask();
-  return {};
+  if (tiles < few) return ahead;
+  const int64_t askers = Arch::kAsks == Asks::kByParts ? max_of(few, tiles / 4) : tiles;
+  const int64_t turn = tile - (tiles - askers), words = units * kPanel;
+  if (turn < 0) return ahead;
+  ahead.at = b + words * turn / askers;
+  ahead.lines = ceil_div(words * (turn + 1) / askers - words * turn / askers, line);
+  if constexpr (Arch::kAsks == Asks::kBetweenTiles) {
+    ahead.ask();
+    return {};
+  }
+  return ahead;
 }
 
 template <class Arch>

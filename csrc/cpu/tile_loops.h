@@ -6,7 +6,7 @@
 //   kRowWords    words of A for one row of one chunk
 //   kTileRows    most rows of a tile
 //   kEven        whether rows are dealt out evenly to tiles, or all tiles but the last are full
-//   kAsksAhead   whether products ask for the block of B that comes next as they run
+//   kAsks        when the block of B that comes next is asked for
 //   kDepthUnits  most units of depth of a block of B, which should stay in the nearest cache
 //   kExpDegree   degree of the polynomial in exp2
 //   Sums         the sums that statistics of a row are made of (row_statistics.h)
@@ -70,7 +70,9 @@ class Carver {
   uintptr_t at_;
 };
 
-// Memory to ask for while products run: so many lines for every kAskUnits units of their depth.
+// Memory is asked for between tiles; by products, so many lines for every kAskUnits units of their
+// depth; or by the parts of a tile together, so many lines in all.
+enum class Asks { kBetweenTiles, kByDepth, kByParts };
 constexpr int64_t kAskUnits = 4;
 
 struct Ahead {
@@ -164,7 +166,7 @@ struct OfTiles {
   struct State {};
   static constexpr bool kEven = true;
   static constexpr bool kInt8 = false;
-  static constexpr bool kAsksAhead = false;
+  static constexpr Asks kAsks = Asks::kBetweenTiles;
   static int64_t vectors_at_once(int64_t rows, int64_t columns) {
     return vectors_of_tiles(rows, columns);
   }
