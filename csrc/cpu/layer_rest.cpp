@@ -82,6 +82,20 @@ void copy_rows(const Place& from, const Place& to, int64_t count, int64_t width,
 
 }  // namespace
 
+void read_strips(LinearBlock& block, const Strips& x, const RowStatistics* statistics) {
+  block.x = x.data;
+  block.x_stride = kStrip;
+  block.x_strip = x.apart;
+  block.x_statistics = statistics;
+}
+
+void write_strips(LinearBlock& block, const Strips& out, RowStatistics* statistics) {
+  block.out = out.data;
+  block.out_stride = kStrip;
+  block.out_strip = out.apart;
+  block.statistics = statistics;
+}
+
 void rows_to_strips(DType dtype, const void* rows, int64_t stride, int64_t count, int64_t width,
                     const Strips& strips) {
   const int64_t size = bytes_of(dtype), piece = kStrip * size;
@@ -104,35 +118,29 @@ void rest_of_block(const LinearKernels& level, DType dtype, LinearBlock project,
       measured.at_least(2 * rows * static_cast<int64_t>(sizeof(RowStatistics))));
   RowStatistics* const hidden = attended + rows;
   const int64_t strip = kStrip * rows;
-  void* const h = between.at_least(ceil_div(first.out_features, kStrip) * strip * bytes_of(dtype));
+  const Strips h{between.at_least(ceil_div(first.out_features, kStrip) * strip * bytes_of(dtype)),
+                 strip};
   const auto run = [&](const LinearBlock& block) {
     level.block(block, task_scratch().at_least(level.scratch(block)));
   };
   // Both results are added to the residual where it lies.
   for (LinearBlock* block : {&project, &second}) {
-    block->residual = block->out = a.data;
-    block->residual_stride = block->out_stride = kStrip;
-    block->residual_strip = block->out_strip = a.apart;
+    block->residual = a.data;
+    block->residual_stride = kStrip;
+    block->residual_strip = a.apart;
   }
-  project.statistics = attended;
+  write_strips(project, a, attended);
   run(project);
-
-  first.x = a.data;
-  first.x_stride = kStrip;
-  first.x_strip = a.apart;
-  first.x_statistics = attended;
-  first.out = h;
-  first.out_stride = kStrip;
-  first.out_strip = strip;
-  first.statistics = hidden;
+  read_strips(first, a, attended);
+  write_strips(first, h, hidden);
   run(first);
-
-  second.x = h;
-  second.x_stride = kStrip;
-  second.x_strip = strip;
-  second.x_statistics = hidden;
-  second.statistics = statistics;
+  read_strips(second, h, hidden);
+  write_strips(second, a, statistics);
   run(second);
+}
+
+int64_t most_rows(const LinearKernels& level, int64_t width, int64_t hidden) {
+  return std::min(level.most_rows(width), level.most_rows(hidden));
 }
 
 bool wants_layer_rest(const Pool& pool, const LinearKernels& level, int64_t rows) {
@@ -156,8 +164,8 @@ void layer_rest(const Pool& pool, const LayerRest& op) {
   std::sort(edges.begin(), edges.end());
   edges.erase(std::unique(edges.begin(), edges.end()), edges.end());
   const int64_t width = op.project.out_features, hidden = op.first.out_features;
-  const int64_t most = std::min(level.most_rows(width), level.most_rows(hidden));
-  const std::vector<std::vector<Rows>> shares = cut(edges, most, pool.threads, level.tile_rows);
+  const std::vector<std::vector<Rows>> shares =
+      cut(edges, most_rows(level, width, hidden), pool.threads, level.tile_rows);
 
   const auto compute = [&](const Rows& rows) {
     thread_local Scratch sums;

@@ -19,11 +19,18 @@ bool wants_layer_rest(const Pool& pool, const LinearKernels& level, int64_t rows
 
 void layer_rest(const Pool& pool, const LayerRest& op);
 
+// The most rows that all products of a layer meet at once.
+int64_t most_rows(const LinearKernels& level, int64_t width, int64_t hidden);
+
 // Rows in strips, `apart` elements from each other.
 struct Strips {
   void* data;
   int64_t apart;
 };
+
+// A block that reads its rows from strips, whose statistics may be null, or writes them to some.
+void read_strips(LinearBlock& block, const Strips& x, const RowStatistics* statistics);
+void write_strips(LinearBlock& block, const Strips& out, RowStatistics* statistics);
 
 void rows_to_strips(DType dtype, const void* rows, int64_t stride, int64_t count, int64_t width,
                     const Strips& strips);

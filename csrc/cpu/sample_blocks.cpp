@@ -43,10 +43,6 @@ std::vector<SampleBlock> cut(const int32_t* bounds, int64_t begin, int64_t end, 
   return blocks;
 }
 
-int64_t most_rows(const LinearKernels& level, int64_t width, int64_t hidden) {
-  return std::min(level.most_rows(width), level.most_rows(hidden));
-}
-
 template <class T>
 T* array_of(Scratch& scratch, int64_t count) {
   return static_cast<T*>(scratch.at_least(count * static_cast<int64_t>(sizeof(T))));
@@ -75,9 +71,9 @@ class Blocks {
     if (blocks.empty()) return;
     thread_local Scratch memory;
     const int64_t first = blocks.front().first_row;
-    auto* const statistics =
-        array_of<RowStatistics>(memory, blocks.back().first_row + blocks.back().rows - first);
-    std::fill_n(statistics, blocks.back().first_row + blocks.back().rows - first, kUnmeasured);
+    const int64_t count = blocks.back().first_row + blocks.back().rows - first;
+    auto* const statistics = array_of<RowStatistics>(memory, count);
+    std::fill_n(statistics, count, kUnmeasured);
     for (const SampleBlock& block : blocks) {
       rows_to_strips(dtype_, elements_on(op_.x, block.first_row * op_.x_stride, dtype_),
                      op_.x_stride, block.rows, width_, passing(block));
@@ -113,20 +109,14 @@ class Blocks {
 
     by_pieces(block, [&](int64_t from, int64_t count) {
       LinearBlock product = rows_of(layer.project, count);
-      product.x = on(x.data, from);
-      product.x_statistics = statistics + from;
-      product.out = on(qkv, from);
-      product.x_stride = product.out_stride = kStrip;
-      product.x_strip = product.out_strip = x.apart;
+      read_strips(product, {on(x.data, from), x.apart}, statistics + from);
+      write_strips(product, {on(qkv, from), x.apart}, nullptr);
       level_.block(product, task_scratch().at_least(level_.scratch(product)));
     });
     attend(block, qkv, o, measured);
     by_pieces(block, [&](int64_t from, int64_t count) {
       LinearBlock product = rows_of(layer.out, count);
-      product.x = on(o, from);
-      product.x_stride = kStrip;
-      product.x_strip = x.apart;
-      product.x_statistics = measured == nullptr ? nullptr : measured + from;
+      read_strips(product, {on(o, from), x.apart}, measured == nullptr ? nullptr : measured + from);
       rest_of_block(level_, dtype_, product, rows_of(layer.first, count),
                     rows_of(layer.second, count), {on(x.data, from), x.apart}, statistics + from);
     });

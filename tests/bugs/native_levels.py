@@ -189,8 +189,8 @@ NATIVE_LEVELS_BUGS = (
     Bug(
         "rest-of-a-layer-adds-nothing-in-the-end",
         "csrc/cpu/layer_rest.cpp",
-        "  second.x = h;\n",
-        "  second.x = h;\n  second.residual = nullptr;\n",
+        "  read_strips(second, h, hidden);\n",
+        "  read_strips(second, h, hidden);\n  second.residual = nullptr;\n",
         (AMX, WHOLE_LAYER),
     ),
     Bug(

@@ -60,22 +60,22 @@ SAMPLE_BLOCKS_BUGS = (
     Bug(
         "samples-alone-statistics-of-what-memory-held",
         BLOCKS,
-        "    std::fill_n(statistics, blocks.back().first_row + blocks.back().rows - first, kUnmeasured);\n",
+        "    std::fill_n(statistics, count, kUnmeasured);\n",
         "",
         ALONE,
     ),
     Bug(
         "samples-alone-first-piece-for-all",
         BLOCKS,
-        "product.x = on(o, from);",
-        "product.x = on(o, 0);",
+        "{on(o, from), x.apart}",
+        "{on(o, 0), x.apart}",
         ALONE,
     ),
     Bug(
         "samples-alone-attention-of-a-piece-by-statistics-of-the-first",
         BLOCKS,
-        "measured == nullptr ? nullptr : measured + from;",
-        "measured;",
+        "measured == nullptr ? nullptr : measured + from);",
+        "measured);",
         ALONE,
     ),
     Bug(
