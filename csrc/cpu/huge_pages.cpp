@@ -1,6 +1,8 @@
 #include "huge_pages.h"
 
+#include <algorithm>
 #include <cstddef>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <new>
@@ -16,15 +18,16 @@
 namespace beit3_fast::cpu {
 namespace {
 
-constexpr int64_t kLastingBlock = 16 * kHugePage;
+// The last page of a block is rarely full, and what is not touched takes no room: large blocks.
+constexpr int64_t kLastingBlock = 128 * kHugePage;
 constexpr int64_t kPiece = 64;
 constexpr int64_t kMostIdle = 64 * kHugePage;
 
-// What many pieces lie in.
+// What many pieces lie in, one behind the other; places are bytes from its beginning.
 struct Block {
   int64_t bytes;
   int64_t used;
-  int64_t pieces;
+  std::map<int64_t, int64_t> pieces;  // from where to where
 };
 
 struct Idle {
@@ -56,6 +59,16 @@ struct Memory {
 
 std::size_t whole_pages(int64_t bytes) {
   return static_cast<std::size_t>(ceil_div(bytes, kHugePage) * kHugePage);
+}
+
+// Gives the system back what whole pages hold, not the addresses.
+void empty_pages(char* begin, int64_t bytes) {
+#if defined(__linux__)
+  if (bytes > 0) madvise(begin, static_cast<std::size_t>(bytes), MADV_DONTNEED);
+#else
+  (void)begin;
+  (void)bytes;
+#endif
 }
 
 }  // namespace
@@ -99,21 +112,34 @@ void* take_lasting(int64_t bytes) {
   if (block == all.lasting.end() || block->second.used + size > block->second.bytes) {
     const int64_t whole = size > kLastingBlock ? size : kLastingBlock;
     all.open = static_cast<char*>(allocate_huge(whole));
-    block = all.lasting.emplace(all.open, Block{whole, 0, 0}).first;
+    block = all.lasting.emplace(all.open, Block{whole, 0, {}}).first;
   }
-  char* const piece = block->first + block->second.used;
+  const int64_t from = block->second.used;
   block->second.used += size;
-  ++block->second.pieces;
-  return piece;
+  block->second.pieces.emplace(from, block->second.used);
+  return block->first + from;
 }
 
 void give_lasting(void* data) {
   Memory& all = Memory::memory();
   const std::lock_guard<std::mutex> lock(all.mutex);
-  const auto block = --all.lasting.upper_bound(static_cast<char*>(data));
-  if (--block->second.pieces > 0) return;
-  free_huge(block->first, block->second.bytes);
-  all.lasting.erase(block);
+  const auto found = --all.lasting.upper_bound(static_cast<char*>(data));
+  auto& [begin, block] = *found;
+  const auto piece = block.pieces.find(static_cast<char*>(data) - begin);
+  if (block.pieces.size() == 1) {
+    free_huge(begin, block.bytes);
+    all.lasting.erase(found);
+    return;
+  }
+  // Its pages, but those which it shares with pieces that are there.
+  const auto next = std::next(piece);
+  const int64_t free_from = piece == block.pieces.begin() ? 0 : std::prev(piece)->second;
+  const int64_t free_to = next == block.pieces.end() ? block.used : next->first;
+  const int64_t from =
+      std::max(ceil_div(free_from, kHugePage), piece->first / kHugePage) * kHugePage;
+  const int64_t to = std::min(free_to / kHugePage, ceil_div(piece->second, kHugePage)) * kHugePage;
+  block.pieces.erase(piece);
+  empty_pages(begin + from, to - from);
 }
 
 void* take_passing(int64_t bytes) {

@@ -16,8 +16,8 @@ void free_huge(void* data, int64_t bytes);
 // The rest begins at a multiple of 64 bytes, throws std::bad_alloc, and may be called by any
 // thread.
 
-// For what is kept for long, weights above all: many of them lie in one block of huge pages, which
-// is given back with the last of them.
+// For what is kept for long, weights above all: many of them lie in one block of huge pages. Pages
+// are given back with the last one in them, the block with the last one in it.
 void* take_lasting(int64_t bytes);
 void give_lasting(void* data);
 

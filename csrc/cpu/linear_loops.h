@@ -213,9 +213,9 @@ inline Scales scales_of(const LinearBlock& block, int64_t column, int64_t panel_
 }
 
 // A tile's share of the block of B that comes next and lies behind the present one: the first tile
-// would wait for each line of it. It is asked for at once between tiles, if they are so many that
-// each has time to hide its share, or in the course of one. In the latter case only by the last
-// quarter of many tiles: when all rows have passed through a small L2, what came before is gone.
+// would wait for each line of it. It is asked for in the course of tiles, if there are many only by
+// their last quarter: when all rows have passed through a small L2, what came before is gone. Or at
+// once between tiles, if they are so many that each has time to hide its share.
 template <class Arch>
 inline Ahead next_weights(const uint32_t* b, int64_t units, int64_t tile, int64_t tiles) {
   constexpr int64_t line = kCacheLine / static_cast<int64_t>(sizeof(uint32_t)), few = 4;
@@ -225,8 +225,9 @@ inline Ahead next_weights(const uint32_t* b, int64_t units, int64_t tile, int64_
     ahead.at = b + units / kAskUnits * ahead.lines * line * tile;
     return ahead;
   }
-  if (tiles < few) return ahead;
-  const int64_t askers = Arch::kAsks == Asks::kByParts ? max_of(few, tiles / 4) : tiles;
+  if (Arch::kAsks == Asks::kBetweenTiles && tiles < few) return ahead;
+  const int64_t some = min_of(tiles, max_of(few, tiles / 4));
+  const int64_t askers = Arch::kAsks == Asks::kByParts ? some : tiles;
   const int64_t turn = tile - (tiles - askers), words = units * kPanel;
   if (turn < 0) return ahead;
   ahead.at = b + words * turn / askers;
