@@ -200,8 +200,10 @@ class Layer {
   }
 
  private:
-  static Tensor project_by(ExpertLinear& call, const Tensor& x, bool in_strips) {
-    const Tensor y = rows_between(x, x.size(0), call.out_features);
+  Tensor project_by(ExpertLinear& call, const Tensor& x, bool in_strips) const {
+    // Gone when the feed-forward network begins, whose rows are mostly wider.
+    const Tensor y =
+        rows_between(x, x.size(0), call.out_features, products_.rest.first.out_features);
     read_from(x, call);
     write_to(y, call);
     if (in_strips) {

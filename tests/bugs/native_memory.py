@@ -153,6 +153,13 @@ NATIVE_MEMORY_BUGS = (
         (f"{MEMORY}::test_a_block_of_weights_lasts_as_long_as_one_of_them",),
     ),
     Bug(
+        "queries-leave-no-room-for-the-feed-forward-network",
+        "csrc/layer_ops.cpp",
+        "call.out_features, products_.rest.first.out_features);",
+        "call.out_features);",
+        (f"{MEMORY}::test_a_layer_uses_memory_again_within_a_call",),
+    ),
+    Bug(
         "passing-memory-taken-again-while-in-use",
         "csrc/cpu/huge_pages.cpp",
         "    taken = *best;\n",

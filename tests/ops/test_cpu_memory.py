@@ -137,6 +137,27 @@ print((size() - before) >> 10)
     assert int(printed) <= 40
 
 
+def test_a_layer_uses_memory_again_within_a_call() -> None:
+    """MiB that stay of rows between kernels: four times 7, and once 29 for what is 22 first and 29 later."""
+    printed = in_a_process(
+        ANONYMOUS
+        + """
+import torch
+import test_layer_arguments
+from test_cpu_memory import C, layer
+torch.set_num_threads(1)
+test_layer_arguments.F = 4 * C
+own = test_layer_arguments.parameters(experts=1)
+layer(torch.zeros(50, C), own)
+x = torch.zeros(60_000, C)
+before = anonymous()
+layer(x, own)
+print((anonymous() - before) >> 10)
+"""
+    )
+    assert int(printed) <= 64
+
+
 def test_idle_memory_has_a_limit() -> None:
     """MiB that stay of calls that never want the same again, 600 in all."""
     printed = in_a_process(
