@@ -238,7 +238,8 @@ void gradients_block(const AttentionGradientsBlock& block, void* scratch) {
 
   // Rounded as in the first pass: the weight of a top is one share to the last bit.
   const Vec first = v_set(block.seen != nullptr ? block.scale : 1.0f);
-  const Vec slope = v_set(factor), scale = v_set(block.scale);
+  // A scale of zero must not meet the infinite tops of queries that see no key.
+  const Vec slope = v_set(factor > __FLT_MIN__ ? factor : __FLT_MIN__), scale = v_set(block.scale);
   const int64_t key_tiles = ceil_div(keys, Arch::kTileRows);
   const int64_t query_units = ceil_div(queries, Arch::kPerUnit);
   const int64_t query_words = chunks_of<Arch>(queries) * kChunk * kPanel;

@@ -29,7 +29,7 @@ const int32_t* bounds_of(const SharedAttention& layout) {
 // Samples [begin, end) in blocks of at most `most` rows, or of one sample, about equally high.
 std::vector<SampleBlock> cut(const int32_t* bounds, int64_t begin, int64_t end, int64_t most) {
   const int64_t first = bounds[begin], rows = bounds[end] - first;
-  const int64_t parts = ceil_div(rows, most);
+  const int64_t parts = std::max(int64_t{1}, ceil_div(rows, most));
   std::vector<SampleBlock> blocks;
   for (int64_t s = begin; s < end;) {
     const int64_t from = s, row = bounds[s];

@@ -111,6 +111,18 @@ def test_of_a_sum_whose_gradient_is_one_number() -> None:
         torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mask", MASKS)
+def test_of_a_scale_of_zero(mask: str) -> None:
+    """Weights of what is hidden stay zero where all that is seen counts alike."""
+    layout = TokenLayout.from_lengths([5, 20], [3, 17])
+    operands = draw(layout, 24, torch.float32, 1.0)
+    how: dict[str, Any] = {"num_heads": 3, "scale": 0.0, "mask": mask}
+    ours = gradients(operands, layout, "cpu", torch.float32, **how)
+    truth = gradients(operands, layout, "reference", torch.float64, **how)
+    for own, true in zip(ours, truth, strict=True):
+        torch.testing.assert_close(own.double(), true, rtol=1e-4, atol=1e-5)
+
+
 def test_of_no_queries_and_no_samples() -> None:
     q, k = torch.zeros(0, 8), torch.randn(3, 8)
     offsets = (cumulative([3]), cumulative([0]), cumulative([0]), cumulative([0]))
