@@ -13,8 +13,8 @@ template <class Arch>
 struct OfParts : OfTiles<Arch> {
   static constexpr Asks kAsks = Asks::kByParts;
 
-  // Of one or two rows all time goes into reading B: several panels side by side. Of more, what
-  // comes next is asked for, which takes one panel after the other.
+  // One or two rows read several panels side by side. For more, what comes next is asked for, which
+  // takes one panel after the other and is faster from three rows on.
   static int64_t vectors_at_once(int64_t rows, int64_t columns) {
     return rows <= 2 || columns <= 16 ? vectors_of_tiles(rows, columns) : 2;
   }

@@ -95,6 +95,13 @@ NATIVE_BUGS = (
         (f"{GRADIENTS}::test_gradients",),
     ),
     Bug(
+        "attention-gradients-by-a-scale-of-zero-of-what-is-hidden",
+        "csrc/cpu/attention_gradients_loops.h",
+        "v_set(factor > __FLT_MIN__ ? factor : __FLT_MIN__)",
+        "v_set(factor)",
+        (f"{GRADIENTS}::test_of_a_scale_of_zero",),
+    ),
+    Bug(
         "attention-gradients-by-the-table-of-the-first-query",
         "csrc/cpu/attention_gradients_loops.h",
         "first + position_of(block, i, query_row(block, i));",
